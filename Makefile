@@ -1,0 +1,45 @@
+# Every target sets up what it needs; second runs reuse .venv and build/.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help env build demo test lint bench pins clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+env: $(VENV)/.installed ## the environment: uv, then the pinned packages
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 must be 3.10 or newer, got " + sys.version.split()[0])'
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt
+	@touch $@
+
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+build: build/.built ## the extension modules, in place
+
+build/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --no-deps --editable .
+	@touch $@
+
+pins: $(VENV)/.installed ## resolve requirements.txt anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet pyproject.toml --all-extras --universal --python-version 3.10 --no-header \
+		--no-annotate --no-emit-index-url --constraint <(echo 'torch==2.13.0') --output-file requirements.txt
+
+test: build lint ## every test that needs no GPU
+	$(BIN)/python -m pytest
+
+lint: build ## ruff, mypy --strict, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+clean: ## remove what was built; the environment stays
+	rm -rf build *.egg-info rkl_kernels/*.so

@@ -1,0 +1,19 @@
+// The shape of a convolution, and the element types: what kernels are told beside pointers. No torch in here, so that
+// kernels compile alone (the tests' emulator does so).
+#pragma once
+#include <cstdint>
+
+namespace rkl {
+
+enum class Dtype : int { f32 = 0, bf16, f16 };
+
+// A depthwise convolution of a batch of images. Images, outputs and gradients all have one layout: NHWC (channels_last)
+// or NCHW, dense. Filters are (C, kernel_h, kernel_w), dense.
+struct Conv2d {
+  int64_t batch, channels;
+  int64_t in_h, in_w, out_h, out_w;
+  int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  bool nhwc;
+};
+
+}  // namespace rkl

@@ -1,0 +1,29 @@
+"""Fused T-ReLU, depthwise and separable convolution for PyTorch: operators and drop-in layers."""
+
+from . import reference
+from .backends import Status, backends, use_backend
+from .convert import Conversion, convert
+from .depthwise import depthwise_conv2d
+from .layers import DepthwiseConv2d, SeparableConv2d, TReLU
+from .planner import Explanation, explain
+from .separable import separable_conv2d
+from .trelu import trelu
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Conversion",
+    "DepthwiseConv2d",
+    "Explanation",
+    "SeparableConv2d",
+    "Status",
+    "TReLU",
+    "backends",
+    "convert",
+    "depthwise_conv2d",
+    "explain",
+    "reference",
+    "separable_conv2d",
+    "trelu",
+    "use_backend",
+]

@@ -1,0 +1,17 @@
+"""Autocast for the convolutions, as PyTorch does it for its own: images, filters and biases in the lower type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple:  # type: ignore[type-arg]
+    """The tensors in the active autocast type; unchanged outside autocast, and float64 always.
+
+    A cast that autograd sees, rather than ``torch.library.register_autocast``, which knows one fixed type only.
+    """
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, *others))

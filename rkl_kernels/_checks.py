@@ -1,0 +1,137 @@
+"""The rules for arguments, once: every message names the argument, the rule, the value got and the remedy.
+
+The public functions call these before any backend is chosen, so a wrong call reads the same on every backend.
+C++ keeps one guard of its own (csrc/tensor_args.h), so that a direct ``torch.ops.rkl`` call cannot read out of bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("relu", "relu6", "trelu", "silu", "gelu")
+"""Names of the activations; an operator takes the position in this tuple plus one, 0 meaning none (csrc/activation.h)."""
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+IntPair = int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a filter moves over an image: stride, symmetric padding and dilation, each (height, width).
+
+    ``before`` is what must be padded onto the image's bottom and right first: "same" with an even filter is
+    lopsided, and PyTorch puts the odd row and column there.
+    """
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    extra: tuple[int, int] = (0, 0)
+
+    def pad_extra(self, x: Tensor) -> Tensor:
+        """``x`` with the lopsided part of "same" padding added (``x`` itself where there is none)."""
+        return x if self.extra == (0, 0) else F.pad(x, (0, self.extra[1], 0, self.extra[0]))
+
+
+def floating(name: str, x: object) -> None:
+    """A tensor of one of the floating types that some backend serves."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it with {name}.float()"
+        )
+
+
+def pair(name: str, value: IntPair, least: int) -> list[int]:
+    """An int or a pair of ints, each at least ``least``, as [height, width]."""
+    values = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
+    if isinstance(value, str) or len(values) not in (1, 2) or not all(isinstance(v, int) for v in values):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if min(values) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return values * 2 if len(values) == 1 else values
+
+
+def activation(name: str, value: str | None) -> int:
+    """The operator's number for an activation's name; 0 for None."""
+    if value is None:
+        return 0
+    if value not in ACTIVATIONS:
+        raise ValueError(f"{name} must be None or one of {', '.join(ACTIVATIONS)}, got {value!r}")
+    return ACTIVATIONS.index(value) + 1
+
+
+def window(
+    x: Tensor, weight: Tensor, stride: IntPair, padding: IntPair | str, dilation: IntPair, name: str = "weight"
+) -> Window:
+    """Check image and depthwise filter against each other and settle "same" and "valid" padding."""
+    floating("x", x)
+    floating(name, weight)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x must have shape (N, C, H, W) or (C, H, W), got {tuple(x.shape)}")
+    channels, height, width = x.shape[-3:]
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[0] != channels:
+        raise ValueError(
+            f"{name} must have shape (C, 1, kh, kw) with C = {channels}, the channels of x, got {tuple(weight.shape)}"
+        )
+    if min(weight.shape[2:]) < 1:
+        raise ValueError(f"{name} must be at least 1 x 1 in space, got {tuple(weight.shape)}")
+    same_kind(x, **{name: weight})
+    stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    extra = (0, 0)
+    span = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
+        if padding == "same" and stride != [1, 1]:
+            raise ValueError(f"padding='same' needs stride 1, got stride {stride}; give the padding in pixels")
+        padding = [s // 2 for s in span] if padding == "same" else [0, 0]
+        if any(padding):
+            extra = (span[0] % 2, span[1] % 2)
+    else:
+        padding = pair("padding", padding, 0)
+    if height + extra[0] + 2 * padding[0] <= span[0] or width + extra[1] + 2 * padding[1] <= span[1]:
+        raise ValueError(
+            f"the dilated filter ({span[0] + 1} x {span[1] + 1}) must fit into the padded image, got "
+            f"{height} x {width} padded by {padding}; use a larger padding or a smaller {name}"
+        )
+    return Window(stride, padding, dilation, extra)
+
+
+def same_kind(x: Tensor, **others: Tensor | None) -> None:
+    """Every other tensor has the device and the type of ``x``."""
+    for name, other in others.items():
+        if other is None:
+            continue
+        floating(name, other)
+        if other.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}; move it there first")
+        if other.dtype != x.dtype:
+            raise TypeError(f"{name} must have the type of x, {x.dtype}, got {other.dtype}; convert one of them")
+
+
+def bias(name: str, value: Tensor | None, channels: int, x: Tensor) -> None:
+    """None, or one value an output channel."""
+    if value is None:
+        return
+    same_kind(x, **{name: value})
+    if value.shape != (channels,):
+        raise ValueError(f"{name} must have shape ({channels},), one value a channel, got {tuple(value.shape)}")
+
+
+def pointwise(weight: Tensor, x: Tensor) -> None:
+    """A 1 x 1 filter over the channels of ``x``."""
+    same_kind(x, pointwise_weight=weight)
+    channels = x.shape[-3]
+    if weight.dim() != 4 or weight.shape[1:] != (channels, 1, 1):
+        raise ValueError(
+            f"pointwise_weight must have shape (C_out, C, 1, 1) with C = {channels}, the channels of x, "
+            f"got {tuple(weight.shape)}"
+        )

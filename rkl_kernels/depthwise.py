@@ -1,0 +1,50 @@
+"""Depthwise convolution, equation (3)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _checks, reference
+from ._autocast import autocast
+from ._checks import IntPair
+from .backends import namespace_for
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+) -> Tensor:
+    """Convolve each channel with a filter of its own (equation 3).
+
+    Equivalent to ``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, forward, backward and double
+    backward, with sums in float32. Deterministic on every backend.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.
+        weight: (C, 1, kh, kw).
+        bias: (C,) or None.
+        stride: pixels between two outputs, an int or (height, width).
+        padding: zeros around the image, an int or (height, width), or "same" or "valid".
+        dilation: pixels between two taps of the filter, an int or (height, width).
+
+    Returns:
+        (N, C, H', W') with H' = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1, in the memory format that
+        ``F.conv2d`` gives.
+
+    Raises:
+        TypeError: an argument has a type that is not served.
+        ValueError: shapes, devices or the window do not fit together.
+    """
+    x, weight, bias = autocast(x, weight, bias)
+    window = _checks.window(x, weight, stride, padding, dilation)
+    _checks.bias("bias", bias, weight.shape[0], x)
+    operators = namespace_for("depthwise_conv2d", x)
+    if operators is None:
+        return reference.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
+    batched = window.pad_extra(x if x.dim() == 4 else x[None])
+    y = operators.depthwise_conv2d(batched, weight, bias, window.stride, window.padding, window.dilation)
+    return y if x.dim() == 4 else y[0]
