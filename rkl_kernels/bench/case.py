@@ -1,0 +1,106 @@
+"""What is timed: one operator on one shape, in one type and one direction, with the work that cannot be avoided.
+
+Plain data and counting, without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OPERATORS = ("trelu", "depthwise", "separable")
+DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Types by their short name, with the bytes of an element."""
+DIRECTIONS = ("forward", "backward", "data", "weight")
+"""backward: every gradient at once; data, weight: the image's gradient alone, the filters' alone."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator, shape, type and direction; both memory layouts belong to the same case.
+
+    Attributes:
+        operator: "trelu", "depthwise" or "separable" (depthwise, then pointwise).
+        batch, channels, height, width: of the image.
+        out_channels: C' of the pointwise step; of no meaning elsewhere.
+        kernel, stride, dilation, padding: of the depthwise step, the same in height and width.
+        activation: after the pointwise step, a name as in :func:`rkl_kernels.separable_conv2d`, or None.
+        name: what the tables call the shape.
+    """
+
+    operator: str
+    batch: int
+    channels: int
+    height: int
+    width: int
+    out_channels: int = 0
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    padding: int = 0
+    dtype: str = "fp32"
+    direction: str = "forward"
+    activation: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for argument, value, choices in (
+            ("operator", self.operator, OPERATORS),
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("direction", self.direction, DIRECTIONS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{argument} must be one of {', '.join(choices)}, got {value!r}")
+        least = dict.fromkeys(("batch", "channels", "height", "width", "kernel", "stride", "dilation"), 1)
+        for argument, bound in (least | {"padding": 0, "out_channels": self.operator == "separable"}).items():
+            if getattr(self, argument) < bound:
+                raise ValueError(f"{argument} must be at least {int(bound)}, got {getattr(self, argument)}")
+        if self.operator == "trelu" and self.direction == "weight":
+            raise ValueError("direction must be forward or backward for trelu, which has no weights, got 'weight'")
+        if self.operator != "separable" and self.activation is not None:
+            raise ValueError(f"activation must be None for {self.operator}, got {self.activation!r}")
+        if self.operator != "trelu" and min(self.out_height, self.out_width) < 1:
+            raise ValueError(
+                f"kernel must fit into the padded image, got kernel {self.kernel} with dilation {self.dilation} for "
+                f"{self.height} x {self.width} padded by {self.padding}"
+            )
+
+    @property
+    def id(self) -> str:
+        """The row's name in every table."""
+        return f"{self.operator} {self.direction} {self.dtype} {self.name}".rstrip()
+
+    @property
+    def out_height(self) -> int:
+        return self._out(self.height)
+
+    @property
+    def out_width(self) -> int:
+        return self._out(self.width)
+
+    def _out(self, size: int) -> int:
+        return (size + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+
+    @property
+    def _filters(self) -> int:
+        pointwise = self.channels * self.out_channels if self.operator == "separable" else 0
+        return self.channels * self.kernel**2 + pointwise
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that cannot stay unmoved: each input read once, each output written once."""
+        image = self.batch * self.channels * self.height * self.width
+        if self.operator == "trelu":  # backward reads the gradient and the output, and writes a gradient
+            return (2 if self.direction == "forward" else 3) * image * DTYPES[self.dtype]
+        channels = self.out_channels if self.operator == "separable" else self.channels
+        result = self.batch * channels * self.out_height * self.out_width
+        # Each of the one-step directions touches all three; backward writes the gradients of image and filters on top.
+        once = image + self._filters + result
+        return (once + (image + self._filters if self.direction == "backward" else 0)) * DTYPES[self.dtype]
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations at least, a multiply-add counted as two; T-ReLU counts one a value."""
+        if self.operator == "trelu":
+            return self.batch * self.channels * self.height * self.width
+        forward = 2 * self.batch * self.out_height * self.out_width * self._filters
+        return 2 * forward if self.direction == "backward" else forward
