@@ -1,0 +1,1 @@
+"""ResNet-KL: a thin classifier on ``rkl_kernels`` and its self-distillation trainer."""

@@ -1,0 +1,171 @@
+"""What a data set is: three splits of uint8 images with integer labels, and the rules they keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """A file or argument that breaks a rule; the message is one line that names it, the rule and the value got."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        mean, std: one value a channel, in units of 0 to 1; what :func:`rkl.data.batches` normalises with.
+        flip: whether a mirrored image keeps its class (not so for digits).
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        """The split on a device: once there, no batch is ever copied."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def select(self, indices: Tensor) -> Split:
+        """The samples at ``indices``, in that order."""
+        indices = indices.to(self.labels.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def counts(self, num_classes: int) -> Tensor:
+        """Samples of each class, (num_classes,) int64."""
+        return torch.bincount(self.labels, minlength=num_classes)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named data set: train and val are cut from the training images, test is apart and the same for every seed."""
+
+    name: str
+    classes: list[str]
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    val: Split
+    test: Split
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+def class_weights(split: Split, num_classes: int) -> Tensor:
+    """Weights for cross entropy that give every class the same say: N / (classes * count), (num_classes,) float32."""
+    return len(split) / (num_classes * split.counts(num_classes).clamp_min(1).float())
+
+
+def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of a random ``share`` of every class, and of the rest; both ascending.
+
+    Every class with two samples or more has at least one on either side, so that no metric is blind to it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    taken = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = torch.nonzero(labels == label).flatten()
+        count = round(len(members) * share)
+        if 0 < share < 1 and len(members) > 1:
+            count = min(max(count, 1), len(members) - 1)
+        taken[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return torch.nonzero(taken).flatten(), torch.nonzero(~taken).flatten()
+
+
+def subset(split: Split, size: int | None, option: str) -> Split:
+    """About ``size`` samples, every class in its share, the same ones for every seed; the split itself for None."""
+    if size is None:
+        return split
+    if not 0 < size <= len(split):
+        raise DataError(f"{option} must be between 1 and the {len(split)} images there are, got {size}")
+    return split.select(stratified(split.labels, size / len(split), seed=0)[0])
+
+
+def long_tailed(split: Split, num_classes: int, imbalance: float, seed: int = 0) -> Split:
+    """Keep n * imbalance^(-c / (classes - 1)) samples of class c: the usual exponential profile (Cui et al., 2019)."""
+    if imbalance < 1:
+        raise DataError(f"imbalance must be at least 1 (first class to last), got {imbalance}")
+    largest = int(split.counts(num_classes).max())
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for label in range(num_classes):
+        members = torch.nonzero(split.labels == label).flatten()
+        count = max(1, int(largest * imbalance ** (-label / max(1, num_classes - 1))))
+        kept.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return split.select(torch.cat(kept).sort().values)
+
+
+def resized(images: Tensor, size: int, chunk: int = 4096) -> Tensor:
+    """uint8 images at ``size`` x ``size``: bilinear, antialiased where they shrink."""
+    if images.shape[-2:] == (size, size):
+        return images
+    parts = [
+        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round_().to(torch.uint8)
+        for part in images.split(chunk)
+    ]
+    return torch.cat(parts)
+
+
+def assemble(
+    name: str,
+    classes: list[str],
+    train: Split,
+    test: Split,
+    *,
+    val: Split | None = None,
+    flip: bool,
+    val_fraction: float,
+    seed: int,
+) -> Dataset:
+    """Cut the validation split (unless the data set brings one), check every split, settle the normalisation."""
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+    if val is None:
+        held_out, kept = stratified(train.labels, val_fraction, seed)
+        train, val = train.select(kept), train.select(held_out)
+    for part, split in (("train", train), ("val", val), ("test", test)):
+        if part != "val" or len(split):
+            _check_labels(f"{name} {part}", split, classes)
+    mean, std = _statistics(train.images)
+    train, val, test = (replace(split, mean=mean, std=std, flip=flip) for split in (train, val, test))
+    channels, image_size = train.images.shape[1], train.images.shape[-1]
+    return Dataset(name, classes, image_size, channels, mean, std, train, val, test)
+
+
+def _check_labels(where: str, split: Split, classes: list[str]) -> None:
+    if len(split.images) != len(split.labels):
+        raise DataError(f"{where}: one label an image, got {len(split.images)} images and {len(split.labels)} labels")
+    if len(split) and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < len(classes):
+        wrong = split.labels[(split.labels < 0) | (split.labels >= len(classes))][0]
+        raise DataError(f"{where}: labels must be between 0 and {len(classes) - 1}, got {int(wrong)}")
+    missing = torch.nonzero(split.counts(len(classes)) == 0).flatten().tolist()
+    if missing:
+        raise DataError(f"{where}: every class must have an image, got none of {classes[missing[0]]!r}")
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel from its histogram: exact, and no float copy of the images."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in range(images.shape[1]):
+        share = torch.bincount(images[:, channel].flatten(), minlength=256).double()
+        share /= share.sum()
+        centre = float((share * levels).sum())
+        mean.append(centre)
+        std.append(max(float((share * (levels - centre) ** 2).sum()) ** 0.5, 1 / 255))
+    return tuple(mean), tuple(std)
