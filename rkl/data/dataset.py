@@ -97,7 +97,10 @@ def subset(split: Split, size: int | None, option: str) -> Split:
 
 
 def long_tailed(split: Split, num_classes: int, imbalance: float, seed: int = 0) -> Split:
-    """Keep n * imbalance^(-c / (classes - 1)) samples of class c: the usual exponential profile (Cui et al., 2019)."""
+    """Keep n * imbalance^(-c / (classes - 1)) samples of class c: the usual exponential profile (Cui et al., 2019).
+
+    Never fewer than two, so that training and validation both know every class.
+    """
     if imbalance < 1:
         raise DataError(f"imbalance must be at least 1 (first class to last), got {imbalance}")
     largest = int(split.counts(num_classes).max())
@@ -105,7 +108,7 @@ def long_tailed(split: Split, num_classes: int, imbalance: float, seed: int = 0)
     kept = []
     for label in range(num_classes):
         members = torch.nonzero(split.labels == label).flatten()
-        count = max(1, int(largest * imbalance ** (-label / max(1, num_classes - 1))))
+        count = max(2, int(largest * imbalance ** (-label / max(1, num_classes - 1))))
         kept.append(members[torch.randperm(len(members), generator=generator)[:count]])
     return split.select(torch.cat(kept).sort().values)
 

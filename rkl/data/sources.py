@@ -2,13 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from .dataset import DataError, Dataset, Split, assemble, resized, stratified, subset
+from . import formats
+from .dataset import DataError, Dataset, Split, assemble, long_tailed, resized, stratified, subset
 
-NAMES = ("digits",)
+DEFAULT_ROOT = Path.home() / ".cache" / "rkl" / "data"
+FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
+
+Reader = Callable[[Path], tuple[Split, Split, list[str]]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set on disk.
+
+    Attributes:
+        readers: for each form its files come in, the file that marks it (below the root) and what reads its folder.
+        flip: whether a mirrored image keeps its class.
+        torchvision: the class there that downloads it.
+        places: where else than in the default root the files usually are.
+    """
+
+    readers: dict[str, Reader]
+    flip: bool
+    torchvision: str
+    places: tuple[Path, ...] = ()
+
+
+CIFAR10_TRAIN = [f"data_batch_{number}" for number in range(1, 6)]
+SOURCES = {
+    "fashion-mnist": Source(
+        {
+            f"{folder}train-images-idx3-ubyte{suffix}": partial(
+                formats.idx_files, classes=FASHION_CLASSES, suffix=suffix
+            )
+            for folder in ("", "FashionMNIST/raw/")
+            for suffix in (".gz", "")
+        },
+        flip=True,
+        torchvision="FashionMNIST",
+        places=(Path("/usr/share/datasets/fashion-mnist"),),  # Debian's package dataset-fashion-mnist
+    ),
+    "cifar10": Source(
+        {
+            "cifar-10-batches-py/data_batch_1": partial(
+                formats.cifar_pickles, train=CIFAR10_TRAIN, test="test_batch", meta="batches.meta", key="labels"
+            ),
+            "cifar-10-batches-bin/data_batch_1.bin": partial(
+                formats.cifar_binaries,
+                train=[f"{name}.bin" for name in CIFAR10_TRAIN],
+                test="test_batch.bin",
+                meta="batches.meta.txt",
+                label_bytes=1,
+            ),
+        },
+        flip=True,
+        torchvision="CIFAR10",
+    ),
+    "cifar100": Source(
+        {
+            "cifar-100-python/train": partial(
+                formats.cifar_pickles, train=["train"], test="test", meta="meta", key="fine_labels"
+            ),
+            "cifar-100-binary/train.bin": partial(
+                formats.cifar_binaries,
+                train=["train.bin"],
+                test="test.bin",
+                meta="fine_label_names.txt",
+                label_bytes=2,
+            ),
+        },
+        flip=True,
+        torchvision="CIFAR100",
+    ),
+    "stl10": Source({"stl10_binary/train_X.bin": formats.stl10_binaries}, flip=True, torchvision="STL10"),
+}
+
+NAMES = (*(f"{name}{tail}" for name in ("digits", *SOURCES) for tail in ("", "-lt")), "folder:PATH")
 """What :func:`load` takes."""
 
 
@@ -21,29 +97,43 @@ def load(
     *,
     train_size: int | None = None,
     test_size: int | None = None,
+    imbalance: float = 100,
+    download: bool = False,
 ) -> Dataset:
     """A data set in memory, its validation split cut from the training images by ``seed``, class by class.
 
     Args:
-        name: one of :data:`NAMES`.
+        name: one of :data:`NAMES`. ``folder:PATH`` holds one folder a class, or folders train, val and test of those;
+            what it lacks is cut from train. ``-lt`` is the long-tailed form of the training images.
         root: folder of the data set's files; where they usually are by default.
-        image_size: pixels a side; the data set's own by default (digits: 16, twice their own).
+        image_size: pixels a side; the data set's own by default (digits: 16, twice their own; folders: 64).
         val_fraction: share of the training images held out for validation.
         seed: decides which ones.
         train_size, test_size: a fixed part of the training (validation included) and test images, for small runs.
+        imbalance: of the long-tailed form, images of the first class over those of the last.
+        download: fetch missing files with torchvision into ``root``.
 
     Raises:
         DataError: an unknown name, a missing or damaged file, a class missing from a split: one line that says which.
     """
-    if name != "digits":
-        raise DataError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
-    train, test, classes = _digits()
-    size = image_size or 16
-    if size < 8:
-        raise DataError(f"image_size must be at least 8, got {size}")
+    if image_size is not None and image_size < 8:
+        raise DataError(f"image_size must be at least 8, got {image_size}")
+    if name.startswith("folder:"):
+        train, val, test, classes = _folder(Path(name.removeprefix("folder:")), image_size or 64)
+        flip = True
+    else:
+        base = name.removesuffix("-lt")
+        if base != "digits" and base not in SOURCES:
+            raise DataError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
+        val, flip = None, base in SOURCES and SOURCES[base].flip
+        train, test, classes = _digits() if base == "digits" else _read(base, root, download)
+        image_size = image_size or (16 if base == "digits" else None)
+        if name.endswith("-lt"):
+            train = long_tailed(train, len(classes), imbalance)
     train, test = subset(train, train_size, "train_size"), subset(test, test_size, "test_size")
-    train, test = (Split(resized(part.images, size), part.labels) for part in (train, test))
-    return assemble(name, classes, train, test, flip=False, val_fraction=val_fraction, seed=seed)
+    if image_size is not None:
+        train, test = (Split(resized(part.images, image_size), part.labels) for part in (train, test))
+    return assemble(name, classes, train, test, val=val, flip=flip, val_fraction=val_fraction, seed=seed)
 
 
 def _digits() -> tuple[Split, Split, list[str]]:
@@ -55,3 +145,59 @@ def _digits() -> tuple[Split, Split, list[str]]:
     whole = Split(images, torch.from_numpy(labels).long())
     test, train = stratified(whole.labels, 0.2, seed=0)
     return whole.select(train), whole.select(test), [str(digit) for digit in range(10)]
+
+
+def _read(name: str, root: str | Path | None, download: bool) -> tuple[Split, Split, list[str]]:
+    source = SOURCES[name]
+    roots = (Path(root),) if root is not None else (DEFAULT_ROOT, *source.places)
+    found = _find(source, roots)
+    if found is None and download:
+        _download(name, source, roots[0])
+        found = _find(source, roots)
+    if found is None:
+        wanted = " or ".join(dict.fromkeys(Path(marker).name for marker in source.readers))
+        raise DataError(
+            f"{name}: no {wanted} under {' or '.join(map(str, roots))}; give the folder that holds it as root, "
+            "or set download"
+        )
+    reader, folder = found
+    return reader(folder)
+
+
+def _find(source: Source, roots: tuple[Path, ...]) -> tuple[Reader, Path] | None:
+    """The first form whose marking file is there; a root may also be the innermost folder itself."""
+    for root in roots:
+        for marker, reader in source.readers.items():
+            for path in (root / marker, root / Path(marker).name):
+                if path.is_file():
+                    return reader, path.parent
+    return None
+
+
+def _download(name: str, source: Source, root: Path) -> None:
+    import torchvision
+
+    options = {"split": "train"} if name == "stl10" else {}
+    try:
+        getattr(torchvision.datasets, source.torchvision)(str(root), download=True, **options)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{name}: download into {root} failed: {reason}; place the files there by hand") from None
+
+
+def _folder(path: Path, size: int) -> tuple[Split, Split | None, Split, list[str]]:
+    """The user's own images: train, val and test folders, or one folder a class; a missing test is a fixed fifth."""
+    divided = (path / "train").is_dir()
+    classes = formats.class_folders(path / "train" if divided else path)
+    parts: dict[str, Split] = {"train": formats.image_folder(path / "train" if divided else path, classes, size)}
+    for name in ("val", "test") if divided else ():
+        if (path / name).is_dir():
+            unknown = sorted(set(formats.class_folders(path / name)) - set(classes))
+            if unknown:
+                raise DataError(f"{path / name}: must hold only the classes of train, got {unknown[0]!r} besides")
+            parts[name] = formats.image_folder(path / name, classes, size)
+    train, test = parts["train"], parts.get("test")
+    if test is None:
+        taken, kept = stratified(train.labels, 0.2, seed=0)
+        train, test = train.select(kept), train.select(taken)
+    return train, parts.get("val"), test, classes

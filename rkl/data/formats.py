@@ -1,0 +1,203 @@
+"""Readers of the on-disk formats. Each names the file and the rule when one is broken, and runs no code from a file."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dataset import DataError, Split
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content, unpacked where its name ends in .gz."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; the data set is incomplete") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: must be a readable file, got {type(error).__name__}: {error}") from None
+
+
+def checked_split(path: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> Split:
+    """Images and the labels read from ``path``, one a image and each below ``classes``."""
+    if len(images) != len(labels):
+        raise DataError(f"{path}: must hold one label an image, got {len(labels)} labels for {len(images)} images")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        wrong = next(int(label) for label in labels if not 0 <= label < classes)
+        raise DataError(f"{path}: labels must be between 0 and {classes - 1}, got {wrong}")
+    return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))
+
+
+def idx(path: Path, dimensions: int) -> np.ndarray:
+    """An IDX file of unsigned bytes: magic (0, 0, 8, dimensions), big-endian sizes, then the values."""
+    content = read_bytes(path)
+    header = 4 + 4 * dimensions
+    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < header:
+        raise DataError(f"{path}: must be IDX, bytes in {dimensions} dimensions; got a header of {content[:4].hex()!r}")
+    shape = tuple(np.frombuffer(content, ">u4", dimensions, 4).tolist())
+    return _records(path, content[header:], shape)
+
+
+def _records(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """Bytes as an array of ``shape``; -1 leads where the file's length decides the count."""
+    record = int(np.prod(shape[1:]))
+    count = len(content) // record if shape[0] == -1 else shape[0]
+    if len(content) != count * record or not count:
+        rule = f"a multiple of {record}" if shape[0] == -1 else str(count * record)
+        raise DataError(f"{path}: must hold {rule} bytes of data, got {len(content)}; the file is cut short or damaged")
+    return np.frombuffer(content, np.uint8).reshape(count, *shape[1:]).copy()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles containers, strings and NumPy arrays, as CIFAR's files hold, and refuses every other global."""
+
+    # Python 2 wrote the arrays under names that NumPy has moved since, so the targets are taken from an array.
+    _reconstruct = np.zeros(0).__reduce__()[0]
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return self._reconstruct
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How protocol 2 spells bytes when Python 3 wrote the file."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"encoding {encoding!r} is not allowed")
+    return text.encode("latin1")
+
+
+def arrays_pickle(path: Path) -> dict[bytes, Any]:
+    """The dictionary of a CIFAR "python version" file."""
+    from io import BytesIO
+
+    try:
+        content = _ArraysOnly(BytesIO(read_bytes(path)), encoding="bytes").load()
+    except DataError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
+        raise DataError(
+            f"{path}: must be a pickle of arrays and strings, got {error or type(error).__name__}"
+        ) from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: must hold a dictionary, got {type(content).__name__}")
+    return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
+
+
+def _entry(path: Path, content: dict[bytes, Any], key: bytes) -> Any:
+    if key not in content:
+        raise DataError(f"{path}: must have the entry {key.decode()!r}, got {sorted(map(str, content))}")
+    return content[key]
+
+
+def cifar_pickles(folder: Path, train: list[str], test: str, meta: str, key: str) -> tuple[Split, Split, list[str]]:
+    """CIFAR's "python version": ``key`` is "labels" or "fine_labels"."""
+    names_key = b"label_names" if key == "labels" else b"fine_label_names"
+    classes = [name.decode() for name in _entry(folder / meta, arrays_pickle(folder / meta), names_key)]
+
+    def part(name: str) -> Split:
+        content = arrays_pickle(folder / name)
+        pixels = np.asarray(_entry(folder / name, content, b"data"))
+        if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
+            raise DataError(f"{folder / name}: data must be uint8 (N, 3072), got {pixels.dtype} {pixels.shape}")
+        labels = np.asarray(_entry(folder / name, content, key.encode()))
+        return checked_split(folder / name, pixels.reshape(-1, 3, 32, 32), labels, len(classes))
+
+    return _joined([part(name) for name in train]), part(test), classes
+
+
+def cifar_binaries(
+    folder: Path, train: list[str], test: str, meta: str, label_bytes: int
+) -> tuple[Split, Split, list[str]]:
+    """CIFAR's "binary version": records of ``label_bytes`` (the last one is the class) and 3,072 pixel bytes."""
+    classes = read_bytes(folder / meta).decode().split()
+
+    def part(name: str) -> Split:
+        records = _records(folder / name, read_bytes(folder / name), (-1, label_bytes + 3072))
+        pixels = records[:, label_bytes:].reshape(-1, 3, 32, 32)
+        return checked_split(folder / name, pixels, records[:, label_bytes - 1], len(classes))
+
+    return _joined([part(name) for name in train]), part(test), classes
+
+
+def _joined(parts: list[Split]) -> Split:
+    return Split(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def stl10_binaries(folder: Path) -> tuple[Split, Split, list[str]]:
+    """STL-10: column-major 96 x 96 colour planes, labels from 1. The unlabelled images are not used."""
+    classes = read_bytes(folder / "class_names.txt").decode().split()
+
+    def part(name: str) -> Split:
+        pixels = _records(folder / f"{name}_X.bin", read_bytes(folder / f"{name}_X.bin"), (-1, 3, 96, 96))
+        labels = _records(folder / f"{name}_y.bin", read_bytes(folder / f"{name}_y.bin"), (-1,))
+        return checked_split(
+            folder / f"{name}_y.bin", pixels.transpose(0, 1, 3, 2), labels.astype(np.int64) - 1, len(classes)
+        )
+
+    return part("train"), part("test"), classes
+
+
+def idx_files(folder: Path, classes: list[str], suffix: str) -> tuple[Split, Split, list[str]]:
+    """The four files of MNIST and those shaped like it; ``suffix`` is ".gz" or ""."""
+
+    def part(name: str) -> Split:
+        images = idx(folder / f"{name}-images-idx3-ubyte{suffix}", 3)
+        labels_path = folder / f"{name}-labels-idx1-ubyte{suffix}"
+        return checked_split(labels_path, images[:, None], idx(labels_path, 1), len(classes))
+
+    return part("train"), part("t10k"), classes
+
+
+def image_folder(folder: Path, classes: list[str], size: int) -> Split:
+    """One folder a class of image files, as torchvision's ImageFolder: RGB, short side ``size``, centre crop."""
+    files = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not files:
+        raise DataError(f"{folder}: must hold images in the folders {', '.join(classes[:5])}, got none")
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(lambda file: image_tensor(file[0], size), files))
+    return Split(torch.stack(images), torch.tensor([label for _, label in files]))
+
+
+def image_tensor(path: Path | str, size: int, channels: int = 3) -> Tensor:
+    """One image file as uint8 (channels, size, size): short side scaled to ``size``, centre cropped."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L"), (size, size))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: must be a readable image, got {type(error).__name__}: {error}") from None
+    return torch.from_numpy(np.array(fitted)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in ``folder``: its classes."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: must be a folder with one folder a class, got no such folder")
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(classes) < 2:
+        raise DataError(f"{folder}: must hold at least two folders, one a class, got {len(classes)}")
+    return classes
