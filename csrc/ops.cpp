@@ -1,6 +1,8 @@
 // The operators on the CPU: guards, outputs and layouts here, arithmetic in cpu/. Schemas: rkl_kernels/ops.py.
 #include "cpu/kernels.h"
+#include "depthwise_op.h"
 #include "module.h"
+#include "separable_op.h"
 #include "trelu_op.h"
 
 namespace rkl {
@@ -13,14 +15,42 @@ struct CpuTRelu {
   }
 };
 
+struct CpuConv {
+  static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
+                      Dtype dtype, const Tensor&) {
+    cpu::depthwise(g, x, weight, bias, act, y, dtype);
+  }
+  static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
+                       void* dbias, Dtype dtype, const Tensor&) {
+    cpu::depthwise_backward(g, grad, x, weight, dx, dweight, dbias, dtype);
+  }
+  static void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
+                       Dtype dtype, const Tensor&) {
+    cpu::epilogue(z, bias, act, out, rows, channels, dtype);
+  }
+  static void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t rows,
+                    int64_t channels, Dtype dtype, const Tensor&) {
+    cpu::slope(grad, values, act, from_output, out, rows * channels, dtype);
+  }
+  static void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype, const Tensor&) {
+    cpu::column_sums(matrix, out, rows, channels, dtype);
+  }
+};
+
 }  // namespace
 }  // namespace rkl
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CPU, m) {
-  using Cpu = rkl::TReluOps<rkl::CpuTRelu>;
-  m.impl("trelu", TORCH_BOX(&Cpu::forward));
-  m.impl("trelu_", TORCH_BOX(&Cpu::forward_));
-  m.impl("trelu_backward", TORCH_BOX(&Cpu::backward));
+  using TRelu = rkl::TReluOps<rkl::CpuTRelu>;
+  m.impl("trelu", TORCH_BOX(&TRelu::forward));
+  m.impl("trelu_", TORCH_BOX(&TRelu::forward_));
+  m.impl("trelu_backward", TORCH_BOX(&TRelu::backward));
+  using Depthwise = rkl::DepthwiseOps<rkl::CpuConv>;
+  m.impl("depthwise_conv2d", TORCH_BOX(&Depthwise::forward));
+  m.impl("depthwise_conv2d_backward", TORCH_BOX(&Depthwise::backward));
+  using Separable = rkl::SeparableOps<rkl::CpuConv>;
+  m.impl("separable_conv2d", TORCH_BOX(&Separable::forward));
+  m.impl("separable_conv2d_backward", TORCH_BOX(&Separable::backward));
 }
 
 RKL_PYTHON_MODULE(_C)

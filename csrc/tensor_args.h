@@ -55,6 +55,21 @@ inline Tensor empty_image(const Tensor& like, int64_t n, int64_t c, int64_t h, i
                               format_of(nhwc));
 }
 
+// x with the strides of the given format, whatever its sizes of 1; x itself where it has them.
+inline Tensor in_format(const Tensor& x, bool nhwc) {
+  Tensor out = empty_image(x, 0, x.size(1), x.size(2), x.size(3), nhwc);
+  bool same = true;
+  for (int64_t d = 0; d < 4; ++d) same = same && out.stride(d) == x.stride(d);
+  if (same) return x;
+  out = empty_image(x, x.size(0), x.size(1), x.size(2), x.size(3), nhwc);
+  return torch::stable::copy_(out, x);
+}
+
+// For a filter's gradient. (C, 1, kh, kw) has its elements in the same order in either format; the strides differ.
+inline Tensor empty_filter(const Tensor& weight) {
+  return empty_image(weight, weight.size(0), weight.size(1), weight.size(2), weight.size(3), suggests_nhwc(weight));
+}
+
 inline Tensor empty_vector(const Tensor& like, int64_t n) { return torch::stable::new_empty(like, {n}); }
 
 // Whether two tensors of one shape have their elements in the same places (strides of sizes of 1 do not count).
@@ -124,6 +139,10 @@ inline void check_grad(const Tensor& grad, const Tensor& x, const Conv2d& g, int
                   "grad must have the shape of the output, (", g.batch, ", ", channels, ", ", g.out_h, ", ", g.out_w,
                   ")");
   check_same(x, grad, "x and grad");
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& x) {
+  return x ? std::optional<Tensor>(torch::stable::contiguous(*x)) : std::nullopt;
 }
 
 inline const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }

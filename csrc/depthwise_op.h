@@ -1,0 +1,58 @@
+// The depthwise operators over a device's kernels: guards, outputs, layouts and early returns, shared by the CPU and
+// CUDA modules.
+#pragma once
+#include <tuple>
+
+#include "activation.h"
+#include "tensor_args.h"
+
+namespace rkl {
+
+// Kernels: struct with
+//   static forward(Conv2d, x, weight, bias or null, activation, y, dtype, like) and
+//   static backward(Conv2d, grad, x, weight, dx or null, dweight or null, dbias or null, dtype, like)
+// over dense memory; `like` is a tensor on the device.
+template <class Kernels>
+struct DepthwiseOps {
+  using Ints = std::vector<int64_t>;
+  using Bools = std::vector<bool>;
+
+  static Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+                        const Ints& padding, const Ints& dilation) {
+    const Dtype dtype = dtype_of(x, "x");
+    const Conv2d g = conv2d(x, weight, stride, padding, dilation);
+    check_bias(bias, x, g.channels);
+    Tensor y = empty_image(x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
+    if (!y.numel()) return y;
+    const Tensor x_in = dense(x, g.nhwc), weight_in = torch::stable::contiguous(weight);
+    const std::optional<Tensor> bias_in = contiguous(bias);
+    Kernels::forward(g, x_in.const_data_ptr(), weight_in.const_data_ptr(), data_or_null(bias_in), Activation::none,
+                     y.mutable_data_ptr(), dtype, x);
+    return y;
+  }
+
+  // mask: which of the gradients of x, weight and bias are wanted; the others come back empty.
+  static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                     const Ints& stride, const Ints& padding, const Ints& dilation,
+                                                     const Bools& mask) {
+    const Dtype dtype = dtype_of(x, "x");
+    Conv2d g = conv2d(x, weight, stride, padding, dilation);
+    g.nhwc = suggests_nhwc(x);  // the image's gradient has the image's layout
+    check_grad(grad, x, g, g.channels);
+    STD_TORCH_CHECK(mask.size() == 3, "mask must have 3 values");
+    Tensor dx = mask[0] ? empty_image(x, g.batch, g.channels, g.in_h, g.in_w, g.nhwc) : empty_vector(x, 0);
+    Tensor dweight = mask[1] ? empty_filter(weight) : empty_vector(x, 0);
+    Tensor dbias = empty_vector(x, mask[2] ? g.channels : 0);
+    if (!grad.numel()) {
+      for (Tensor* t : {&dx, &dweight, &dbias}) torch::stable::zero_(*t);
+      return {dx, dweight, dbias};
+    }
+    const Tensor grad_in = dense(grad, g.nhwc), x_in = dense(x, g.nhwc), weight_in = torch::stable::contiguous(weight);
+    Kernels::backward(g, grad_in.const_data_ptr(), x_in.const_data_ptr(), weight_in.const_data_ptr(),
+                      mask[0] ? dx.mutable_data_ptr() : nullptr, mask[1] ? dweight.mutable_data_ptr() : nullptr,
+                      mask[2] ? dbias.mutable_data_ptr() : nullptr, dtype, x);
+    return {dx, dweight, dbias};
+  }
+};
+
+}  // namespace rkl

@@ -1,0 +1,120 @@
+"""The CPU's separable kernels against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rkl_kernels import _checks, ops, reference
+
+pytestmark = pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key("rkl::separable_conv2d", "CPU"),
+    reason="the CPU extension is not built",
+)
+
+CASES = [  # N, C, C', H, W, k, stride, padding, dilation
+    (2, 5, 9, 7, 9, 3, 1, 1, 1),
+    (1, 16, 33, 13, 13, 3, 2, 1, 1),
+    (2, 17, 1, 9, 10, 5, 1, 2, 1),
+    (1, 1, 8, 9, 9, 3, 1, 2, 2),
+    (3, 8, 8, 1, 1, 3, 1, 1, 1),
+]
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # shares of the largest magnitude
+
+
+def make(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool, biases: bool) -> tuple[list[Tensor | None], list]:
+    n, c, c_out, h, w, k, *window = case
+    torch.manual_seed(0)
+    x = torch.randn(n, c, h, w).to(dtype)
+    x = x.to(memory_format=torch.channels_last) if nhwc else x
+    depthwise, pointwise = torch.randn(c, 1, k, k).to(dtype) / k, torch.randn(c_out, c, 1, 1).to(dtype)
+    both = [torch.randn(c).to(dtype), torch.randn(c_out).to(dtype)] if biases else [None, None]
+    return [x, depthwise, pointwise, *both], [[v, v] for v in window]
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> None:
+    """``scale``: what the errors are shares of, where an activation may have cut off the values they come from."""
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
+    largest = (want if scale is None else scale).abs().max()
+    assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * largest
+
+
+@pytest.mark.parametrize("inner", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_gradients(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool, inner: int) -> None:
+    activation = (0, 1, 2, 3)[inner % 4]
+    tensors, window = make(case, dtype, nhwc, biases=inner != 1)
+    doubles = [None if t is None else t.double().requires_grad_() for t in tensors]
+    names = [None, *_checks.ACTIVATIONS]
+    want = reference.separable_conv2d(*doubles, *window, names[inner], names[activation])
+    y = ops.rkl.separable_conv2d(*tensors, *window, inner, activation)
+    close(y, want.detach(), dtype, scale=reference.separable_conv2d(*doubles, *window, names[inner]).detach())
+    fake = [None if t is None else t.to("meta") for t in tensors]
+    assert y.stride() == ops._fake_separable(*fake, *window, 0, 0).stride()
+    if dtype != torch.float32:
+        return  # a kink's side can differ after rounding; the 16-bit gradients are held without activations below
+
+    grad, present = torch.randn_like(y), [d for d in doubles if d is not None]
+    wanted = torch.autograd.grad(want, present, grad.double())
+    mask = [t is not None for t in tensors]
+    got = ops.rkl.separable_conv2d_backward(grad, y, *tensors[:4], *window, inner, activation, mask)
+    for g, w in zip([g for g, m in zip(got, mask, strict=True) if m], wanted, strict=True):
+        close(g, w, dtype)
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_in_16_bits(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool) -> None:
+    tensors, window = make(case, dtype, nhwc, biases=True)
+    doubles = [t.double().requires_grad_() for t in tensors]
+    y = ops.rkl.separable_conv2d(*tensors, *window, 0, 0)
+    grad = torch.rand_like(y)  # positive, so that the biases' sums do not cancel out
+    wanted = torch.autograd.grad(reference.separable_conv2d(*doubles, *window), doubles, grad.double())
+    got = ops.rkl.separable_conv2d_backward(grad, None, *tensors[:4], *window, 0, 0, [True] * 5)
+    for g, w in zip(got, wanted, strict=True):
+        close(g, w, dtype)
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_one_wanted_gradient(wanted: int) -> None:
+    tensors, window = make(CASES[0], torch.float32, True, biases=True)
+    y = ops.rkl.separable_conv2d(*tensors, *window, 3, 3)
+    every = ops.rkl.separable_conv2d_backward(y, y, *tensors[:4], *window, 3, 3, [True] * 5)
+    one = ops.rkl.separable_conv2d_backward(y, y, *tensors[:4], *window, 3, 3, [i == wanted for i in range(5)])
+    for i in range(5):
+        assert one[i].numel() == (every[i].numel() if i == wanted else 0)
+    torch.testing.assert_close(one[wanted], every[wanted])
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 6, 8, 8), (2, 4, 0, 8, 8)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    tensors, window = make((*shape, 3, 1, 1, 1), torch.float32, False, biases=True)
+    y = ops.rkl.separable_conv2d(*tensors, *window, 0, 1)
+    assert y.shape == (shape[0], shape[2], 8, 8)
+    grads = ops.rkl.separable_conv2d_backward(y, y, *tensors[:4], *window, 0, 1, [True] * 5)
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
+def test_operators_keep_torchs_contract(nhwc: bool) -> None:
+    tensors, window = make(CASES[0], torch.float32, nhwc, biases=True)
+    for t in tensors:
+        t.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.rkl.separable_conv2d.default,
+        (*tensors, *window, 3, 3),
+        # Differentiating twice is an error of its own, which the dynamic trace would trip over.
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    y = ops.rkl.separable_conv2d(*tensors, *window, 3, 3).detach()
+    plain = [t.detach() for t in tensors[:4]]
+    torch.library.opcheck(
+        torch.ops.rkl.separable_conv2d_backward.default,
+        (y, y, *plain, *window, 3, 3, [True, False, True, True, False]),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
