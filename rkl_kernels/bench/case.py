@@ -54,8 +54,8 @@ class Case:
         for argument, bound in (least | {"padding": 0, "out_channels": self.operator == "separable"}).items():
             if getattr(self, argument) < bound:
                 raise ValueError(f"{argument} must be at least {int(bound)}, got {getattr(self, argument)}")
-        if self.operator == "trelu" and self.direction == "weight":
-            raise ValueError("direction must be forward or backward for trelu, which has no weights, got 'weight'")
+        if self.operator == "trelu" and self.direction in ("data", "weight"):
+            raise ValueError(f"direction must be forward or backward for trelu, got {self.direction!r}")
         if self.operator != "separable" and self.activation is not None:
             raise ValueError(f"activation must be None for {self.operator}, got {self.activation!r}")
         if self.operator != "trelu" and min(self.out_height, self.out_width) < 1:

@@ -1,0 +1,1 @@
+"""Benchmarks over the shapes of published models; see README.md beside this file."""

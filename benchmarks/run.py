@@ -1,0 +1,92 @@
+"""Time chosen rows and print their table: ``python -m benchmarks.run --operator depthwise --only mnv1-112``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from rkl_kernels.bench.case import DIRECTIONS, DTYPES, OPERATORS, Case
+from rkl_kernels.bench.machine import machine, machine_line
+from rkl_kernels.bench.rivals import Rival, compiled, eager, ours
+from rkl_kernels.bench.row import Row, measure
+from rkl_kernels.bench.table import COLUMNS, align, cells, table
+from rkl_kernels.bench.timing import keep_memory
+
+from .shapes import Shape, select
+
+RIVALS = ("eager", "compile", "onnxruntime", "openvino")
+
+
+def contestants(rivals: list[str], layouts: list[str]) -> list[Rival]:
+    """This package in the layouts, then the named rivals in the layouts they have."""
+    chosen = [ours(layout) for layout in layouts]
+    for name in rivals:
+        if name in ("eager", "compile"):
+            chosen += [{"eager": eager, "compile": compiled}[name](layout) for layout in layouts]
+        else:
+            from . import runtimes
+
+            chosen.append({"onnxruntime": runtimes.onnxruntime, "openvino": runtimes.openvino}[name]())
+    return chosen
+
+
+def cases(
+    shapes: list[Shape], operators: list[str], directions: list[str], dtypes: list[str], device: str
+) -> list[Case]:
+    """Every case there is, shape by shape, so that one reference serves the types of a shape."""
+    return [
+        shape.case(operator, direction, dtype, device)
+        for operator in operators
+        for shape in shapes
+        for direction in directions
+        for dtype in dtypes
+        if (operator != "separable" or shape.out_channels)
+        and (operator != "trelu" or direction in ("forward", "backward"))
+    ]
+
+
+def _choice(choices: tuple[str, ...]) -> dict[str, object]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"must be of {', '.join(choices)}, got {name!r}")
+        return names
+
+    return {"type": parse, "metavar": ",".join(choices)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--operator", **_choice(OPERATORS), default=["depthwise"])
+    parser.add_argument("--only", help="shapes, by the beginning of their ids, with commas between")
+    parser.add_argument("--direction", **_choice(DIRECTIONS), default=["forward"])
+    parser.add_argument("--dtype", **_choice(tuple(DTYPES)), default=["fp32"])
+    parser.add_argument("--layout", **_choice(("nchw", "nhwc")), default=["nchw", "nhwc"])
+    parser.add_argument("--rivals", **_choice(RIVALS), default=["eager"])
+    parser.add_argument("--budget", type=float, default=1.5, help="seconds of timing a row")
+    parser.add_argument("--threads", type=int, help="threads of every contestant")
+    parser.add_argument("--fastest", action="store_true", help="shortest samples, not medians: for a busy machine")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    keep_memory()
+    try:
+        shapes = select(options.only)
+    except ValueError as problem:
+        parser.error(str(problem))
+    print(machine_line(machine()))
+    rows: list[Row] = []
+    for case in cases(shapes, options.operator, options.direction, options.dtype, "cpu"):
+        rivals = contestants(options.rivals, options.layout)
+        rows.append(measure(case, rivals, budget=options.budget, fastest=options.fastest))
+        if sys.stderr.isatty():
+            print(align([list(COLUMNS), cells(rows[-1])]).splitlines()[1], file=sys.stderr)
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

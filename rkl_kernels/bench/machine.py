@@ -1,0 +1,47 @@
+"""The machine's line: what every table of figures begins with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rkl_kernels as rk
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Device, threads, instruction set and versions."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "rkl_kernels": rk.__version__,
+    }
+
+
+def machine_line(facts: dict[str, Any]) -> str:
+    """The same in one line."""
+    return (
+        f"{facts['device']}, {facts['threads']} of {facts['cores']} cores, {facts['isa']}, "
+        f"torch {facts['torch']}, Python {facts['python']}"
+    )
+
+
+def slug(facts: dict[str, Any]) -> str:
+    """The device's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{facts['device']} {facts['threads']} threads".lower()).strip("-")

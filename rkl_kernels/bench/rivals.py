@@ -1,0 +1,183 @@
+"""The contestants on PyTorch tensors: this package and PyTorch itself, each in both memory layouts.
+
+A contestant is prepared for a :class:`Case` on given inputs, and gives back a function without arguments that does
+the work once and returns the tensors that :func:`reference` returns for the case: the output, or the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rkl_kernels as rk
+
+from .case import Case
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+TOLERANCES = {"fp32": 2e-4, "bf16": 2e-2, "fp16": 4e-3}
+"""Largest error served, as a share of the largest value: room for another order of summation and, in 16 bits, for the
+rounding of one intermediate tensor; a wrong result is orders of magnitude off."""
+
+Results = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The image, the weights and the gradient that arrives from behind; in float32, contiguous."""
+
+    x: Tensor
+    weights: Results
+    grad: Tensor
+
+
+@lru_cache(maxsize=1)
+def _inputs(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        # Values that 16 bits can hold, so that one reference serves every type.
+        return torch.randn(*shape, generator=generator).bfloat16().float()
+
+    x = draw(case.batch, case.channels, case.height, case.width)
+    if case.operator == "trelu":
+        return Inputs(x, (), draw(*x.shape))
+    weights = [draw(case.channels, 1, case.kernel, case.kernel)]
+    channels = case.channels
+    if case.operator == "separable":
+        channels = case.out_channels
+        weights.append(draw(channels, case.channels, 1, 1))
+    return Inputs(x, tuple(weights), draw(case.batch, channels, case.out_height, case.out_width))
+
+
+def inputs(case: Case) -> Inputs:
+    """The case's tensors, the same for every type and direction."""
+    return _inputs(replace(case, dtype="fp32", direction="forward", name=""))
+
+
+def function(case: Case, library: Any = rk) -> Callable[..., Tensor]:
+    """``library``'s operator (this package's, or its reference in plain PyTorch) as a function of image and weights."""
+    window = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
+    if case.operator == "trelu":
+        return library.trelu
+    if case.operator == "depthwise":
+        return lambda x, weight: library.depthwise_conv2d(x, weight, **window)
+    return lambda x, depthwise, pointwise: library.separable_conv2d(
+        x, depthwise, pointwise, **window, activation=case.activation
+    )
+
+
+def runner(case: Case, operator: Callable[..., Tensor], x: Tensor, weights: Results, grad: Tensor) -> Callable[[], Any]:
+    """The work of one call in the case's direction; backward runs on a graph recorded beforehand."""
+    if case.direction == "forward":
+
+        def forward() -> Results:
+            with torch.no_grad():
+                return (operator(x, *weights),)
+
+        return forward
+    x, weights = x.detach(), tuple(w.detach() for w in weights)
+    wanted = {"backward": (x, *weights), "data": (x,), "weight": weights}[case.direction]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    y = operator(x, *weights)
+    return lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
+
+
+@lru_cache(maxsize=2)
+def _reference(case: Case) -> Results:
+    given = inputs(case)
+    x, grad = given.x.double(), given.grad.double()
+    return runner(case, function(case, rk.reference), x, tuple(w.double() for w in given.weights), grad)()
+
+
+def reference(case: Case) -> Results:
+    """The right results in float64: the output, or the gradients in the order image, weights."""
+    if case.direction in ("data", "weight"):  # parts of backward, which may be there already
+        results = reference(replace(case, direction="backward"))
+        return results[:1] if case.direction == "data" else results[1:]
+    return _reference(replace(case, dtype="fp32", name=""))
+
+
+def error(got: Results, want: Results) -> float:
+    """The largest error of any result as a share of the largest value of that result; inf where something is NaN."""
+    worst = 0.0
+    for result, right in zip(got, want, strict=True):
+        if result.shape != right.shape:
+            return float("inf")
+        if not right.numel():
+            continue
+        distance = (result.detach().to(right.device, torch.float64) - right).abs().max() / right.abs().max()
+        worst = max(worst, float(distance) if torch.isfinite(distance) else float("inf"))
+    return worst
+
+
+def _placed(case: Case, layout: str, device: str) -> tuple[Tensor, Results, Tensor]:
+    """The inputs in the case's type and the layout asked for."""
+    given = inputs(case)
+    kind: Any = {"device": device, "dtype": TYPES[case.dtype], "memory_format": FORMATS[layout]}
+    return given.x.to(**kind), tuple(w.to(**kind) for w in given.weights), given.grad.to(**kind)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A contestant: ``prepare(case, device)`` gives the function that does the work once.
+
+    Attributes:
+        name: as in the tables; "ours" alone is not a rival.
+        layout: "nchw" or "nhwc".
+    """
+
+    name: str
+    layout: str
+    prepare: Callable[[Case, str], Callable[[], Any]]
+
+    @property
+    def id(self) -> str:
+        return f"{self.name} {self.layout}"
+
+
+def ours(layout: str, backend: str = "auto") -> Rival:
+    """This package; named "ours", or by the backend where one is asked for."""
+
+    def prepare(case: Case, device: str) -> Callable[[], Any]:
+        if backend == "auto":
+            return runner(case, function(case), *_placed(case, layout, device))
+        with rk.use_backend(backend):
+            run = runner(case, function(case), *_placed(case, layout, device))
+
+        def forced() -> Any:
+            with rk.use_backend(backend):
+                return run()
+
+        return forced
+
+    return Rival("ours" if backend == "auto" else f"ours-{backend}", layout, prepare)
+
+
+def eager(layout: str) -> Rival:
+    """PyTorch's own operators, one after another: the package's reference in the case's own type."""
+
+    def prepare(case: Case, device: str) -> Callable[[], Any]:
+        return runner(case, function(case, rk.reference), *_placed(case, layout, device))
+
+    return Rival("eager", layout, prepare)
+
+
+def compiled(layout: str, mode: str = "default") -> Rival:
+    """The same through torch.compile; ``mode`` as there."""
+
+    def prepare(case: Case, device: str) -> Callable[[], Any]:
+        # Each case is compiled for itself: the compiler's memory of the last one only leads to recompilation limits.
+        torch._dynamo.reset()
+        # Backward runs many times on one graph, so the compiler may not reuse the buffers kept for it.
+        torch._functorch.config.donated_buffer = False
+        operator = torch.compile(function(case, rk.reference), mode=mode, dynamic=False, fullgraph=True)
+        return runner(case, operator, *_placed(case, layout, device))
+
+    return Rival("compile", layout, prepare)

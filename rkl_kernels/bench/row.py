@@ -1,0 +1,118 @@
+"""One row of a table: a case measured on every contestant, with the floors measured in the same turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .case import Case
+from .rivals import TOLERANCES, TYPES, Rival, error, reference
+from .timing import Timing, copier, interleave, multiplier, timer_for
+
+COPY, MATRIX = "copy", "matrix product"
+OURS = "ours"
+
+
+@dataclass
+class Row:
+    """What was measured for a case.
+
+    Attributes:
+        times: seconds a call of every contestant whose results were right, by its id ("ours nhwc", "eager nchw").
+        rejected: contestants that were not timed, with why.
+        copy: a plain copy over the case's unavoidable bytes.
+        matrix_rate: operations a second of a large matrix product of the case's type.
+    """
+
+    case: Case
+    copy: Timing
+    matrix_rate: float
+    times: dict[str, Timing] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def floor(self) -> float:
+        """Seconds that the work takes at least: its bytes at copy speed or its operations at the matrix rate."""
+        return max(self.copy.seconds, self.case.operations / self.matrix_rate)
+
+    def best(self, mine: bool) -> str | None:
+        """The fastest of our contestants, or of the rivals; None where there is none."""
+        names = [name for name in self.times if name.startswith(OURS) == mine]
+        return min(names, key=lambda name: self.times[name].seconds, default=None)
+
+    def ratio(self, rival: str | None, mine: str | None) -> float | None:
+        """How many times ``mine`` is faster than ``rival``; None where either was not timed."""
+        if rival not in self.times or mine not in self.times:
+            return None
+        return self.times[rival].seconds / self.times[mine].seconds
+
+    def same_layout(self, layout: str) -> float | None:
+        """How many times we are faster than PyTorch eager in one layout."""
+        return self.ratio(f"eager {layout}", f"{OURS} {layout}")
+
+    def over_best(self) -> float | None:
+        """How many times our better layout is faster than the best rival in any layout."""
+        return self.ratio(self.best(mine=False), self.best(mine=True))
+
+    def of_floor(self, name: str | None = None) -> float | None:
+        """The share of the floor's speed that a contestant reaches; our better layout unless named."""
+        name = name or self.best(mine=True)
+        return self.floor / self.times[name].seconds if name in self.times else None
+
+    def noise(self) -> float | None:
+        """How far :meth:`of_floor` and :meth:`over_best` may be off, as a share."""
+        name = self.best(mine=True)
+        return math.hypot(self.times[name].noise, self.copy.noise) if name else None
+
+
+def measure(
+    case: Case, rivals: Iterable[Rival], device: str = "cpu", budget: float = 1.5, fastest: bool = False
+) -> Row:
+    """Check every contestant's results against the float64 reference, then time those that are right, interleaved.
+
+    Args:
+        budget: seconds of timing for all contestants together.
+        fastest: shortest samples instead of medians, for a machine busy with other work.
+    """
+    runs: dict[str, Callable[[], Any]] = {}
+    rejected: dict[str, str] = {}
+    for rival in rivals:
+        try:
+            run = rival.prepare(case, device)
+            wrong = error(run(), reference(case))
+        except Exception as problem:  # a rival that cannot do a case must not end the others' run
+            rejected[rival.id] = (
+                f"fails: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+            )
+            continue
+        if wrong > TOLERANCES[case.dtype]:
+            rejected[rival.id] = f"wrong: off by {wrong:.2g} of the largest value"
+        else:
+            runs[rival.id] = run
+    product, operations = multiplier(TYPES[case.dtype], device)
+    contestants = runs | {COPY: copier(case.bytes, device), MATRIX: product}
+    times = interleave(contestants, timer_for(device), budget, fastest=fastest)
+    copy, matrix = times.pop(COPY), times.pop(MATRIX)
+    return Row(case, copy, operations / matrix.seconds, times, rejected)
+
+
+def to_json(row: Row) -> dict[str, Any]:
+    """Everything that was measured, as plain values."""
+    return {
+        "id": row.case.id,
+        "case": dict(vars(row.case)),
+        "bytes": row.case.bytes,
+        "operations": row.case.operations,
+        "copy": vars(row.copy),
+        "matrix_rate": row.matrix_rate,
+        "times": {name: vars(timing) for name, timing in row.times.items()},
+        "rejected": row.rejected,
+    }
+
+
+def from_json(data: Mapping[str, Any]) -> Row:
+    """The row that :func:`to_json` wrote."""
+    times = {name: Timing(**timing) for name, timing in data["times"].items()}
+    return Row(Case(**data["case"]), Timing(**data["copy"]), data["matrix_rate"], times, dict(data["rejected"]))

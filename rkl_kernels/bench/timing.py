@@ -1,0 +1,125 @@
+"""Clocks, interleaving, medians, and the noise of what was measured."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+Run = Callable[[], object]
+Timer = Callable[[Run, int], float]
+"""``timer(run, calls)`` -> seconds a call, over ``calls`` calls one after another."""
+
+LEAST_SAMPLE = 1e-3
+"""Seconds of one sample at least, so that waking the thread pool and reading the clock do not show in it."""
+MOST_SAMPLES = 100
+
+
+def cpu_timer(run: Run, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def cuda_timer(run: Run, calls: int) -> float:
+    """Between two events on the current stream; the queue is filled first, so that launches overlap with the work."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / calls
+
+
+def timer_for(device: str) -> Timer:
+    return cuda_timer if device == "cuda" else cpu_timer
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median of the samples, and how far that median may be off, as a share of it."""
+
+    seconds: float
+    noise: float
+    samples: int
+
+
+def summarize(samples: list[float], fastest: bool = False) -> Timing:
+    """The median with its standard error, both robust: one sample hit by another process moves neither.
+
+    ``fastest`` takes the shortest sample instead: on a machine busy with other work, where most samples are hit.
+    """
+    middle = median(samples)
+    # 1.4826 makes a standard deviation of the median distance, 1.2533 a median's error of a mean's.
+    deviation = 1.4826 * median(abs(s - middle) for s in samples)
+    noise = 1.2533 * deviation / math.sqrt(len(samples)) / middle
+    return Timing(min(samples) if fastest else middle, noise, len(samples))
+
+
+def interleave(
+    contestants: Mapping[str, Run], timer: Timer, budget: float, least: int = 3, fastest: bool = False
+) -> dict[str, Timing]:
+    """Time the contestants in turns, A B C, B C A, ..., for about ``budget`` seconds in all.
+
+    In turns, because a shared machine's speed drifts: what slows one slows the others of the same round, and the
+    ratios stand. Each has the same share of the time; a slow one takes ``least`` samples and sits out the later
+    rounds, and one whose single call takes more than the whole budget is content with that call.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    calls: dict[str, int] = {}
+    for name, run in contestants.items():
+        first = timer(run, 1)
+        calls[name] = max(1, math.ceil(LEAST_SAMPLE / max(first, 1e-9)))
+        if first > budget:
+            samples[name].append(first)
+    share = budget / max(len(contestants), 1)
+    active = [name for name in contestants if not samples[name]]
+    while active:
+        for name in active:
+            samples[name].append(timer(contestants[name], calls[name]))
+        active = [n for n in active[1:] + active[:1] if _goes_on(samples[n], calls[n], share, least)]
+    return {name: summarize(times, fastest) for name, times in samples.items()}
+
+
+def _goes_on(samples: list[float], calls: int, share: float, least: int) -> bool:
+    if len(samples) < least:
+        return True
+    return len(samples) < MOST_SAMPLES and sum(samples) * calls < share
+
+
+def keep_memory() -> bool:
+    """Make glibc's allocator keep freed memory for the rest of the process; False where there is no glibc.
+
+    By default every tensor over 32 MB is mapped anew at each call and costs a page fault every 4 KiB, up to 20 times
+    the time of the operator itself: a measurement would be one of the kernel's page tables. A training process with
+    any caching allocator does not pay that, so no contestant does here.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    most_mappings, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    return bool(mallopt(most_mappings, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def copier(moved: int, device: str) -> Run:
+    """A plain copy that reads and writes ``moved`` bytes in all, over all of torch's threads."""
+    source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def multiplier(dtype: torch.dtype, device: str) -> tuple[Run, int]:
+    """A square matrix product large enough to run at the machine's rate, and its operations."""
+    size = 4096 if device == "cuda" else 768
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), 2 * size**3
