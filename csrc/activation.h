@@ -2,7 +2,7 @@
 #pragma once
 #include <cmath>
 
-#if defined(__CUDACC__) || defined(CUEMU)
+#ifdef __CUDACC__
 #define RKL_HOST_DEVICE __host__ __device__
 #else
 #define RKL_HOST_DEVICE

@@ -1,0 +1,89 @@
+// Runs unmodified CUDA kernels on the CPU, for the tests: what a .cu file sees in place of the GPU.
+//
+// Every CUDA thread is a fiber with a stack of its own; a block's threads take turns on one CPU thread, and blocks run
+// one after another. A thread runs until it waits (at a barrier, or at a warp's exchange) or ends, so the order in
+// which threads are resumed is ours to choose: forward, reverse or shuffled, whole warps at a time, each as far as it
+// can get. These are legal schedules of a GPU, and adverse ones: a missing barrier shows as a NaN from memory not yet
+// written.
+//
+// rewrite.py turns the three pieces of CUDA that no C++ compiler reads (`__shared__`, `extern __shared__`, `<<<>>>`)
+// into calls of what is declared here. Atomics are left out on purpose: the kernels are deterministic.
+#pragma once
+#define RKL_EMULATOR  // cuda/ptx.cuh takes its functions from warp.h
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#undef __device__
+#undef __global__
+#undef __host__
+#undef __constant__
+#undef __shared__
+#undef __launch_bounds__
+#define __device__
+#define __global__
+#define __host__
+#define __constant__ static
+#define __launch_bounds__(...)
+#define __shared__ static_assert(false, "a form of __shared__ that rewrite.py does not know");
+
+#include <functional>
+#include <string>
+#include <tuple>
+
+#include "memory.h"
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
+
+namespace emulator {
+
+// The order of blocks, of warps in a block and of lanes in a warp; how late cp.async lands.
+enum class Order { forward, reverse, shuffled };
+struct Schedule {
+  Order order = Order::forward;
+  unsigned seed = 0;        // of the shuffle
+  bool late_copies = true;  // cp.async at the wait that asks for it, or at once: both are legal
+  long first_blocks = -1;   // run only so many blocks of a grid from its beginning ...
+  long last_blocks = 0;     // ... and so many from its end: for tensors too large to be walked through
+};
+extern Schedule schedule;
+
+// Ends the launch with a std::runtime_error that names kernel, block and thread.
+[[noreturn]] void fail(const std::string& what);
+
+// __syncthreads: waits for every thread of the block, which all must stand at the same line.
+void barrier(int line);
+
+// A kernel launch: Launch("name", grid, block, shared bytes, stream)(kernel, arguments...).
+class Launch {
+ public:
+  Launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes = 0, cudaStream_t = nullptr)
+      : name_(name), grid_(grid), block_(block), shared_bytes_(shared_bytes) {}
+
+  template <class... P, class... A>
+  void operator()(void (*kernel)(P...), A&&... arguments) const {
+    std::tuple<std::decay_t<P>...> copies(static_cast<P>(arguments)...);  // by value, as on a GPU
+    run(reinterpret_cast<const void*>(kernel), [&] { std::apply(kernel, copies); });
+  }
+
+ private:
+  void run(const void* kernel, const std::function<void()>& thread) const;
+
+  const char* name_;
+  dim3 grid_, block_;
+  size_t shared_bytes_;
+};
+
+// `__shared__ T name;`: one object a block for each declaration, told apart by the lambda's type K.
+template <class T, class K>
+T& shared(K) {
+  static char key;
+  return *static_cast<T*>(shared_memory(&key, sizeof(T)));
+}
+
+}  // namespace emulator
+
+#define __syncthreads() emulator::barrier(__LINE__)
+
+#include "warp.h"

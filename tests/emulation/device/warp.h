@@ -1,0 +1,160 @@
+// What the 32 threads of a warp do together: shuffles and votes, cp.async, ldmatrix and the tensor cores' products.
+//
+// One primitive carries all of it: exchange() publishes a value, waits for every lane of the mask, and gives access to
+// what each lane published. Lane layouts are those of the PTX manual's figures for ldmatrix and mma.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace emulator {
+
+struct Lanes {
+  const unsigned char (*values)[64];
+  unsigned present;  // lanes that took part: a lane that returned early is missing
+
+  template <class T>
+  T get(int lane) const {
+    T value;
+    memcpy(&value, values[lane & 31], sizeof value);
+    return value;
+  }
+  bool has(int lane) const { return present >> lane & 1; }
+};
+
+int lane();
+Lanes exchange_bytes(unsigned mask, const void* value, size_t n);
+
+template <class T>
+Lanes exchange(unsigned mask, const T& value) {
+  static_assert(sizeof(T) <= 64);
+  return exchange_bytes(mask, &value, sizeof value);
+}
+
+// cp.async: n bytes of shared memory from `valid` bytes of global memory, zeros after. Lands when waited for.
+void copy_async(void* shared, const void* global, int n, int valid);
+void copy_commit();
+void copy_wait(int groups_left);
+
+// The four 8 x 8 matrices of 16-bit elements whose rows the lanes' addresses name, eight lanes a matrix.
+inline void load_matrix_x4(uint32_t (&fragment)[4], const void* row, bool transpose) {
+  access(row, 16, false);
+  const Lanes lanes = exchange(~0u, row);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const int along = lane() % 4 * 2 + e, across = lane() / 4;
+      const int y = transpose ? along : across, x = transpose ? across : along;
+      pair[e] = lanes.get<const uint16_t*>(matrix * 8 + y)[x];
+    }
+    memcpy(&fragment[matrix], pair, 4);
+  }
+}
+
+inline float element(uint32_t pair, int which, __nv_bfloat16) {
+  const uint32_t bits = which ? pair & 0xffff0000u : pair << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline float element(uint32_t pair, int which, __half) {
+  const uint16_t bits = uint16_t(which ? pair >> 16 : pair);
+  __half value;
+  memcpy(&value, &bits, 2);
+  return __half2float(value);
+}
+
+// d += a b with a 16 x 16, b 16 x 8 in 16 bits and d 16 x 8 in fp32. T: __nv_bfloat16 or __half.
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  } mine;
+  memcpy(mine.a, a, sizeof a);
+  memcpy(mine.b, b, sizeof b);
+  const Lanes lanes = exchange(~0u, mine);
+  for (int i = 0; i < 4; ++i) {
+    const int m = lane() / 4 + i / 2 * 8, n = lane() % 4 * 2 + i % 2;
+    float sum = d[i];
+    for (int k = 0; k < 16; ++k)
+      sum += element(lanes.get<Fragments>(m % 8 * 4 + k % 8 / 2).a[m / 8 + k / 8 * 2], k & 1, T{}) *
+             element(lanes.get<Fragments>(n * 4 + k % 8 / 2).b[k / 8], k & 1, T{});
+    d[i] = sum;
+  }
+}
+
+// d += a b with a 16 x 8, b 8 x 8 in TF32: fp32 of whose fraction the tensor core reads 10 bits.
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  } mine;
+  memcpy(mine.a, a, sizeof a);
+  memcpy(mine.b, b, sizeof b);
+  const Lanes lanes = exchange(~0u, mine);
+  const auto tf32 = [](uint32_t bits) {
+    bits &= 0xffffe000u;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int m = lane() / 4 + i / 2 * 8, n = lane() % 4 * 2 + i % 2;
+    float sum = d[i];
+    for (int k = 0; k < 8; ++k)
+      sum += tf32(lanes.get<Fragments>(m % 8 * 4 + k % 4).a[m / 8 + k / 4 * 2]) *
+             tf32(lanes.get<Fragments>(n * 4 + k % 4).b[k / 4]);
+    d[i] = sum;
+  }
+}
+
+}  // namespace emulator
+
+// The shuffles leave the lane's own value where the source lies outside its group of `width` lanes.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const int group = emulator::lane() & ~(width - 1);
+  return emulator::exchange(mask, value).template get<T>(group | (source & (width - 1)));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int with, int width = 32) {
+  const int self = emulator::lane(), source = self ^ with;
+  const emulator::Lanes lanes = emulator::exchange(mask, value);
+  return source / width > self / width ? value : lanes.template get<T>(source);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  const int self = emulator::lane(), source = self + int(by);
+  const emulator::Lanes lanes = emulator::exchange(mask, value);
+  return source / width != self / width ? value : lanes.template get<T>(source);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  const int self = emulator::lane(), source = self - int(by);
+  const emulator::Lanes lanes = emulator::exchange(mask, value);
+  return source < self / width * width ? value : lanes.template get<T>(source);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const emulator::Lanes lanes = emulator::exchange(mask, predicate != 0);
+  unsigned votes = 0;
+  for (int l = 0; l < 32; ++l)
+    if (lanes.has(l) && lanes.get<bool>(l)) votes |= 1u << l;
+  return votes;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+inline void __syncwarp(unsigned mask = ~0u) { emulator::exchange(mask, 0); }
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
+using std::max;
+using std::min;

@@ -1,0 +1,100 @@
+// Kernels with one mistake each, which the emulator must catch; `correct` is what they are mutations of.
+#include "cuda/ptx.cuh"
+#include "emulator.h"
+#include "seeded_bugs.h"
+
+namespace {
+
+constexpr int kThreads = 128;
+
+enum class Bug {
+  none,
+  missing_barrier,
+  shared_overrun,
+  global_overrun,
+  divergent_barrier,
+  early_return,
+  wait_count,
+  missing_wait,
+  block_race,
+  lost_lane,
+};
+
+// out[i] = in[i - 1] + in[i + 1] around a ring of kThreads, through shared memory; block b has its own ring.
+template <Bug bug>
+__global__ void ring(const float* in, float* out) {
+  __shared__ __align__(16) float first[kThreads];
+  __shared__ __align__(16) float second[kThreads];
+  const int i = threadIdx.x;
+  in += blockIdx.x * kThreads;
+  out += blockIdx.x * kThreads;
+  // Two groups of copies, of which the first is needed first.
+  if (i < kThreads / 4) rkl::cuda::cp_async_16(first + i * 4, in + i * 4, 16);
+  rkl::cuda::cp_async_commit();
+  if (i < kThreads / 4) rkl::cuda::cp_async_16(second + i * 4, in + i * 4, 16);
+  rkl::cuda::cp_async_commit();
+  if (bug == Bug::divergent_barrier && i < 32) {
+    __syncthreads();
+    out[i] = 0;
+  }
+  rkl::cuda::cp_async_wait<(bug == Bug::wait_count ? 2 : 1)>();
+  if (bug == Bug::early_return && i == 5) return;
+  if (bug != Bug::missing_barrier) __syncthreads();
+  const float left = first[(i + kThreads - 1) % kThreads];
+  if (bug != Bug::missing_wait) rkl::cuda::cp_async_wait<0>();
+  __syncthreads();
+  const float right = second[bug == Bug::shared_overrun ? i + 1 : (i + 1) % kThreads];
+  if (bug == Bug::lost_lane && i % 32 != 3) __syncwarp();
+  if (bug == Bug::lost_lane && i % 32 == 3) __syncthreads();
+  if (bug == Bug::global_overrun && blockIdx.x == 1 && i == kThreads - 1) out[i + 1] = 0;
+  if (bug == Bug::block_race && i == 0) out[blockIdx.x ? -1 : kThreads] = 0;
+  out[i] = left + right;
+}
+
+template <Bug bug>
+void launch_ring(const float* in, float* out) {
+  ring<bug><<<2, kThreads>>>(in, out);
+}
+
+struct alignas(16) Four {
+  float v[4];
+};
+
+__global__ void shifted_vectors(const float* in, float* out) {
+  reinterpret_cast<Four*>(out)[threadIdx.x] = *reinterpret_cast<const Four*>(in + threadIdx.x * 4 + 1);
+}
+void misaligned_vector(const float* in, float* out) { shifted_vectors<<<1, 32>>>(in, out); }
+
+__global__ void half_in_flight(const float* in, float*) {
+  __shared__ __align__(16) float copy[128];
+  rkl::cuda::cp_async_16(copy + threadIdx.x * 4, in + threadIdx.x * 4, 16);
+  rkl::cuda::cp_async_commit();
+}
+void copy_in_flight(const float* in, float* out) { half_in_flight<<<1, 32>>>(in, out); }
+
+__global__ void too_much_shared(const float*, float* out) {
+  extern __shared__ float buffer[];
+  buffer[threadIdx.x] = 1.f;
+  out[threadIdx.x] = buffer[threadIdx.x];
+}
+void shared_limit(const float* in, float* out) { too_much_shared<<<1, 32, 64 * 1024>>>(in, out); }
+
+}  // namespace
+
+std::map<std::string, void (*)(const float*, float*)> seeded_bugs() {
+  return {
+      {"correct", launch_ring<Bug::none>},
+      {"missing_barrier", launch_ring<Bug::missing_barrier>},
+      {"shared_overrun", launch_ring<Bug::shared_overrun>},
+      {"global_overrun", launch_ring<Bug::global_overrun>},
+      {"divergent_barrier", launch_ring<Bug::divergent_barrier>},
+      {"early_return", launch_ring<Bug::early_return>},
+      {"wait_count", launch_ring<Bug::wait_count>},
+      {"missing_wait", launch_ring<Bug::missing_wait>},
+      {"block_race", launch_ring<Bug::block_race>},
+      {"lost_lane", launch_ring<Bug::lost_lane>},
+      {"misaligned_vector", misaligned_vector},
+      {"copy_in_flight", copy_in_flight},
+      {"shared_limit", shared_limit},
+  };
+}

@@ -1,0 +1,101 @@
+"""The emulator catches what it is there to catch, and lets pass what is right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from . import build
+from .conftest import ORDERS, Gpu
+from .rewrite import rewrite
+
+# Seeded bug: a part of the message that must come.
+CAUGHT = {
+    "missing_barrier": "race in shared memory",
+    "shared_overrun": "out of bounds: read of shared memory",
+    "global_overrun": "out of bounds: write to global memory",
+    "divergent_barrier": "divergent __syncthreads",
+    "early_return": "never reach: they returned",
+    "wait_count": "race in shared memory",
+    "missing_wait": "in flight",
+    "block_race": "race between blocks",
+    "lost_lane": "a warp's exchange waits for a lane that waits in __syncthreads",
+    "misaligned_vector": "misaligned read of 16 bytes, global memory",
+    "copy_in_flight": "ended with a cp.async in flight",
+    "shared_limit": "more dynamic shared memory than",
+}
+# What AddressSanitizer, UBSan or the emulator say of the same bugs in the sanitized build.
+CAUGHT_SANITIZED = {
+    "shared_overrun": "index 128 out of bounds",
+    "global_overrun": "AddressSanitizer: use-after-poison",
+    "misaligned_vector": "misaligned address",
+    "divergent_barrier": "divergent __syncthreads",
+}
+
+
+def ring(gpu: Gpu, bug: str) -> tuple[torch.Tensor, torch.Tensor]:
+    x = gpu.put(torch.randn(256))
+    y = gpu.empty(256)
+    getattr(gpu.kernels.seeded_bugs, bug)(x.data_ptr(), y.data_ptr())
+    rings = x.view(2, 128)
+    return y.view(2, 128), rings.roll(1, 1) + rings.roll(-1, 1)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("late_copies", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+def test_correct_kernel_passes(gpu: Gpu, order: str, late_copies: bool) -> None:
+    gpu.schedule(order, late_copies=late_copies)
+    y, expected = ring(gpu, "correct")
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bug", CAUGHT)
+def test_seeded_bug_is_caught(gpu: Gpu, bug: str) -> None:
+    found = []
+    for order in ORDERS:
+        gpu.schedule(order)
+        try:
+            ring(gpu, bug)
+        except RuntimeError as error:
+            found.append(str(error))
+    assert found, f"{bug} passed in every order"
+    assert all(CAUGHT[bug] in message for message in found), found
+
+
+def test_every_seeded_bug_is_expected(gpu: Gpu) -> None:
+    names = {name for name in dir(gpu.kernels.seeded_bugs) if not name.startswith("_")}
+    assert names == {"correct", *CAUGHT}
+
+
+@pytest.mark.parametrize("bug", CAUGHT_SANITIZED)
+def test_sanitizers_catch_seeded_bug(bug: str) -> None:
+    code = (
+        "import sys; from tests.emulation.build import load; m = load('sanitized'); import ctypes\n"
+        "x, y = (ctypes.addressof(ctypes.c_char.from_buffer(m.allocate(1024, True))) for _ in range(2))\n"
+        f"m.seeded_bugs.{bug}(x, y)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=build.sanitizer_environment(), cwd=build.ROOT
+    )
+    assert done.returncode
+    assert CAUGHT_SANITIZED[bug] in done.stderr
+
+
+def test_traffic_is_counted_by_sector(gpu: Gpu) -> None:
+    ring(gpu, "correct")
+    traffic = gpu.traffic()["ring"]
+    # Each block reads its 128 floats twice and writes them once: a sector counts once a block and direction.
+    assert (traffic.launches, traffic.blocks, traffic.read, traffic.written) == (1, 2, 1024, 1024)
+
+
+def test_rewriter() -> None:
+    assert "emulator::shared<Tile<float, 3>[2][N]>([] {})" in rewrite("__shared__ Tile<float, 3> t[2][N];", "a.cu")
+    assert "auto& t" in rewrite("  __shared__ alignas(128) float t[4];", "a.cu")
+    assert "char* s = static_cast<char*>(" in rewrite("extern __shared__ __align__(16) char s[];", "a.cu")
+    launch = 'emulator::Launch("k", grid, 32, 0, stream)(k<T, 3>, a, b);'
+    assert launch in rewrite("k<T, 3><<<grid, 32, 0, stream>>>(a, b);", "a.cu")
+    assert 'emulator::Launch("ns::k", 1, 2)(ns::k)' in rewrite("ns::k<<<1, 2>>>()", "a.cu")
