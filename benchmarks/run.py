@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from rkl_kernels.bench import runtimes
 from rkl_kernels.bench.case import DIRECTIONS, DTYPES, OPERATORS, Case
 from rkl_kernels.bench.machine import machine, machine_line
 from rkl_kernels.bench.rivals import Rival, compiled, eager, ours
@@ -16,7 +17,7 @@ from rkl_kernels.bench.timing import keep_memory
 
 from .shapes import Shape, select
 
-RIVALS = ("eager", "compile", "onnxruntime", "openvino")
+RIVALS = ("eager", "compile", *runtimes.NAMES)
 
 
 def contestants(rivals: list[str], layouts: list[str]) -> list[Rival]:
@@ -25,10 +26,8 @@ def contestants(rivals: list[str], layouts: list[str]) -> list[Rival]:
     for name in rivals:
         if name in ("eager", "compile"):
             chosen += [{"eager": eager, "compile": compiled}[name](layout) for layout in layouts]
-        else:
-            from . import runtimes
-
-            chosen.append({"onnxruntime": runtimes.onnxruntime, "openvino": runtimes.openvino}[name]())
+        elif "nchw" in layouts:
+            chosen.append(runtimes.rival(name))
     return chosen
 
 
@@ -45,6 +44,13 @@ def cases(
         if (operator != "separable" or shape.out_channels)
         and (operator != "trelu" or direction in ("forward", "backward"))
     ]
+
+
+def exists(shape: Shape, operator: str, direction: str) -> bool:
+    """Not every shape has a pointwise step, and T-ReLU has one gradient only."""
+    if operator == "separable":
+        return shape.out_channels is not None
+    return operator == "depthwise" or direction in ("forward", "backward")
 
 
 def _choice(choices: tuple[str, ...]) -> dict[str, object]:

@@ -1,0 +1,114 @@
+"""The contestants outside PyTorch: ONNX Runtime and OpenVINO, forward in fp32, on one ONNX graph built here.
+
+Weights are constants of the graph, so both may pack them beforehand; both get as many threads as torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .case import Case
+from .rivals import Rival, inputs
+
+NAMES = ("onnxruntime", "openvino")
+OPSET = 17
+
+
+def installed(name: str) -> bool:
+    """Whether the runtime and the onnx package, which builds its graph, can be imported."""
+    return all(importlib.util.find_spec(module) is not None for module in (name, "onnx"))
+
+
+def rival(name: str) -> Rival:
+    """One of :data:`NAMES` as a contestant; its images are contiguous, what it makes of them inside is its affair."""
+    return Rival(name, "nchw", {"onnxruntime": _onnxruntime, "openvino": _openvino}[name])
+
+
+def _check(case: Case, device: str) -> None:
+    if case.direction != "forward" or case.dtype != "fp32" or device != "cpu":
+        raise ValueError(f"serves forward in fp32 on the CPU, got {case.direction} in {case.dtype} on {device}")
+    if case.activation not in (None, "relu", "trelu"):
+        raise ValueError(f"activation must be None, relu or trelu, got {case.activation!r}")
+
+
+def model(case: Case) -> bytes:
+    """The case as a serialized ONNX graph from "x" to "y"."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    given = inputs(case)
+    nodes, last = [], "x"
+    for i, weight in enumerate(given.weights):
+        window: dict[str, Any] = {"kernel_shape": list(weight.shape[2:])}
+        if i == 0:
+            window |= {"strides": [case.stride] * 2, "dilations": [case.dilation] * 2, "pads": [case.padding] * 4}
+            window |= {"group": case.channels}
+        nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"conv{i}"], **window))
+        last = f"conv{i}"
+    constants = [numpy_helper.from_array(w.numpy(), f"w{i}") for i, w in enumerate(given.weights)]
+    activation = "trelu" if case.operator == "trelu" else case.activation
+    if activation == "relu":
+        nodes.append(helper.make_node("Relu", [last], ["y"]))
+    elif activation == "trelu":
+        constants.append(numpy_helper.from_array(torch.zeros(()).numpy(), "zero"))
+        nodes.append(helper.make_node("Greater", [last, "zero"], ["positive"]))
+        nodes.append(helper.make_node("Tanh", [last], ["tanh"]))
+        nodes.append(helper.make_node("Where", ["positive", last, "tanh"], ["y"]))
+    else:
+        nodes[-1].output[0] = "y"
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, list(tensor.shape))
+        for name, tensor in (("x", given.x), ("y", given.grad))
+    ]
+    graph = helper.make_graph(nodes, "case", ends[:1], ends[1:], constants)
+    opset = helper.make_opsetid("", OPSET)
+    return helper.make_model_gen_version(graph, opset_imports=[opset]).SerializeToString()
+
+
+def _onnxruntime(case: Case, device: str) -> Callable[[], Any]:
+    import onnxruntime as ort
+
+    _check(case, device)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that spin after a call would take the next contestant's cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = ort.InferenceSession(model(case), options, providers=["CPUExecutionProvider"])
+    given = inputs(case)
+    y = torch.empty_like(given.grad)
+    binding = session.io_binding()
+    for bind, name, tensor in ((binding.bind_input, "x", given.x), (binding.bind_output, "y", y)):
+        bind(name, "cpu", 0, "float32", tuple(tensor.shape), tensor.data_ptr())
+
+    def run() -> Any:
+        session.run_with_iobinding(binding)
+        return (y,)
+
+    run.inputs = given  # type: ignore[attr-defined]  # the binding knows only their addresses
+    return run
+
+
+def _openvino(case: Case, device: str) -> Callable[[], Any]:
+    import openvino as ov
+
+    _check(case, device)
+    core = ov.Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    request = core.compile_model(core.read_model(model(case)), "CPU", settings).create_infer_request()
+    given = inputs(case)
+    y = torch.empty_like(given.grad)
+    request.set_input_tensor(ov.Tensor(given.x.numpy(), shared_memory=True))
+    request.set_output_tensor(ov.Tensor(y.numpy(), shared_memory=True))
+
+    def run() -> Any:
+        request.infer()
+        return (y,)
+
+    return run
