@@ -7,28 +7,14 @@ import sys
 
 import torch
 
-from rkl_kernels.bench import runtimes
+from rkl_kernels.bench import LAYOUTS, RIVALS, contestants
 from rkl_kernels.bench.case import DIRECTIONS, DTYPES, OPERATORS, Case
 from rkl_kernels.bench.machine import machine, machine_line
-from rkl_kernels.bench.rivals import Rival, compiled, eager, ours
 from rkl_kernels.bench.row import Row, measure
 from rkl_kernels.bench.table import COLUMNS, align, cells, table
 from rkl_kernels.bench.timing import keep_memory
 
 from .shapes import Shape, select
-
-RIVALS = ("eager", "compile", *runtimes.NAMES)
-
-
-def contestants(rivals: list[str], layouts: list[str]) -> list[Rival]:
-    """This package in the layouts, then the named rivals in the layouts they have."""
-    chosen = [ours(layout) for layout in layouts]
-    for name in rivals:
-        if name in ("eager", "compile"):
-            chosen += [{"eager": eager, "compile": compiled}[name](layout) for layout in layouts]
-        elif "nchw" in layouts:
-            chosen.append(runtimes.rival(name))
-    return chosen
 
 
 def cases(
@@ -70,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="shapes, by the beginning of their ids, with commas between")
     parser.add_argument("--direction", **_choice(DIRECTIONS), default=["forward"])
     parser.add_argument("--dtype", **_choice(tuple(DTYPES)), default=["fp32"])
-    parser.add_argument("--layout", **_choice(("nchw", "nhwc")), default=["nchw", "nhwc"])
+    parser.add_argument("--layout", **_choice(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--rivals", **_choice(RIVALS), default=["eager"])
     parser.add_argument("--budget", type=float, default=1.5, help="seconds of timing a row")
     parser.add_argument("--threads", type=int, help="threads of every contestant")

@@ -104,7 +104,7 @@ SHAPES: tuple[Shape, ...] = (
     _shape("cnx-56", "ConvNeXt-T", 96, 384, 56, 7, 16, 128),
     _shape("cnx-14", "ConvNeXt-T", 384, 1536, 14, 7, 32, 512),
     _shape("rep-32-k13", "RepLKNet", 384, None, 32, 13, 8, 128),
-    _shape("rep-32-k31", "RepLKNet", 384, None, 32, 31, 8, 128),
+    _shape("rep-32-k31", "RepLKNet", 384, None, 32, 31, 2, 128),
     _shape("dlab-33-d6", "DeepLabv3+", 2048, 256, 33, 3, 8, 32, dilation=6),
     _shape("dlab-33-d12", "DeepLabv3+", 2048, 256, 33, 3, 8, 32, dilation=12),
     _shape("dlab-33-d18", "DeepLabv3+", 2048, 256, 33, 3, 8, 32, dilation=18),

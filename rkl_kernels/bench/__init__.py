@@ -1,1 +1,135 @@
-"""The benchmark harness: this package's operators against their rivals, interleaved, with the floors beside them."""
+"""The benchmark harness: this package's operators against their rivals, in turns, with the floors beside them.
+
+From an installed wheel, with torch alone (ONNX Runtime and OpenVINO join in where they are installed)::
+
+    from rkl_kernels import bench
+    print(bench.operator_report("separable", (32, 128, 56, 56), kernel=5))      # what `rkl bench` prints
+    for line in bench.four_lines(): print(line)                                 # what a demo ends with
+
+``benchmarks/`` in the source tree runs the same harness over the shapes of published models.
+
+    case.py      what is timed, with its unavoidable bytes and operations
+    rivals.py    the contestants on PyTorch tensors, the inputs, the float64 reference
+    runtimes.py  ONNX Runtime and OpenVINO
+    timing.py    clocks (CPU, CUDA), interleaving, medians and their noise
+    row.py       one case measured on all of them; ratios
+    table.py     rows as text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import runtimes
+from .case import Case
+from .machine import machine, machine_line
+from .rivals import FORMATS, Rival, compiled, eager, ours
+from .row import Row, measure
+from .table import table
+from .timing import keep_memory
+
+__all__ = ["Case", "Row", "contestants", "four_lines", "measure", "operator_report"]
+
+LAYOUTS = tuple(FORMATS)
+RIVALS = ("eager", "compile", *runtimes.NAMES)
+
+
+def contestants(rivals: Sequence[str] = ("eager",), layouts: Sequence[str] = LAYOUTS) -> list[Rival]:
+    """This package in the layouts, then the named rivals in those of the layouts that they have."""
+    chosen = [ours(layout) for layout in layouts]
+    for name in rivals:
+        if name in ("eager", "compile"):
+            chosen += [{"eager": eager, "compile": compiled}[name](layout) for layout in layouts]
+        elif "nchw" in layouts:
+            chosen.append(runtimes.rival(name))
+    return chosen
+
+
+def operator_report(
+    operator: str,
+    shape: Sequence[int],
+    kernel: int = 3,
+    *,
+    out_channels: int | None = None,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: int | None = None,
+    dtype: str = "fp32",
+    layout: str | None = None,
+    direction: str = "forward",
+    device: str = "cpu",
+    seconds: float = 5.0,
+) -> str:
+    """Time one operator on one shape against every rival that is installed.
+
+    Args:
+        operator: "trelu", "depthwise" or "separable".
+        shape: (N, C, H, W) of the image.
+        kernel, stride, dilation, padding: of the depthwise step; the padding keeps the map's size unless given.
+        out_channels: of the separable convolution; as many as C unless given.
+        dtype: "fp32", "bf16" or "fp16".
+        layout: "nchw", "nhwc" or None for both.
+        direction: "forward", "backward", "data" or "weight".
+        seconds: of timing, for all contestants together.
+
+    Returns:
+        The machine's line and a table of one row.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+    if len(shape) != 4:
+        raise ValueError(f"shape must be N,C,H,W, got {','.join(map(str, shape))}")
+    if layout not in (None, *LAYOUTS):
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    batch, channels, height, width = shape
+    if padding is None:
+        padding = dilation * (kernel - 1) // 2
+    case = Case(
+        operator,
+        batch,
+        channels,
+        height,
+        width,
+        out_channels=channels if out_channels is None else out_channels,
+        kernel=kernel,
+        stride=stride,
+        dilation=dilation,
+        padding=padding,
+        dtype=dtype,
+        direction=direction,
+    )
+    keep_memory()
+    rivals = ["eager", "compile"]
+    if (direction, dtype, device) == ("forward", "fp32", "cpu"):
+        rivals += [name for name in runtimes.NAMES if runtimes.installed(name)]
+    row = measure(case, contestants(rivals, LAYOUTS if layout is None else (layout,)), device, seconds)
+    others = [f"{name}: {timing.seconds * 1e3:.3g} ms" for name, timing in row.times.items()]
+    return "\n".join([machine_line(machine(device)), table([row]), ", ".join(others)])
+
+
+def four_lines(seconds: float = 10.0) -> list[str]:
+    """This machine, then the three operators against PyTorch's better layout on a layer of ResNet-KL, in fp32.
+
+    Args:
+        seconds: for everything, setting up included.
+    """
+    keep_memory()
+    lines = [machine_line(machine())]
+    for operator, title in (
+        ("trelu", "T-ReLU"),
+        ("depthwise", "depthwise 7x7"),
+        ("separable", "separable 7x7"),
+    ):
+        parts = []
+        for direction in ("forward", "backward"):
+            case = Case(operator, 32, 64, 32, 32, out_channels=64, kernel=7, padding=3, direction=direction)
+            row = measure(case, contestants(), budget=seconds / 10)
+            faster, share = row.over_best(), row.of_floor()
+            parts.append(
+                f"{direction} not measured: {'; '.join(row.rejected.values())}"
+                if faster is None or share is None
+                else f"{direction} {faster:.1f}x PyTorch ({share:.0%} of the floor)"
+            )
+        lines.append(f"{title:<14} 32 x 64 x 32 x 32: {', '.join(parts)}")
+    return lines
