@@ -73,6 +73,9 @@ BASELINES = {
 }
 """The paper's ten. RepLKNet-T is this project's small form; the paper does not say which one it trained."""
 
+NAMES = tuple(BASELINES)
+"""What :func:`create` takes."""
+
 
 def create(
     name: str, classes: int, in_channels: int = 3, image_size: int = 224, width: int = STANDARD_WIDTH
