@@ -1,0 +1,10 @@
+// Every kernel, for the instruction set that RKL_ISA names.
+#pragma once
+#include "cpu/elementwise.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {trelu, trelu_backward, depthwise, depthwise_backward, epilogue, slope};
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,42 @@
+// Which instruction set's kernels serve this process.
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+namespace rkl::cpu {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+static const Kernels& choose() {
+#if defined(__x86_64__)
+  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+  const auto allowed = [&](const char* name) { return !limit || !std::strcmp(limit, name); };
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && allowed("avx512")) return avx512::kernels;
+  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return avx2::kernels;
+#endif
+  return baseline::kernels;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace rkl::cpu

@@ -1,0 +1,76 @@
+// Elementwise kernels: T-ReLU and its gradient, and what stands around a matrix product (bias, activation, slope).
+#pragma once
+#include "cpu/vector_math.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// Elements a thread takes at least: below, waking it costs more than it saves.
+constexpr int64_t kGrain = 32768;
+// Bytes of output from which stores go past the caches.
+constexpr int64_t kStreamBytes = int64_t(1) << 23;
+
+// out[i] = f(a[i], b[i]) for i in [begin, end); begin is a multiple of kLanes. b is a again for one-argument functions.
+template <bool past_caches, class T, class F>
+void map_range(const T* a, const T* b, T* out, int64_t begin, int64_t end, F f) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) put<past_caches>(out + i, f(load(a + i), load(b + i)));
+  if (i < end) store_some(out + i, f(load_some(a + i, end - i), load_some(b + i, end - i)), end - i);
+  if (past_caches) stream_fence();
+}
+
+template <class T, class F>
+void map(const void* a, const void* b, void* out, int64_t n, F f) {
+  const T *from = static_cast<const T*>(a), *other = static_cast<const T*>(b);
+  T* to = static_cast<T*>(out);
+  // In place, the line is in the cache already: streaming would only throw it out.
+  const bool past_caches = n * int64_t(sizeof(T)) >= kStreamBytes && aligned_for_stream(to) && out != a && out != b;
+  constexpr int64_t kBlock = 1024;  // threads meet at whole vectors
+  torch::stable::parallel_for(0, (n + kBlock - 1) / kBlock, kGrain / kBlock, [=](int64_t begin, int64_t end) {
+    const int64_t first = begin * kBlock, last = end * kBlock < n ? end * kBlock : n;
+    if (past_caches)
+      map_range<true>(from, other, to, first, last, f);
+    else
+      map_range<false>(from, other, to, first, last, f);
+  });
+}
+
+inline void trelu(const void* x, void* y, int64_t n, Dtype dtype) {
+  by_type(dtype, [&](auto zero) { map<decltype(zero)>(x, x, y, n, [](Vec v, Vec) { return vtrelu(v); }); });
+}
+
+inline void trelu_backward(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype) {
+  by_type(dtype,
+          [&](auto zero) { map<decltype(zero)>(grad, y, dx, n, [](Vec g, Vec v) { return g * trelu_slope(v); }); });
+}
+
+inline void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n,
+                  Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    map<decltype(zero)>(grad, values, out, n, [=](Vec g, Vec v) {
+      return g * (from_output ? slope_from_output(act, v) : slope_from_input(act, v));
+    });
+  });
+}
+
+// out = act(z + bias), a row of channels at a time.
+inline void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
+                     Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T *in = static_cast<const T*>(z), *b = static_cast<const T*>(bias);
+    T* to = static_cast<T*>(out);
+    const auto finished = [=](Vec v, Vec with) { return activate(act, v + with); };
+    torch::stable::parallel_for(0, rows, kGrain / channels + 1, [=](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const T* from = in + r * channels;
+        T* row = to + r * channels;
+        int64_t c = 0;
+        for (; c + kLanes <= channels; c += kLanes) store(row + c, finished(load(from + c), b ? load(b + c) : Vec{}));
+        if (const int64_t rest = channels - c)
+          store_some(row + c, finished(load_some(from + c, rest), b ? load_some(b + c, rest) : Vec{}), rest);
+      }
+    });
+  });
+}
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,144 @@
+// Vectors of floats in the compiler's own vector types, as wide as the instruction set that this header is compiled
+// for. cpu/avx512.cpp, cpu/avx2.cpp and cpu/baseline.cpp each set RKL_ISA and RKL_LANES and include the kernels once,
+// so that all of them stand here in one form, under the namespace rkl::cpu::RKL_ISA.
+#pragma once
+#include "cpu/element.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+constexpr int kLanes = RKL_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * RKL_LANES)));
+typedef int32_t VecInt __attribute__((vector_size(4 * RKL_LANES)));
+typedef uint32_t VecBits __attribute__((vector_size(4 * RKL_LANES)));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * RKL_LANES)));
+
+inline Vec broadcast(float x) { return Vec{} + x; }
+
+// memcpy is how a vector is read from or written to an address of any alignment: one instruction.
+template <class V>
+inline V read(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+inline void write(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// ---- kLanes elements at p, as floats
+
+inline Vec load(const float* p) { return read<Vec>(p); }
+
+inline Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(read<VecHalf>(p), VecBits) << 16); }
+
+inline Vec load(const f16* p) {
+#if RKL_LANES == 16
+  return (Vec)_mm512_cvtph_ps(read<__m256i>(p));
+#elif RKL_LANES == 8
+  return (Vec)_mm256_cvtph_ps(read<__m128i>(p));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = float(p[i]);
+  return v;
+#endif
+}
+
+// ---- floats rounded to the element type (to nearest, ties to even), as they lie in memory
+
+inline Vec packed(Vec v, float) { return v; }
+
+inline VecHalf packed(Vec v, bf16) {
+  const VecBits bits = (VecBits)v;
+  const VecBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const VecBits number = (VecBits)(v == v);  // NaN must not round up into infinity
+  return __builtin_convertvector(((rounded & number) | (0x7fc00000 & ~number)) >> 16, VecHalf);
+}
+
+inline VecHalf packed(Vec v, f16) {
+#if RKL_LANES == 16
+  return (VecHalf)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif RKL_LANES == 8
+  return (VecHalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  VecHalf half;
+  for (int i = 0; i < kLanes; ++i) half[i] = f16(v[i]).x;
+  return half;
+#endif
+}
+
+template <class T>
+inline void store(T* p, Vec v) {
+  write(p, packed(v, T{}));
+}
+
+// A store past the caches, for outputs that no cache would keep: the line need not be read before it is written. p must
+// be aligned to the vector's size in memory, and stream_fence() must follow before another thread reads.
+template <class V>
+inline void write_past_caches(void* p, V v) {
+  if constexpr (sizeof(V) == 64) {
+#if RKL_LANES == 16
+    _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#endif
+  } else if constexpr (sizeof(V) == 32) {
+#if RKL_LANES >= 8
+    _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#endif
+  } else if constexpr (sizeof(V) == 16) {
+#if defined(__x86_64__)
+    _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+    write(p, v);
+#endif
+  } else {
+    write(p, v);
+  }
+}
+
+template <class T>
+inline void stream(T* p, Vec v) {
+  write_past_caches(p, packed(v, T{}));
+}
+
+template <bool past_caches, class T>
+inline void put(T* p, Vec v) {
+  if constexpr (past_caches)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
+inline void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Whether every vector of elements that starts a whole number of vectors after p can be streamed.
+template <class T>
+inline bool aligned_for_stream(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(T)) == 0;
+}
+
+// ---- fewer than kLanes elements, where a row ends
+
+template <class T>
+inline Vec load_some(const T* p, int64_t count) {
+  T whole[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
+  return load(whole);
+}
+
+template <class T>
+inline void store_some(T* p, Vec v, int64_t count) {
+  T whole[kLanes];
+  store(whole, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
+}
+
+// Lane by lane: a where the condition's lanes are set, else b.
+inline Vec select(VecInt condition, Vec a, Vec b) { return (Vec)(((VecInt)a & condition) | ((VecInt)b & ~condition)); }
+
+}  // namespace rkl::cpu::RKL_ISA
