@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("relu", "relu6", "trelu", "silu", "gelu")
-"""Names of the activations; an operator takes the position in this tuple plus one, 0 meaning none (csrc/activation.h)."""
+"""The activations' names; operators take the position here plus one, 0 for none (csrc/activation.h)."""
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .layers import DepthwiseConv2d, TReLU, separable_layers
@@ -53,8 +55,8 @@ def convert(model: nn.Module, activation: str | None = None) -> Conversion:
     """Swap depthwise convolutions, and depthwise + pointwise pairs, for this package's layers, in place.
 
     Weights, hooks, training mode and state_dict keys stay as they are: a swapped layer is the same object with another
-    class. Pairs are fused where the two stand next to each other in an ``nn.Sequential``; a depthwise convolution with
-    something between (a batch norm, say) is swapped alone.
+    class. A pair is fused where one forward passes the depthwise output to the pointwise convolution and to nothing
+    else (next to each other in an ``nn.Sequential``, say); with a batch norm between, the depthwise is swapped alone.
 
     Args:
         model: any module; its children are searched, at every depth.
@@ -72,29 +74,58 @@ def convert(model: nn.Module, activation: str | None = None) -> Conversion:
         raise ValueError(f"activation must be None or 'trelu', got {activation!r}")
     report = Conversion()
     for prefix, parent in model.named_modules():
-        if isinstance(parent, nn.Sequential):
-            _fuse_neighbours(prefix, parent, report)
+        _fuse_children(prefix, parent, report)
     for name, module in model.named_modules():
         if type(module) is nn.Conv2d and _is_depthwise(name, module, report):
             module.__class__ = DepthwiseConv2d
             report.depthwise.append(name)
         elif activation and type(module) is nn.ReLU:
-            module.__class__ = TReLU
+            module.__class__ = TReLU  # type: ignore[assignment]
             report.activations.append(name)
     return report
 
 
-def _fuse_neighbours(prefix: str, parent: nn.Sequential, report: Conversion) -> None:
-    children = list(parent.named_children())
-    for (first_name, first), (second_name, second) in itertools.pairwise(children):
-        names = _join(prefix, first_name), _join(prefix, second_name)
+def _fuse_children(prefix: str, parent: nn.Module, report: Conversion) -> None:
+    """Fuse every pair of convolutions among the children where the second is all that reads the first."""
+    children = dict(parent.named_children())
+    for first_name, second_name in _sole_readers(parent):
+        first, second = children[first_name], children[second_name]
         if not (type(first) is nn.Conv2d and type(second) is nn.Conv2d and _is_pointwise(second)):
             continue
+        names = _join(prefix, first_name), _join(prefix, second_name)
         if _has_hooks(first) or _has_hooks(second) or not _is_depthwise(names[0], first, report):
             continue
         first.__class__, second.__class__ = _FusedPair, _Absorbed
         first.partner = (second,)  # type: ignore[assignment]
         report.separable.append(names)
+
+
+class _Shallow(torch.fx.Tracer):
+    """Records which child feeds which, without looking into the children."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _sole_readers(parent: nn.Module) -> list[tuple[str, str]]:
+    """Pairs of children, each called once, of which the second is the only reader of the first's output.
+
+    A forward that cannot be traced (control flow on data, say) yields none: its layers are then swapped one by one.
+    """
+    if not any(type(child) is nn.Conv2d and child.groups > 1 for child in parent.children()):
+        return []
+    try:
+        nodes = list(_Shallow().trace(parent).nodes)
+    except Exception:  # whatever the model's own code raises when called with a stand-in for a tensor
+        return []
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    return [
+        (str(node.target), str(reader.target))
+        for node in nodes
+        for reader in node.users
+        if node.op == reader.op == "call_module"
+        and len(node.users) == len(reader.args) == calls[node.target] == calls[reader.target] == 1
+    ]
 
 
 def _join(prefix: str, name: str) -> str:

@@ -189,7 +189,7 @@ def _separable_gradients(ops: Any) -> dict[str, tuple[Any, Any]]:
     return {"separable_conv2d": (setup, backward), "separable_conv2d_backward": (setup_again, backward_again)}
 
 
-_FAKES = {
+_FAKES: dict[str, Any] = {
     "trelu": _fake_trelu,
     "trelu_": _fake_trelu_,
     "trelu_backward": _fake_trelu_backward,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,11 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         ValueError: no such operator.
     """
-    counts = {"trelu": _trelu, "depthwise_conv2d": _depthwise, "separable_conv2d": _separable}
+    counts: dict[str, Callable[..., tuple[int, int, Tensor]]] = {
+        "trelu": _trelu,
+        "depthwise_conv2d": _depthwise,
+        "separable_conv2d": _separable,
+    }
     if operator not in counts:
         raise ValueError(f"operator must be one of {', '.join(counts)}, got {operator!r}")
     moved, operations, x = counts[operator](*args, **kwargs)

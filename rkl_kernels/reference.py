@@ -6,6 +6,8 @@ PyTorch itself. Nothing here is meant to be fast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,13 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
 
 def activate(x: Tensor, name: str | None) -> Tensor:
     """The named activation of ``x``; ``x`` itself for None."""
-    functions = {"relu": F.relu, "relu6": F.relu6, "trelu": trelu, "silu": F.silu, "gelu": F.gelu}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu,
+        "relu6": F.relu6,
+        "trelu": trelu,
+        "silu": F.silu,
+        "gelu": F.gelu,
+    }
     return x if name is None else functions[name](x)
 
 

@@ -1,0 +1,114 @@
+"""The operators under torch.compile, torch.export, autocast and vmap-free functional use; registrations by opcheck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rkl_kernels as rk
+from rkl_kernels import ops
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = rk.DepthwiseConv2d(4, 3, padding="same")
+        self.separable = rk.SeparableConv2d(4, 6, 5, stride=2, padding=2, inner_activation="trelu", activation="trelu")
+        self.act = rk.TReLU()
+
+    def forward(self, x):
+        return self.separable(self.act(self.depthwise(x)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiles_whole_and_once(layout):
+    torch.compiler.reset()
+    net = Net().to(memory_format=layout)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (3, 5):
+            x = torch.randn(batch, 4, 10, 12).to(memory_format=layout)
+            net.zero_grad()
+            expected = net(x)
+            expected.square().sum().backward()
+            grads = [p.grad.clone() for p in net.parameters()]
+            net.zero_grad()
+            y = compiled(x)
+            y.square().sum().backward()
+            torch.testing.assert_close(y, expected)
+            assert y.stride() == expected.stride()
+            for p, grad in zip(net.parameters(), grads, strict=True):
+                torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4)
+
+
+def test_in_place_compiles():
+    torch.compiler.reset()
+    x = torch.randn(4, 5, requires_grad=True)
+    y = torch.compile(lambda x: rk.trelu(x * 2, inplace=True), fullgraph=True)(x)
+    torch.testing.assert_close(y, rk.reference.trelu(x * 2))
+
+
+def test_exports():
+    net, x = Net().eval(), torch.randn(2, 4, 10, 12)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    for batch in (2, 7):
+        image = torch.randn(batch, 4, 10, 12)
+        torch.testing.assert_close(program.module()(image), net(image))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_lowers_convolutions(backend, dtype):
+    x, weight = torch.randn(2, 4, 6, 6, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
+    pointwise = torch.randn(5, 4, 1, 1)
+    with torch.autocast("cpu", dtype):
+        y = rk.depthwise_conv2d(x, weight, padding=1)
+        assert y.dtype == dtype
+        assert rk.separable_conv2d(x, weight, pointwise).dtype == dtype
+        assert rk.trelu(x).dtype == torch.float32
+    y.float().sum().backward()
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_registrations_are_sound(layout, dtype):
+    window = [2, 1], [1, 1], [1, 1]
+
+    def leaf(*shape):
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    x = leaf(2, 3, 7, 6).detach().clone(memory_format=layout).requires_grad_()
+    weight, pointwise, bias = leaf(3, 1, 3, 3), leaf(4, 3, 1, 1), leaf(3)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.rkl.trelu, (x,), test_utils=checks)
+    torch.library.opcheck(ops.rkl.trelu_backward, (x, x), test_utils=checks)
+    torch.library.opcheck(ops.rkl.trelu_, (x.detach().clone(),), test_utils=checks)
+    torch.library.opcheck(ops.rkl.depthwise_conv2d, (x, weight, bias, *window), test_utils=checks)
+    torch.library.opcheck(
+        ops.rkl.separable_conv2d, (x, weight, pointwise, bias, None, *window, 3, 3), test_utils=checks
+    )
+    grad = torch.randn(ops.rkl.depthwise_conv2d(x, weight, bias, *window).shape).to(dtype)
+    for mask in ([True, True, True], [False, True, False], [True, False, False]):
+        torch.library.opcheck(ops.rkl.depthwise_conv2d_backward, (grad, x, weight, *window, mask), test_utils=checks)
+    y = ops.rkl.separable_conv2d(x, weight, pointwise, bias, None, *window, 5, 3).detach()
+    for mask in ([True] * 5, [False, False, True, False, True], [True, False, False, True, False]):
+        arguments = (torch.randn_like(y), y, x, weight, pointwise, bias, *window, 5, 3, mask)
+        torch.library.opcheck(ops.rkl.separable_conv2d_backward, arguments, test_utils=checks)
+
+
+def test_every_thread_count_gives_the_same_bits():
+    """Sums are cut by shape, never by the number of threads."""
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        torch.manual_seed(0)
+        net = Net()
+        x = torch.randn(9, 4, 33, 35, requires_grad=True)
+        y = net(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *[p.grad for p in net.parameters()]])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
