@@ -92,9 +92,9 @@ def window(
             raise ValueError(f"padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
         if padding == "same" and stride != [1, 1]:
             raise ValueError(f"padding='same' needs stride 1, got stride {stride}; give the padding in pixels")
-        padding = [s // 2 for s in span] if padding == "same" else [0, 0]
-        if any(padding):
-            extra = (span[0] % 2, span[1] % 2)
+        same = padding == "same"
+        padding = [s // 2 for s in span] if same else [0, 0]
+        extra = (span[0] % 2, span[1] % 2) if same else (0, 0)
     else:
         padding = pair("padding", padding, 0)
     if height + extra[0] + 2 * padding[0] <= span[0] or width + extra[1] + 2 * padding[1] <= span[1]:
