@@ -3,11 +3,28 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "activation.h"
 #include "geometry.h"
 
 namespace rkl::cuda {
 
 void trelu(const void* x, void* y, int64_t n, Dtype dtype, cudaStream_t stream);
 void trelu_backward(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype, cudaStream_t stream);
+
+// Separable convolution in one kernel, over NHWC images; the biases may be null. Only for shapes that it serves.
+bool fused_separable_serves(const Conv2d& g, int64_t c_out, Dtype dtype);
+void fused_separable(const Conv2d& g, int64_t c_out, const void* x, const void* depthwise, const void* pointwise,
+                     const void* depthwise_bias, const void* pointwise_bias, Activation inner, Activation activation,
+                     void* y, Dtype dtype, cudaStream_t stream);
+// The pointwise step's gradients and that of the depthwise output, which is made again: what is left for backward is
+// depthwise's own. y may be null without an activation; each gradient may be null where it is not wanted. workspace: so
+// many floats as fused_separable_backward_workspace tells.
+bool fused_separable_backward_serves(const Conv2d& g, int64_t c_out, Activation inner, Activation activation,
+                                     Dtype dtype);
+int64_t fused_separable_backward_workspace(const Conv2d& g, int64_t c_out);
+void fused_separable_backward(const Conv2d& g, int64_t c_out, const void* grad, const void* y, const void* x,
+                              const void* depthwise, const void* pointwise, const void* depthwise_bias,
+                              Activation inner, Activation activation, void* d_inner, void* d_pointwise,
+                              void* d_pointwise_bias, float* workspace, Dtype dtype, cudaStream_t stream);
 
 }  // namespace rkl::cuda

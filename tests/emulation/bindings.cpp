@@ -23,10 +23,15 @@ struct Passed<T*> {
   using type = uintptr_t;
   static T* unpack(uintptr_t v) { return reinterpret_cast<T*>(v); }
 };
+template <>
+struct Passed<rkl::Activation> {
+  using type = int;
+  static rkl::Activation unpack(int v) { return rkl::Activation(v); }
+};
 
-template <class... P>
-void define(py::module_& m, const char* name, void (*launch)(P...)) {
-  m.def(name, [launch](typename Passed<P>::type... arguments) { launch(Passed<P>::unpack(arguments)...); });
+template <class R, class... P>
+void define(py::module_& m, const char* name, R (*launch)(P...)) {
+  m.def(name, [launch](typename Passed<P>::type... arguments) { return launch(Passed<P>::unpack(arguments)...); });
 }
 
 void bind_emulator(py::module_& m) {
@@ -68,6 +73,11 @@ void bind_kernels(py::module_& m) {
            "stride_h"_a, "stride_w"_a, "padding_h"_a, "padding_w"_a, "dilation_h"_a, "dilation_w"_a, "nhwc"_a);
   define(m, "trelu", cuda::trelu);
   define(m, "trelu_backward", cuda::trelu_backward);
+  define(m, "fused_separable_serves", cuda::fused_separable_serves);
+  define(m, "fused_separable", cuda::fused_separable);
+  define(m, "fused_separable_backward_serves", cuda::fused_separable_backward_serves);
+  define(m, "fused_separable_backward_workspace", cuda::fused_separable_backward_workspace);
+  define(m, "fused_separable_backward", cuda::fused_separable_backward);
 }
 
 }  // namespace
