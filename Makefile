@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint bench pins clean
+.PHONY: help env build demo test lint bench bench-compare pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,13 @@ lint: build ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+bench: build ## every operator and model against its rivals, in 10 minutes; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.suite
+
+bench-compare: build ## a run now against the committed one: names what got slower by more than the noise
+	$(BIN)/python -m benchmarks.suite --out runs/bench
+	$(BIN)/python -m benchmarks.compare runs/bench/*.json
 
 clean: ## remove what was built; the environment stays
 	rm -rf build *.egg-info rkl_kernels/*.so

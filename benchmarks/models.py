@@ -1,0 +1,228 @@
+"""Whole models: one inference, one training step and its peak memory, on this package's operators and on PyTorch's.
+
+ResNet-KL is built on the package; its rival is the same model under ``use_backend("reference")``. The others are the
+published models of torchvision and timm with random weights; we run them after :func:`rkl_kernels.convert`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rkl_kernels as rk
+from rkl_kernels.bench.rivals import FORMATS
+from rkl_kernels.bench.timing import Timing, cpu_timer, interleave
+
+TOLERANCE = 1e-3
+"""Largest difference served between converted and unconverted logits, as a share of the largest: fp32 through up to 50
+layers, each summed in another order."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with the batch and image size it is run at: the size it was published with, a batch that two cores do in
+    about a second."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: int
+    size: int
+
+
+def _resnet_kl() -> nn.Module:
+    from rkl.model import ResNetKL
+
+    return ResNetKL(classes=10, depth=18, width=64)
+
+
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import torchvision
+
+        return torchvision.models.get_model(name, weights=None)
+
+    return build
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, pretrained=False)
+
+    return build
+
+
+MODELS = (
+    Model("ResNet-KL", _resnet_kl, 32, 32),
+    Model("MobileNetV2", _torchvision("mobilenet_v2"), 8, 224),
+    Model("Xception", _timm("legacy_xception"), 2, 299),
+    Model("ConvNeXt-T", _torchvision("convnext_tiny"), 4, 224),
+)
+VARIANTS = tuple(f"{name} {layout}" for name in ("ours", "eager") for layout in FORMATS)
+
+
+@dataclass
+class ModelRow:
+    """One model in one direction, "inference" or "training step".
+
+    Attributes:
+        times: seconds of a call by variant, "ours nhwc" to "eager nchw".
+        memory: bytes of a training step at its peak, above what the idle process holds, by variant.
+        rejected: variants that were not timed, with why.
+    """
+
+    model: str
+    direction: str
+    batch: int
+    size: int
+    times: dict[str, Timing] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def best(self, name: str) -> str | None:
+        """The better layout of "ours" or "eager"."""
+        found = [variant for variant in self.times if variant.startswith(name)]
+        return min(found, key=lambda variant: self.times[variant].seconds, default=None)
+
+    def ratio(self) -> float | None:
+        """How many times our better layout is faster than PyTorch's."""
+        ours, eager = self.best("ours"), self.best("eager")
+        return self.times[eager].seconds / self.times[ours].seconds if ours and eager else None
+
+    def memory_ratio(self) -> float | None:
+        """Our peak memory as a share of PyTorch's, each in its faster layout."""
+        ours, eager = self.best("ours"), self.best("eager")
+        if ours not in self.memory or eager not in self.memory:
+            return None
+        return self.memory[ours] / self.memory[eager]
+
+
+class Prepared:
+    """One model as one variant: what can be called, and under which backend."""
+
+    def __init__(self, model: Model, variant: str, start: nn.Module | None = None) -> None:
+        name, layout = variant.split()
+        torch.manual_seed(0)
+        self.net = (copy.deepcopy(start) if start else model.build()).to(memory_format=FORMATS[layout])
+        if name == "ours":
+            rk.convert(self.net)
+        self.backend: Callable[[], AbstractContextManager[None]] = (
+            nullcontext if name == "ours" else lambda: rk.use_backend("reference")
+        )
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(model.batch, 3, model.size, model.size, generator=generator)
+        self.images = images.to(memory_format=FORMATS[layout])
+        self.labels = torch.arange(model.batch) % 10
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9)
+
+    def inference(self) -> Tensor:
+        self.net.eval()
+        with torch.no_grad(), self.backend():
+            return self.net(self.images)
+
+    def step(self, images: Tensor | None = None) -> None:
+        """Forward, cross-entropy of every head, backward, one step of SGD with momentum."""
+        images = self.images if images is None else images
+        self.net.train()
+        with self.backend():
+            outputs = self.net(images)
+            heads = [outputs] if isinstance(outputs, Tensor) else outputs.logits
+            loss = torch.stack([F.cross_entropy(head, self.labels[: len(images)]) for head in heads]).sum()
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def measure_model(model: Model, budget: float) -> list[ModelRow]:
+    """Inference and training step of all variants, the inference checked against the first eager one's logits."""
+    start = model.build()
+    prepared = {variant: Prepared(model, variant, start) for variant in VARIANTS}
+    rows = [ModelRow(model.name, name, model.batch, model.size) for name in ("inference", "training step")]
+    want = prepared["eager nchw"].inference()
+    for variant in VARIANTS:
+        off = float((prepared[variant].inference() - want).abs().max() / want.abs().max())
+        if not off <= TOLERANCE:
+            del prepared[variant]
+            for row in rows:
+                row.rejected[variant] = f"wrong: logits off by {off:.2g} of the largest"
+    for row in rows:
+        name = "inference" if row.direction == "inference" else "step"
+        runs = {variant: getattr(prepared[variant], name) for variant in prepared}
+        row.times = interleave(runs, cpu_timer, budget * (1 if name == "inference" else 3))
+        ratio = row.ratio()
+        print(f"{row.model:<12} {row.direction:<14} {ratio or 0:.2f}x PyTorch's better layout", flush=True)
+    return rows
+
+
+def measure_all(budget: float) -> list[ModelRow]:
+    """Every model; peak memory in a process of its own, whose allocator gives freed memory back at once."""
+    peaks = peak_memory_apart()
+    rows = []
+    for model in MODELS:
+        for row in measure_model(model, budget):
+            if row.direction == "training step":
+                row.memory = peaks.get(model.name, {})
+            rows.append(row)
+    return rows
+
+
+def _resident(key: str) -> int:
+    """A line of this process's status in bytes: VmRSS, or VmHWM, the most since it was last reset."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def peak_memory(model: Model, variant: str) -> int:
+    """Bytes that a training step holds at its peak above the model, its gradients' place and the optimizer's state."""
+    prepared = Prepared(model, variant)
+    prepared.step(prepared.images[:2])  # what is set up once: momentum, the libraries' packed weights and code
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    prepared.step()
+    return _resident("VmHWM") - before
+
+
+def peak_memory_apart() -> dict[str, dict[str, int]]:
+    """Peak memory of every model and variant, from a child process: here the allocator keeps memory, which hides it."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "benchmarks.models", "--threads", str(torch.get_num_threads())]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if child.returncode:
+        print(f"peak memory not measured: {child.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return {}
+    return json.loads(child.stdout)
+
+
+def to_json(row: ModelRow) -> dict[str, Any]:
+    return vars(row) | {"times": {variant: vars(timing) for variant, timing in row.times.items()}}
+
+
+def from_json(data: dict[str, Any]) -> ModelRow:
+    return ModelRow(**data | {"times": {variant: Timing(**timing) for variant, timing in data["times"].items()}})
+
+
+def main() -> None:
+    """The child: peak memory of every model and variant, as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, required=True)
+    torch.set_num_threads(parser.parse_args().threads)
+    peaks = {model.name: {variant: peak_memory(model, variant) for variant in VARIANTS} for model in MODELS}
+    print(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main()

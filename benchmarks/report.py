@@ -1,0 +1,175 @@
+"""A run as a Markdown table and a roofline plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rkl_kernels.bench.machine import machine_line
+from rkl_kernels.bench.row import OURS, Row
+from rkl_kernels.bench.table import COLUMNS, cells, geometric_mean
+
+if TYPE_CHECKING:
+    from .models import ModelRow
+    from .suite import Run
+
+DTYPES = ("fp32", "bf16")
+DIRECTIONS = ("forward", "backward")
+MARKERS = {"trelu": "^", "depthwise": "o", "separable": "s"}
+
+
+def write(run: Run, path: Path) -> None:
+    """``path`` with the endings .md and .png."""
+    path.with_suffix(".md").write_text(markdown(run, path.with_suffix(".png").name))
+    plot(run, path.with_suffix(".png"))
+
+
+def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+
+
+def _times(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def summary_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """One line for each operator, direction and type there is: geometric means, and the lowest row."""
+    lines = []
+    for operator in MARKERS:
+        for direction in DIRECTIONS:
+            for dtype in DTYPES:
+                group = [
+                    r for r in rows if (r.case.operator, r.case.direction, r.case.dtype) == (operator, direction, dtype)
+                ]
+                if not group:
+                    continue
+                over = [(ratio, r.case.name) for r in group if (ratio := r.over_best())]
+                lowest = "{:.2f} ({})".format(*min(over)) if over else "-"
+                lines.append(
+                    [
+                        f"{operator} {direction} {dtype}",
+                        str(len(group)),
+                        _times(geometric_mean(r.same_layout("nchw") for r in group)),
+                        _times(geometric_mean(r.same_layout("nhwc") for r in group)),
+                        _times(geometric_mean(r.over_best() for r in group)),
+                        lowest,
+                        f"{sum(ratio < 1 for ratio, _ in over)}",
+                        _times(geometric_mean(r.of_floor(f"{OURS} nchw") for r in group), ".0%"),
+                        _times(geometric_mean(r.of_floor(f"{OURS} nhwc") for r in group), ".0%"),
+                    ]
+                )
+    return lines
+
+
+SUMMARY = ("group", "rows", "x nchw", "x nhwc", "x best rival", "lowest", "below 1x", "of floor nchw", "of floor nhwc")
+
+
+def model_lines(rows: Sequence[ModelRow]) -> list[list[str]]:
+    variants = ("ours nchw", "ours nhwc", "eager nchw", "eager nhwc")
+    return [
+        [
+            row.model,
+            row.direction,
+            f"{row.batch} x {row.size}²",
+            *[f"{row.times[v].seconds * 1e3:.0f}" if v in row.times else "-" for v in variants],
+            _times(row.ratio()),
+            *[f"{row.memory[v] / 1e6:.0f}" if v in row.memory else "" for v in ("ours nhwc", "eager nhwc")],
+            "" if row.memory_ratio() is None else f"{row.memory_ratio():.2f}",
+        ]
+        for row in rows
+    ]
+
+
+MODEL_COLUMNS = (
+    *("model", "direction", "batch x size", "ours nchw ms", "ours nhwc ms", "eager nchw ms", "eager nhwc ms", "x"),
+    *("ours peak MB (nhwc)", "eager peak MB (nhwc)", "peak ratio (faster layouts)"),
+)
+
+
+def markdown(run: Run, plot_name: str) -> str:
+    """The whole run in words and tables."""
+    copies = ", ".join(f"{size // 1_000_000} MB: {rate / 1e9:.0f}" for size, rate in run.copy_rates.items())
+    rates = ", ".join(f"{dtype}: {rate / 1e9:.0f}" for dtype, rate in run.matrix_rates.items())
+    rejected = [(row.case.id, name, why) for row in run.rows for name, why in row.rejected.items()]
+    rejected += [
+        (f"{row.model} {row.direction}", name, why) for row in run.models for name, why in row.rejected.items()
+    ]
+    parts = [
+        f"# {machine_line(run.machine)}",
+        f"Copy, GB/s by bytes moved: {copies}. Matrix product, GFLOP/s: {rates}. Rows measured twice differ by up to "
+        f"{run.noise:.0%}. The run took {run.seconds:.0f} s.",
+        "Ratios are how many times faster this package is: than PyTorch eager in the same layout (`x nchw`, `x nhwc`), "
+        "and, in its better layout, than the best rival in any (`x best`). `of floor`: the share of the speed that the "
+        "unavoidable bytes at copy bandwidth, or the operations at the matrix rate, allow. glibc's allocator keeps "
+        "freed memory here, so no contestant pays for page faults.",
+        "## Summary (geometric means)",
+        _markdown_table(SUMMARY, summary_lines(run.rows)),
+    ]
+    if run.models:
+        parts += ["## Models, fp32", _markdown_table(MODEL_COLUMNS, model_lines(run.models))]
+    parts += [f"![Roofline]({plot_name})", "## Every row, in milliseconds"]
+    parts.append(_markdown_table(COLUMNS, [cells(row) for row in run.rows]))
+    if run.left_out:
+        parts += ["## Not reached in time", ", ".join(run.left_out)]
+    if rejected:
+        parts += ["## Not timed", _markdown_table(("row", "contestant", "why"), rejected)]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(run: Run, path: Path) -> None:
+    """Operations a second over operations a byte: the best rival's point, ours, and the machine's two roofs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(13, 10), sharex=True, sharey=True, layout="constrained")
+    for line, dtype in zip(axes, DTYPES, strict=True):
+        for axis, direction in zip(line, DIRECTIONS, strict=True):
+            _roofs(axis, run, dtype)
+            for row in run.rows:
+                if (row.case.dtype, row.case.direction) == (dtype, direction):
+                    _pair(axis, row)
+            axis.set_title(f"{direction}, {dtype}")
+            axis.grid(True, which="major", alpha=0.25)
+    for axis in axes[1]:
+        axis.set_xlabel("operations for each byte that must move")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("Gop/s")
+    _legend(figure, axes[0, 0], run)
+    figure.suptitle(machine_line(run.machine))
+    draft = path.with_suffix(".draft.png")
+    figure.savefig(draft, dpi=110)
+    plt.close(figure)
+    draft.replace(path)
+
+
+def _roofs(axis, run: Run, dtype: str) -> None:  # type: ignore[no-untyped-def]
+    """The matrix rate, under it the copy bandwidth of the largest and of the best size."""
+    peak, low, high = run.matrix_rates[dtype], 0.06, 1000.0
+    for rate, style in ((run.copy_rates[max(run.copy_rates)], "-"), (max(run.copy_rates.values()), ":")):
+        heights = [low * rate / 1e9, peak / 1e9, peak / 1e9]
+        axis.loglog([low, peak / rate, high], heights, style, color="0.35", linewidth=1.3)
+    axis.text(high, peak / 1e9 * 1.1, "matrix product", ha="right", fontsize=8, color="0.3")
+
+
+def _pair(axis, row: Row) -> None:  # type: ignore[no-untyped-def]
+    mine, rival = row.best(mine=True), row.best(mine=False)
+    intensity = row.case.operations / row.case.bytes
+    heights = {name: row.case.operations / row.times[name].seconds / 1e9 for name in (mine, rival) if name is not None}
+    if mine in heights and rival in heights:
+        axis.plot([intensity] * 2, [heights[rival], heights[mine]], color="0.75", linewidth=0.8, zorder=1)
+    for name, color, zorder in ((rival, "tab:orange", 2), (mine, "tab:blue", 3)):
+        if name in heights:
+            marker = MARKERS[row.case.operator]
+            axis.plot(intensity, heights[name], marker, color=color, markersize=5.5, alpha=0.85, zorder=zorder)
+
+
+def _legend(figure, axis, run: Run) -> None:  # type: ignore[no-untyped-def]
+    handles = [axis.plot([], [], marker, color="0.4", label=operator)[0] for operator, marker in MARKERS.items()]
+    for color, label in (("tab:blue", "this package, better layout"), ("tab:orange", "best rival, any layout")):
+        handles.append(axis.plot([], [], "D", color=color, label=label)[0])
+    for style, label in (("-", f"copy of {max(run.copy_rates) // 1_000_000} MB"), (":", "copy in cache")):
+        handles.append(axis.plot([], [], style, color="0.35", label=label)[0])
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False)

@@ -1,0 +1,172 @@
+"""The whole suite, ``make bench``: every shape and the models, written as JSON, a table and a plot.
+
+The contestants take turns within a row (``rkl_kernels.bench.timing.interleave``). pytest-benchmark times one contestant
+to its end before the next begins, so on a shared machine the drift between the two would go into their ratio; it
+serves the single cases of bench_operators.py, with the same contestants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rkl_kernels.bench import Case, contestants, runtimes
+from rkl_kernels.bench.machine import machine, machine_line, slug
+from rkl_kernels.bench.rivals import TYPES
+from rkl_kernels.bench.row import Row, from_json, measure, to_json
+from rkl_kernels.bench.timing import copier, cpu_timer, interleave, keep_memory, multiplier
+
+from . import models, report
+from .shapes import SHAPES
+
+RESULTS = Path(__file__).parent / "results"
+COPY_SIZES = tuple(2**n * 1_000_000 for n in range(8))
+"""Bytes moved by the copies that are measured first: 1 to 128 MB, from what fits into a cache to what does not."""
+MOST_BUDGET = 1.5
+"""Seconds of timing a row at most."""
+AGAIN = 8
+"""Rows that are measured a second time at the end: how far apart the two are is the run's own noise."""
+
+
+@dataclass
+class Run:
+    """Everything that one run measured."""
+
+    machine: dict[str, Any]
+    copy_rates: dict[int, float] = field(default_factory=dict)
+    matrix_rates: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    models: list[models.ModelRow] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    noise: float = 0.0
+    seconds: float = 0.0
+
+    def save(self, path: Path) -> None:
+        data = vars(self) | {
+            "copy_rates": {str(size): rate for size, rate in self.copy_rates.items()},
+            "rows": [to_json(row) for row in self.rows],
+            "models": [models.to_json(row) for row in self.models],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(data, indent=1) + "\n")
+        draft.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Run:
+        data = json.loads(path.read_text())
+        return Run(
+            **data
+            | {
+                "copy_rates": {int(size): rate for size, rate in data["copy_rates"].items()},
+                "rows": [from_json(row) for row in data["rows"]],
+                "models": [models.from_json(row) for row in data["models"]],
+            }
+        )
+
+
+def cases() -> Iterator[Case]:
+    """The suite's rows, shape by shape, so that one reference serves both types of a direction."""
+    for shape in SHAPES:
+        operators = ["depthwise"] + ["separable"] * (shape.out_channels is not None)
+        if shape.id in ("mnv1-112", "mnv2-56", "xcep-147", "rkl-32-k3"):
+            operators.append("trelu")
+        for operator in operators:
+            for direction in ("forward", "backward"):
+                for dtype in ("fp32", "bf16"):
+                    yield shape.case(operator, direction, dtype)
+
+
+def rivals_of(case: Case) -> list[str]:
+    """Eager always; the runtimes where they serve the case; the compiler where it has two steps to fuse."""
+    rivals = ["eager"]
+    if case.operator == "trelu":
+        rivals.append("compile")
+    if (case.direction, case.dtype) == ("forward", "fp32"):
+        rivals += [name for name in runtimes.NAMES if runtimes.installed(name)]
+    return rivals
+
+
+def measure_machine(run: Run, budget: float) -> None:
+    """Copy bandwidth at each size and the matrix rate of each type, before anything else."""
+    copies = interleave({str(size): copier(size, "cpu") for size in COPY_SIZES}, cpu_timer, budget)
+    run.copy_rates = {size: size / copies[str(size)].seconds for size in COPY_SIZES}
+    products = {dtype: multiplier(TYPES[dtype], "cpu") for dtype in ("fp32", "bf16")}
+    timings = interleave({dtype: product for dtype, (product, _) in products.items()}, cpu_timer, budget)
+    run.matrix_rates = {dtype: products[dtype][1] / timing.seconds for dtype, timing in timings.items()}
+
+
+def noise_between(pairs: list[tuple[Row, Row]]) -> float:
+    """The largest change, as a share, of any row's share of the floor from one measurement to the other."""
+    shares = [(one.of_floor(), other.of_floor()) for one, other in pairs]
+    return max((abs(a / b - 1) for a, b in shares if a and b), default=0.0)
+
+
+def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
+    """Measure the machine, the models and the chosen rows, in about ``within`` seconds.
+
+    Half of the time left goes to timing, evenly over the rows left; the other half to making and checking the
+    contestants. Rows that the time does not reach on a slow machine are named.
+    """
+    start = time.perf_counter()
+    run = Run(machine())
+    keep_memory()
+    measure_machine(run, within / 300)
+    if with_models:
+        run.models = models.measure_all(budget=within / 120)
+    left = len(chosen) + min(AGAIN, len(chosen))
+
+    def timed(case: Case) -> Row | None:
+        nonlocal left
+        remaining = within - (time.perf_counter() - start)
+        budget = min(MOST_BUDGET, remaining / left / 2)
+        left -= 1
+        if remaining < 0:
+            return None
+        row = measure(case, contestants(rivals_of(case)), budget=budget)
+        share, times = row.of_floor() or 0.0, row.over_best() or 0.0
+        elapsed = time.perf_counter() - start
+        print(f"{elapsed:5.0f} s  {case.id:<40} {times:5.2f}x the best rival, {share:4.0%} of the floor", flush=True)
+        return row
+
+    for case in chosen:
+        if row := timed(case):
+            run.rows.append(row)
+        else:
+            run.left_out.append(case.id)
+    first = run.rows[:: max(1, len(run.rows) // AGAIN)][:AGAIN]
+    pairs = [(row, again) for row in first if (again := timed(row.case))]
+    run.noise = noise_between(pairs)
+    run.seconds = time.perf_counter() - start
+    return run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--only", default="", help="rows whose id contains this")
+    parser.add_argument("--within", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--no-models", action="store_true", help="operators only")
+    options = parser.parse_args(arguments)
+    chosen = [case for case in cases() if options.only in case.id]
+    if not chosen:
+        parser.error(
+            f"--only must be part of a row's id, such as 'depthwise forward fp32 mnv1-112', got {options.only!r}"
+        )
+    run = perform(chosen, not options.no_models, options.within)
+    path = options.out / f"{slug(run.machine)}.json"
+    run.save(path)
+    report.write(run, path)
+    print(machine_line(run.machine), f"{run.seconds:.0f} s, noise {run.noise:.0%}", sep="\n")
+    print(f"written: {', '.join(str(path.with_suffix(s)) for s in ('.json', '.md', '.png'))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

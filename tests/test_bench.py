@@ -1,0 +1,278 @@
+"""The benchmark harness: turns, ratios and noise are computed rightly, and a wrong rival is rejected before timing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rkl_kernels as rk
+from benchmarks import compare, models, report, suite
+from benchmarks.run import main as run_main
+from benchmarks.shapes import SHAPES, select
+from rkl_kernels import bench
+from rkl_kernels.bench import Case, contestants, measure, runtimes
+from rkl_kernels.bench.rivals import Rival, eager, error, inputs, ours, reference
+from rkl_kernels.bench.row import Row, from_json, to_json
+from rkl_kernels.bench.table import table
+from rkl_kernels.bench.timing import Timing, interleave, summarize
+
+TINY = Case("depthwise", 2, 8, 9, 7, kernel=3, padding=1, name="tiny")
+
+
+def row_of(case: Case = TINY, copy: float = 1.0, rate: float = 1e12, noise: float = 0.0, **times: float) -> Row:
+    """A row with made-up seconds; keywords as ``ours_nhwc``."""
+    timings = {name.replace("_", " "): Timing(seconds, noise, 9) for name, seconds in times.items()}
+    return Row(case, Timing(copy, noise, 9), rate, timings)
+
+
+def test_contestants_take_turns_and_a_slow_one_sits_out() -> None:
+    seconds = {"a": 1 / 64, "b": 1 / 64, "slow": 0.25, "slower": 5.0}
+    order: list[str] = []
+
+    def timer(run, calls):  # type: ignore[no-untyped-def]
+        run()
+        return seconds[order[-1]]
+
+    times = interleave({name: lambda name=name: order.append(name) for name in seconds}, timer, budget=0.5)
+    assert order[4:13] == ["a", "b", "slow", "b", "slow", "a", "slow", "a", "b"]
+    assert order.count("slower") == 1, "one call over the whole budget is enough"
+    assert times["slow"].samples == 3
+    assert times["a"].samples == times["b"].samples == 8, "each has its share of the time, 1/8 s"
+    assert {name: timing.seconds for name, timing in times.items()} == seconds
+
+
+def test_one_disturbed_sample_moves_neither_median_nor_noise() -> None:
+    quiet, disturbed = summarize([1.0, 1.1, 0.9, 1.0, 1.05]), summarize([1.0, 1.1, 0.9, 1.0, 100.0])
+    assert disturbed.seconds == quiet.seconds == 1.0
+    assert disturbed.noise < 2.1 * quiet.noise < 0.2
+    assert summarize([3.0, 1.0, 2.0], fastest=True).seconds == 1.0
+
+
+def test_ratios_are_to_the_best_rival_and_to_the_floor() -> None:
+    row = row_of(ours_nchw=4.0, ours_nhwc=2.0, eager_nchw=12.0, eager_nhwc=5.0, openvino_nchw=3.0)
+    assert row.same_layout("nchw") == 3.0
+    assert row.same_layout("nhwc") == 2.5
+    assert row.over_best() == 1.5, "our better layout against the best of all rivals"
+    assert row.of_floor() == 0.5
+    assert row.of_floor("ours nchw") == 0.25
+    slow_arithmetic = replace(row, matrix_rate=row.case.operations / 1.6)
+    assert slow_arithmetic.floor == 1.6, "the longer of bytes and operations"
+    assert row_of(ours_nchw=1.0).over_best() is None
+    assert "3.00" in table([row])
+    assert "1.50" in table([row])
+
+
+def test_work_is_counted_as_the_planner_counts_it() -> None:
+    x, dw, pw = torch.zeros(2, 8, 9, 7), torch.zeros(8, 1, 3, 3), torch.zeros(5, 8, 1, 1)
+    for operator, arguments, out in (("depthwise", (x, dw), 0), ("separable", (x, dw, pw), 5)):
+        case = replace(TINY, operator=operator, out_channels=out, stride=2)
+        told = rk.explain(f"{operator}_conv2d", *arguments, stride=2, padding=1)
+        assert (case.bytes, case.operations) == (told.bytes, told.operations)
+    assert replace(TINY, dtype="bf16", direction="backward").bytes == 2 * (3 * x.numel() + 2 * dw.numel())
+    assert replace(TINY, direction="backward").operations == 2 * TINY.operations
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "data", "weight"])
+@pytest.mark.parametrize("operator", ["trelu", "depthwise", "separable"])
+def test_every_contestant_is_right_in_every_direction(operator: str, direction: str) -> None:
+    if operator == "trelu" and direction in ("data", "weight"):
+        with pytest.raises(ValueError, match="direction must be forward or backward for trelu, got"):
+            replace(TINY, operator=operator, direction=direction)
+        return
+    case = replace(TINY, operator=operator, direction=direction, out_channels=5, dtype="bf16")
+    row = measure(case, contestants(), budget=0.02)
+    assert set(row.times) == {"ours nchw", "ours nhwc", "eager nchw", "eager nhwc"}
+    assert not row.rejected
+
+
+@pytest.mark.parametrize("name", runtimes.NAMES)
+@pytest.mark.parametrize("operator", ["trelu", "depthwise", "separable"])
+def test_the_runtimes_compute_the_same(name: str, operator: str) -> None:
+    pytest.importorskip(name)
+    activation = "trelu" if operator == "separable" else None
+    case = replace(TINY, operator=operator, out_channels=5, stride=2, dilation=2, padding=2, activation=activation)
+    assert error(runtimes.rival(name).prepare(case, "cpu")(), reference(case)) < 1e-5
+    row = measure(replace(case, direction="backward"), [runtimes.rival(name)], budget=0.01)
+    assert "serves forward in fp32" in row.rejected[f"{name} nchw"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda y: y * 1.01, "wrong: off by 0.01"),
+        (lambda y: y * float("nan"), "wrong: off by inf"),
+        (lambda y: y[:1], "wrong: off by inf"),
+        (lambda y: y.missing, "fails: AttributeError"),
+    ],
+)
+def test_a_wrong_rival_is_rejected_before_it_is_timed(spoil, reason: str) -> None:  # type: ignore[no-untyped-def]
+    calls = []
+
+    def prepare(case: Case, device: str):  # type: ignore[no-untyped-def]
+        right = eager("nchw").prepare(case, device)
+
+        def run():  # type: ignore[no-untyped-def]
+            calls.append(1)
+            return tuple(spoil(y) for y in right())
+
+        return run
+
+    row = measure(TINY, [ours("nchw"), Rival("wrong", "nchw", prepare)], budget=0.02)
+    assert len(calls) == 1, "the check calls it once, the clock never"
+    assert set(row.times) == {"ours nchw"}
+    assert row.rejected["wrong nchw"].startswith(reason)
+    assert reason in table([row])
+
+
+def test_one_reference_serves_every_type() -> None:
+    given = inputs(replace(TINY, dtype="bf16"))
+    assert torch.equal(given.x, given.x.bfloat16().float())
+    assert given is inputs(replace(TINY, direction="backward", name="other"))
+
+
+def test_cases_and_reports_name_what_is_wrong_with_an_argument() -> None:
+    for changes, message in (
+        ({"operator": "conv"}, "operator must be one of trelu, depthwise, separable, got 'conv'"),
+        ({"dtype": "int8"}, "dtype must be one of fp32, bf16, fp16, got 'int8'"),
+        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"operator": "separable"}, "out_channels must be at least 1, got 0"),
+        ({"kernel": 31}, "kernel must fit into the padded image, got kernel 31"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TINY, **changes)
+    with pytest.raises(ValueError, match="shape must be N,C,H,W, got 1,2"):
+        bench.operator_report("depthwise", (1, 2))
+    with pytest.raises(ValueError, match="layout must be one of nchw, nhwc, got 'chwn'"):
+        bench.operator_report("depthwise", (1, 2, 8, 8), layout="chwn")
+    with pytest.raises(ValueError, match="--only must name shapes, got 'vgg'; there are mnv1-112"):
+        select("mnv1,vgg")
+
+
+def test_the_shapes_are_unique_and_fit() -> None:
+    assert len({shape.id for shape in SHAPES}) == len(SHAPES)
+    for case in suite.cases():
+        assert case.out_height >= 1
+        assert case.bytes > 0
+
+
+def test_one_operator_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert run_main(["--only", "rkl-4-k3s2", "--budget", "0.02", "--operator", "trelu"]) == 0
+    assert "trelu forward fp32 rkl-4-k3s2" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        run_main(["--only", "vgg"])
+    assert exit.value.code == 2
+    assert torch.get_num_threads() == threads
+
+
+def test_four_lines() -> None:
+    lines = bench.four_lines(seconds=0.1, batch=1)
+    assert len(lines) == 4
+    for line in lines[1:]:
+        assert line.count("x PyTorch") == 2
+
+
+def run_of(*rows: Row, noise: float = 0.05) -> suite.Run:
+    facts = {"device": "A CPU", "cores": 2, "threads": 2, "isa": "AVX2", "torch": "2.13", "python": "3.11"}
+    model = models.ModelRow(
+        "Net", "training step", 2, 32, {"ours nhwc": Timing(1, 0, 9), "eager nchw": Timing(2, 0, 9)}
+    )
+    model.memory = {"ours nhwc": 6_000_000, "eager nchw": 12_000_000}
+    rates = {"copy_rates": {1_000_000: 2e10, 128_000_000: 1e10}, "matrix_rates": {"fp32": 1e11, "bf16": 2e11}}
+    return suite.Run(facts, **rates, rows=list(rows), models=[model], noise=noise)  # type: ignore[arg-type]
+
+
+def test_compare_names_what_got_slower_than_the_noise(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    names = ("steady", "noisy", "slowed", "slower machine", "lost")
+    cases = {name: replace(TINY, name=name) for name in names}
+    old = run_of(*(row_of(case, ours_nchw=2.0, eager_nchw=4.0) for case in cases.values()))
+    new = run_of(
+        row_of(cases["steady"], ours_nchw=2.08, eager_nchw=4.0),
+        row_of(cases["noisy"], ours_nchw=2.6, noise=0.1, eager_nchw=4.0),
+        row_of(cases["slowed"], ours_nchw=2.6, eager_nchw=4.0),
+        row_of(cases["slower machine"], copy=2.0, ours_nchw=4.0, eager_nchw=8.0),
+        row_of(cases["lost"], eager_nchw=4.0),
+    )
+    old.save(tmp_path / "old.json")
+    new.save(tmp_path / "new.json")
+    assert compare.main([str(tmp_path / "new.json"), str(tmp_path / "old.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "slower: depthwise forward fp32 slowed, ours nchw: 1.30x the time, noise up to 1.05x"
+    assert lines[1] == "lost: depthwise forward fp32 lost, ours nchw: was timed, now fails or is wrong"
+    assert lines[2] == "5 rows compared: 1 slower, 0 faster, 1 lost"
+    assert compare.main([str(tmp_path / "old.json"), str(tmp_path / "old.json")]) == 0
+    with pytest.raises(SystemExit) as exit:
+        compare.main([str(tmp_path / "none.json")])
+    assert exit.value.code == 2
+
+
+def test_a_run_is_written_and_read_again(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    row = row_of(ours_nchw=4.0, eager_nchw=12.0, noise=0.1)
+    row.rejected["eager nhwc"] = "wrong: off by 1e+17 of the largest value"
+    assert from_json(json.loads(json.dumps(to_json(row)))) == row
+    run = run_of(row, row_of(replace(TINY, operator="trelu", dtype="bf16", direction="backward"), ours_nhwc=1.0))
+    path = tmp_path / "run.json"
+    run.save(path)
+    assert suite.Run.load(path) == run
+    report.write(run, path)
+    text = path.with_suffix(".md").read_text()
+    assert "| depthwise forward fp32 | 1 | 3.00 | - | 3.00 | 3.00 (tiny) | 0 | 25% | - |" in text
+    assert "off by 1e+17" in text
+    assert "| 2.00 |" in text, "the model's ratio"
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md", ".png"], "no draft is left behind"
+
+
+def test_the_suite_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "MOST_BUDGET", 0.02)
+    monkeypatch.setattr(suite, "COPY_SIZES", (1_000_000,))
+    tiny = [replace(TINY, direction=direction) for direction in ("forward", "backward")]
+    run = suite.perform(tiny, with_models=False, within=180.0)
+    assert [row.case for row in run.rows] == tiny
+    assert not run.left_out
+    assert all(row.over_best() for row in run.rows)
+    assert run.copy_rates[1_000_000] > 0
+    assert suite.perform(tiny, with_models=False, within=0.0).left_out == [case.id for case in tiny]
+    assert suite.noise_between([(row_of(ours_nchw=2.0), row_of(ours_nchw=2.5))]) == pytest.approx(0.25)
+
+
+class Net(torch.nn.Sequential):
+    def __init__(self) -> None:
+        conv = torch.nn.Conv2d(3, 3, 3, padding=1, groups=3)
+        super().__init__(conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
+
+
+def test_a_model_is_timed_in_both_directions_converted_and_not() -> None:
+    rows = models.measure_model(models.Model("Net", Net, 2, 8), budget=0.02)
+    assert [row.direction for row in rows] == ["inference", "training step"]
+    for row in rows:
+        assert set(row.times) == set(models.VARIANTS)
+        assert row.ratio() is not None
+    prepared = models.Prepared(models.Model("Net", Net, 2, 8), "ours nhwc")
+    assert isinstance(prepared.net[0], rk.DepthwiseConv2d)
+    before = prepared.net[3].weight.clone()
+    prepared.step()
+    assert not torch.equal(prepared.net[3].weight, before)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from /proc")
+def test_peak_memory_counts_what_backward_keeps() -> None:
+    program = """if True:
+    import torch
+    from benchmarks.models import Model, peak_memory
+    class Keeps(torch.nn.Linear):
+        def forward(self, x):
+            for _ in range(4): x = x * self.bias[0]  # each keeps its 17 MB input
+            return super().forward(x.mean((2, 3)))
+    print(peak_memory(Model("keeps", lambda: Keeps(3, 10), 8, 418), "eager nchw"))
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    child = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    tensor = 8 * 3 * 418**2 * 4
+    assert 3.9 * tensor < int(child.stdout) < 6.2 * tensor, "four are kept, backward holds two gradients"
