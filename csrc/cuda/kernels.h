@@ -27,4 +27,15 @@ void fused_separable_backward(const Conv2d& g, int64_t c_out, const void* grad, 
                               Activation inner, Activation activation, void* d_inner, void* d_pointwise,
                               void* d_pointwise_bias, float* workspace, Dtype dtype, cudaStream_t stream);
 
+// y = x * weight + bias; bias may be null.
+void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, void* y, Dtype dtype,
+               cudaStream_t stream);
+void depthwise_input_grad(const Conv2d& g, const void* grad, const void* weight, void* dx, Dtype dtype,
+                          cudaStream_t stream);
+// The gradients of filter and bias; either may be null where it is not wanted. workspace: so many floats as
+// weight_grad_workspace tells.
+int64_t weight_grad_workspace(const Conv2d& g);
+void depthwise_weight_grad(const Conv2d& g, const void* grad, const void* x, void* dweight, void* dbias,
+                           float* workspace, Dtype dtype, cudaStream_t stream);
+
 }  // namespace rkl::cuda

@@ -78,6 +78,11 @@ void bind_kernels(py::module_& m) {
   define(m, "fused_separable_backward_serves", cuda::fused_separable_backward_serves);
   define(m, "fused_separable_backward_workspace", cuda::fused_separable_backward_workspace);
   define(m, "fused_separable_backward", cuda::fused_separable_backward);
+
+  define(m, "depthwise", cuda::depthwise);
+  define(m, "depthwise_input_grad", cuda::depthwise_input_grad);
+  m.def("weight_grad_workspace", cuda::weight_grad_workspace);
+  define(m, "depthwise_weight_grad", cuda::depthwise_weight_grad);
 }
 
 }  // namespace

@@ -1,0 +1,212 @@
+// Depthwise convolution and its gradients for every kernel size, stride, dilation and layout: what the fast paths leave
+// over. One output a thread and step; neighbours in memory are neighbours in a warp, the caches do the rest.
+#include "cuda/depthwise.h"
+#include "cuda/element.cuh"
+
+namespace rkl::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVectors = 8;  // vectors of 16 bytes a pixel and block: 128 bytes, one cache line
+
+// Where the pixels of an image stand: element (n, c, y, x) is at n * image + c * channel + y * row + x * pixel.
+struct Strides {
+  int64_t image, channel, row, pixel;
+};
+
+__host__ __device__ Strides strides_of(const Conv2d& g, int64_t h, int64_t w) {
+  if (g.nhwc) return {h * w * g.channels, 1, w * g.channels, g.channels};
+  return {g.channels * h * w, h * w, w, 1};
+}
+
+// Division of numbers below 2^52 by a number known at the launch. The machine's own 64-bit division is a routine that
+// is called, at the price of spilled registers.
+struct Divider {
+  int64_t d;
+  double inverse;
+
+  explicit Divider(int64_t d) : d(d), inverse(1.0 / double(d)) {}
+
+  // Returns the remainder of i / d; i becomes the quotient.
+  __device__ int remainder_of(int64_t& i) const {
+    int64_t quotient = int64_t(double(i) * inverse), rest = i - quotient * d;
+    const int off = rest < 0 ? -1 : rest >= d ? 1 : 0;  // the rounded inverse is at most one step away
+    i = quotient + off;
+    return int(rest - off * d);
+  }
+};
+
+// An output's number taken apart, in the order of its layout.
+struct OutputIndex {
+  Divider w, h, channels;
+
+  OutputIndex(const Conv2d& g, bool transposed)
+      : w(transposed ? g.in_w : g.out_w), h(transposed ? g.in_h : g.out_h), channels(g.channels) {}
+};
+
+// The position along one axis that output o and filter tap k read, or -1: outside, or between two strides.
+template <bool transposed>
+__device__ int source(int o, int k, int stride, int padding, int dilation, int size) {
+  if (!transposed) {
+    const int i = o * stride - padding + k * dilation;
+    return i >= 0 && i < size ? i : -1;
+  }
+  const int i = o + padding - k * dilation;
+  return i >= 0 && i % stride == 0 && i / stride < size ? i / stride : -1;
+}
+
+// acc[e] += the sum over the filter's taps for the channels c + e of image n at output (oy, ox). weight(tap, e) gives
+// the filter's value.
+template <bool transposed, class T, int V, class Weight>
+__device__ void add_taps(const Depthwise& a, int64_t n, int c, int oy, int ox, Weight weight, float (&acc)[V]) {
+  const Conv2d& g = a.g;
+  const int h = int(transposed ? g.out_h : g.in_h), w = int(transposed ? g.out_w : g.in_w);
+  const Strides s = strides_of(g, h, w);
+  const T* x = static_cast<const T*>(a.x) + n * s.image + c * s.channel;
+  const int last = g.kernel_h * g.kernel_w - 1;
+  for (int kh = 0; kh < g.kernel_h; ++kh) {
+    const int iy = source<transposed>(oy, kh, g.stride_h, g.padding_h, g.dilation_h, h);
+    if (iy < 0) continue;
+    for (int kw = 0; kw < g.kernel_w; ++kw) {
+      const int ix = source<transposed>(ox, kw, g.stride_w, g.padding_w, g.dilation_w, w);
+      if (ix < 0) continue;
+      const Vec<T, V> v = *reinterpret_cast<const Vec<T, V>*>(x + iy * s.row + ix * s.pixel);
+      const int tap = kh * g.kernel_w + kw, from = a.flipped ? last - tap : tap;
+#pragma unroll
+      for (int e = 0; e < V; ++e) acc[e] += to_float(v.v[e]) * weight(from, e);
+    }
+  }
+}
+
+// Scalars, either layout; the filter comes through the cache.
+template <class T, bool transposed>
+__global__ void __launch_bounds__(kThreads) any_scalar(Depthwise a, OutputIndex index, int64_t total) {
+  const Conv2d& g = a.g;
+  int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= total) return;
+  T* y = static_cast<T*>(a.y) + i;  // outputs are numbered as they lie in memory
+  int c = g.nhwc ? index.channels.remainder_of(i) : 0;
+  const int ox = index.w.remainder_of(i), oy = index.h.remainder_of(i);
+  if (!g.nhwc) c = index.channels.remainder_of(i);
+  const T* filter = static_cast<const T*>(a.weight) + int64_t(c) * (g.kernel_h * g.kernel_w);
+  float acc[1] = {a.bias ? to_float(static_cast<const T*>(a.bias)[c]) : 0.f};
+  add_taps<transposed, T>(a, i, c, oy, ox, [=](int tap, int) { return to_float(filter[tap]); }, acc);
+  *y = from_float<T>(acc[0]);
+}
+
+// NHWC in vectors: a block owns 8 vectors of channels, whose filters it keeps in shared memory, and a run of pixels.
+template <class T, bool transposed>
+__global__ void __launch_bounds__(kThreads, 4)
+    any_vectors(Depthwise a, OutputIndex index, int channel_blocks, int64_t pixels, int run) {
+  using V = Vec<T>;
+  extern __shared__ __align__(16) unsigned char memory[];
+  T* filter = reinterpret_cast<T*>(memory);  // [tap][channel of the block]
+  const Conv2d& g = a.g;
+  constexpr int kChannels = kVectors * V::size;
+  const int c0 = int(blockIdx.x % channel_blocks) * kChannels, taps = g.kernel_h * g.kernel_w;
+  for (int i = threadIdx.x; i < taps * kChannels; i += kThreads) {
+    const int c = c0 + i / taps;
+    if (c < g.channels)
+      filter[i % taps * kChannels + i / taps] = static_cast<const T*>(a.weight)[int64_t(c0) * taps + i];
+  }
+  __syncthreads();
+  const int vec = threadIdx.x % kVectors, c = c0 + vec * V::size;
+  if (c >= g.channels) return;
+  const int64_t first = int64_t(blockIdx.x / channel_blocks) * run, end = first + run < pixels ? first + run : pixels;
+  for (int64_t pixel = first + threadIdx.x / kVectors; pixel < end; pixel += kThreads / kVectors) {
+    int64_t n = pixel;
+    const int ox = index.w.remainder_of(n), oy = index.h.remainder_of(n);
+    float acc[V::size];
+#pragma unroll
+    for (int e = 0; e < V::size; ++e) acc[e] = a.bias ? to_float(static_cast<const T*>(a.bias)[c + e]) : 0.f;
+    const T* mine = filter + vec * V::size;
+    add_taps<transposed, T>(a, n, c, oy, ox, [=](int tap, int e) { return to_float(mine[tap * kChannels + e]); }, acc);
+    V out;
+#pragma unroll
+    for (int e = 0; e < V::size; ++e) out.v[e] = from_float<T>(acc[e]);
+    *reinterpret_cast<V*>(static_cast<T*>(a.y) + pixel * g.channels + c) = out;
+  }
+}
+
+template <class T, bool transposed>
+void launch(const Depthwise& a, cudaStream_t stream) {
+  constexpr int kChannels = kVectors * Vec<T>::size, kLargestFilter = 31 * 31;
+  const Conv2d& g = a.g;
+  const int64_t pixels = g.batch * (transposed ? g.in_h * g.in_w : g.out_h * g.out_w);
+  const int taps = g.kernel_h * g.kernel_w, bytes = taps * kChannels * int(sizeof(T));
+  if (!g.nhwc || g.channels % Vec<T>::size || !aligned_16(a.x, a.y) || taps > kLargestFilter) {
+    const int64_t total = pixels * g.channels;
+    any_scalar<T, transposed><<<dim3(unsigned(ceil_div(total, kThreads))), dim3(kThreads), 0, stream>>>(
+        a, OutputIndex(g, transposed), total);
+    return;
+  }
+  cudaFuncSetAttribute(reinterpret_cast<const void*>(&any_vectors<T, transposed>),
+                       cudaFuncAttributeMaxDynamicSharedMemorySize, kLargestFilter * kChannels * int(sizeof(T)));
+  const int64_t channel_blocks = ceil_div(g.channels, kChannels);
+  // Long runs spread the filter's way into shared memory over many pixels; short ones fill the GPU.
+  const int64_t run = pixels * channel_blocks > (1 << 20) ? 512 : 64;
+  any_vectors<T, transposed><<<dim3(unsigned(channel_blocks * ceil_div(pixels, run))), dim3(kThreads), bytes, stream>>>(
+      a, OutputIndex(g, transposed), int(channel_blocks), pixels, int(run));
+}
+
+// One tap of the filter's gradient for a group of channels, over a slice of the batch's output rows. `lanes` threads
+// lie along the channels (NHWC) or all along the pixels (NCHW); those along the pixels are added up in a fixed order.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    any_weight_grad(WeightGrad a, Divider out_h, int lanes, int channel_blocks) {
+  __shared__ float sums[kThreads];
+  const Conv2d& g = a.g;
+  const int taps = g.kernel_h * g.kernel_w, others = kThreads / lanes;
+  const int channel_block = int(blockIdx.x % channel_blocks), rest = int(blockIdx.x / channel_blocks);
+  const int tap = rest % (taps + 1), slice = rest / (taps + 1);
+  const int c = channel_block * lanes + threadIdx.x % lanes, other = threadIdx.x / lanes;
+  const Strides sx = strides_of(g, g.in_h, g.in_w), sg = strides_of(g, g.out_h, g.out_w);
+  const int kh = tap / g.kernel_w, kw = tap % g.kernel_w;
+  const int64_t rows = g.batch * g.out_h, first = slice * a.slice_rows;
+  const int64_t end = first + a.slice_rows < rows ? first + a.slice_rows : rows;
+  float sum = 0.f;
+  if (c < g.channels && (tap < taps || a.with_bias)) {
+    for (int64_t r = first; r < end; ++r) {
+      int64_t n = r;
+      const int oy = out_h.remainder_of(n);
+      const int iy = tap < taps ? source<false>(oy, kh, g.stride_h, g.padding_h, g.dilation_h, int(g.in_h)) : 0;
+      if (iy < 0) continue;
+      const T* grad = static_cast<const T*>(a.grad) + n * sg.image + c * sg.channel + oy * sg.row;
+      const T* x = static_cast<const T*>(a.x) + n * sx.image + c * sx.channel + iy * sx.row;
+      for (int ox = other; ox < g.out_w; ox += others) {
+        const int ix = source<false>(ox, kw, g.stride_w, g.padding_w, g.dilation_w, int(g.in_w));
+        if (tap == taps)
+          sum += to_float(grad[ox * sg.pixel]);
+        else if (ix >= 0)
+          sum += to_float(grad[ox * sg.pixel]) * to_float(x[ix * sx.pixel]);
+      }
+    }
+  }
+  sums[threadIdx.x] = sum;
+  for (int half = others / 2; half; half /= 2) {
+    __syncthreads();
+    if (other < half) sums[threadIdx.x] += sums[threadIdx.x + half * lanes];
+  }
+  if (other == 0 && c < g.channels) a.partial[(int64_t(slice) * (taps + 1) + tap) * g.channels + c] = sums[threadIdx.x];
+}
+
+}  // namespace
+
+void depthwise_general(const Depthwise& a, bool transposed, Dtype dtype, cudaStream_t stream) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    transposed ? launch<T, true>(a, stream) : launch<T, false>(a, stream);
+  });
+}
+
+void weight_grad_general(const WeightGrad& a, Dtype dtype, cudaStream_t stream) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int lanes = a.g.nhwc ? 32 : 1, channel_blocks = int(ceil_div(a.g.channels, lanes));
+    const int64_t blocks = int64_t(channel_blocks) * (a.g.kernel_h * a.g.kernel_w + 1) * a.slices;
+    any_weight_grad<T>
+        <<<dim3(unsigned(blocks)), dim3(kThreads), 0, stream>>>(a, Divider(a.g.out_h), lanes, channel_blocks);
+  });
+}
+
+}  // namespace rkl::cuda

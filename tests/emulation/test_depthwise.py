@@ -1,0 +1,188 @@
+"""The depthwise kernels of csrc/cuda on the emulated GPU, against PyTorch in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conftest import DTYPES, ORDERS, Gpu
+
+# One rounding to the element type, relative to the sum of magnitudes; fp32 has the sums' own error too.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A depthwise convolution; odd sizes by default, so that no tile is full."""
+
+    channels: int = 16
+    kernel: tuple[int, int] = (3, 3)
+    size: tuple[int, int] = (9, 11)
+    batch: int = 2
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    nhwc: bool = True
+
+    def __str__(self) -> str:
+        numbers = (self.channels, *self.kernel, *self.size, *self.stride, *self.padding, *self.dilation)
+        return f"{'nhwc' if self.nhwc else 'nchw'}-{self.batch}x" + "-".join(map(str, numbers))
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        zipped = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        h, w = ((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in zipped)
+        return h, w
+
+
+class Run:
+    """A case's tensors on the device, and what the kernels make of them."""
+
+    def __init__(self, gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.gpu, self.case, self.number = gpu, case, gpu.dtype(dtype)
+        c, n = case.channels, case.batch
+        memory_format = torch.channels_last if case.nhwc else torch.contiguous_format
+
+        def image(*size: int) -> Tensor:
+            return gpu.put(torch.randn(n, c, *size, dtype=dtype).to(memory_format=memory_format))
+
+        self.x, self.grad = image(*case.size), image(*case.out_size)
+        self.weight, self.bias = (
+            gpu.put(torch.randn(c, 1, *case.kernel, dtype=dtype)),
+            gpu.put(torch.randn(c, dtype=dtype)),
+        )
+        names = (
+            "in_h",
+            "in_w",
+            "out_h",
+            "out_w",
+            "kernel_h",
+            "kernel_w",
+            "stride_h",
+            "stride_w",
+            "padding_h",
+            "padding_w",
+        )
+        values = (*case.size, *case.out_size, *case.kernel, *case.stride, *case.padding)
+        self.geometry = gpu.kernels.Conv2d(
+            batch=n, channels=c, nhwc=case.nhwc, dilation_h=case.dilation[0], dilation_w=case.dilation[1],
+            **dict(zip(names, values, strict=True)),
+        )  # fmt: skip
+
+    def _like(self, x: Tensor) -> Tensor:
+        return self.gpu.empty(*x.shape, dtype=x.dtype, nhwc=x.dim() == 4 and self.case.nhwc)
+
+    def forward(self, with_bias: bool = True) -> Tensor:
+        y = self._like(self.grad)
+        bias = self.bias.data_ptr() if with_bias else 0
+        self.gpu.kernels.depthwise(
+            self.geometry, self.x.data_ptr(), self.weight.data_ptr(), bias, y.data_ptr(), self.number, 0
+        )
+        return y
+
+    def input_grad(self) -> Tensor:
+        dx = self._like(self.x)
+        self.gpu.kernels.depthwise_input_grad(
+            self.geometry, self.grad.data_ptr(), self.weight.data_ptr(), dx.data_ptr(), self.number, 0
+        )
+        return dx
+
+    def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
+        dw, db = (
+            self.gpu.empty(*self.weight.shape, dtype=self.x.dtype),
+            self.gpu.empty(len(self.bias), dtype=self.x.dtype),
+        )
+        workspace = self.gpu.empty(self.gpu.kernels.weight_grad_workspace(self.geometry))
+        wanted = (dw.data_ptr() if weight else 0, db.data_ptr() if bias else 0)
+        self.gpu.kernels.depthwise_weight_grad(
+            self.geometry, self.grad.data_ptr(), self.x.data_ptr(), *wanted, workspace.data_ptr(), self.number, 0
+        )
+        return dw, db
+
+    def reference(self, magnitudes: bool = False) -> tuple[Tensor, ...]:
+        """y, dx, dw, db in fp64; of the tensors' magnitudes for the error bounds."""
+        x, w, b, grad = (t.double().clone() for t in (self.x, self.weight, self.bias, self.grad))
+        if magnitudes:
+            x, w, b, grad = (t.abs() for t in (x, w, b, grad))
+        for t in (x, w, b):
+            t.requires_grad_()
+        case = self.case
+        y = F.conv2d(x, w, b, case.stride, case.padding, case.dilation, groups=case.channels)
+        return (y.detach(), *torch.autograd.grad(y, (x, w, b), grad))
+
+
+def assert_right(run: Run, *names: str) -> None:
+    results: dict[str, Tensor] = {}
+    if "y" in names:
+        results["y"] = run.forward()
+    if "dx" in names:
+        results["dx"] = run.input_grad()
+    if "dw" in names:
+        results["dw"], results["db"] = run.weight_grad()
+    expected = dict(zip(("y", "dx", "dw", "db"), run.reference(), strict=True))
+    scales = dict(zip(("y", "dx", "dw", "db"), run.reference(magnitudes=True), strict=True))
+    for name, result in results.items():
+        assert not result.isnan().any(), f"{name} has elements that were not written"
+        info = torch.finfo(result.dtype)
+        bound = TOLERANCE[result.dtype] * scales[name] + info.tiny * info.eps  # the last: a step of a subnormal number
+        excess = ((result.double() - expected[name]).abs() / bound).max()
+        assert excess <= 1, f"{name}: error {excess:.3g} times its bound"
+
+
+# What no fast path covers: dilation, strides apart, even kernels, channels that fill no vector, large kernels.
+GENERAL = [
+    Case(channels=5, kernel=(2, 4), stride=(1, 3), padding=(0, 2)),
+    Case(channels=24, kernel=(3, 3), padding=(2, 2), dilation=(2, 2)),
+    Case(channels=24, kernel=(3, 5), stride=(2, 1), padding=(4, 3), dilation=(3, 2), size=(12, 9)),
+    Case(channels=72, kernel=(1, 3), padding=(0, 0), size=(3, 3)),
+    Case(channels=3, kernel=(1, 1), padding=(0, 0), batch=3),
+    Case(channels=4, kernel=(3, 2), stride=(3, 2), nhwc=False),
+    Case(channels=2, kernel=(3, 5), stride=(2, 1), padding=(4, 3), dilation=(3, 2), size=(12, 9), nhwc=False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GENERAL, ids=str)
+def test_general(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+    assert_right(Run(gpu, case, dtype), "y", "dx", "dw")
+
+
+# The fast paths: odd maps, tiles not full, strips and chunks, channels that do not fill a block, wide padding, none.
+NHWC = [
+    Case(channels=72, kernel=(k, k), size=size, padding=(p, p), stride=(s, s), batch=n)
+    for s in (1, 2)
+    for k, p, n, size in (
+        (3, 1, 2, (9, 19)),
+        (3, 0, 1, (7, 3)),
+        (3, 3, 1, (5, 4)),
+        (5, 2, 1, (10, 21)),
+        (5, 1, 2, (5, 6)),
+        (7, 3, 1, (11, 37)),
+        (7, 0, 1, (8, 7)),
+    )
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", NHWC, ids=str)
+def test_nhwc(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+    run = Run(gpu, case, dtype)
+    assert_right(run, "y", "dx")
+    gradient = "depthwise_nhwc_kernel" if case.stride == (1, 1) else "stride2_grad_nhwc_kernel"
+    assert set(gpu.traffic()) == {"depthwise_nhwc_kernel", gradient}
+
+
+def test_general_with_the_largest_filter(gpu: Gpu) -> None:
+    run = Run(gpu, Case(channels=8, kernel=(31, 31), padding=(15, 15), batch=1, size=(5, 9)), torch.bfloat16)
+    assert_right(run, "y", "dx")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_orders(gpu: Gpu, order: str) -> None:
+    gpu.schedule(order)
+    assert_right(Run(gpu, Case(channels=8, kernel=(2, 3), nhwc=True, size=(5, 4)), torch.float32), "y", "dx", "dw")
