@@ -101,7 +101,7 @@ __device__ inline void depthwise_tile(const Arguments<T>& a, const T* halo, cons
 template <class T>
 __device__ inline void multiply(const T* rows, const T* columns, int columns_left, float (&sums)[2][8][4]) {
   const int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 1  // both steps' operands at once do not fit into registers beside the sums
   for (int step = 0; step < kChunk; step += 16) {
     uint32_t a[2][4];
 #pragma unroll
