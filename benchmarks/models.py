@@ -6,16 +6,10 @@ published models of torchvision and timm with random weights; we run them after 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rkl_kernels as rk
+from rkl_kernels.bench.memory import allocated, peak_memory
 from rkl_kernels.bench.rivals import FORMATS
 from rkl_kernels.bench.timing import Timing, cpu_timer, interleave
 
@@ -81,7 +76,7 @@ class ModelRow:
 
     Attributes:
         times: seconds of a call by variant, "ours nhwc" to "eager nchw".
-        memory: bytes of a training step at its peak, above what the idle process holds, by variant.
+        memory: bytes allocated at a training step's peak above what stays allocated between steps, by variant.
         rejected: variants that were not timed, with why.
     """
 
@@ -163,48 +158,23 @@ def measure_model(model: Model, budget: float) -> list[ModelRow]:
         name = "inference" if row.direction == "inference" else "step"
         runs = {variant: getattr(prepared[variant], name) for variant in prepared}
         row.times = interleave(runs, cpu_timer, budget * (1 if name == "inference" else 3))
+        if name == "step" and allocated() is not None:
+            row.memory = {variant: peak_memory(run) for variant, run in runs.items()}
         ratio = row.ratio()
         print(f"{row.model:<12} {row.direction:<14} {ratio or 0:.2f}x PyTorch's better layout", flush=True)
     return rows
 
 
 def measure_all(budget: float) -> list[ModelRow]:
-    """Every model; peak memory in a process of its own, whose allocator gives freed memory back at once."""
-    peaks = peak_memory_apart()
+    """Every model; one that fails, because it is not installed, say, leaves a row that says so."""
     rows = []
     for model in MODELS:
-        for row in measure_model(model, budget):
-            if row.direction == "training step":
-                row.memory = peaks.get(model.name, {})
-            rows.append(row)
+        try:
+            rows += measure_model(model, budget)
+        except Exception as problem:
+            why = f"fails: {type(problem).__name__}: {problem}"
+            rows.append(ModelRow(model.name, "training step", model.batch, model.size, rejected={"all": why}))
     return rows
-
-
-def _resident(key: str) -> int:
-    """A line of this process's status in bytes: VmRSS, or VmHWM, the most since it was last reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def peak_memory(model: Model, variant: str) -> int:
-    """Bytes that a training step holds at its peak above the model, its gradients' place and the optimizer's state."""
-    prepared = Prepared(model, variant)
-    prepared.step(prepared.images[:2])  # what is set up once: momentum, the libraries' packed weights and code
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    prepared.step()
-    return _resident("VmHWM") - before
-
-
-def peak_memory_apart() -> dict[str, dict[str, int]]:
-    """Peak memory of every model and variant, from a child process: here the allocator keeps memory, which hides it."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.models", "--threads", str(torch.get_num_threads())]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if child.returncode:
-        print(f"peak memory not measured: {child.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return {}
-    return json.loads(child.stdout)
 
 
 def to_json(row: ModelRow) -> dict[str, Any]:
@@ -213,16 +183,3 @@ def to_json(row: ModelRow) -> dict[str, Any]:
 
 def from_json(data: dict[str, Any]) -> ModelRow:
     return ModelRow(**data | {"times": {variant: Timing(**timing) for variant, timing in data["times"].items()}})
-
-
-def main() -> None:
-    """The child: peak memory of every model and variant, as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, required=True)
-    torch.set_num_threads(parser.parse_args().threads)
-    peaks = {model.name: {variant: peak_memory(model, variant) for variant in VARIANTS} for model in MODELS}
-    print(json.dumps(peaks))
-
-
-if __name__ == "__main__":
-    main()

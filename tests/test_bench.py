@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +14,7 @@ from benchmarks.run import main as run_main
 from benchmarks.shapes import SHAPES, select
 from rkl_kernels import bench
 from rkl_kernels.bench import Case, contestants, measure, runtimes
+from rkl_kernels.bench.memory import allocated, peak_memory
 from rkl_kernels.bench.rivals import Rival, eager, error, inputs, ours, reference
 from rkl_kernels.bench.row import Row, from_json, to_json
 from rkl_kernels.bench.table import table
@@ -261,18 +259,20 @@ def test_a_model_is_timed_in_both_directions_converted_and_not() -> None:
     assert not torch.equal(prepared.net[3].weight, before)
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from /proc")
+@pytest.mark.skipif(allocated() is None, reason="the allocator does not tell")
 def test_peak_memory_counts_what_backward_keeps() -> None:
-    program = """if True:
-    import torch
-    from benchmarks.models import Model, peak_memory
-    class Keeps(torch.nn.Linear):
-        def forward(self, x):
-            for _ in range(4): x = x * self.bias[0]  # each keeps its 17 MB input
-            return super().forward(x.mean((2, 3)))
-    print(peak_memory(Model("keeps", lambda: Keeps(3, 10), 8, 418), "eager nchw"))
-    """
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    child = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    tensor = 8 * 3 * 418**2 * 4
-    assert 3.9 * tensor < int(child.stdout) < 6.2 * tensor, "four are kept, backward holds two gradients"
+    x = torch.randn(2_000_000, requires_grad=True)
+    size = x.numel() * 4
+
+    def step(activation) -> None:  # type: ignore[no-untyped-def]
+        y = x
+        for _ in range(8):
+            y = activation(y)
+        y.sum().backward()
+        x.grad = None
+
+    sine, ours, reference = (peak_memory(lambda f=f: step(f)) / size for f in (torch.sin, rk.trelu, rk.reference.trelu))
+    assert 7.5 < sine < 11.5, "seven inputs beside x, and the gradients that meet in backward"
+    assert 7.5 < ours < 11.5, "one tensor kept for each T-ReLU"
+    assert reference > ours + 1.5, "where(x > 0, x, tanh(x)) also keeps the condition"
+    assert peak_memory(lambda: torch.ones(10).sum()) < size / 10

@@ -12,6 +12,7 @@ From an installed wheel, with torch alone (ONNX Runtime and OpenVINO join in whe
     rivals.py    the contestants on PyTorch tensors, the inputs, the float64 reference
     runtimes.py  ONNX Runtime and OpenVINO
     timing.py    clocks (CPU, CUDA), interleaving, medians and their noise
+    memory.py    a step's peak memory
     row.py       one case measured on all of them; ratios
     table.py     rows as text
 """

@@ -1,0 +1,70 @@
+"""How much memory a piece of work needs at its peak: what backward keeps must show."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+PERIOD = 5e-4
+"""Seconds between two looks: a training step holds its peak, where forward ends, for longer than that."""
+
+
+class _Mallinfo2(ctypes.Structure):
+    """``struct mallinfo2`` of glibc's malloc.h."""
+
+    _fields_ = [  # as ctypes wants it
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()  # noqa: SIM905
+    ]
+
+
+def _find_mallinfo2() -> Callable[[], Any] | None:
+    try:
+        function = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.restype = _Mallinfo2
+    return function
+
+
+_mallinfo2 = _find_mallinfo2()
+
+
+def allocated() -> int | None:
+    """Bytes that this process has allocated and not freed, by torch, its libraries and the kernels' own scratch.
+
+    Asked of the allocator, as the process's resident size also holds what has been freed and kept. None where the
+    allocator is not glibc's (2.33 or newer).
+    """
+    if _mallinfo2 is None:
+        return None
+    info = _mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes allocated at the peak of ``run()`` above those allocated before it, looked at every half millisecond.
+
+    Raises:
+        RuntimeError: the allocator does not tell.
+    """
+    before = allocated()
+    if before is None:
+        raise RuntimeError("peak_memory needs glibc 2.33 or newer, whose allocator counts what is in use")
+    peak, done = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(PERIOD):
+            peak = max(peak, allocated() or 0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return peak - before
