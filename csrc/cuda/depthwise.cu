@@ -11,28 +11,29 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kBlocksWanted = 1024;  // several a multiprocessor on the largest GPUs
 
-// Adds the slices' sums in their order, so that the result is the same at every run.
+// Adds the parts' sums in their order, so that the result is the same at every run.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    add_slices(const float* partial, int slices, int taps, int64_t channels, T* dweight, T* dbias) {
+    add_parts(const float* partial, int parts, int taps, int64_t channels, T* dweight, T* dbias) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, size = (taps + 1) * channels;
   if (i >= size) return;
   const int64_t tap = i / channels, c = i - tap * channels;
   if (tap < taps ? !dweight : !dbias) return;
   float sum = 0.f;
 #pragma unroll 8
-  for (int s = 0; s < slices; ++s) sum += partial[s * size + i];
+  for (int s = 0; s < parts; ++s) sum += partial[s * size + i];
   (tap < taps ? dweight[c * taps + tap] : dbias[c]) = from_float<T>(sum);
 }
 
-// Slices of the batch whose sums are made apart: enough to fill the GPU, few enough for their sums to be small beside
-// the images.
-WeightGrad sliced(const Conv2d& g) {
-  constexpr int64_t kLeastPixels = 256;  // a slice has so many at least
-  const int64_t rows = g.batch * g.out_h, channel_blocks = ceil_div(g.channels, g.nhwc ? 64 : 1);
-  const int64_t wanted = ceil_div(rows, ceil_div(kBlocksWanted, channel_blocks));
-  const int64_t least = ceil_div(kLeastPixels, g.out_w), slice_rows = wanted > least ? wanted : least;
-  return {g, nullptr, nullptr, nullptr, slice_rows, int(ceil_div(rows, slice_rows)), false};
+// Parts of the batch whose sums are made apart: enough to fill the GPU, few enough for their sums to be small beside
+// the images, and a multiple of the strips that an NHWC map is cut into.
+int parts_of(const Conv2d& g) {
+  constexpr int64_t kLeastPixels = 256;  // of a part
+  const int64_t strips = g.nhwc ? ceil_div(g.out_w, kStripWidth) : 1;
+  const int64_t channel_blocks = g.nhwc ? ceil_div(g.channels, 64) : g.channels;
+  const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, kLeastPixels);
+  const int64_t parts = ceil_div(kBlocksWanted, channel_blocks);
+  return int(ceil_div(parts < most ? parts : most, strips) * strips);
 }
 
 void convolve(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
@@ -65,22 +66,18 @@ void depthwise_input_grad(const Conv2d& g, const void* grad, const void* weight,
 }
 
 int64_t weight_grad_workspace(const Conv2d& g) {
-  return int64_t(sliced(g).slices) * (g.kernel_h * g.kernel_w + 1) * g.channels;
+  return int64_t(parts_of(g)) * (g.kernel_h * g.kernel_w + 1) * g.channels;
 }
 
 void depthwise_weight_grad(const Conv2d& g, const void* grad, const void* x, void* dweight, void* dbias,
                            float* workspace, Dtype dtype, cudaStream_t stream) {
-  WeightGrad a = sliced(g);
-  a.grad = grad;
-  a.x = x;
-  a.partial = workspace;
-  a.with_bias = dbias != nullptr;
-  weight_grad_general(a, dtype, stream);
+  const WeightGrad a{g, grad, x, workspace, parts_of(g), dbias != nullptr};
+  if (!weight_grad_nhwc(a, dtype, stream)) weight_grad_general(a, dtype, stream);
   const int taps = g.kernel_h * g.kernel_w;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    add_slices<T><<<dim3(unsigned(ceil_div((taps + 1) * g.channels, kThreads))), dim3(kThreads), 0, stream>>>(
-        workspace, a.slices, taps, g.channels, static_cast<T*>(dweight), static_cast<T*>(dbias));
+    add_parts<T><<<dim3(unsigned(ceil_div((taps + 1) * g.channels, kThreads))), dim3(kThreads), 0, stream>>>(
+        workspace, a.parts, taps, g.channels, static_cast<T*>(dweight), static_cast<T*>(dbias));
   });
 }
 

@@ -18,15 +18,18 @@ struct Depthwise {
   bool flipped = false;
 };
 
-// The gradient of the filter and, as one tap more, of the bias: sums over slices of the batch into the workspace.
+// The gradient of the filter and, as one tap more, of the bias: a sum for each part of the batch into the workspace.
+// What a part is, is the kernel's affair; each must be written, but for the bias where it is not wanted.
 struct WeightGrad {
   Conv2d g;
   const void *grad, *x;
-  float* partial;      // (slices, taps + 1, channels)
-  int64_t slice_rows;  // output rows of all images that a slice has; the last one may have fewer
-  int slices;
+  float* partial;  // (parts, taps + 1, channels)
+  int parts;
   bool with_bias;
 };
+
+// Columns of outputs that a block of the NHWC kernels has; parts are a multiple of the strips that a map has of them.
+constexpr int kStripWidth = 16;
 
 bool depthwise_nhwc(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_nhwc_stride2_grad(const Depthwise& a, Dtype dtype, cudaStream_t stream);
@@ -45,6 +48,14 @@ inline bool is_plain(const Conv2d& g, int kernel, int stride) {
 template <class... P>
 bool aligned_16(const P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
+}
+
+// Dynamic shared memory past 48 KiB must be asked for, kernel by kernel.
+template <class K>
+void allow_shared_memory(K* kernel, int bytes) {
+  constexpr int kAlwaysAllowed = 48 << 10;
+  if (bytes > kAlwaysAllowed)
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

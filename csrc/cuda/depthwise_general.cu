@@ -140,8 +140,7 @@ void launch(const Depthwise& a, cudaStream_t stream) {
         a, OutputIndex(g, transposed), total);
     return;
   }
-  cudaFuncSetAttribute(reinterpret_cast<const void*>(&any_vectors<T, transposed>),
-                       cudaFuncAttributeMaxDynamicSharedMemorySize, kLargestFilter * kChannels * int(sizeof(T)));
+  allow_shared_memory(&any_vectors<T, transposed>, bytes);
   const int64_t channel_blocks = ceil_div(g.channels, kChannels);
   // Long runs spread the filter's way into shared memory over many pixels; short ones fill the GPU.
   const int64_t run = pixels * channel_blocks > (1 << 20) ? 512 : 64;
@@ -149,7 +148,7 @@ void launch(const Depthwise& a, cudaStream_t stream) {
       a, OutputIndex(g, transposed), int(channel_blocks), pixels, int(run));
 }
 
-// One tap of the filter's gradient for a group of channels, over a slice of the batch's output rows. `lanes` threads
+// One tap of the filter's gradient for a group of channels, over a part of the batch's output rows. `lanes` threads
 // lie along the channels (NHWC) or all along the pixels (NCHW); those along the pixels are added up in a fixed order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -158,12 +157,12 @@ __global__ void __launch_bounds__(kThreads)
   const Conv2d& g = a.g;
   const int taps = g.kernel_h * g.kernel_w, others = kThreads / lanes;
   const int channel_block = int(blockIdx.x % channel_blocks), rest = int(blockIdx.x / channel_blocks);
-  const int tap = rest % (taps + 1), slice = rest / (taps + 1);
+  const int tap = rest % (taps + 1), part = rest / (taps + 1);
   const int c = channel_block * lanes + threadIdx.x % lanes, other = threadIdx.x / lanes;
   const Strides sx = strides_of(g, g.in_h, g.in_w), sg = strides_of(g, g.out_h, g.out_w);
   const int kh = tap / g.kernel_w, kw = tap % g.kernel_w;
-  const int64_t rows = g.batch * g.out_h, first = slice * a.slice_rows;
-  const int64_t end = first + a.slice_rows < rows ? first + a.slice_rows : rows;
+  const int64_t rows = g.batch * g.out_h, part_rows = (rows + a.parts - 1) / a.parts, first = part * part_rows;
+  const int64_t end = first + part_rows < rows ? first + part_rows : rows;
   float sum = 0.f;
   if (c < g.channels && (tap < taps || a.with_bias)) {
     for (int64_t r = first; r < end; ++r) {
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (other < half) sums[threadIdx.x] += sums[threadIdx.x + half * lanes];
   }
-  if (other == 0 && c < g.channels) a.partial[(int64_t(slice) * (taps + 1) + tap) * g.channels + c] = sums[threadIdx.x];
+  if (other == 0 && c < g.channels) a.partial[(int64_t(part) * (taps + 1) + tap) * g.channels + c] = sums[threadIdx.x];
 }
 
 }  // namespace
@@ -203,7 +202,7 @@ void weight_grad_general(const WeightGrad& a, Dtype dtype, cudaStream_t stream) 
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int lanes = a.g.nhwc ? 32 : 1, channel_blocks = int(ceil_div(a.g.channels, lanes));
-    const int64_t blocks = int64_t(channel_blocks) * (a.g.kernel_h * a.g.kernel_w + 1) * a.slices;
+    const int64_t blocks = int64_t(channel_blocks) * (a.g.kernel_h * a.g.kernel_w + 1) * a.parts;
     any_weight_grad<T>
         <<<dim3(unsigned(blocks)), dim3(kThreads), 0, stream>>>(a, Divider(a.g.out_h), lanes, channel_blocks);
   });

@@ -230,13 +230,6 @@ __global__ void __launch_bounds__(PatchStep<kernel>::kThreads) stride2_grad_nhwc
   cp_async_wait<0>();
 }
 
-template <class K>
-void allow_shared_memory(K* kernel, int bytes) {
-  constexpr int kAlwaysAllowed = 48 << 10;
-  if (bytes > kAlwaysAllowed)
-    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 template <class T, int kernel, int stride>
 void launch(const Depthwise& a, cudaStream_t stream) {
   using S = Step<kernel, stride>;

@@ -172,9 +172,9 @@ NHWC = [
 @pytest.mark.parametrize("case", NHWC, ids=str)
 def test_nhwc(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
     run = Run(gpu, case, dtype)
-    assert_right(run, "y", "dx")
+    assert_right(run, "y", "dx", "dw")
     gradient = "depthwise_nhwc_kernel" if case.stride == (1, 1) else "stride2_grad_nhwc_kernel"
-    assert set(gpu.traffic()) == {"depthwise_nhwc_kernel", gradient}
+    assert set(gpu.traffic()) == {"depthwise_nhwc_kernel", gradient, "weight_grad_nhwc_kernel", "add_parts"}
 
 
 def test_general_with_the_largest_filter(gpu: Gpu) -> None:
