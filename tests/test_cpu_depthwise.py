@@ -38,7 +38,7 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (1, 8, 6, 6, (3, 3), 1, 5, 1),
     (1, 32, 3, 40, (3, 7), 1, (1, 3), (1, 2)),
 ]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the result's largest magnitude
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
 
 
 def pair(value: int | tuple[int, int]) -> list[int]:
@@ -56,11 +56,13 @@ def make(case: tuple, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, 
     return x, torch.randn(c, 1, *kernel).to(dtype), torch.randn(c).to(dtype), [pair(v) for v in window]
 
 
-def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+def close(got: Tensor, want: Tensor, dtype: torch.dtype, terms: Tensor | None = None) -> None:
+    """``terms``: what was summed, with random signs; a sum that cancelled out is as exact as its size without that."""
     assert torch.isfinite(got).all()
     assert got.shape == want.shape
     if want.numel():
-        assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()
+        size = want.abs().max() if terms is None else max(want.abs().max(), terms.double().norm() / want.numel() ** 0.5)
+        assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * size
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "strided"])
@@ -77,8 +79,9 @@ def test_forward_and_gradients(case: tuple, dtype: torch.dtype, layout: str) -> 
     grad = torch.randn_like(y)
     wanted = torch.autograd.grad(want, doubles, grad.double())
     got = ops.rkl.depthwise_conv2d_backward(grad, x, weight, *window, [True] * 3)
-    for g, w in zip(got, wanted, strict=True):
-        close(g, w, dtype)
+    close(got[0], wanted[0], dtype)
+    close(got[1], wanted[1], dtype)
+    close(got[2], wanted[2], dtype, terms=grad)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

@@ -1,5 +1,6 @@
 // Every kernel, for the instruction set that RKL_ISA names.
 #pragma once
+#include "cpu/depthwise.h"
 #include "cpu/elementwise.h"
 
 namespace rkl::cpu::RKL_ISA {

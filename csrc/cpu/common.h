@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,5 +15,6 @@
 
 #include "activation.h"
 #include "cpu/element.h"
+#include "cpu/gather.h"
 #include "cpu/kernels.h"
 #include "geometry.h"

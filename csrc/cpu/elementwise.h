@@ -4,11 +4,6 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// Elements a thread takes at least: below, waking it costs more than it saves.
-constexpr int64_t kGrain = 32768;
-// Bytes of output from which stores go past the caches.
-constexpr int64_t kStreamBytes = int64_t(1) << 23;
-
 // out[i] = f(a[i], b[i]) for i in [begin, end); begin is a multiple of kLanes. b is a again for one-argument functions.
 template <bool past_caches, class T, class F>
 void map_range(const T* a, const T* b, T* out, int64_t begin, int64_t end, F f) {
@@ -34,13 +29,20 @@ void map(const void* a, const void* b, void* out, int64_t n, F f) {
   });
 }
 
+struct TRelu {
+  Vec operator()(Vec x, Vec) const { return vtrelu(x); }
+};
+
+struct TReluBackward {
+  Vec operator()(Vec grad, Vec y) const { return grad * trelu_slope(y); }
+};
+
 inline void trelu(const void* x, void* y, int64_t n, Dtype dtype) {
-  by_type(dtype, [&](auto zero) { map<decltype(zero)>(x, x, y, n, [](Vec v, Vec) { return vtrelu(v); }); });
+  by_type(dtype, [&](auto zero) { map<decltype(zero)>(x, x, y, n, TRelu{}); });
 }
 
 inline void trelu_backward(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype) {
-  by_type(dtype,
-          [&](auto zero) { map<decltype(zero)>(grad, y, dx, n, [](Vec g, Vec v) { return g * trelu_slope(v); }); });
+  by_type(dtype, [&](auto zero) { map<decltype(zero)>(grad, y, dx, n, TReluBackward{}); });
 }
 
 inline void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n,

@@ -30,10 +30,6 @@ struct Kernels {
 // or avx512) allows.
 const Kernels& kernels();
 
-void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
-               Dtype dtype);
-void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
-                        void* dbias, Dtype dtype);
 void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype);
 
 }  // namespace rkl::cpu

@@ -7,6 +7,10 @@
 namespace rkl::cpu::RKL_ISA {
 
 constexpr int kLanes = RKL_LANES;
+// Elements a thread takes at least: below, waking it costs more than it saves.
+constexpr int64_t kGrain = 32768;
+// Bytes of output from which stores go past the caches.
+constexpr int64_t kStreamBytes = int64_t(1) << 23;
 
 typedef float Vec __attribute__((vector_size(4 * RKL_LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * RKL_LANES)));
@@ -36,7 +40,7 @@ inline Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(read<VecHa
 
 inline Vec load(const f16* p) {
 #if RKL_LANES == 16
-  return (Vec)_mm512_cvtph_ps(read<__m256i>(p));
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, read<__m256i>(p));
 #elif RKL_LANES == 8
   return (Vec)_mm256_cvtph_ps(read<__m128i>(p));
 #else
@@ -59,7 +63,7 @@ inline VecHalf packed(Vec v, bf16) {
 
 inline VecHalf packed(Vec v, f16) {
 #if RKL_LANES == 16
-  return (VecHalf)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  return (VecHalf)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif RKL_LANES == 8
   return (VecHalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else

@@ -1,0 +1,238 @@
+// Rows of images whose channels lie apart (NCHW): kLanes planes go through a scratch image in the cache, where they are
+// turned into one image of kLanes channels and padded with zeros, and so meet the same blocks as NHWC images. Turning
+// costs about as much as a 3 x 3 filter and, unlike loading along rows, wastes nothing on narrow maps.
+#pragma once
+#include "cpu/depthwise_rows.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// Alternate lanes of two vectors, from their lower and their upper halves.
+#if RKL_LANES == 16
+#define RKL_LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define RKL_UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif RKL_LANES == 8
+#define RKL_LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define RKL_UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define RKL_LOWER 0, 4, 1, 5
+#define RKL_UPPER 2, 6, 3, 7
+#endif
+#if defined(__clang__)
+inline Vec zip_lower(Vec a, Vec b) { return __builtin_shufflevector(a, b, RKL_LOWER); }
+inline Vec zip_upper(Vec a, Vec b) { return __builtin_shufflevector(a, b, RKL_UPPER); }
+#else
+inline Vec zip_lower(Vec a, Vec b) { return __builtin_shuffle(a, b, VecInt{RKL_LOWER}); }
+inline Vec zip_upper(Vec a, Vec b) { return __builtin_shuffle(a, b, VecInt{RKL_UPPER}); }
+#endif
+
+// kLanes vectors as the rows of a matrix, transposed: each round moves one bit of a lane's number into the row's.
+inline void transpose(Vec (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    Vec next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = zip_lower(rows[i], rows[i + kLanes / 2]);
+      next[2 * i + 1] = zip_upper(rows[i], rows[i + kLanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+// Up to kLanes channels as they lie in memory: pixel p of lane l is first[l * lane + p * pixel].
+template <class T>
+struct Planes {
+  T* first;
+  int count;
+  int64_t lane, pixel;
+};
+
+// Rows of up to kLanes channels as a padded image of kLanes channels.
+class ScratchImage {
+ public:
+  float* at(int64_t row, int64_t column) { return data_ + ((row - first_row_) * pitch_ + left_ + column) * kLanes; }
+
+  // Room for rows [first, last), to be written through at().
+  void resize(int64_t first, int64_t last, int64_t width, int64_t left = 0, int64_t right = 0) {
+    first_row_ = first;
+    left_ = left;
+    pitch_ = left + width + right;
+    const size_t floats = size_t((last - first) * pitch_ * kLanes) + kLanes;
+    if (storage_.size() < floats) storage_.resize(floats);
+    // Aligned, since vectors that lie across two lines cost two accesses.
+    const uintptr_t address = reinterpret_cast<uintptr_t>(storage_.data()), line = 4 * kLanes;
+    data_ = storage_.data() + (line - address % line) % line / sizeof(float);
+  }
+
+  // Takes rows [first, last), with zeros for columns [-left, 0) and [width, width + right).
+  template <class T>
+  void fill(const Planes<const T>& planes, int64_t width, int64_t first, int64_t last, int64_t left, int64_t right) {
+    resize(first, last, width, left, right);
+    for (int64_t row = first; row < last; ++row) {
+      std::fill(at(row, -left), at(row, 0), 0.f);
+      std::fill(at(row, width), at(row, width + right), 0.f);
+    }
+    int64_t row = first, column = 0;
+    for (int64_t pixel = first * width; pixel < last * width; pixel += kLanes) {
+      const int64_t some = std::min<int64_t>(kLanes, last * width - pixel);
+      Vec v[kLanes];
+      take(planes, pixel, some, v);
+      for (int64_t i = 0; i < some; ++i) {
+        store(at(row, column), v[i]);
+        if (++column == width) column = 0, ++row;
+      }
+    }
+  }
+
+  // Gives rows [first, last) of an image without padding.
+  template <class T>
+  void empty_into(const Planes<T>& planes, int64_t width, int64_t first, int64_t last, bool past_caches) {
+    const float* from = at(first, 0);
+    for (int64_t pixel = first * width; pixel < last * width; pixel += kLanes, from += kLanes * kLanes) {
+      const int64_t some = std::min<int64_t>(kLanes, last * width - pixel);
+      Vec v[kLanes];
+      for (int i = 0; i < kLanes; ++i) v[i] = i < some ? load(from + i * kLanes) : Vec{};
+      if (planes.lane == 1) {
+        for (int64_t i = 0; i < some; ++i) store_some(planes.first + (pixel + i) * planes.pixel, v[i], planes.count);
+        continue;
+      }
+      transpose(v);
+      for (int lane = 0; lane < planes.count; ++lane) {
+        T* to = planes.first + lane * planes.lane + pixel;
+        if (some < kLanes)
+          store_some(to, v[lane], some);
+        else if (past_caches && aligned_for_stream(to))
+          stream(to, v[lane]);
+        else
+          store(to, v[lane]);
+      }
+    }
+  }
+
+ private:
+  // `some` pixels, one a vector.
+  template <class T>
+  static void take(const Planes<const T>& planes, int64_t pixel, int64_t some, Vec (&v)[kLanes]) {
+    if (planes.lane == 1) {
+      for (int64_t i = 0; i < some; ++i) v[i] = load_some(planes.first + (pixel + i) * planes.pixel, planes.count);
+      return;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const T* from = planes.first + lane * planes.lane + pixel;
+      v[lane] = lane >= planes.count ? Vec{} : some == kLanes ? load(from) : load_some(from, some);
+    }
+    transpose(v);
+  }
+
+  std::vector<float> storage_;
+  float* data_ = nullptr;
+  int64_t first_row_ = 0, left_ = 0, pitch_ = 0;
+};
+
+// Rows of NCHW images, and of NHWC images with less than a vector of channels. One object a thread.
+template <class T>
+class PlaneRows {
+ public:
+  PlaneRows(const Gather& gather, int kernel_w, const Lanes& lanes, int64_t batch)
+      : gather_(gather), taps_(gather, kernel_w), lanes_(lanes), batch_(batch) {
+    for (const Axis& axis : gather.horizontal) {
+      if (!axis.taps()) continue;
+      left_ = std::max(left_, -axis.offset.front());
+      right_ = std::max(right_, (axis.count + kOverhang) * axis.step + axis.offset.back() + 1 - gather.in_w);
+    }
+  }
+
+  // The tile's rows of the output.
+  void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) {
+    const int64_t v = tile.first_vector * kLanes, phases = int64_t(gather_.horizontal.size());
+    fill(in, tile);
+    image_out_.resize(tile.first_row, tile.last_row, gather_.out_w);
+    for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
+      taps_.set_row(h);
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        const Axis& axis = gather_.horizontal[phase];
+        const Taps taps = taps_.taps(phase);
+        for (int64_t o = 0; o < axis.count;) {
+          const int width = block_width(axis.count - o), count = int(std::min<int64_t>(width, axis.count - o));
+          const Outputs<float> outputs{image_out_.at(h, axis.first + o * phases), phases * kLanes, count, finish.act,
+                                       false};
+          const Padded pixels = padded(phase, o);
+          by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
+            convolve<k(), r()>(pixels, taps, finish.weights + v, finish.bias + v, range(), outputs);
+          });
+          o += width;
+        }
+      }
+    }
+    image_out_.empty_into(planes(out, tile, gather_.out_h * gather_.out_w), gather_.out_w, tile.first_row,
+                          tile.last_row, finish.past_caches);
+  }
+
+  // Adds the tile's rows of the output's gradient to the filter's gradient.
+  void correlate_rows(const T* in, const T* grad, float* sums, int bias_tap, const Tile& tile) {
+    fill(in, tile);
+    image_out_.fill(planes(grad, tile, gather_.out_h * gather_.out_w), gather_.out_w, tile.first_row, tile.last_row, 0,
+                    kOverhang);
+    const Axis& axis = gather_.horizontal[0];
+    for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
+      taps_.set_row(h);
+      const Taps taps = taps_.taps(0);
+      for (int64_t o = 0; o < axis.count;) {
+        const int width = block_width(axis.count - o);
+        const float* grads[8];
+        for (int r = 0; r < width; ++r) grads[r] = image_out_.at(h, o + r);
+        const Padded pixels = padded(0, o);
+        by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
+          correlate<k(), r()>(pixels, taps, grads, sums + tile.first_vector * kLanes, bias_tap, range());
+        });
+        o += width;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kOverhang = 6;  // outputs by which the last block of a row may reach over its end
+
+  Channels range() const { return {0, 1, 0, lanes_.stride()}; }
+
+  template <class U>
+  Planes<U> planes(U* images, const Tile& tile, int64_t pixels) const {
+    const int64_t image = tile.image * lanes_.images(), first = tile.first_vector * kLanes;
+    const int64_t here = std::min(lanes_.images(), batch_ - image) * lanes_.channels;
+    const int count = int(std::min<int64_t>(kLanes, here - first));
+    if (lanes_.nhwc) return {images + image * pixels * lanes_.channels, count, 1, lanes_.channels};
+    return {images + (image * lanes_.channels + first) * pixels, count, pixels, 1};
+  }
+
+  // The input rows that the tile's output rows read.
+  void fill(const T* in, const Tile& tile) {
+    const int64_t phases = int64_t(gather_.vertical.size());
+    int64_t first = gather_.in_h, last = 0;
+    for (const Axis& axis : gather_.vertical) {
+      if (!axis.taps()) continue;
+      first = std::min(first, tile.first_row / phases * axis.step + axis.offset.front());
+      last = std::max(last, (tile.last_row - 1) / phases * axis.step + axis.offset.back() + 1);
+    }
+    first = std::max<int64_t>(first, 0);
+    last = std::max(first, std::min(last, gather_.in_h));
+    image_in_.fill(planes(in, tile, gather_.in_h * gather_.in_w), gather_.in_w, first, last, left_, right_);
+  }
+
+  Padded padded(size_t phase, int64_t output) {
+    rows_.clear();
+    for (int i = 0; i < taps_.rows(); ++i)
+      rows_.push_back(image_in_.at(taps_.in_row(i), taps_.first_column(phase, output)));
+    return {rows_.data()};
+  }
+
+  const Gather& gather_;
+  RowTaps taps_;
+  const Lanes lanes_;
+  const int64_t batch_;
+  int64_t left_ = 0, right_ = 0;
+  ScratchImage image_in_, image_out_;
+  std::vector<const float*> rows_;
+};
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,207 @@
+// Rows of outputs out of blocks of them, for images whose channels lie together (NHWC), and what both layouts need:
+// the taps of a row, the filters and their gradients as vectors.
+#pragma once
+#include "cpu/depthwise_block.h"
+#include "cpu/gather.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// Which channel a lane of a vector stands for.
+struct Lanes {
+  int64_t channels;
+  bool nhwc;
+
+  // Whether blocks read and write the images where they lie: channels lie together and fill a vector.
+  bool in_place() const { return nhwc && channels >= kLanes; }
+  int64_t vectors() const { return (channels + kLanes - 1) / kLanes; }
+  int64_t stride() const { return vectors() * kLanes; }
+  int64_t last() const { return in_place() ? channels - kLanes : 0; }
+  // Images whose channels share a vector: more than one where NCHW images have few channels.
+  int64_t images() const { return nhwc ? 1 : std::max<int64_t>(1, kLanes / channels); }
+
+  // In place, the last vector ends with the last channel. -1 for an idle lane.
+  int64_t channel(int64_t v, int lane) const {
+    if (in_place()) return std::min(v * kLanes, last()) + lane;
+    if (images() > 1) return lane < images() * channels ? lane % channels : -1;
+    return v * kLanes + lane < channels ? v * kLanes + lane : -1;
+  }
+  // Whether this lane's sum counts: not where the last vector overlaps its neighbour, nor where the lane is idle.
+  bool counts(int64_t v, int lane) const { return channel(v, lane) >= v * kLanes; }
+};
+
+// What a task works on: a band of rows of one image (or one group of images that share a vector), some vectors of it.
+struct Tile {
+  int64_t image, first_vector, last_vector, first_row, last_row;
+};
+
+// What becomes of the sums of a convolution.
+struct Finish {
+  const float* weights;
+  const float* bias;
+  Activation act;
+  bool past_caches;
+};
+
+// Filters (C, taps) or a bias (C, 1) as (tap, lanes) in fp32.
+template <class T>
+std::vector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
+  std::vector<float> out(taps * lanes.stride());
+  for (int64_t v = 0; values && v < lanes.vectors(); ++v)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t c = lanes.channel(v, lane);
+      for (int tap = 0; c >= 0 && tap < taps; ++tap)
+        out[tap * lanes.stride() + v * kLanes + lane] = float(values[c * taps + tap]);
+    }
+  return out;
+}
+
+// The slices' sums (slice, tap, lanes) added in their order: the gradients (C, taps) and, of the last row, (C).
+template <class T>
+void reduce_sums(const std::vector<float>& sums, int64_t slices, int taps, const Lanes& lanes, T* dweight, T* dbias) {
+  const int64_t stride = lanes.stride(), slice_size = (taps + 1) * stride;
+  torch::stable::parallel_for(0, taps + 1, kGrain / (slices * stride) + 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> total(stride), of_channel(lanes.channels);
+    for (int64_t tap = begin; tap < end; ++tap) {
+      std::fill(total.begin(), total.end(), 0.);
+      for (int64_t slice = 0; slice < slices; ++slice) {
+        const float* from = sums.data() + slice * slice_size + tap * stride;
+        for (int64_t i = 0; i < stride; ++i) total[i] += from[i];
+      }
+      std::fill(of_channel.begin(), of_channel.end(), 0.);
+      for (int64_t i = 0; i < stride; ++i)
+        if (lanes.counts(i / kLanes, i % kLanes)) of_channel[lanes.channel(i / kLanes, i % kLanes)] += total[i];
+      for (int64_t c = 0; c < lanes.channels; ++c)
+        if (tap < taps && dweight)
+          dweight[c * taps + tap] = T(float(of_channel[c]));
+        else if (tap == taps && dbias)
+          dbias[c] = T(float(of_channel[c]));
+    }
+  });
+}
+
+// The taps of one row of outputs: those of the filter's rows that fall inside the image, and all columns. Set anew for
+// each row, in buffers that are kept.
+class RowTaps {
+ public:
+  RowTaps(const Gather& gather, int kernel_w) : gather_(gather), kernel_w_(kernel_w) {
+    for (const Axis& axis : gather.horizontal) {
+      columns_.emplace_back(axis.offset);
+      for (int64_t& at : columns_.back()) at -= axis.offset.front();
+    }
+  }
+
+  void set_row(int64_t h) {
+    const int64_t phases = int64_t(gather_.vertical.size());
+    const Axis& axis = gather_.vertical[h % phases];
+    tap_.clear();
+    in_row_.clear();
+    for (int t = 0; t < axis.taps(); ++t) {
+      const int64_t row = h / phases * axis.step + axis.offset[t];
+      if (row < 0 || row >= gather_.in_h) continue;
+      tap_.push_back(axis.tap[t] * kernel_w_);
+      in_row_.push_back(row);
+    }
+  }
+
+  int rows() const { return int(tap_.size()); }
+  int64_t in_row(int i) const { return in_row_[i]; }
+
+  Taps taps(size_t phase) const {
+    const Axis& axis = gather_.horizontal[phase];
+    return {rows(), axis.taps(), axis.step, tap_.data(), axis.tap.data(), columns_[phase].data()};
+  }
+
+  // Input column of a block's first tap, and the columns that the block spans from there.
+  int64_t first_column(size_t phase, int64_t output) const {
+    const Axis& axis = gather_.horizontal[phase];
+    return axis.taps() ? output * axis.step + axis.offset.front() : 0;
+  }
+  int columns(size_t phase, int width) const {
+    const Axis& axis = gather_.horizontal[phase];
+    return axis.taps() ? (width - 1) * axis.step + int(columns_[phase].back()) + 1 : 0;
+  }
+
+ private:
+  const Gather& gather_;
+  const int kernel_w_;
+  std::vector<std::vector<int64_t>> columns_;  // a phase: input columns from the first tap's
+  std::vector<int> tap_;
+  std::vector<int64_t> in_row_;
+};
+
+// Rows of dense NHWC images of at least kLanes channels. One object a thread: it keeps the blocks' table of pixels.
+template <class T>
+class NhwcRows {
+ public:
+  NhwcRows(const Gather& gather, int kernel_w, const Lanes& lanes, int64_t)
+      : gather_(gather), taps_(gather, kernel_w), lanes_(lanes), zeros_(lanes.channels) {}
+
+  // The tile's rows of the output.
+  void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) {
+    const int64_t channels = lanes_.channels, phases = int64_t(gather_.horizontal.size());
+    for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
+      taps_.set_row(h);
+      T* row = out + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        const Axis& axis = gather_.horizontal[phase];
+        const Taps taps = taps_.taps(phase);
+        for (int64_t o = 0; o < axis.count;) {
+          const int width = block_width(axis.count - o), count = int(std::min<int64_t>(width, axis.count - o));
+          const Table<T> pixels = table(in, tile.image, phase, o, width);
+          const Outputs<T> outputs{row + (axis.first + o * phases) * channels, phases * channels, count, finish.act,
+                                   finish.past_caches};
+          by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
+            convolve<k(), r()>(pixels, taps, finish.weights, finish.bias, range(tile), outputs);
+          });
+          o += width;
+        }
+      }
+    }
+  }
+
+  // Adds the tile's rows of the output's gradient to the filter's gradient.
+  void correlate_rows(const T* in, const T* grad, float* sums, int bias_tap, const Tile& tile) {
+    const Axis& axis = gather_.horizontal[0];
+    const int64_t channels = lanes_.channels;
+    for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
+      taps_.set_row(h);
+      const Taps taps = taps_.taps(0);
+      const T* row = grad + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
+      for (int64_t o = 0; o < axis.count;) {
+        const int width = block_width(axis.count - o);
+        const Table<T> pixels = table(in, tile.image, 0, o, width);
+        const T* grads[8];
+        for (int r = 0; r < width; ++r) grads[r] = o + r < axis.count ? row + (o + r) * channels : zeros_.data();
+        by_block(taps, axis.consecutive(), width,
+                 [&](auto k, auto r) { correlate<k(), r()>(pixels, taps, grads, sums, bias_tap, range(tile)); });
+        o += width;
+      }
+    }
+  }
+
+ private:
+  Channels range(const Tile& tile) const {
+    return {tile.first_vector, tile.last_vector, lanes_.last(), lanes_.stride()};
+  }
+
+  Table<T> table(const T* images, int64_t image, size_t phase, int64_t output, int width) {
+    const int64_t first = taps_.first_column(phase, output), channels = lanes_.channels;
+    const int columns = taps_.columns(phase, width), rows = taps_.rows();
+    if (pixels_.size() < size_t(rows) * columns) pixels_.resize(size_t(rows) * columns);
+    const T** entry = pixels_.data();
+    for (int i = 0; i < rows; ++i) {
+      const T* row = images + (image * gather_.in_h + taps_.in_row(i)) * gather_.in_w * channels;
+      for (int64_t column = first; column < first + columns; ++column)
+        *entry++ = column >= 0 && column < gather_.in_w ? row + column * channels : zeros_.data();
+    }
+    return {pixels_.data(), columns};
+  }
+
+  const Gather& gather_;
+  RowTaps taps_;
+  const Lanes lanes_;
+  std::vector<T> zeros_;
+  std::vector<const T*> pixels_;
+};
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,75 @@
+// Which input pixels an output pixel reads: one description for the convolution and for its data gradient, so that both
+// run through the same kernels. Every pixel of the output gathers; nothing is ever scattered.
+#pragma once
+#include <vector>
+
+#include "geometry.h"
+
+namespace rkl::cpu {
+
+// One dimension. Outputs first, first + phases, first + 2 * phases, ... use the same taps: the i-th of them reads input
+// i * step + offset[t] through the filter's tap[t], where that lies inside the image. Offsets ascend.
+struct Axis {
+  int64_t first = 0, count = 0;
+  int step = 1;
+  std::vector<int> tap;
+  std::vector<int64_t> offset;
+
+  bool consecutive() const { return step == 1 && !tap.empty() && offset.back() - offset.front() + 1 == taps(); }
+  int taps() const { return int(tap.size()); }
+};
+
+struct Gather {
+  std::vector<Axis> vertical, horizontal;  // one a phase
+  int64_t in_h, in_w, out_h, out_w;
+};
+
+inline Axis forward_axis(int64_t out, int kernel, int stride, int padding, int dilation) {
+  Axis axis;
+  axis.count = out;
+  axis.step = stride;
+  for (int k = 0; k < kernel; ++k) {
+    axis.tap.push_back(k);
+    axis.offset.push_back(int64_t(k) * dilation - padding);
+  }
+  return axis;
+}
+
+// Input pixel i was read by output (i + padding - k * dilation) / stride where that is whole: which taps k those are
+// depends on i modulo the stride alone. So a stride of 2 makes 2 dense convolutions, each with about half of the taps.
+inline std::vector<Axis> gradient_axes(int64_t in, int kernel, int stride, int padding, int dilation) {
+  std::vector<Axis> axes;
+  for (int64_t phase = 0; phase < stride; ++phase) {
+    Axis axis;
+    axis.first = phase;
+    axis.count = phase < in ? (in - phase + stride - 1) / stride : 0;
+    for (int k = kernel - 1; k >= 0; --k) {
+      const int64_t from = phase + padding - int64_t(k) * dilation;
+      if (from % stride) continue;
+      axis.tap.push_back(k);
+      axis.offset.push_back(from / stride);
+    }
+    axes.push_back(axis);
+  }
+  return axes;
+}
+
+inline Gather forward_gather(const Conv2d& g) {
+  return {{forward_axis(g.out_h, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h)},
+          {forward_axis(g.out_w, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w)},
+          g.in_h,
+          g.in_w,
+          g.out_h,
+          g.out_w};
+}
+
+inline Gather gradient_gather(const Conv2d& g) {
+  return {gradient_axes(g.in_h, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h),
+          gradient_axes(g.in_w, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w),
+          g.out_h,
+          g.out_w,
+          g.in_h,
+          g.in_w};
+}
+
+}  // namespace rkl::cpu
