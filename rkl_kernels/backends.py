@@ -17,6 +17,9 @@ from . import ops
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Triton reads the variable when it is imported, and so do the kernels: then they run on the CPU, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 _forced = "auto"
 
 
@@ -48,15 +51,14 @@ def _cuda_status(problem: str | None) -> Status:
 
 
 def _triton_status() -> Status:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None:
         return Status(False, "Triton is not installed")
     if importlib.util.find_spec("rkl_kernels.triton") is None:
         return Status(False, "this installation has no Triton kernels")
-    if not interpreted and not torch.cuda.is_available():
+    if not _INTERPRETED and not torch.cuda.is_available():
         return Status(False, "torch sees no GPU here; TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly")
     importlib.import_module("rkl_kernels.triton")
-    return Status(True, "Triton kernels, interpreted on CPU tensors" if interpreted else "Triton kernels on the GPU")
+    return Status(True, "Triton kernels, interpreted on CPU tensors" if _INTERPRETED else "Triton kernels on the GPU")
 
 
 def _survey() -> dict[str, Status]:
@@ -75,7 +77,7 @@ _kernels = {
     for backend, namespace, key in (
         ("cpu", "rkl", "CPU"),
         ("cuda", "rkl", "CUDA"),
-        ("triton", "rkl_triton", "CUDA"),
+        ("triton", "rkl_triton", "CPU" if _INTERPRETED else "CUDA"),
     )
     for name in ops.SCHEMAS
     if _status[backend].available and torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
@@ -120,9 +122,14 @@ def refusal(backend: str, operator: str, x: Tensor) -> str | None:
         return f"it has no kernel for {operator}"
     if x.dtype not in KERNEL_TYPES:
         return f"it serves float32, bfloat16 and float16, got {x.dtype}"
-    device = "cpu" if backend == "cpu" or (backend == "triton" and not torch.cuda.is_available()) else "cuda"
+    device = "cpu" if backend == "cpu" or (backend == "triton" and _INTERPRETED) else "cuda"
     if x.device.type != device:
         return f"it serves {device} tensors, got {x.device}"
+    if backend == "triton" and _INTERPRETED and x.dtype == torch.bfloat16:
+        from .triton.launch import interpreter_serves_bf16
+
+        if not interpreter_serves_bf16():
+            return "Triton's interpreter computes bfloat16 wrongly; use float16 or float32"
     return None
 
 

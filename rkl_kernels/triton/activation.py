@@ -1,0 +1,80 @@
+"""The activations' formulas and slopes for Triton kernels, once; the same as csrc/activation.h, in float32."""
+
+import triton
+import triton.language as tl
+
+from .._checks import ACTIVATIONS
+
+# Numbers as operators take them: position in ACTIVATIONS plus one; 0 is none.
+_NUMBER = {name: number for number, name in enumerate(ACTIVATIONS, 1)}
+RELU = tl.constexpr(_NUMBER["relu"])
+RELU6 = tl.constexpr(_NUMBER["relu6"])
+TRELU = tl.constexpr(_NUMBER["trelu"])
+SILU = tl.constexpr(_NUMBER["silu"])
+GELU = tl.constexpr(_NUMBER["gelu"])
+
+
+@triton.jit
+def tanh(x):
+    """tanh to 2 ulp. Below 0.55 an odd polynomial, since 1 - 2 / (exp(2x) + 1) cancels there; no library call, so that
+    it is the same function on every GPU and in the interpreter."""
+    square = x * x
+    small = x + x * square * (-0.33332768 + square * (0.13315299 + square * (-0.052304076 + square * 0.015739683)))
+    magnitude = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    return tl.where(magnitude < 0.55, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def trelu(x):
+    """Equation (6): x above zero, tanh(x) below. NaN fails the comparison and passes through tanh."""
+    return tl.where(x > 0, x, tanh(x))
+
+
+@triton.jit
+def trelu_slope(y):
+    """dy/dx from the output: 1 where y > 0, else 1 - tanh^2 = 1 - y^2."""
+    return tl.where(y > 0, 1.0, 1.0 - y * y)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation of ``x``; the comparisons are written so that NaN stays NaN."""
+    if ACTIVATION == RELU:
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == RELU6:
+        x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
+    elif ACTIVATION == TRELU:
+        x = trelu(x)
+    elif ACTIVATION == SILU:
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == GELU:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.70710678))
+    return x
+
+
+@triton.jit
+def slope_from_output(y, ACTIVATION: tl.constexpr):
+    """The activation's slope told from its output; silu and gelu are not monotonic, so they have none."""
+    slope = y * 0 + 1.0
+    if ACTIVATION == RELU:
+        slope = tl.where(y > 0, 1.0, 0.0)
+    elif ACTIVATION == RELU6:
+        slope = tl.where((y > 0) & (y < 6), 1.0, 0.0)
+    elif ACTIVATION == TRELU:
+        slope = trelu_slope(y)
+    return slope
+
+
+@triton.jit
+def slope_from_input(x, ACTIVATION: tl.constexpr):
+    """The activation's slope told from its input."""
+    slope = slope_from_output(x, ACTIVATION)
+    if ACTIVATION == TRELU:
+        slope = trelu_slope(trelu(x))
+    elif ACTIVATION == SILU:
+        s = tl.sigmoid(x)
+        slope = s * (1.0 + x * (1.0 - s))
+    elif ACTIVATION == GELU:
+        slope = 0.5 * (1.0 + tl.erf(x * 0.70710678)) + x * 0.39894228 * tl.exp(-0.5 * x * x)
+    return slope

@@ -1,0 +1,334 @@
+"""Depthwise convolution in Triton: the portable path, any layout through strides, any window.
+
+The forward pass and the data gradient are one gather: each pixel of the output (or of the image's gradient) adds its
+taps from the image (or from the output's gradient). The weight gradient goes in two stages, so that sums have a fixed
+order without atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .. import ops
+from . import tiles
+from .activation import activate
+from .launch import alignment, architecture, block, is_wide, run, span, sum_splits
+
+UNROLLED_TAPS = tl.constexpr(9)
+"""Filters up to 3 x 3 are unrolled whole: the loads of all taps are in flight. A 7 x 7 unrolled whole spills."""
+UNROLLED_WIDTH = tl.constexpr(7)
+"""Of larger ones a row is, up to this width; 31 taps in a row go through a loop."""
+
+
+@triton.jit
+def source(at, tap, stride, padding, dilation, size, TRANSPOSED: tl.constexpr):
+    """Row (or column) that ``tap`` reads for the one at ``at``, and whether it lies inside."""
+    if TRANSPOSED:
+        reach = at + padding - tap * dilation
+        return reach // stride, (reach >= 0) & (reach % stride == 0) & (reach // stride < size)
+    row = at * stride - padding + tap * dilation
+    return row, (row >= 0) & (row < size)
+
+
+@triton.jit
+def add_tap(
+    total, i, j, x, weight, rows, columns, valid, base, c, C, sizes, strides, window, KW, TRANSPOSED: tl.constexpr
+):
+    """``total`` (pixels, channels) plus tap (i, j): one vector of the filter and one tile of the image."""
+    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w = window
+    h, in_rows = source(rows, i, stride_h, padding_h, dilation_h, sizes[0], TRANSPOSED)
+    w, in_columns = source(columns, j, stride_w, padding_w, dilation_w, sizes[1], TRANSPOSED)
+    inside = valid & in_rows & in_columns
+    pointers = x + (base + h * strides[2] + w * strides[3])[:, None] + c[None, :] * strides[1]
+    value = tl.load(pointers, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+    factor = tl.load(weight + (i * KW + j) * C + c, mask=c < C, other=0.0).to(tl.float32)
+    return total + value * factor[None, :]
+
+
+@triton.jit
+def gather(
+    x,
+    weight,
+    n,
+    rows,
+    columns,
+    valid,
+    c,
+    C,
+    sizes,
+    strides,
+    window,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The depthwise sums of a tile (PIXELS, CHANNELS) in float32, in registers; 0 where not ``valid``.
+
+    ``weight`` is (KH, KW, C): see :func:`by_tap`.
+    """
+    total = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    base = n * strides[0]
+    if KH * KW <= UNROLLED_TAPS:
+        for i in tl.static_range(KH):
+            for j in tl.static_range(KW):
+                total = add_tap(
+                    total, i, j, x, weight, rows, columns, valid, base, c, C, sizes, strides, window, KW, TRANSPOSED
+                )
+    elif KW <= UNROLLED_WIDTH:
+        for i in range(KH):
+            for j in tl.static_range(KW):
+                total = add_tap(
+                    total, i, j, x, weight, rows, columns, valid, base, c, C, sizes, strides, window, KW, TRANSPOSED
+                )
+    else:
+        for i in range(KH):
+            for j in range(KW):
+                total = add_tap(
+                    total, i, j, x, weight, rows, columns, valid, base, c, C, sizes, strides, window, KW, TRANSPOSED
+                )
+    return total
+
+
+@triton.jit
+def aligned(strides, C, ALIGNMENT: tl.constexpr):
+    """The same strides and channels, told to the compiler to be multiples of ALIGNMENT (they are: launch.alignment)."""
+    n = strides[0] // ALIGNMENT * ALIGNMENT
+    h = strides[2] // ALIGNMENT * ALIGNMENT
+    w = strides[3] // ALIGNMENT * ALIGNMENT
+    return (n, strides[1], h, w), C // ALIGNMENT * ALIGNMENT
+
+
+@triton.jit
+def pixel(m, sizes):
+    """Image, row and column of the ``m``-th pixel of a batch."""
+    return m // (sizes[0] * sizes[1]), m // sizes[1] % sizes[0], m % sizes[1]
+
+
+@triton.jit
+def _gather_kernel(
+    x,
+    weight,
+    bias,
+    y,
+    pixels,
+    C,
+    x_sizes,
+    y_sizes,
+    x_strides,
+    y_strides,
+    window,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    y_strides, _ = aligned(y_strides, C, ALIGNMENT)
+    x_strides, C = aligned(x_strides, C, ALIGNMENT)
+    m = block(tl.program_id(0), PIXELS, WIDE)
+    c = block(tl.program_id(1), CHANNELS, WIDE)
+    n, row, column = pixel(m, y_sizes)
+    total = gather(
+        x, weight, n, row, column, m < pixels, c, C, x_sizes, x_strides, window, KH, KW, TRANSPOSED, PIXELS, CHANNELS
+    )
+    if bias is not None:
+        total += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    total = activate(total, ACTIVATION)
+    pointers = y + (n * y_strides[0] + row * y_strides[2] + column * y_strides[3])[:, None] + c[None, :] * y_strides[1]
+    tl.store(pointers, total.to(y.dtype.element_ty), mask=(m < pixels)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    grad,
+    x,
+    partial,
+    pixels,
+    share,
+    C,
+    x_sizes,
+    y_sizes,
+    x_strides,
+    grad_strides,
+    window,
+    KW: tl.constexpr,
+    TAPS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_TAPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One split's sums of image times gradient, to ``partial`` (splits, C * TAPS filter values, then C of the bias).
+
+    The bias is the filter's last tap, over an image of ones.
+    """
+    grad_strides, _ = aligned(grad_strides, C, ALIGNMENT)
+    x_strides, C = aligned(x_strides, C, ALIGNMENT)
+    split = tl.program_id(2)
+    tap = block(tl.program_id(0), BLOCK_TAPS, False)
+    c = block(tl.program_id(1), CHANNELS, False)
+    stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w = window
+    total = tl.zeros((PIXELS, BLOCK_TAPS, CHANNELS), tl.float32)
+    for step in range(share):
+        m = block(split * share + step, PIXELS, WIDE)
+        n, row, column = pixel(m, y_sizes)
+        at = n * grad_strides[0] + row * grad_strides[2] + column * grad_strides[3]
+        within = (m < pixels)[:, None] & (c < C)[None, :]
+        g = tl.load(grad + at[:, None] + c[None, :] * grad_strides[1], mask=within, other=0.0).to(tl.float32)
+        h, in_rows = source(row[:, None], (tap // KW)[None, :], stride_h, padding_h, dilation_h, x_sizes[0], False)
+        w, in_columns = source(column[:, None], (tap % KW)[None, :], stride_w, padding_w, dilation_w, x_sizes[1], False)
+        inside = (m < pixels)[:, None] & (tap < TAPS)[None, :] & in_rows & in_columns
+        at = (n * x_strides[0])[:, None] + h * x_strides[2] + w * x_strides[3]
+        pointers = x + at[:, :, None] + (c * x_strides[1])[None, None, :]
+        value = tl.load(pointers, mask=inside[:, :, None] & (c < C)[None, None, :], other=0.0).to(tl.float32)
+        if BIAS:
+            value = tl.where((tap == TAPS)[None, :, None], 1.0, value)
+        total += value * g[:, None, :]
+    sums = tl.sum(total, 0)
+    row_of = partial + split.to(tl.int64) * (C * (TAPS + 1))
+    mask = (c < C)[None, :]
+    tl.store(row_of + c[None, :] * TAPS + tap[:, None], sums, mask=mask & (tap < TAPS)[:, None])
+    if BIAS:
+        tl.store(row_of + C * TAPS + c[None, :] + tap[:, None] * 0, sums, mask=mask & (tap == TAPS)[:, None])
+
+
+def by_tap(weight: Tensor) -> Tensor:
+    """The filter (C, 1, kh, kw) as (kh, kw, C), a copy of a few kilobytes: a tap of 8 channels is then one vector load
+    instead of 8 scattered ones, which were two thirds of all loads."""
+    return weight.squeeze(1).permute(1, 2, 0).contiguous()
+
+
+def empty_output(x: Tensor, weight: Tensor, channels: int, stride: Sequence[int], padding: Sequence[int],
+                 dilation: Sequence[int]) -> Tensor:  # fmt: skip
+    """What the operators' fake kernels promise: the size of the convolution, in the format of ``F.conv2d``."""
+    size = ops.output_size(x, weight.shape[2:], stride, padding, dilation)
+    shape = (x.shape[0], channels, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=ops.output_format(x, weight))
+
+
+def _run_gather(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, window: tuple[int, ...], transposed: bool,
+                activation: int = 0) -> None:  # fmt: skip
+    tile = tiles.GATHER[architecture(x)]
+    channels = min(tile.channels, triton.next_power_of_2(x.shape[1]))
+    pixels = y.shape[0] * y.shape[2] * y.shape[3]
+    run(
+        _gather_kernel,
+        (triton.cdiv(pixels, tile.pixels), triton.cdiv(x.shape[1], channels)),
+        x,
+        by_tap(weight),
+        bias,
+        y,
+        pixels,
+        x.shape[1],
+        tuple(x.shape[2:]),
+        tuple(y.shape[2:]),
+        x.stride(),
+        y.stride(),
+        window,
+        KH=weight.shape[2],
+        KW=weight.shape[3],
+        TRANSPOSED=transposed,
+        ACTIVATION=activation,
+        ALIGNMENT=min(alignment(x), alignment(y)),
+        PIXELS=tile.pixels,
+        CHANNELS=channels,
+        WIDE=is_wide(span(x, y)),
+        num_warps=tile.warps,
+    )
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: int = 0,
+) -> Tensor:
+    """The operator; ``activation`` is for the separable operator's first step, where it runs alone."""
+    y = empty_output(x, weight, x.shape[1], stride, padding, dilation)
+    if y.numel():
+        _run_gather(x, weight, bias, y, (*stride, *padding, *dilation), False, activation)
+    return y
+
+
+def _gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor, window: tuple[int, ...], want_bias: bool) -> Tensor:
+    """Partial sums (splits, C * taps + C)."""
+    C, taps = x.shape[1], weight[0].numel()
+    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
+    wanted = taps + want_bias
+    block_taps = min(tiles.GRADIENT_TAPS, triton.next_power_of_2(wanted))
+    channels = min(tiles.GRADIENT_CHANNELS, triton.next_power_of_2(C))
+    block_pixels = max(1, min(tiles.GRADIENT_SUMS[architecture(x)] // (block_taps * channels), 4096))
+    tap_blocks, channel_blocks = triton.cdiv(wanted, block_taps), triton.cdiv(C, channels)
+    steps = triton.cdiv(pixels, block_pixels)
+    share = max(1, triton.cdiv(steps, max(1, tiles.PROGRAMS // (tap_blocks * channel_blocks))))
+    splits = triton.cdiv(steps, share)
+    partial = torch.empty((splits, C * (taps + 1)), dtype=torch.float32, device=x.device)
+    run(
+        _weight_gradient_kernel,
+        (tap_blocks, channel_blocks, splits),
+        grad,
+        x,
+        partial,
+        pixels,
+        share,
+        C,
+        tuple(x.shape[2:]),
+        tuple(grad.shape[2:]),
+        x.stride(),
+        grad.stride(),
+        window,
+        KW=weight.shape[3],
+        TAPS=taps,
+        BIAS=want_bias,
+        ALIGNMENT=min(alignment(x), alignment(grad)),
+        PIXELS=block_pixels,
+        BLOCK_TAPS=block_taps,
+        CHANNELS=channels,
+        WIDE=is_wide(span(x, grad)),
+        num_warps=4,
+    )
+    return partial
+
+
+def depthwise_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, filter and bias; those that ``mask`` leaves out come back empty."""
+    dx, dw, db = (
+        torch.empty_like(t, memory_format=suggest_memory_format(t)) if wanted else t.new_empty(0)
+        for t, wanted in zip((x, weight, x.new_empty(x.shape[1])), mask, strict=True)
+    )
+    window = (*stride, *padding, *dilation)
+    if not grad.numel():
+        return dx.zero_(), dw.zero_(), db.zero_()
+    if mask[0]:
+        _run_gather(grad, weight, None, dx, window, True)
+    if mask[1] or mask[2]:
+        partial = _gradient_of_weight(grad, x, weight, window, mask[2])
+        if mask[1]:
+            sum_splits(partial[:, : weight.numel()], dw)
+        if mask[2]:
+            sum_splits(partial[:, weight.numel() :], db)
+    return dx, dw, db

@@ -1,0 +1,90 @@
+"""Launching: the one place through which every kernel goes, and what all of them are told about tensors.
+
+``benchmarks/static_triton.py`` stands in for :func:`run` to compile each launch ahead of time instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import fusion
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Launch ``kernel`` on the device of its first argument."""
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whatever the tensors' is
+        kernel[grid](*args, **constants)
+
+
+@triton.jit
+def _double(x, y):
+    tl.store(y, tl.load(x) + tl.load(x))
+
+
+@cache
+def interpreter_serves_bf16() -> bool:
+    """Whether the interpreter in use can add: Triton's own (3.6, 3.7) takes bfloat16 for bit patterns, in silence."""
+    x = torch.ones(1, dtype=torch.bfloat16)
+    y = torch.zeros_like(x)
+    run(_double, (1,), x, y)
+    return y.item() == 2.0
+
+
+def architecture(x: Tensor) -> int:
+    """Row of the configuration tables: 90, 80, or 0 for the interpreter."""
+    return 0 if INTERPRETED else fusion.architecture(x)
+
+
+def span(*tensors: Tensor) -> int:
+    """One more than the furthest element of any of the tensors, counted from its first."""
+    return max(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors)
+
+
+def is_wide(elements: int) -> bool:
+    """Whether offsets need 64 bits; the margin is what the last, masked block may count beyond the end."""
+    return elements > 2**31 - 2**20
+
+
+def alignment(x: Tensor) -> int:
+    """Largest power of two, up to 16, that divides the channels and every stride but the channels' own.
+
+    Triton looks for 16 alone; told 8, it loads 728 channels of 16 bits as whole 16-byte vectors too.
+    """
+    n, c, h, w = x.stride()
+    return math.gcd(16, x.shape[1], n, h, w) if c == 1 else 1
+
+
+@triton.jit
+def block(index, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Element numbers of the ``index``-th block."""
+    if WIDE:
+        index = index.to(tl.int64)
+    return index * SIZE + tl.arange(0, SIZE)
+
+
+@triton.jit
+def _sum_kernel(partial, out, length, row, splits, BLOCK: tl.constexpr):
+    at = block(tl.program_id(0), BLOCK, False)
+    total = tl.zeros((BLOCK,), tl.float32)
+    pointers = partial + at
+    for _ in range(splits):
+        total += tl.load(pointers, mask=at < length, other=0.0)
+        pointers += row
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < length)
+
+
+def sum_splits(partial: Tensor, out: Tensor) -> None:
+    """``out`` (dense) = ``partial`` (splits, out.numel()) summed over its first dimension, always in the same order."""
+    size = 1 << 14 if INTERPRETED else 256
+    grid = (triton.cdiv(out.numel(), size),)
+    run(_sum_kernel, grid, partial, out, out.numel(), partial.stride(0), partial.shape[0], BLOCK=size, num_warps=4)
