@@ -34,6 +34,7 @@ pins: $(VENV)/.installed ## resolve requirements.txt anew from pyproject.toml
 
 test: build lint ## every test that needs no GPU
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 
 lint: build ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

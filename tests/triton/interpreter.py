@@ -1,0 +1,176 @@
+"""Triton's interpreter with its arithmetic put right; a test imports it before any kernel runs.
+
+Stock (3.6 and 3.7), bfloat16 is a bit pattern to it: sums and products of patterns, casts that cut instead of round,
+and a tl.dot of garbage. It has no TF32, its minimum and maximum treat NaN as NumPy does rather than as a GPU does, and
+it refuses nothing that a GPU would leave undefined; the last is the sanitizer's part (sanitizer.py).
+
+Here every operation on bfloat16 is done in float32 and rounded once, to nearest, ties to even: as the hardware does.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
+BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor}
+PLAIN_FLOATS = {"bf16", "fp16", "fp32", "fp64"}
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bit patterns as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to bfloat16 bit patterns, to nearest, ties to even; NaN stays NaN."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
+
+
+def is_bf16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def values(handle: Any) -> np.ndarray:
+    """The handle's numbers, in a type that NumPy can compute with."""
+    return widen(handle.data) if is_bf16(handle) else handle.data
+
+
+def round_to_tf32(x: np.ndarray) -> np.ndarray:
+    """The 10-bit mantissa that tensor cores read of a float32."""
+    return ((x.astype(np.float32).view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _cast(self: Any, source: Any, target: Any) -> Any:
+    data, target = values(source), target.scalar
+    if target == tl.bfloat16:
+        return Handle(source.data if is_bf16(source) else narrow(data), target)
+    return Handle(data.astype(interpreter._get_np_dtype(target)), target)
+
+
+def _convert(stock: Any) -> Any:
+    def convert(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        plain = {source.dtype.scalar.name, target.scalar.name} <= PLAIN_FLOATS
+        return _cast(self, source, target) if plain else stock(self, source, target, rounding)
+
+    return convert
+
+
+def _unary(stock: Any) -> Any:
+    def unary(self: Any, x: Any, operation: Any) -> Any:
+        return Handle(narrow(operation(values(x))), tl.bfloat16) if is_bf16(x) else stock(self, x, operation)
+
+    return unary
+
+
+def _absolute(stock: Any) -> Any:
+    def absolute(self: Any, x: Any) -> Any:
+        return Handle(x.data & np.uint16(0x7FFF), tl.bfloat16) if is_bf16(x) else stock(self, x)
+
+    return absolute
+
+
+def _binary(stock: Any) -> Any:
+    def binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
+        if not (is_bf16(left) and is_bf16(right)) or operation in BITWISE:
+            return stock(self, left, right, operation)
+        result = operation(values(left), values(right))
+        return Handle(result, tl.int1) if operation in COMPARISONS else Handle(narrow(result), tl.bfloat16)
+
+    return binary
+
+
+def _ternary(stock: Any) -> Any:
+    def ternary(self: Any, a: Any, b: Any, c: Any, operation: Any) -> Any:
+        if operation is np.where or not is_bf16(c):
+            return stock(self, a, b, c, operation)
+        return Handle(narrow(operation(values(a), values(b), values(c))), tl.bfloat16)
+
+    return ternary
+
+
+def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+    """One rounding, as the hardware's: the product of two floats is exact in the next wider type."""
+    exact = values(x).astype(np.float64) * values(y) + values(z)
+    data = narrow(exact.astype(np.float32)) if is_bf16(z) else exact.astype(z.data.dtype)
+    return Handle(data, z.dtype.scalar)
+
+
+def _clamp(self: Any, x: Any, low: Any, high: Any, propagate_nan: Any) -> Any:
+    if "ALL" in str(propagate_nan):
+        return self.ternary_op(x, low, high, lambda v, a, b: np.minimum(np.maximum(v, a), b))
+    return self.ternary_op(x, low, high, lambda v, a, b: np.fmin(np.fmax(v, a), b))
+
+
+def _dot(stock: Any) -> Any:
+    def dot(self: Any, a: Any, b: Any, total: Any, precision: Any, imprecise: Any) -> Any:
+        x, y = values(a), values(b)
+        if x.dtype.kind != "f":
+            return stock(self, a, b, total, precision, imprecise)
+        if a.dtype.scalar == tl.float32 and "TF32" in str(precision) and "x3" not in str(precision):
+            x, y = round_to_tf32(x), round_to_tf32(y)
+        product = np.matmul(x.astype(np.float32), y.astype(np.float32))
+        return Handle((product + total.data).astype(total.data.dtype), total.dtype.scalar)
+
+    return dot
+
+
+def _sum(stock: Any) -> Any:
+    def total(self: Any, x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return stock(self, x)
+        sums = np.sum(widen(x.handle.data), axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(narrow(sums), x.dtype)
+
+    return total
+
+
+def _index_of_scalars(stock: Any) -> Any:
+    """Triton 3.6 asks int() of an array of one element, which NumPy 2.4 refuses."""
+
+    def patch(tensor: Any, *scope: Any) -> Any:
+        stock(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    return patch
+
+
+def _restore(stock: Any) -> Any:
+    """Results were written in place: copying each tensor onto itself would touch every page of a very large one."""
+
+    def restore(self: Any, args: Any, host_args: Any, kwargs: Any, host_kwargs: Any) -> None:
+        return None
+
+    return restore
+
+
+def install() -> None:
+    """Put the corrections in; once a process."""
+    Builder.cast_impl = _cast
+    Builder.create_fp_to_fp = _convert(Builder.create_fp_to_fp)
+    Builder.unary_op = _unary(Builder.unary_op)
+    Builder.create_fabs = _absolute(Builder.create_fabs)
+    Builder.binary_op = _binary(Builder.binary_op)
+    Builder.ternary_op = _ternary(Builder.ternary_op)
+    Builder.create_fma = _fma
+    Builder.create_clampf = _clamp
+    # maxnum and minnum drop NaN (IEEE maxNum), maximum and minimum keep it.
+    Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    Builder.create_dot = _dot(Builder.create_dot)
+    interpreter.ReduceOps.sum = _sum(interpreter.ReduceOps.sum)
+    interpreter._patch_lang_tensor = _index_of_scalars(interpreter._patch_lang_tensor)
+    interpreter.GridExecutor._restore_args_dev = _restore(interpreter.GridExecutor._restore_args_dev)
+
+
+install()
