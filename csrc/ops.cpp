@@ -37,6 +37,14 @@ struct CpuConv {
   static void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype, const Tensor&) {
     cpu::column_sums(matrix, out, rows, channels, dtype);
   }
+  template <class... Arguments>
+  static bool fused_forward(const Arguments&...) {
+    return false;
+  }
+  template <class... Arguments>
+  static bool fused_backward(const Arguments&...) {
+    return false;
+  }
 };
 
 }  // namespace

@@ -23,16 +23,32 @@ inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose
 
 inline void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out) { aten("aten::mm", "out", a, b, out); }
 
+// One call's arguments, checked against each other, dense, and images as NHWC.
+struct SeparableCall {
+  Dtype dtype;
+  Conv2d g;
+  bool nhwc;  // the output's format: what F.conv2d would give
+  int64_t c_out, rows;
+  Activation inner_act, act;
+  Tensor x, depthwise, pointwise;
+  std::optional<Tensor> depthwise_bias;
+};
+
 // Kernels: as DepthwiseOps takes them, and over a dense matrix of pixels by channels
 //   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like): out = act(z + bias)
 //   static slope(grad, values, activation, from_output, out, rows, channels, dtype, like): out = grad * act'(...)
 //   static column_sums(matrix, out, rows, channels, dtype, like)
-// where out may be the first argument.
+// where out may be the first argument; and, for devices with kernels that do more at once,
+//   static fused_forward(call, pointwise bias or null, y)
+//   static fused_backward(call, grad, y if activated, d_inner, d_pointwise, d_pointwise_bias), as pointwise_backward
+//   below
+// which return false, nothing done, where the steps one by one are to serve.
 template <class Kernels>
 struct SeparableOps {
   using Ints = std::vector<int64_t>;
   using Bools = std::vector<bool>;
   using Maybe = std::optional<Tensor>;
+  using Call = SeparableCall;
 
   static Activation activation_of(int64_t number) {
     STD_TORCH_CHECK(number >= 0 && number <= int64_t(Activation::gelu), "activation must be a number from 0 to ",
@@ -52,38 +68,85 @@ struct SeparableOps {
     return torch::stable::reshape(pointwise, size);
   }
 
-  static Tensor depthwise(const Conv2d& g, const Tensor& x, const Tensor& weight, const Maybe& bias, Activation act,
-                          Dtype dtype) {
-    Tensor out = empty_image(x, g.batch, g.channels, g.out_h, g.out_w, true);
-    const Tensor weight_in = torch::stable::contiguous(weight);
-    const Maybe bias_in = contiguous(bias);
-    Kernels::forward(g, x.const_data_ptr(), weight_in.const_data_ptr(), data_or_null(bias_in), act,
-                     out.mutable_data_ptr(), dtype, x);
+  static Call checked(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise, const Maybe& depthwise_bias,
+                      const Ints& stride, const Ints& padding, const Ints& dilation, int64_t inner_activation,
+                      int64_t activation) {
+    const Dtype dtype = dtype_of(x, "x");
+    Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
+    const bool nhwc = g.nhwc;
+    g.nhwc = true;
+    check_pointwise(pointwise, x);
+    check_bias(depthwise_bias, x, g.channels);
+    return {dtype,
+            g,
+            nhwc,
+            pointwise.size(0),
+            g.batch * g.out_h * g.out_w,
+            activation_of(inner_activation),
+            activation_of(activation),
+            dense(x, true),
+            torch::stable::contiguous(depthwise),
+            torch::stable::contiguous(as_matrix(pointwise)),
+            contiguous(depthwise_bias)};
+  }
+
+  static Tensor depthwise(const Call& call, Activation act) {
+    const Conv2d& g = call.g;
+    Tensor out = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, true);
+    Kernels::forward(g, call.x.const_data_ptr(), call.depthwise.const_data_ptr(), data_or_null(call.depthwise_bias),
+                     act, out.mutable_data_ptr(), call.dtype, call.x);
     return out;
   }
 
   static Tensor forward(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
                         const Maybe& depthwise_bias, const Maybe& pointwise_bias, const Ints& stride,
                         const Ints& padding, const Ints& dilation, int64_t inner_activation, int64_t activation) {
-    const Dtype dtype = dtype_of(x, "x");
-    Conv2d g = conv2d(x, depthwise_weight, stride, padding, dilation);
-    const bool nhwc = g.nhwc;
-    const int64_t c_out = pointwise_weight.size(0);
-    check_pointwise(pointwise_weight, x);
-    check_bias(depthwise_bias, x, g.channels);
-    check_bias(pointwise_bias, x, c_out);
-    const Activation inner_act = activation_of(inner_activation), act = activation_of(activation);
-    Tensor y = empty_image(x, g.batch, c_out, g.out_h, g.out_w, true);
-    if (y.numel()) {
-      g.nhwc = true;
-      const Tensor inner = depthwise(g, dense(x, true), depthwise_weight, depthwise_bias, inner_act, dtype);
-      matrix_product(pixel_rows(inner), transposed(as_matrix(pointwise_weight)), pixel_rows(y));
-      const Maybe bias_in = contiguous(pointwise_bias);
-      if (bias_in || act != Activation::none)
-        Kernels::epilogue(y.const_data_ptr(), data_or_null(bias_in), act, y.mutable_data_ptr(), y.numel() / c_out,
-                          c_out, dtype, x);
+    const Call call = checked(x, depthwise_weight, pointwise_weight, depthwise_bias, stride, padding, dilation,
+                              inner_activation, activation);
+    check_bias(pointwise_bias, x, call.c_out);
+    Tensor y = empty_image(x, call.g.batch, call.c_out, call.g.out_h, call.g.out_w, true);
+    if (!y.numel()) return in_format(y, call.nhwc);
+    const Maybe bias = contiguous(pointwise_bias);
+    if (!Kernels::fused_forward(call, data_or_null(bias), y.mutable_data_ptr())) {
+      matrix_product(pixel_rows(depthwise(call, call.inner_act)), transposed(call.pointwise), pixel_rows(y));
+      if (bias || call.act != Activation::none)
+        Kernels::epilogue(y.const_data_ptr(), data_or_null(bias), call.act, y.mutable_data_ptr(), call.rows, call.c_out,
+                          call.dtype, x);
     }
-    return in_format(y, nhwc);
+    return in_format(y, call.nhwc);
+  }
+
+  // The pointwise step's gradients, and d_inner, that of the depthwise output, one step after the other. Each may be
+  // null where it is not wanted.
+  static void pointwise_backward(const Call& call, const Tensor& grad, const Maybe& y, Tensor* d_inner,
+                                 Tensor* d_pointwise, Tensor* d_pointwise_bias) {
+    const int64_t c = call.g.channels, rows = call.rows;
+    Tensor dz = grad;
+    if (y) {
+      dz = torch::stable::empty_like(grad);
+      Kernels::slope(grad.const_data_ptr(), y->const_data_ptr(), call.act, true, dz.mutable_data_ptr(), rows,
+                     call.c_out, call.dtype, call.x);
+    }
+    if (d_pointwise_bias)
+      Kernels::column_sums(dz.const_data_ptr(), d_pointwise_bias->mutable_data_ptr(), rows, call.c_out, call.dtype,
+                           call.x);
+    const bool activated = call.inner_act != Activation::none;
+    Tensor inner;  // the depthwise output before its activation, made again
+    if (d_pointwise || activated) inner = depthwise(call, Activation::none);
+    if (d_pointwise) {
+      Tensor left = inner;
+      if (activated) {
+        left = torch::stable::empty_like(inner);
+        Kernels::epilogue(inner.const_data_ptr(), nullptr, call.inner_act, left.mutable_data_ptr(), rows, c, call.dtype,
+                          call.x);
+      }
+      matrix_product(transposed(pixel_rows(dz)), pixel_rows(left), as_matrix(*d_pointwise));
+    }
+    if (!d_inner) return;
+    matrix_product(pixel_rows(dz), call.pointwise, pixel_rows(*d_inner));
+    if (activated)
+      Kernels::slope(d_inner->const_data_ptr(), inner.const_data_ptr(), call.inner_act, false,
+                     d_inner->mutable_data_ptr(), rows, c, call.dtype, call.x);
   }
 
   // mask: which of the gradients of (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias).
@@ -91,62 +154,40 @@ struct SeparableOps {
       const Tensor& grad, const Maybe& y, const Tensor& x, const Tensor& depthwise_weight,
       const Tensor& pointwise_weight, const Maybe& depthwise_bias, const Ints& stride, const Ints& padding,
       const Ints& dilation, int64_t inner_activation, int64_t activation, const Bools& mask) {
-    const Dtype dtype = dtype_of(x, "x");
-    Conv2d g = conv2d(x, depthwise_weight, stride, padding, dilation);
-    g.nhwc = true;
-    const int64_t c = g.channels, c_out = pointwise_weight.size(0), rows = g.batch * g.out_h * g.out_w;
-    check_pointwise(pointwise_weight, x);
-    check_bias(depthwise_bias, x, c);
-    check_grad(grad, x, g, c_out);
+    const Call call = checked(x, depthwise_weight, pointwise_weight, depthwise_bias, stride, padding, dilation,
+                              inner_activation, activation);
+    const Conv2d& g = call.g;
+    check_grad(grad, x, g, call.c_out);
     STD_TORCH_CHECK(mask.size() == 5, "mask must have 5 values");
-    const Activation inner_act = activation_of(inner_activation), act = activation_of(activation);
-    STD_TORCH_CHECK(act != Activation::silu && act != Activation::gelu,
+    STD_TORCH_CHECK(call.act != Activation::silu && call.act != Activation::gelu,
                     "activation must be one whose gradient can be told from its output; apply silu or gelu outside");
-    STD_TORCH_CHECK(act == Activation::none || y, "y must be given where there is an activation");
-    const bool nhwc = suggests_nhwc(x);
-    Tensor dx = mask[0] ? empty_image(x, g.batch, c, g.in_h, g.in_w, true) : empty_vector(x, 0);
+    const bool activated = call.act != Activation::none, nhwc = suggests_nhwc(x);
+    STD_TORCH_CHECK(!activated || y, "y must be given where there is an activation");
+    if (activated) check_grad(*y, x, g, call.c_out);
+    Tensor dx = mask[0] ? empty_image(x, g.batch, g.channels, g.in_h, g.in_w, true) : empty_vector(x, 0);
     Tensor d_depthwise = mask[1] ? empty_filter(depthwise_weight) : empty_vector(x, 0);
     Tensor d_pointwise = mask[2] ? empty_filter(pointwise_weight) : empty_vector(x, 0);
-    Tensor d_depthwise_bias = empty_vector(x, mask[3] ? c : 0), d_pointwise_bias = empty_vector(x, mask[4] ? c_out : 0);
-    if (!rows || !c || !c_out) {
+    Tensor d_depthwise_bias = empty_vector(x, mask[3] ? g.channels : 0);
+    Tensor d_pointwise_bias = empty_vector(x, mask[4] ? call.c_out : 0);
+    if (!call.rows || !g.channels || !call.c_out) {
       for (Tensor* t : {&dx, &d_depthwise, &d_pointwise, &d_depthwise_bias, &d_pointwise_bias})
         torch::stable::zero_(*t);
       return {mask[0] ? in_format(dx, nhwc) : dx, d_depthwise, d_pointwise, d_depthwise_bias, d_pointwise_bias};
     }
 
-    Tensor dz = dense(grad, true);
-    if (act != Activation::none) {
-      check_grad(*y, x, g, c_out);
-      const Tensor grad_in = dz, y_in = dense(*y, true);
-      dz = torch::stable::empty_like(grad_in);
-      Kernels::slope(grad_in.const_data_ptr(), y_in.const_data_ptr(), act, true, dz.mutable_data_ptr(), rows, c_out,
-                     dtype, x);
-    }
-    if (mask[4]) Kernels::column_sums(dz.const_data_ptr(), d_pointwise_bias.mutable_data_ptr(), rows, c_out, dtype, x);
-
-    const Tensor x_in = dense(x, true);
-    Tensor inner;  // the depthwise output before its activation, made again
-    if (mask[2] || inner_act != Activation::none)
-      inner = depthwise(g, x_in, depthwise_weight, depthwise_bias, Activation::none, dtype);
-    if (mask[2]) {
-      Tensor activated = inner;
-      if (inner_act != Activation::none) {
-        activated = torch::stable::empty_like(inner);
-        Kernels::epilogue(inner.const_data_ptr(), nullptr, inner_act, activated.mutable_data_ptr(), rows, c, dtype, x);
-      }
-      matrix_product(transposed(pixel_rows(dz)), pixel_rows(activated), as_matrix(d_pointwise));
-    }
-    if (mask[0] || mask[1] || mask[3]) {
-      Tensor d_inner = empty_image(x, g.batch, c, g.out_h, g.out_w, true);
-      matrix_product(pixel_rows(dz), as_matrix(pointwise_weight), pixel_rows(d_inner));
-      if (inner_act != Activation::none)
-        Kernels::slope(d_inner.const_data_ptr(), inner.const_data_ptr(), inner_act, false, d_inner.mutable_data_ptr(),
-                       rows, c, dtype, x);
-      const Tensor weight_in = torch::stable::contiguous(depthwise_weight);
-      Kernels::backward(g, d_inner.const_data_ptr(), x_in.const_data_ptr(), weight_in.const_data_ptr(),
-                        mask[0] ? dx.mutable_data_ptr() : nullptr, mask[1] ? d_depthwise.mutable_data_ptr() : nullptr,
-                        mask[3] ? d_depthwise_bias.mutable_data_ptr() : nullptr, dtype, x);
-    }
+    const Tensor grad_in = dense(grad, true);
+    const Maybe y_in = activated ? Maybe(dense(*y, true)) : std::nullopt;
+    const bool wants_inner = mask[0] || mask[1] || mask[3];
+    Tensor d_inner = wants_inner ? empty_image(x, g.batch, g.channels, g.out_h, g.out_w, true) : empty_vector(x, 0);
+    Tensor *const to_inner = wants_inner ? &d_inner : nullptr, *const to_pointwise = mask[2] ? &d_pointwise : nullptr,
+                  *const to_bias = mask[4] ? &d_pointwise_bias : nullptr;
+    if (!Kernels::fused_backward(call, grad_in, y_in, to_inner, to_pointwise, to_bias))
+      pointwise_backward(call, grad_in, y_in, to_inner, to_pointwise, to_bias);
+    const auto pointer_if = [](bool wanted, Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; };
+    if (wants_inner)
+      Kernels::backward(g, d_inner.const_data_ptr(), call.x.const_data_ptr(), call.depthwise.const_data_ptr(),
+                        pointer_if(mask[0], dx), pointer_if(mask[1], d_depthwise),
+                        pointer_if(mask[3], d_depthwise_bias), call.dtype, x);
     return {mask[0] ? in_format(dx, nhwc) : dx, d_depthwise, d_pointwise, d_depthwise_bias, d_pointwise_bias};
   }
 };

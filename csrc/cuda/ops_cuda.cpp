@@ -2,9 +2,13 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "cuda/kernels.h"
 #include "depthwise_op.h"
 #include "module.h"
+#include "separable_op.h"
 #include "trelu_op.h"
 
 namespace rkl {
@@ -32,22 +36,82 @@ struct CudaTRelu {
   }
 };
 
+Tensor workspace(const Tensor& like, int64_t n) {
+  return torch::stable::new_empty(like, {n}, std::optional<ScalarType>(ScalarType::Float));
+}
+float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
 // Kernels of the convolutions, as DepthwiseOps takes them.
 struct CudaConv {
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor& like) {
-    STD_TORCH_CHECK(act == Activation::none, "the CUDA depthwise kernels have no activation");
-    cuda::depthwise(g, x, weight, bias, y, dtype, OnDeviceOf(like).stream);
+    const OnDeviceOf device(like);
+    cuda::depthwise(g, x, weight, bias, y, dtype, device.stream);
+    if (act != Activation::none)
+      cuda::epilogue(y, nullptr, act, y, g.batch * g.out_h * g.out_w, g.channels, dtype, device.stream);
   }
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor& like) {
     const OnDeviceOf device(like);
     if (dx) cuda::depthwise_input_grad(g, grad, weight, dx, dtype, device.stream);
     if (!dweight && !dbias) return;
-    const Tensor workspace =
-        torch::stable::new_empty(like, {cuda::weight_grad_workspace(g)}, std::optional<ScalarType>(ScalarType::Float));
-    cuda::depthwise_weight_grad(g, grad, x, dweight, dbias, static_cast<float*>(workspace.mutable_data_ptr()), dtype,
-                                device.stream);
+    const Tensor sums = workspace(like, cuda::weight_grad_workspace(g));
+    cuda::depthwise_weight_grad(g, grad, x, dweight, dbias, floats(sums), dtype, device.stream);
+  }
+};
+
+// And those around a library's matrix product, or in place of it: fused where the kernels serve the shape and the
+// counts are for it.
+struct CudaSeparable : CudaConv {
+  static void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
+                       Dtype dtype, const Tensor& like) {
+    cuda::epilogue(z, bias, act, out, rows, channels, dtype, OnDeviceOf(like).stream);
+  }
+  static void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t rows,
+                    int64_t channels, Dtype dtype, const Tensor& like) {
+    cuda::slope(grad, values, act, from_output, out, rows * channels, dtype, OnDeviceOf(like).stream);
+  }
+  static void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype,
+                          const Tensor& like) {
+    const OnDeviceOf device(like);
+    const Tensor sums = workspace(like, cuda::column_sums_workspace(rows, channels));
+    cuda::column_sums(matrix, out, rows, channels, floats(sums), dtype, device.stream);
+  }
+
+  static bool fused_forward(const SeparableCall& call, const void* pointwise_bias, void* y) {
+    const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
+    const OnDeviceOf device(call.x);
+    if (!vectors({x, pointwise, y}) || !cuda::fused_separable_serves(call.g, call.c_out, call.dtype) ||
+        !cuda::fused_separable_pays(call.g, call.c_out))
+      return false;
+    cuda::fused_separable(call.g, call.c_out, x, call.depthwise.const_data_ptr(), pointwise,
+                          data_or_null(call.depthwise_bias), pointwise_bias, call.inner_act, call.act, y, call.dtype,
+                          device.stream);
+    return true;
+  }
+
+  static bool fused_backward(const SeparableCall& call, const Tensor& grad, const std::optional<Tensor>& y,
+                             Tensor* d_inner, Tensor* d_pointwise, Tensor* d_pointwise_bias) {
+    const auto to = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
+    const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
+    const OnDeviceOf device(call.x);
+    if (!vectors({x, pointwise, grad.const_data_ptr(), data_or_null(y)}) ||
+        !cuda::fused_separable_backward_serves(call.g, call.c_out, call.inner_act, call.act, call.dtype) ||
+        !cuda::fused_separable_backward_pays(call.g, call.c_out, call.act))
+      return false;
+    const Tensor sums = workspace(call.x, cuda::fused_separable_backward_workspace(call.g, call.c_out));
+    cuda::fused_separable_backward(call.g, call.c_out, grad.const_data_ptr(), data_or_null(y), x,
+                                   call.depthwise.const_data_ptr(), pointwise, data_or_null(call.depthwise_bias),
+                                   call.inner_act, call.act, to(d_inner), to(d_pointwise), to(d_pointwise_bias),
+                                   floats(sums), call.dtype, device.stream);
+    return true;
+  }
+
+ private:
+  // Whether 16-byte copies may begin at all of these; a view may begin anywhere.
+  static bool vectors(std::initializer_list<const void*> pointers) {
+    return std::all_of(pointers.begin(), pointers.end(),
+                       [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
   }
 };
 
@@ -62,6 +126,9 @@ STABLE_TORCH_LIBRARY_IMPL(rkl, CUDA, m) {
   using Depthwise = rkl::DepthwiseOps<rkl::CudaConv>;
   m.impl("depthwise_conv2d", TORCH_BOX(&Depthwise::forward));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&Depthwise::backward));
+  using Separable = rkl::SeparableOps<rkl::CudaSeparable>;
+  m.impl("separable_conv2d", TORCH_BOX(&Separable::forward));
+  m.impl("separable_conv2d_backward", TORCH_BOX(&Separable::backward));
 }
 
 RKL_PYTHON_MODULE(_C_cuda)

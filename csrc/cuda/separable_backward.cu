@@ -308,6 +308,16 @@ bool fused_separable_backward_serves(const Conv2d& g, int64_t c_out, Activation 
          shared_bytes(arguments<bf16>(g, c_out, inner, activation)) <= shared_limit();
 }
 
+// Counted in bytes an element of the depthwise output. Saved are its writing and reading and, a gradient's element, one
+// of two readings and, with an activation, the writing and reading of dz. Against it stand the slower products, and
+// reading grad and y again for each further chunk of channels, from the cache: a third of memory's price.
+bool fused_separable_backward_pays(const Conv2d& g, int64_t c_out, Activation activation) {
+  const bool activated = activation != Activation::none;
+  const double outputs = double(c_out) / double(g.channels), again = double((g.channels - 1) / kChunk);
+  const double saved = 4 + outputs * (activated ? 6 : 2), cached = again * outputs * (activated ? 4 : 2) / 3;
+  return cached + 4.0 * c_out * kSlowerProduct / balance().product <= saved;
+}
+
 int64_t fused_separable_backward_workspace(const Conv2d& g, int64_t c_out) {
   const auto a = arguments<bf16>(g, c_out, Activation::none, Activation::none);
   return a.slices * a.sums();

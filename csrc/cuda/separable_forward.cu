@@ -5,8 +5,8 @@
 // and from there it is the left operand of a product on the tensor cores, summed in fp32 over the chunks. While a chunk
 // is worked on, the copies of the next are under way. Bias and activation follow in registers' precision at the end.
 //
-// Where the output channels do not fit into one tile, every tile of them makes the depthwise output again: pays() says
-// up to where that is cheaper than writing and reading it.
+// Where the output channels do not fit into one tile, every tile of them makes the depthwise output again:
+// fused_separable_pays says up to where that is cheaper than writing and reading it.
 #include "cuda/separable.cuh"
 
 namespace rkl::cuda {
@@ -243,6 +243,15 @@ void launch(Arguments<T> a, cudaStream_t stream) {
 bool fused_separable_serves(const Conv2d& g, int64_t c_out, Dtype dtype) {
   if (!serves(g, c_out, dtype)) return false;
   return (takes_128(g, c_out) ? shared_bytes<128>(g, c_out) : shared_bytes<64>(g, c_out)) <= shared_limit();
+}
+
+// Counted in bytes an element of the depthwise output: 4 are saved, its writing and reading. Against it stand making it
+// again for each further tile of output channels, and the slower product.
+bool fused_separable_pays(const Conv2d& g, int64_t c_out) {
+  const int64_t again = (c_out - 1) / Shape<64>::outputs;
+  const Balance b = balance();
+  const double depthwise = double(again * g.kernel_h * g.kernel_w) / b.multiply_adds;
+  return depthwise + 2.0 * c_out * kSlowerProduct / b.product <= 4;
 }
 
 void fused_separable(const Conv2d& g, int64_t c_out, const void* x, const void* depthwise, const void* pointwise,

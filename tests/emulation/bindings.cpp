@@ -74,6 +74,12 @@ void bind_kernels(py::module_& m) {
   define(m, "trelu", cuda::trelu);
   define(m, "trelu_backward", cuda::trelu_backward);
   define(m, "fused_separable_serves", cuda::fused_separable_serves);
+  define(m, "epilogue", cuda::epilogue);
+  define(m, "slope", cuda::slope);
+  define(m, "column_sums_workspace", cuda::column_sums_workspace);
+  define(m, "column_sums", cuda::column_sums);
+  define(m, "fused_separable_pays", cuda::fused_separable_pays);
+  define(m, "fused_separable_backward_pays", cuda::fused_separable_backward_pays);
   define(m, "fused_separable", cuda::fused_separable);
   define(m, "fused_separable_backward_serves", cuda::fused_separable_backward_serves);
   define(m, "fused_separable_backward_workspace", cuda::fused_separable_backward_workspace);

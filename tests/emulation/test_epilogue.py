@@ -1,0 +1,69 @@
+"""The passes around a library's matrix product (csrc/cuda/epilogue.cu) on the emulated GPU, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rkl_kernels import reference
+from rkl_kernels._checks import ACTIVATIONS
+
+from .conftest import DTYPES, Gpu
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# Whole vectors of 16 bytes, and rows that have none.
+SHAPES = [(70, 24), (33, 7)]
+
+
+def put(gpu: Gpu, *shape: int, dtype: torch.dtype) -> Tensor:
+    return gpu.put((torch.randn(shape) * 2).to(dtype))
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_and_activation(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int], activation: str | None) -> None:
+    z, bias, out = put(gpu, *shape, dtype=dtype), put(gpu, shape[1], dtype=dtype), gpu.empty(*shape, dtype=dtype)
+    code = ACTIVATIONS.index(activation) + 1 if activation else 0
+    gpu.kernels.epilogue(z.data_ptr(), bias.data_ptr(), code, out.data_ptr(), *shape, gpu.dtype(dtype), 0)
+    expected = reference.activate(z.double() + bias.double(), activation)
+    torch.testing.assert_close(out.double(), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    before = z.clone()
+    gpu.kernels.epilogue(z.data_ptr(), 0, code, z.data_ptr(), *shape, gpu.dtype(dtype), 0)  # in place
+    expected = reference.activate(before.double(), activation)
+    torch.testing.assert_close(z.double(), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slope(gpu: Gpu, dtype: torch.dtype, activation: str) -> None:
+    grad, x, out = (put(gpu, 33, 7, dtype=dtype) for _ in range(3))
+    code, number = ACTIVATIONS.index(activation) + 1, gpu.dtype(dtype)
+    exact = x.double().requires_grad_()
+    y = reference.activate(exact, activation)
+    (expected,) = torch.autograd.grad(y, exact, grad.double())
+    gpu.kernels.slope(grad.data_ptr(), x.data_ptr(), code, False, out.data_ptr(), x.numel(), number, 0)
+    torch.testing.assert_close(out.double(), expected, rtol=2 * ROUNDING[dtype], atol=2 * ROUNDING[dtype])
+    if activation in ("silu", "gelu"):
+        return
+    y = gpu.put(y.detach().to(dtype))
+    slopes = {"relu": (y > 0).double(), "relu6": ((y > 0) & (y < 6)).double()}
+    slope = slopes.get(activation, torch.where(y > 0, 1, 1 - y.double() ** 2))
+    gpu.kernels.slope(grad.data_ptr(), y.data_ptr(), code, True, out.data_ptr(), x.numel(), number, 0)
+    torch.testing.assert_close(out.double(), grad.double() * slope, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("shape", [(1, 1), (1300, 40)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_column_sums(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    matrix, out = put(gpu, *shape, dtype=dtype), gpu.empty(shape[1], dtype=dtype)
+    workspace = gpu.empty(gpu.kernels.column_sums_workspace(*shape))
+    gpu.kernels.column_sums(
+        matrix.data_ptr(), out.data_ptr(), *shape, workspace.data_ptr(), gpu.dtype(dtype), 0
+    )  # fmt: skip
+    exact = matrix.double().sum(0)
+    allowed = ROUNDING[dtype] * exact.abs() + 1e-6 * matrix.double().abs().sum(0)
+    assert ((out.double() - exact).abs() <= allowed).all()
