@@ -1,0 +1,267 @@
+"""The parts ResNet and ResNet-KL are made of: convolution units, the Mul block, the gate, the ST layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rkl_kernels as rk
+
+GateKind = Literal["none", "spatial", "legacy"]
+ScaleMode = Literal["sum", "mixed", "stage"]
+ActivationName = Literal["trelu", "relu"]
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What distinguishes a ResNet-KL block from a ResNet block; each can be turned on alone.
+
+    Attributes:
+        separable: depthwise + pointwise in place of the blocks' 3x3 convolutions.
+        scales: kernel sizes of the depthwise step; more than one needs ``separable``.
+        scale_mode: "sum" of all sizes in every channel, "mixed" (one size a channel), or "stage" (one size a stage).
+        gate: "spatial" adds g(F) * F to the residual branch F; "legacy" has a ReLU before the gate's sigmoid.
+        activation: "trelu" or "relu".
+    """
+
+    separable: bool = True
+    scales: tuple[int, ...] = (3, 5, 7)
+    scale_mode: ScaleMode = "sum"
+    gate: GateKind = "spatial"
+    activation: ActivationName = "trelu"
+
+    def __post_init__(self) -> None:
+        for name, choice in (("scale_mode", ScaleMode), ("gate", GateKind), ("activation", ActivationName)):
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
+        if not self.scales or any(k < 1 or k % 2 == 0 for k in self.scales):
+            raise ValueError(f"scales must be odd kernel sizes, at least one, got {self.scales}")
+        if not self.separable and self.scales != (3,):
+            raise ValueError(f"scales other than 3 need separable convolutions, got {self.scales} with separable=False")
+
+    def at_stage(self, stage: int) -> tuple[int, ...]:
+        """The kernel sizes of one stage's blocks."""
+        return (self.scales[stage % len(self.scales)],) if self.scale_mode == "stage" else self.scales
+
+
+def activation_layer(name: str) -> nn.Module:
+    """In place: batch norm keeps its input and T-ReLU its output, so nobody misses the overwritten tensor."""
+    return rk.TReLU(inplace=True) if name == "trelu" else nn.ReLU(inplace=True)
+
+
+class MultiScaleDepthwise(nn.Module):
+    """Depthwise filters of several sizes that run as one: convolution is linear, so the sum of the branches is one
+    convolution with the sum of the filters, zero-padded to the largest.
+
+    With ``mixed`` every channel has one of the sizes: a mask holds the others' outer taps at zero.
+    """
+
+    def __init__(self, channels: int, scales: tuple[int, ...], stride: int, mixed: bool = False) -> None:
+        super().__init__()
+        self.scales, self.stride, self.mixed = tuple(sorted(scales)), stride, mixed
+        self.kernel_size = self.scales[-1]
+        sizes = (self.kernel_size,) if mixed else self.scales
+        self.filters = nn.ParameterList(torch.empty(channels, 1, k, k) for k in sizes)
+        # Channel c has size scales[c % len]: interleaved, so that pruning thins all sizes alike.
+        taps = torch.tensor(self.scales)[torch.arange(channels) % len(scales)] if mixed else torch.empty(0)
+        self.register_buffer("mask", self._mask(taps) if mixed else None)
+        for weight in self.filters:
+            gain = self.mask.sum((2, 3), keepdim=True) if mixed else weight.new_tensor(len(sizes) * weight[0].numel())
+            nn.init.normal_(weight).data.mul_(gain.rsqrt())
+
+    def _mask(self, taps: Tensor) -> Tensor:
+        distance = (torch.arange(self.kernel_size) - self.kernel_size // 2).abs()
+        inside = distance <= taps[:, None] // 2
+        return (inside[:, None, :, None] & inside[:, None, None, :]).float()
+
+    @property
+    def weight(self) -> Tensor:
+        """The one filter (C, 1, K, K) that the branches add up to."""
+        if self.mixed:
+            return self.filters[0] * self.mask
+        merged = self.filters[-1]
+        for weight in list(self.filters)[:-1]:
+            merged = merged + F.pad(weight, ((self.kernel_size - weight.shape[-1]) // 2,) * 4)
+        return merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rk.depthwise_conv2d(x, self.weight, None, self.stride, self.kernel_size // 2)
+
+    def extra_repr(self) -> str:
+        return f"scales={self.scales}, stride={self.stride}{', mixed' if self.mixed else ''}"
+
+
+class MultiScaleSeparable(nn.Module):
+    """Multi-scale depthwise, then pointwise convolution, in one call (equation 5)."""
+
+    def __init__(self, c_in: int, c_out: int, scales: tuple[int, ...], stride: int = 1, mixed: bool = False) -> None:
+        super().__init__()
+        self.depthwise = MultiScaleDepthwise(c_in, scales, stride, mixed)
+        self.pointwise = nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        depthwise = self.depthwise
+        return rk.separable_conv2d(
+            x, depthwise.weight, self.pointwise.weight, stride=depthwise.stride, padding=depthwise.kernel_size // 2
+        )
+
+
+SEPARABLE = (rk.SeparableConv2d, MultiScaleSeparable)
+
+
+def spatial_conv(c_in: int, c_out: int, stride: int, options: BlockOptions, stage: int) -> nn.Module:
+    """A block's spatial convolution: dense 3x3, separable, or multi-scale separable."""
+    if not options.separable:
+        return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+    scales = options.at_stage(stage)
+    if len(scales) == 1:
+        return rk.SeparableConv2d(c_in, c_out, scales[0], stride, padding=scales[0] // 2, bias=False)
+    return MultiScaleSeparable(c_in, c_out, scales, stride, mixed=options.scale_mode == "mixed")
+
+
+class ConvUnit(nn.Module):
+    """Convolution, batch norm and, unless None, an activation: what :meth:`deployed` makes one call of."""
+
+    def __init__(self, conv: nn.Module, activation: str | None) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = nn.BatchNorm2d((conv.pointwise if isinstance(conv, SEPARABLE) else conv).out_channels)
+        self.activation_name = activation
+        self.activation = activation_layer(activation) if activation else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(self.conv(x)))
+
+    @torch.no_grad()
+    def deployed(self) -> nn.Module:
+        """The unit with batch norm folded into the pointwise (or dense) filter and its bias, and the activation in the
+        kernel's epilogue where there is one."""
+        norm = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias - norm.running_mean * scale
+        if not isinstance(self.conv, SEPARABLE):
+            folded = nn.utils.skip_init(
+                nn.Conv2d,
+                self.conv.in_channels,
+                self.conv.out_channels,
+                self.conv.kernel_size,
+                self.conv.stride,
+                self.conv.padding,
+                device=scale.device,
+            )
+            folded.weight.copy_(self.conv.weight * scale.view(-1, 1, 1, 1))
+            folded.bias.copy_(bias)
+            return nn.Sequential(folded, self.activation) if self.activation_name else folded
+        depthwise, pointwise = self.conv.depthwise, self.conv.pointwise
+        weight = depthwise.weight
+        separable = rk.SeparableConv2d(
+            pointwise.in_channels,
+            pointwise.out_channels,
+            tuple(weight.shape[2:]),
+            depthwise.stride,
+            padding=weight.shape[-1] // 2,
+            activation=self.activation_name,
+            device=scale.device,
+        )
+        separable.depthwise.weight.copy_(weight)
+        separable.pointwise.weight.copy_(pointwise.weight * scale.view(-1, 1, 1, 1))
+        separable.pointwise.bias.copy_(bias)
+        return separable
+
+
+class SepConv(nn.Sequential):
+    """ST's unit: depthwise 3x3 stride 2 -> pointwise C -> C, then depthwise 3x3 -> pointwise C -> C', each with batch
+    norm and activation."""
+
+    def __init__(self, c_in: int, c_out: int, activation: str) -> None:
+        super().__init__(
+            ConvUnit(rk.SeparableConv2d(c_in, c_in, 3, stride=2, padding=1, bias=False), activation),
+            ConvUnit(rk.SeparableConv2d(c_in, c_out, 3, padding=1, bias=False), activation),
+        )
+
+
+class Gate(nn.Module):
+    """Attention over pixels and channels, in (0, 1): SepConv stride 2 -> batch norm -> bilinear x2 -> sigmoid.
+
+    ``legacy`` puts a ReLU before the sigmoid, as the self-distillation code this gate stems from does: it then lies in
+    [0.5, 1) and can never suppress.
+    """
+
+    def __init__(self, channels: int, activation: str, legacy: bool = False) -> None:
+        super().__init__()
+        self.reduce = SepConv(channels, channels, activation)
+        self.norm = nn.BatchNorm2d(channels)
+        self.last = nn.ReLU(inplace=True) if legacy else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.last(self.norm(self.reduce(x)))
+        return torch.sigmoid(F.interpolate(small, x.shape[-2:], mode="bilinear", align_corners=False))
+
+
+def gate_layer(kind: GateKind, channels: int, activation: str) -> Gate | None:
+    return None if kind == "none" else Gate(channels, activation, legacy=kind == "legacy")
+
+
+class Block(nn.Module):
+    """A residual block: act(shortcut(x) + F(x) + g(F(x)) * F(x)), without the last term where there is no gate."""
+
+    expansion = 1
+
+    def __init__(self, c_in: int, channels: int, stride: int, options: BlockOptions, stage: int) -> None:
+        super().__init__()
+        c_out = channels * self.expansion
+        self.branch = self.make_branch(c_in, channels, stride, options, stage)
+        identity = stride == 1 and c_in == c_out
+        self.shortcut = (
+            nn.Identity() if identity else ConvUnit(nn.Conv2d(c_in, c_out, 1, stride, bias=False), activation=None)
+        )
+        self.gate = gate_layer(options.gate, c_out, options.activation)
+        self.activation = activation_layer(options.activation)
+
+    def make_branch(self, c_in: int, channels: int, stride: int, options: BlockOptions, stage: int) -> nn.Sequential:
+        return nn.Sequential(
+            ConvUnit(spatial_conv(c_in, channels, stride, options, stage), options.activation),
+            ConvUnit(spatial_conv(channels, channels, 1, options, stage), None),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.branch(x)
+        out = self.shortcut(x) + branch
+        if self.gate is not None:
+            out = out + self.gate(branch) * branch
+        return self.activation(out)
+
+
+class Bottleneck(Block):
+    """The deeper networks' block: 1x1, spatial, 1x1 with four times the channels."""
+
+    expansion = 4
+
+    def make_branch(self, c_in: int, channels: int, stride: int, options: BlockOptions, stage: int) -> nn.Sequential:
+        return nn.Sequential(
+            ConvUnit(nn.Conv2d(c_in, channels, 1, bias=False), options.activation),
+            ConvUnit(spatial_conv(channels, channels, stride, options, stage), options.activation),
+            ConvUnit(nn.Conv2d(channels, 4 * channels, 1, bias=False), None),
+        )
+
+
+class ExitHead(nn.Module):
+    """Gate, ST layer, pool, FC: logits from a shallow stage, and its features in the deepest stage's shape.
+
+    The ST layer is one :class:`SepConv` for every stage still to come, each halving the map and doubling the channels.
+    """
+
+    def __init__(self, c_in: int, stages_to_come: int, classes: int, gate: GateKind, activation: str) -> None:
+        super().__init__()
+        self.gate = gate_layer(gate, c_in, activation)
+        self.st = nn.Sequential(*(SepConv(c_in * 2**i, c_in * 2 ** (i + 1), activation) for i in range(stages_to_come)))
+        self.fc = nn.Linear(c_in * 2**stages_to_come, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, classes) logits and the (N, C, h, w) map before pooling."""
+        features = self.st(x if self.gate is None else self.gate(x) * x)
+        return self.fc(features.mean((2, 3))), features
