@@ -1,0 +1,103 @@
+"""The losses of self-distillation: logic distillation (equation 2), feature distillation, L1 on batch norm's gamma."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .model import Exits
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How the terms are weighted.
+
+    Attributes:
+        x: share of the teacher in a shallow head's loss (equation 2); 0 is deep supervision alone.
+        temperature: T, by which the teacher's logits are divided.
+        t_squared: multiply the teacher's term by T^2, which keeps its gradient's size when T changes.
+        heads: weight of every shallow head's whole loss.
+        beta: weight of feature distillation.
+        legacy_features: the unsquared norm summed over the batch, whose weight depends on the batch's size.
+        l1: lambda of the L1 penalty on gamma (table I).
+    """
+
+    x: float = 0.3
+    temperature: float = 3.0
+    t_squared: bool = False
+    heads: float = 1.0
+    beta: float = 0.1
+    legacy_features: bool = False
+    l1: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.x <= 1:
+            raise ValueError(f"x must be between 0 and 1, got {self.x}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        for name in ("heads", "beta", "l1"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def logic_distillation(student: Tensor, teacher: Tensor, temperature: float, t_squared: bool = False) -> Tensor:
+    """CE(student, softmax(teacher / T)) with the teacher detached; (N, classes) logits each, a scalar."""
+    loss = F.cross_entropy(student, torch.softmax(teacher.detach() / temperature, dim=1))
+    return loss * temperature**2 if t_squared else loss
+
+
+def feature_distillation(student: Tensor, teacher: Tensor, legacy: bool = False) -> Tensor:
+    """Squared distance of the L2-normalised feature maps, averaged over the samples; the teacher is detached.
+
+    For a sample it is 2 - 2 cos of the angle between the two, whatever the map's and the batch's size. ``legacy`` sums
+    the plain distance over the batch instead.
+    """
+    student, teacher = student.flatten(1), teacher.detach().flatten(1)
+    if legacy:
+        return (student - teacher).norm(dim=1).sum()
+    return (F.normalize(student) - F.normalize(teacher)).square().sum(1).mean()
+
+
+def training_losses(
+    exits: Exits, labels: Tensor, weights: LossWeights, class_weights: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The weighted terms whose sum is the training loss, apart; those a model has no use for are left out.
+
+    Args:
+        exits: every head's output, shallow to deep; the deepest is the teacher.
+        labels: (N,) classes, or (N, classes) soft labels as CutMix gives them.
+        class_weights: (classes,) weights for the cross entropy with the labels.
+
+    Returns:
+        deepest: plain cross entropy of the deepest head. heads: (1 - x) * cross entropy of the shallow heads, summed.
+        logic: x * logic distillation, summed over them. feature: beta * feature distillation, summed over them.
+    """
+    *shallow, deepest = exits.logits
+    losses = {"deepest": F.cross_entropy(deepest, labels, class_weights)}
+    if shallow:
+        own = [F.cross_entropy(logits, labels, class_weights) for logits in shallow]
+        taught = [logic_distillation(logits, deepest, weights.temperature, weights.t_squared) for logits in shallow]
+        losses["heads"] = weights.heads * (1 - weights.x) * torch.stack(own).sum()
+        losses["logic"] = weights.heads * weights.x * torch.stack(taught).sum()
+    if len(exits.features) > 1:
+        *students, teacher = exits.features
+        distances = [feature_distillation(student, teacher, weights.legacy_features) for student in students]
+        losses["feature"] = weights.beta * torch.stack(distances).sum()
+    return losses
+
+
+@torch.no_grad()
+def add_l1_gradient(model: nn.Module, l1: float) -> None:
+    """Add the subgradient of l1 * sum |gamma| over the batch norm layers; call it between backward and step."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.weight is not None and module.weight.grad is not None:
+            module.weight.grad.add_(module.weight.sign(), alpha=l1)
+
+
+@torch.no_grad()
+def gamma_l1(model: nn.Module) -> float:
+    """Sum of |gamma| over the batch norm layers."""
+    return float(sum(m.weight.abs().sum() for m in model.modules() if isinstance(m, nn.BatchNorm2d)))

@@ -1,0 +1,111 @@
+"""The losses against their formulas, written out by hand in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rkl.distill import (
+    LossWeights,
+    add_l1_gradient,
+    feature_distillation,
+    gamma_l1,
+    logic_distillation,
+    training_losses,
+)
+from rkl.model import Exits
+
+
+def softmax(row: list[float]) -> list[float]:
+    total = sum(math.exp(value) for value in row)
+    return [math.exp(value) / total for value in row]
+
+
+def cross_entropy(logits: list[list[float]], targets: list[list[float]]) -> float:
+    rows = [
+        -sum(t * math.log(p) for t, p in zip(target, softmax(row), strict=True))
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    return sum(rows) / len(rows)
+
+
+@pytest.fixture
+def exits() -> Exits:
+    torch.manual_seed(0)
+    logits = tuple(torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    features = tuple(torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    return Exits(logits, features)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_terms_equal_the_formulas(exits: Exits, soft: bool) -> None:
+    weights = LossWeights(x=0.3, temperature=3.0, heads=0.5, beta=0.2)
+    hard = torch.tensor([0, 3, 1])
+    labels = torch.tensor([[0.7, 0, 0.3, 0], [0, 0.5, 0, 0.5], [0, 1, 0, 0]], dtype=torch.float64) if soft else hard
+    targets = labels.tolist() if soft else torch.nn.functional.one_hot(hard, 4).double().tolist()
+    *shallow, deepest = [t.tolist() for t in exits.logits]
+    teacher = [softmax([value / 3.0 for value in row]) for row in deepest]
+    losses = training_losses(exits, labels, weights)
+    expected = {
+        "deepest": cross_entropy(deepest, targets),
+        "heads": 0.5 * 0.7 * sum(cross_entropy(logits, targets) for logits in shallow),
+        "logic": 0.5 * 0.3 * sum(cross_entropy(logits, teacher) for logits in shallow),
+        "feature": 0.2 * sum(mean_squared_angle(f, exits.features[-1]) for f in exits.features[:-1]),
+    }
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-12), name
+
+
+def mean_squared_angle(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """2 - 2 cos of the angle between the two maps of each sample."""
+    values = []
+    for a, b in zip(student.flatten(1).tolist(), teacher.flatten(1).tolist(), strict=True):
+        cosine = sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+        values.append(2 - 2 * cosine)
+    return sum(values) / len(values)
+
+
+def test_nothing_is_taught_back_to_the_teacher(exits: Exits) -> None:
+    losses = training_losses(exits, torch.tensor([0, 3, 1]), LossWeights())
+    (losses["logic"] + losses["feature"]).backward()
+    assert exits.logits[-1].grad is None
+    assert exits.features[-1].grad is None
+    assert all(t.grad is not None for t in (*exits.logits[:-1], *exits.features[:-1]))
+
+
+def test_t_squared_and_legacy_forms(exits: Exits) -> None:
+    student, *_, teacher = exits.logits
+    plain = logic_distillation(student, teacher, 2.0)
+    assert float(logic_distillation(student, teacher, 2.0, t_squared=True)) == pytest.approx(4 * float(plain))
+    a, *_, b = exits.features
+    distance = sum(float((x - y).square().sum()) ** 0.5 for x, y in zip(a, b, strict=True))
+    assert float(feature_distillation(a, b, legacy=True)) == pytest.approx(distance, rel=1e-12)
+
+
+def test_features_distance_does_not_depend_on_the_batch(exits: Exits) -> None:
+    a, *_, b = exits.features
+    twice = feature_distillation(torch.cat([a, a]), torch.cat([b, b]))
+    assert float(twice) == pytest.approx(float(feature_distillation(a, b)), rel=1e-12)
+
+
+def test_a_model_with_one_output_has_one_term(exits: Exits) -> None:
+    assert training_losses(Exits(exits.logits[:1]), torch.tensor([0, 3, 1]), LossWeights()).keys() == {"deepest"}
+
+
+def test_l1_gradient_is_the_sign_of_gamma() -> None:
+    norm = torch.nn.BatchNorm2d(3)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, -2.0, 0.0]))
+    norm.weight.grad = torch.ones(3)
+    add_l1_gradient(norm, 0.25)
+    assert norm.weight.grad.tolist() == [1.25, 0.75, 1.0]
+    assert gamma_l1(norm) == 2.5
+
+
+@pytest.mark.parametrize(("name", "value"), [("x", 1.5), ("temperature", 0.0), ("beta", -1.0)])
+def test_weights_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
+        LossWeights(**{name: value})
