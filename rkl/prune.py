@@ -1,0 +1,295 @@
+"""Pruning (section II.B): whole channels leave the model, and everything that belongs to them leaves with them.
+
+``torch-pruning`` finds the channels that hang together; the project's layers are taught to it. A cut is a table of the
+indices that stay, by tensor and axis, so the same table narrows parameters, batch norm statistics, momentum and the
+moving average alike, in place: the optimiser keeps its parameters, and training goes on as if the channels had never
+been there.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+
+from .blocks import SEPARABLE
+from .model import all_exits
+
+Side = Literal["in", "out"]
+Cut = dict[str, dict[int, Tensor]]
+"""Indices that stay: by name of the parameter or buffer, then by axis."""
+Plan = dict[str, list[int]]
+"""Channels in and out of every layer, by module name; what JSON holds of a pruned model's architecture."""
+
+PRUNABLE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, *SEPARABLE)
+
+
+def tensor_axes(layer: nn.Module) -> dict[str, dict[int, tuple[Side, ...]]]:
+    """Which axis of which tensor of a layer counts its channels in or out."""
+    if isinstance(layer, SEPARABLE):
+        names = {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())}
+        inner: dict[str, dict[int, tuple[Side, ...]]] = {
+            name: {0: ("in",)} for name in names if name.startswith("depthwise.")
+        }
+        return inner | {"pointwise.weight": {0: ("out",), 1: ("in",)}, "pointwise.bias": {0: ("out",)}}
+    if isinstance(layer, nn.BatchNorm2d):
+        return {name: {0: ("in", "out")} for name in ("weight", "bias", "running_mean", "running_var")}
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        return {name: {0: ("in", "out")} for name in ("weight", "bias")}
+    return {"weight": {0: ("out",), 1: ("in",)}, "bias": {0: ("out",)}}
+
+
+def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """The layers channels run between, from outside in: the parts of a separable convolution are not apart."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, PRUNABLE) and module not in inside:
+            inside.update(module.modules())
+            yield name, module
+
+
+class _SeparableRule(torch_pruning.BasePruningFunc):
+    """A separable convolution for torch-pruning: channels in and out are independent, as in a dense one.
+
+    Only the graph is torch-pruning's work here; :func:`apply_cut` narrows the tensors.
+    """
+
+    def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+        raise NotImplementedError
+
+    def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+        raise NotImplementedError
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        return layer.pointwise.out_channels
+
+    def get_in_channels(self, layer: nn.Module) -> int:
+        return layer.pointwise.in_channels
+
+
+class Group:
+    """Channels that can only leave together: one number for all the layers they run through."""
+
+    def __init__(self, members: list[tuple[str, nn.Module, Side, list[int], list[int]]]) -> None:
+        self.members = members
+        self.channels = 1 + max(max(root) for *_, root in members)
+
+    def importance(self) -> Tensor:
+        """(channels,) L1 of the filters plus |gamma|, each over its layer's mean, summed over the group's layers."""
+        score = torch.zeros(self.channels)
+        for _, layer, side, indices, root in self.members:
+            if isinstance(layer, nn.BatchNorm2d):
+                own = layer.weight.detach().abs()
+            elif side == "out":
+                weight = layer.pointwise.weight if isinstance(layer, SEPARABLE) else layer.weight
+                own = weight.detach().abs().flatten(1).sum(1)
+            else:
+                continue
+            own = (own / own.mean().clamp_min(1e-12)).cpu()
+            score.index_add_(0, torch.tensor(root), own[torch.tensor(indices)])
+        return score
+
+
+def channel_groups(model: nn.Module, example: Tensor) -> list[Group]:
+    """All groups of ``model``; the heads' features are compared with each other, so their channels are one group.
+
+    Args:
+        example: (N, C, H, W), any images of the right shape; their values do not matter.
+    """
+    training = model.training
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    # The tracer follows autograd's graph: with the image alone wanting a gradient it sees the image's path, and not
+    # the arithmetic that merges filters.
+    model.requires_grad_(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch_pruning.DependencyGraph().build_dependency(
+                model,
+                example.detach().clone().requires_grad_(),
+                forward_fn=_traced,
+                customized_pruners={kind: _SeparableRule() for kind in SEPARABLE},
+                verbose=False,
+            )
+        names = {module: name for name, module in model.named_modules()}
+        roots = (nn.Conv2d, *SEPARABLE)
+        found = [_group(graph, group, names) for group in graph.get_all_groups(root_module_types=roots)]
+    finally:
+        model.train(training)
+        for parameter, wanted in frozen.items():
+            parameter.requires_grad_(wanted)
+    return [group for group in found if group is not None]
+
+
+def _traced(model: nn.Module, x: Tensor) -> list[Tensor]:
+    exits = all_exits(model, x)
+    return [*exits.logits, *([torch.stack(exits.features).sum(0)] if len(exits.features) > 1 else [])]
+
+
+def _group(graph: torch_pruning.DependencyGraph, group, names: dict[nn.Module, str]) -> Group | None:  # type: ignore[no-untyped-def]
+    members = []
+    for item in group:
+        layer, handler = item.dep.target.module, item.dep.handler
+        if isinstance(layer, PRUNABLE):
+            side: Side = "out" if graph.is_out_channel_pruning_fn(handler) else "in"
+            members.append((names[layer], layer, side, list(item.idxs), list(item.root_idxs)))
+    return Group(members) if members else None
+
+
+def channels_kept(channels: int, ratio: float) -> int:
+    """How many of a group's channels stay when at most ``ratio`` of them may go.
+
+    A multiple of 8; of the largest power of two within ``ratio * channels`` where that is less than 8, so that narrow
+    models can be cut at all.
+    """
+    removable = int(channels * ratio + 1e-9)
+    if removable < 1:
+        return channels
+    step = min(8, 2 ** int(math.log2(removable)))
+    return min(channels, math.ceil((channels - removable) / step) * step)
+
+
+def plan_cut(model: nn.Module, example: Tensor, ratio: float) -> Cut:
+    """The cut that takes at most ``ratio`` of every group's channels, the least important ones."""
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio must be between 0 and 1, got {ratio}")
+    cut: Cut = {}
+    for group in channel_groups(model, example):
+        score = group.importance()
+        leaving = set(score.argsort()[: group.channels - channels_kept(group.channels, ratio)].tolist())
+        for name, layer, side, indices, root in group.members:
+            gone = {index for index, source in zip(indices, root, strict=True) if source in leaving}
+            if gone:
+                _keep_all_but(cut, name, layer, side, gone)
+    return cut
+
+
+def _keep_all_but(cut: Cut, name: str, layer: nn.Module, side: Side, gone: set[int]) -> None:
+    for tensor, axes in tensor_axes(layer).items():
+        value = _find(layer, tensor)
+        for axis, sides in axes.items():
+            if value is not None and side in sides:
+                kept = cut.setdefault(f"{name}.{tensor}", {}).get(axis, torch.arange(value.shape[axis]))
+                cut[f"{name}.{tensor}"][axis] = torch.tensor([i for i in kept.tolist() if i not in gone])
+
+
+def _find(layer: nn.Module, name: str) -> Tensor | None:
+    *path, last = name.split(".")
+    for part in path:
+        layer = getattr(layer, part)
+    return getattr(layer, last, None)
+
+
+def narrow(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
+    """The part of a tensor that stays."""
+    for axis, indices in kept.items():
+        tensor = tensor.index_select(axis, indices.to(tensor.device))
+    return tensor.contiguous()
+
+
+@torch.no_grad()
+def apply_cut(model: nn.Module, cut: Cut, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Narrow the model in place; the optimiser gets the new parameters, and their part of the old ones' state."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    # New parameters rather than new data in the old ones: a graph that still lives would hold on to the old shapes.
+    narrowed: dict[Tensor, nn.Parameter] = {}
+    for name, kept in cut.items():
+        if name in buffers:
+            buffers[name].set_(narrow(buffers[name], kept))
+            continue
+        old = parameters[name]
+        path, _, last = name.rpartition(".")
+        narrowed[old] = nn.Parameter(narrow(old.data, kept), old.requires_grad)
+        setattr(model.get_submodule(path), last, narrowed[old])
+        for key, value in optimizer.state.get(old, {}).items() if optimizer else ():
+            same_shape = isinstance(value, Tensor) and value.shape == old.shape
+            optimizer.state[narrowed[old]][key] = narrow(value, kept) if same_shape else value
+    if optimizer:
+        for group in optimizer.param_groups:
+            group["params"] = [narrowed.get(parameter, parameter) for parameter in group["params"]]
+        for old in narrowed:
+            optimizer.state.pop(old, None)
+    _count_channels(model)
+
+
+def _count_channels(model: nn.Module) -> None:
+    """Set every layer's channel attributes to what its tensors say."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_features = len(module.weight)
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.Conv2d):
+            module.out_channels, within = module.weight.shape[:2]
+            module.groups = module.out_channels if module.groups > 1 else 1
+            module.in_channels = within * module.groups
+
+
+def channel_plan(model: nn.Module) -> Plan:
+    """Channels in and out of every layer, as they are now."""
+    plan = {}
+    for name, layer in _layers(model):
+        weight = layer.pointwise.weight if isinstance(layer, SEPARABLE) else layer.weight
+        out_channels = weight.shape[0]
+        depthwise = isinstance(layer, nn.BatchNorm2d) or (isinstance(layer, nn.Conv2d) and layer.groups > 1)
+        plan[name] = [out_channels if depthwise else weight.shape[1], out_channels]
+    return plan
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Give a freshly built model the channels of a plan; load a state dict next, as the values are arbitrary.
+
+    Raises:
+        ValueError: the plan is of another model.
+    """
+    layers = dict(_layers(model))
+    now = channel_plan(model)
+    if plan.keys() != now.keys():
+        odd = sorted(plan.keys() ^ now.keys())[0]
+        raise ValueError(f"the plan of channels must name this model's layers, got a difference at {odd!r}")
+    cut: Cut = {}
+    for name, wanted in plan.items():
+        for position, side in enumerate(("in", "out")):
+            if wanted[position] > now[name][position] or wanted[position] < 1:
+                raise ValueError(
+                    f"channels {side} of {name} must be between 1 and {now[name][position]}, got {wanted[position]}"
+                )
+            gone = set(range(wanted[position], now[name][position]))
+            if gone and not (side == "out" and isinstance(layers[name], nn.BatchNorm2d)):
+                _keep_all_but(cut, name, layers[name], side, gone)  # type: ignore[arg-type]
+    apply_cut(model, cut)
+
+
+def prune(
+    model: nn.Module,
+    example: Tensor,
+    ratio: float,
+    optimizer: torch.optim.Optimizer | None = None,
+    followers: Iterable[nn.Module] = (),
+) -> Cut:
+    """Take at most ``ratio`` of every group's channels out of ``model``, in place.
+
+    Args:
+        example: images of the right shape.
+        optimizer: its momentum (and any other state of a parameter's shape) loses the same channels.
+        followers: models with the same tensors (a moving average, a teacher) that lose them too.
+    """
+    cut = plan_cut(model, example, ratio)
+    apply_cut(model, cut, optimizer)
+    for follower in followers:
+        apply_cut(follower, cut)
+    return cut
+
+
+def bisect_ratio(fits: Callable[[float], bool], steps: int = 7) -> float:
+    """The smallest ratio up to 0.95 (to 1 part in 2^steps) for which ``fits`` holds, if for all larger ones."""
+    low, high = 0.0, 0.95
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
