@@ -1,0 +1,218 @@
+"""The command line: ``rkl COMMAND`` or ``python -m rkl COMMAND``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from .config import RECIPES, Config, from_plain, read_yaml
+
+console = Console()
+
+
+def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
+    """``tyro.cli``, with its framed complaint turned into one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=arguments, **options)
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        inner = (line.strip("│╭╰╮╯─ ") for line in complaint.getvalue().splitlines()[1:])
+        kept = [line for line in inner if line and not line.startswith("For full helptext")]
+        raise ValueError(" ".join(kept).removeprefix(f"Error parsing {kind.__name__}: ")) from None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a training run's settings come from, before those given one by one."""
+
+    recipe: str = "paper"
+    config: Path | None = None
+    resume: bool = False
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train a model by self-distillation."""
+    from . import report
+    from .train import train as run
+
+    source, rest = parse(Source, arguments, return_unknown_args=True, add_help=False)
+    if source.recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {source.recipe!r}")
+    base = from_plain(RECIPES[source.recipe])
+    base = read_yaml(source.config, base) if source.config else base
+    description = (
+        f"Train a model by self-distillation. --recipe {{{','.join(RECIPES)}}} (default paper) and --config FILE.yaml "
+        "preset what follows; --resume goes on with an interrupted run."
+    )
+    config = parse(Config, rest, default=base, prog="rkl train", description=description)
+    folder = run(config, resume=source.resume)
+    for table in report.rich_tables(report.read_metrics(folder)):
+        console.print(table)
+    console.print(f"report: {folder / 'report.md'}   plots: {folder / 'plots'}")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a run's model on the test images: accuracy, macro recall, F1, NLL and ECE of every exit."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    checkpoint: str = "last"
+    """`last` or `best`."""
+    split: str = "test"
+    """`test` or `val`."""
+
+    def __call__(self) -> None:
+        from .checkpoint import open_run
+
+        if self.split not in ("test", "val"):
+            raise ValueError(f"split must be 'test' or 'val', got {self.split!r}")
+        run = open_run(self.run, self.checkpoint)
+        from . import metrics, report  # these take seconds to import, which a wrong folder need not wait for
+        from .train import evaluation_batches, load_data
+
+        data = load_data(run.config)
+        exits, labels = metrics.collect_exits(run.model, evaluation_batches(getattr(data, self.split), data))
+        rows = report.exit_rows([metrics.exit_metrics(logits, labels) for logits in exits])
+        title = f"{run.config.model} on {run.config.data}: {len(labels)} {self.split} images"
+        console.print(report.rich_table(title, ["", *report.EXIT_METRICS.values()], rows))
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Classify image files: the five likeliest classes with their probabilities, and the exit each image left from."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files."""
+    checkpoint: str = "last"
+    """`last` or `best`."""
+    confidence: float = 0.9
+    """An image leaves at the first exit whose top probability reaches this; the deepest takes the rest."""
+
+    def __call__(self) -> None:
+        from .checkpoint import open_run
+        from .predict import predict
+
+        if not self.images:
+            raise ValueError("images must name at least one file, got none")
+        run = open_run(self.run, self.checkpoint)
+        for path, prediction in zip(self.images, predict(run, list(self.images), self.confidence), strict=True):
+            classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.top)
+            console.print(f"{path}: {classes} (left at exit {prediction.exit} of {prediction.exits})", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Info:
+    """List the models, the data sets and the backends there are; everything, unless one is asked for."""
+
+    models: bool = False
+    datasets: bool = False
+    backends: bool = False
+
+    def __call__(self) -> None:
+        import rkl_kernels as rk
+
+        from . import data
+        from .build import model_names
+
+        everything = not (self.models or self.datasets or self.backends)
+        if self.models or everything:
+            console.print("models:", *model_names())
+        if self.datasets or everything:
+            console.print("datasets:", *data.NAMES)
+        if self.backends or everything:
+            for name, status in rk.backends().items():
+                console.print(f"{name}: {'yes' if status.available else 'no'} - {status.reason}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time the operators here: one operator on one shape against every rival, or three of them in ten seconds."""
+
+    operator: tyro.conf.Positional[str | None] = None
+    """`trelu`, `depthwise` or `separable`; without one, four lines."""
+    shape: str = "32,128,56,56"
+    """N,C,H,W of the image."""
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    dtype: str = "fp32"
+    """`fp32`, `bf16` or `fp16`."""
+    layout: str | None = None
+    """`nchw` or `nhwc`; both by default."""
+    direction: str = "forward"
+    """`forward`, `backward`, `data` or `weight`."""
+    device: str = "cpu"
+
+    def __call__(self) -> None:
+        from rkl_kernels import bench
+
+        if self.operator is None:
+            print("\n".join(bench.four_lines()))
+            return
+        try:
+            shape = [int(size) for size in self.shape.split(",")]
+        except ValueError:
+            raise ValueError(f"shape must be four numbers N,C,H,W, got {self.shape!r}") from None
+        options = {
+            name: getattr(self, name) for name in ("stride", "dilation", "dtype", "layout", "direction", "device")
+        }
+        print(bench.operator_report(self.operator, shape, self.kernel, **options))
+
+
+def _dataclass_command(kind: type) -> Callable[[Sequence[str]], None]:
+    def command(arguments: Sequence[str]) -> None:
+        parse(kind, arguments, prog=f"rkl {kind.__name__.lower()}")()
+
+    command.__doc__ = kind.__doc__
+    return command
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "evaluate": _dataclass_command(Evaluate),
+    "predict": _dataclass_command(Predict),
+    "bench": _dataclass_command(Bench),
+    "info": _dataclass_command(Info),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: rkl COMMAND ...  (rkl COMMAND --help tells more)", *lines])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command. A mistake in what was asked for ends in one line and exit code 2; ``--debug`` shows where."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}")
+        COMMANDS[name](rest)
+    except KeyboardInterrupt:
+        print("stopped; a training run goes on from its last whole epoch with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"rkl: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None

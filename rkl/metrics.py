@@ -1,0 +1,103 @@
+"""What is measured of a model: quality of every exit (torchmetrics), parameters, multiply-accumulates, latency."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_recall,
+)
+
+import rkl_kernels as rk
+
+from .model import all_exits
+
+ExitMetrics = dict[str, float]
+
+
+@torch.no_grad()
+def collect_exits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Every exit's logits (N, classes) over all batches, shallow to deep, and the labels (N,); in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        outputs = [(all_exits(model, images).logits, labels) for images, labels in batches]
+    finally:
+        model.train(training)
+    exits = [torch.cat(parts).float() for parts in zip(*(logits for logits, _ in outputs), strict=True)]
+    return exits, torch.cat([labels for _, labels in outputs])
+
+
+def exit_metrics(logits: Tensor, labels: Tensor) -> ExitMetrics:
+    """Top-1 accuracy, macro recall, macro F1, negative log likelihood and calibration error (15 bins) of one exit."""
+    classes = logits.shape[1]
+    probabilities = logits.softmax(1)
+    return {
+        "accuracy": float(multiclass_accuracy(logits, labels, classes, average="micro")),
+        "recall": float(multiclass_recall(logits, labels, classes, average="macro")),
+        "f1": float(multiclass_f1_score(logits, labels, classes, average="macro")),
+        "nll": float(F.cross_entropy(logits, labels)),
+        "ece": float(multiclass_calibration_error(probabilities, labels, classes, n_bins=15)),
+    }
+
+
+def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
+    """Counts by true class (row) and predicted class (column)."""
+    return multiclass_confusion_matrix(logits, labels, logits.shape[1]).tolist()
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulates of convolutions and linear layers for one image (1, C, H, W), in eval mode."""
+    training = model.training
+    model.eval()
+    # The reference path, as PyTorch's counter knows PyTorch's operators.
+    with rk.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        model(image)
+    model.train(training)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def measure_latency(model: nn.Module, images: Tensor, repeats: int = 15) -> float:
+    """Median milliseconds of a forward pass over ``images``, in eval mode, after two to warm up."""
+    return measure_latencies([model], images, repeats)[0]
+
+
+@torch.no_grad()
+def measure_latencies(models: list[nn.Module], images: Tensor, repeats: int = 15) -> list[float]:
+    """As :func:`measure_latency` for several models in turns, so that they share the machine's ups and downs."""
+    training = [model.training for model in models]
+    times: list[list[float]] = [[] for _ in models]
+    for model in models:
+        model.eval()
+    for repeat in range(repeats + 2):
+        for model, own in zip(models, times, strict=True):
+            _synchronize(images)
+            start = time.perf_counter()
+            model(images)
+            _synchronize(images)
+            if repeat >= 2:
+                own.append(1000 * (time.perf_counter() - start))
+    for model, mode in zip(models, training, strict=True):
+        model.train(mode)
+    return [statistics.median(own) for own in times]
+
+
+def _synchronize(images: Tensor) -> None:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)

@@ -1,0 +1,172 @@
+"""The page of one run: report.md and its plots, made from the run's own records alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .checkpoint import RunError, write_text
+
+EXIT_METRICS = {"accuracy": "accuracy", "recall": "macro recall", "f1": "macro F1", "nll": "NLL", "ece": "ECE"}
+
+
+def exit_names(count: int) -> list[str]:
+    """What the exits are called in tables and plots, shallow to deep."""
+    return ["output"] if count == 1 else [*(f"exit {i}" for i in range(1, count)), f"exit {count} (deepest)"]
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The run's metrics.json."""
+    file = folder / "metrics.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{file}: a finished run must have one, got no such file; finish it with --resume") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{file}: must be JSON, got a damaged file ({error})") from error
+
+
+def exit_rows(exits: list[dict[str, float]]) -> list[list[str]]:
+    """One row an exit: its name, percentages to two digits, NLL and ECE to four."""
+    rows = []
+    for name, values in zip(exit_names(len(exits)), exits, strict=True):
+        digits = [
+            f"{values[key]:.4f}" if key in ("nll", "ece") else f"{100 * values[key]:.2f}%" for key in EXIT_METRICS
+        ]
+        rows.append([name, *digits])
+    return rows
+
+
+def size_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Parameters (training, deployed), multiply-accumulates an image and latency, before and after each cut."""
+    rows = []
+    states = [
+        (f"epoch {cut['epoch']}, {when} the cut", cut[when]) for cut in record["cuts"] for when in ("before", "after")
+    ]
+    for name, size in [*states, ("end of training", record["size"])]:
+        latency = f"{size['latency_ms']:.2f} ms for {size['latency_batch']}"
+        accuracy = f"{size['val_accuracy']:.2%}" if "val_accuracy" in size else f"{record['val'][-1]['accuracy']:.2%}"
+        counts = [f"{size[key]:,}" for key in ("parameters", "deployed_parameters", "macs")]
+        rows.append([name, *counts, latency, accuracy])
+    return rows
+
+
+SIZE_HEADER = ["", "parameters in training", "deployed", "MACs an image", "latency (deployed)", "validation accuracy"]
+
+
+def rich_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    """A table for the terminal, numbers to the right."""
+    table = Table(title=title)
+    for i, column in enumerate(header):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def rich_tables(record: dict[str, Any]) -> list[Table]:
+    """The two tables a run ends with on the terminal."""
+    title = f"{record['model']} on {record['data']}: {record['test_images']} test images"
+    return [
+        rich_table(title, ["", *EXIT_METRICS.values()], exit_rows(record["test"])),
+        rich_table("before and after the cuts" if record["cuts"] else "size", SIZE_HEADER, size_rows(record)),
+    ]
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.md and its plots into the run's folder; the page's path."""
+    record = read_metrics(folder)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    _plot_curves(rows, record, plots / "curves.png")
+    _plot_confusion(record["confusion"], record["classes"], plots / "confusion.png")
+    loss = record["training_loss"]
+    best = record["best"]
+    page = f"""# {record["model"]} on {record["data"]}, seed {record["seed"]}
+
+{record["test_images"]} test images, looked at once, after epoch {record["epoch"]} ({record["test_looked_at"]}).
+
+{markdown_table(["", *EXIT_METRICS.values()], exit_rows(record["test"]))}
+
+The best epoch by validation since the last cut was {best["epoch"]}: the deepest head's accuracy on the test images was
+{best["test"][-1]["accuracy"]:.2%} there. The loss to compare with other models is the deepest head's NLL above; the
+training total of the last epoch, all terms added, was {loss["total"]:.4f}:
+{", ".join(f"{name} {value:.4f}" for name, value in loss.items() if name != "total")}.
+
+## Size
+
+{markdown_table(SIZE_HEADER, size_rows(record))}
+
+Trained in {record["seconds"]:.0f} s on {record["device"]}, {record["data_share"]:.1%} of it waiting for data; at most
+{record["peak_memory_bytes"] / 2**20:.0f} MiB held.
+
+## Training
+
+![validation accuracy of each exit and the loss terms, by epoch](plots/curves.png)
+
+![confusion matrix of the deepest head on the test images](plots/confusion.png)
+"""
+    write_text(folder / "report.md", page)
+    return folder / "report.md"
+
+
+def _figure(width: float, height: float, columns: int = 1):  # type: ignore[no-untyped-def]
+    # The object interface with its own canvas: no display, no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns)
+
+
+def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path) -> None:
+    from matplotlib import colormaps
+
+    figure, (left, right) = _figure(11, 4.2, columns=2)
+    epochs = [row["epoch"] for row in rows]
+    names = exit_names(len(rows[0]["val"]))
+    shades = colormaps["viridis"]([0.85 - 0.75 * i / max(1, len(names) - 1) for i in range(len(names))])
+    for number, name in reversed(list(enumerate(names))):
+        accuracy = [100 * row["val"][number]["accuracy"] for row in rows]
+        left.plot(epochs, accuracy, color=shades[number], linewidth=1.8, label=name)
+    final = [100 * row["val"][i]["accuracy"] for row in rows[len(rows) // 3 :] for i in range(len(names))]
+    left.set(xlabel="epoch", ylabel="validation accuracy (%)", title="Accuracy of each exit")
+    left.set_ylim(max(0.0, min(final) - 15), 100.5)
+    for name in rows[0]["losses"]:
+        style = {"color": "black", "linewidth": 2.0} if name == "total" else {"linewidth": 1.3}
+        right.plot(epochs, [row["losses"][name] for row in rows], label=name, **style)
+    right.set(xlabel="epoch", ylabel="training loss", title="Terms of the training loss", yscale="log")
+    for axes in (left, right):
+        for i, cut in enumerate(record["cuts"]):
+            axes.axvline(cut["epoch"] + 0.5, color="grey", linestyle=":", label=None if i else "channels cut")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def _plot_confusion(counts: list[list[int]], classes: list[str], path: Path) -> None:
+    side = min(12.0, max(4.5, 0.42 * len(classes) + 2))
+    figure, axes = _figure(side, side)
+    shares = [[value / max(1, sum(row)) for value in row] for row in counts]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix, deepest head")
+    if len(classes) <= 25:
+        axes.set_xticks(range(len(classes)), classes, rotation=45 if max(map(len, classes)) > 2 else 0, ha="center")
+        axes.set_yticks(range(len(classes)), classes)
+        for i, row in enumerate(counts):
+            for j, value in enumerate(row):
+                if value:
+                    colour = "white" if shares[i][j] > 0.5 else "black"
+                    axes.text(j, i, str(value), ha="center", va="center", color=colour, fontsize=9)
+    figure.savefig(path)

@@ -1,0 +1,208 @@
+"""The trainer and the command line, on a model of four channels and a few steps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from rkl import checkpoint
+from rkl import train as trainer
+from rkl.cli import main
+from rkl.config import Config, from_plain, read_yaml, to_plain
+from rkl.distill import LossWeights
+
+TINY = Config(
+    width=4,
+    image_size=8,
+    train_size=120,
+    test_size=40,
+    epochs=3,
+    batch_size=32,
+    lr=0.05,
+    ema=0.9,
+    prune_at=(0.3,),
+    prune_ratio=0.3,
+    loss=LossWeights(beta=0.2),
+)
+
+
+def tiny(out: Path, **changes: object) -> Config:
+    return from_plain(changes | {"out": str(out)}, TINY)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    return trainer.train(tiny(tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def comparable(folder: Path) -> tuple[list, dict]:
+    """Log and metrics of a run without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    record = json.loads((folder / "metrics.json").read_text())
+    timed = {"seconds", "data_share", "peak_memory_bytes", "test_looked_at", "latency_ms"}
+
+    def strip(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if key not in timed}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    return strip(rows), strip(record)
+
+
+def test_a_run_leaves_its_records(run: Path) -> None:
+    assert read_yaml(run / "config.yaml") == tiny(run)
+    rows, record = comparable(run)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert set(rows[0]["losses"]) == {"deepest", "heads", "logic", "feature", "l1", "total"}
+    assert sum(v for k, v in rows[0]["losses"].items() if k != "total") == pytest.approx(rows[0]["losses"]["total"])
+    assert [set(exit) for exit in record["test"]] == [{"accuracy", "recall", "f1", "nll", "ece"}] * 4
+    assert sum(map(sum, record["confusion"])) == record["test_images"]
+    (cut,) = record["cuts"]
+    assert cut["after"]["parameters"] < cut["before"]["parameters"]
+    assert cut["after"]["macs"] < cut["before"]["macs"]
+    assert record["size"]["parameters"] == cut["after"]["parameters"]
+    assert record["best"]["epoch"] > cut["epoch"]
+    assert all((run / name).stat().st_size > 1000 for name in ("plots/curves.png", "plots/confusion.png"))
+    assert list((run / "tensorboard").iterdir())
+    assert f"{record['test'][-1]['accuracy']:.2%}" in (run / "report.md").read_text()
+    assert not list(run.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    """Stopped in the epoch after ``stop_after``, before and after the cut."""
+    config, train_epoch = tiny(tmp_path / "run"), trainer.train_epoch
+
+    def interrupted(*arguments: object) -> dict:
+        row = train_epoch(*arguments)
+        if row["epoch"] > stop_after:
+            raise KeyboardInterrupt
+        return row
+
+    monkeypatch.setattr(trainer, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(config)
+    monkeypatch.undo()
+    trainer.train(config, resume=True)
+    assert comparable(config.out) == comparable(run)
+    for name in ("last", "best"):
+        ours, theirs = (checkpoint.load(folder / "checkpoints", name)[0] for folder in (config.out, run))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_evaluate_gives_what_the_run_recorded(run: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["evaluate", str(run)])
+    printed = capsys.readouterr().out
+    for values in json.loads((run / "metrics.json").read_text())["test"]:
+        assert f"{values['nll']:.4f}" in printed
+
+
+def test_predict_names_classes_probabilities_and_exit(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Image.new("RGB", (20, 30), (90, 10, 200)).save(tmp_path / "a.png")
+    main(["predict", str(run), str(tmp_path / "a.png"), "--confidence", "0"])
+    assert "left at exit 1 of 4" in (first := capsys.readouterr().out)
+    assert first.count("%") == 5
+    main(["predict", str(run), str(tmp_path / "a.png"), "--confidence", "1"])
+    assert "left at exit 4 of 4" in capsys.readouterr().out
+
+
+def test_info_lists_what_there_is(capsys: pytest.CaptureFixture) -> None:
+    main(["info"])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("resnet-kl", "digits", "reference"))
+
+
+def test_the_loss_weights_and_yaml_reach_the_run(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("epochs: 7\nloss: {x: 0.5}\nscales: [3, 5]\n")
+    config = read_yaml(tmp_path / "a.yaml")
+    assert (config.epochs, config.loss.x, config.loss.beta, config.scales) == (7, 0.5, LossWeights().beta, (3, 5))
+    assert from_plain(to_plain(config)) == config
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one line on stderr of a command that ends with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    image = tmp_path / "a.png"
+    Image.new("L", (8, 8)).save(image)
+    (tmp_path / "torn.png").write_bytes(image.read_bytes()[:40])
+    (tmp_path / "bad.yaml").write_text("epoch: 3\n")
+    (tmp_path / "file").write_text("")
+    for arguments, expected in [
+        (["evaluate", str(tmp_path)], "must be the folder of a run"),
+        (["predict", str(run), str(tmp_path / "none.png")], "none.png: an image must be there"),
+        (["predict", str(run), str(tmp_path / "torn.png")], "torn.png: must be a whole image file"),
+        (["predict", str(run), str(image), "--checkpoint", "first"], "first.json: a checkpoint must be there"),
+        (["train", "--config", str(tmp_path / "bad.yaml")], "bad.yaml: keys must be fields"),
+        (["train", "--recipe", "best"], "recipe must be one of paper, strong, smoke, got 'best'"),
+        (["train", "--out", str(run)], "add --resume"),
+        (["train", "--out", str(run), "--resume", "--epochs", "9"], "must keep its settings, got"),
+        (["train", "--out", str(tmp_path / "file" / "run")], "out must be a writable folder"),
+        (["train", "--out", str(tmp_path / "r"), "--model", "vgg99"], "model must be one of"),
+        (["train", "--out", str(tmp_path / "r"), "--data", "nothing"], "data must be"),
+        (["train", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["train", "--epochs", "few"], "--epochs"),
+        (["train", "--speed", "9"], "--speed"),
+        (["train", "--loss.x", "2"], "x must be between 0 and 1, got 2"),
+        (["walk"], "the command must be one of"),
+    ]:
+        line = fails(arguments, capsys)
+        assert line.startswith("rkl: "), arguments
+        assert expected in line, arguments
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = tmp_path / "other"
+    checkpoint.write_text(other / "config.yaml", (run / "config.yaml").read_text().replace("depth: 18", "depth: 34"))
+    tensors, facts = checkpoint.load(run / "checkpoints", "last")
+    checkpoint.save(other / "checkpoints", "last", tensors, facts)
+    line = fails(["evaluate", str(other)], capsys)
+    assert "last.json: must be a checkpoint of this run's model" in line
+    (other / "checkpoints" / facts["tensors"]).write_bytes(b"torn")
+    assert "must be a whole safetensors file" in fails(["evaluate", str(other)], capsys)
+
+
+def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, "last", {"a": torch.ones(2)}, {"epoch": 1})
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, "last", {"a": torch.zeros(2)}, {"epoch": 2})
+    tensors, facts = checkpoint.load(tmp_path, "last")
+    assert facts["epoch"] == 1
+    assert torch.equal(tensors["a"], torch.ones(2))
+
+
+def test_the_module_runs_and_only_debug_shows_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rkl", "evaluate", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    with pytest.raises(checkpoint.RunError):
+        main(["evaluate", str(tmp_path), "--debug"])
+
+
+def test_safetensors_hold_model_momentum_and_average(run: Path) -> None:
+    (file,) = (run / "checkpoints").glob("last-*.safetensors")
+    assert {name.split(".")[0] for name in load_file(file)} == {"model", "momentum", "ema", "averaged"}
