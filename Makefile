@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint bench bench-compare pins clean
+.PHONY: help env build demo test lint bench bench-compare gpu pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,14 @@ bench: build ## every operator and model against its rivals, in 10 minutes; writ
 bench-compare: build ## a run now against the committed one: names what got slower by more than the noise
 	$(BIN)/python -m benchmarks.suite --out runs/bench
 	$(BIN)/python -m benchmarks.compare runs/bench/*.json
+
+# Needs no environment of ours and no network: the machine's own torch, Triton, NumPy, matplotlib and pytest. Takes the
+# extensions that were brought along, or builds them with the machine's compilers.
+GPU_FLAGS ?=
+gpu: ## tests and measurements on a GPU, in 8 minutes (GPU_FLAGS=--quick: 2)
+	@ls rkl_kernels/_C_cuda*.so >/dev/null 2>&1 || $(PYTHON) setup.py -q build_ext --inplace || \
+		echo "the extensions could not be built: measuring without them"
+	$(PYTHON) -m benchmarks.gpu $(GPU_FLAGS)
 
 clean: ## remove what was built; the environment stays
 	rm -rf build *.egg-info rkl_kernels/*.so

@@ -109,10 +109,10 @@ class ModelRow:
 class Prepared:
     """One model as one variant: what can be called, and under which backend."""
 
-    def __init__(self, model: Model, variant: str, start: nn.Module | None = None) -> None:
+    def __init__(self, model: Model, variant: str, start: nn.Module | None = None, device: str = "cpu") -> None:
         name, layout = variant.split()
         torch.manual_seed(0)
-        self.net = (copy.deepcopy(start) if start else model.build()).to(memory_format=FORMATS[layout])
+        self.net = (copy.deepcopy(start) if start else model.build()).to(device, memory_format=FORMATS[layout])
         if name == "ours":
             rk.convert(self.net)
         self.backend: Callable[[], AbstractContextManager[None]] = (
@@ -120,8 +120,8 @@ class Prepared:
         )
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(model.batch, 3, model.size, model.size, generator=generator)
-        self.images = images.to(memory_format=FORMATS[layout])
-        self.labels = torch.arange(model.batch) % 10
+        self.images = images.to(device, memory_format=FORMATS[layout])
+        self.labels = torch.arange(model.batch, device=device) % 10
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9)
 
     def inference(self) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rkl_kernels.bench.case import DIRECTIONS
 from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import OURS, Row
 from rkl_kernels.bench.table import COLUMNS, cells, geometric_mean
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from .suite import Run
 
 DTYPES = ("fp32", "bf16")
-DIRECTIONS = ("forward", "backward")
 MARKERS = {"trelu": "^", "depthwise": "o", "separable": "s"}
 
 
@@ -124,9 +124,11 @@ def plot(run: Run, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(13, 10), sharex=True, sharey=True, layout="constrained")
+    directions = [d for d in DIRECTIONS if any(row.case.direction == d for row in run.rows)] or ["forward"]
+    size = {"figsize": (6.5 * len(directions), 10), "sharex": True, "sharey": True}
+    figure, axes = plt.subplots(2, len(directions), squeeze=False, layout="constrained", **size)
     for line, dtype in zip(axes, DTYPES, strict=True):
-        for axis, direction in zip(line, DIRECTIONS, strict=True):
+        for axis, direction in zip(line, directions, strict=True):
             _roofs(axis, run, dtype)
             for row in run.rows:
                 if (row.case.dtype, row.case.direction) == (dtype, direction):

@@ -37,12 +37,12 @@ class Inputs:
 
 
 @lru_cache(maxsize=1)
-def _inputs(case: Case) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+def _inputs(case: Case, device: str) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         # Values that 16 bits can hold, so that one reference serves every type.
-        return torch.randn(*shape, generator=generator).bfloat16().float()
+        return torch.randn(*shape, generator=generator, device=device).bfloat16().float()
 
     x = draw(case.batch, case.channels, case.height, case.width)
     if case.operator == "trelu":
@@ -55,9 +55,9 @@ def _inputs(case: Case) -> Inputs:
     return Inputs(x, tuple(weights), draw(case.batch, channels, case.out_height, case.out_width))
 
 
-def inputs(case: Case) -> Inputs:
-    """The case's tensors, the same for every type and direction."""
-    return _inputs(replace(case, dtype="fp32", direction="forward", name=""))
+def inputs(case: Case, device: str = "cpu") -> Inputs:
+    """The case's tensors on the device that draws them, the same for every type and direction."""
+    return _inputs(replace(case, dtype="fp32", direction="forward", name=""), device)
 
 
 def function(case: Case, library: Any = rk) -> Callable[..., Tensor]:
@@ -90,18 +90,18 @@ def runner(case: Case, operator: Callable[..., Tensor], x: Tensor, weights: Resu
 
 
 @lru_cache(maxsize=2)
-def _reference(case: Case) -> Results:
-    given = inputs(case)
+def _reference(case: Case, device: str) -> Results:
+    given = inputs(case, device)
     x, grad = given.x.double(), given.grad.double()
     return runner(case, function(case, rk.reference), x, tuple(w.double() for w in given.weights), grad)()
 
 
-def reference(case: Case) -> Results:
+def reference(case: Case, device: str = "cpu") -> Results:
     """The right results in float64: the output, or the gradients in the order image, weights."""
     if case.direction in ("data", "weight"):  # parts of backward, which may be there already
-        results = reference(replace(case, direction="backward"))
+        results = reference(replace(case, direction="backward"), device)
         return results[:1] if case.direction == "data" else results[1:]
-    return _reference(replace(case, dtype="fp32", name=""))
+    return _reference(replace(case, dtype="fp32", name=""), device)
 
 
 def error(got: Results, want: Results) -> float:
@@ -119,7 +119,7 @@ def error(got: Results, want: Results) -> float:
 
 def _placed(case: Case, layout: str, device: str) -> tuple[Tensor, Results, Tensor]:
     """The inputs in the case's type and the layout asked for."""
-    given = inputs(case)
+    given = inputs(case, device)
     kind: Any = {"device": device, "dtype": TYPES[case.dtype], "memory_format": FORMATS[layout]}
     return given.x.to(**kind), tuple(w.to(**kind) for w in given.weights), given.grad.to(**kind)
 

@@ -81,7 +81,7 @@ def measure(
     for rival in rivals:
         try:
             run = rival.prepare(case, device)
-            wrong = error(run(), reference(case))
+            wrong = error(run(), reference(case, device))
         except Exception as problem:  # a rival that cannot do a case must not end the others' run
             rejected[rival.id] = (
                 f"fails: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"

@@ -1,0 +1,132 @@
+"""Every backend of a GPU against the reference in float64 on the same device. The small ones run under a sanitizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rkl_kernels as rk
+from rkl_kernels import fusion
+
+BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+DTYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 2e-2), "fp16": (torch.float16, 3e-3)}
+
+
+@pytest.fixture(params=["cuda", "triton", "cpu"])
+def backend(request, device):
+    if request.param not in BACKENDS[device]:
+        pytest.skip(f"not a backend for {device} tensors")
+    status = rk.backends()[request.param]
+    if not status.available:
+        pytest.skip(f"{request.param}: {status.reason}")
+    return request.param
+
+
+def check(function, tensors, device, dtype, tolerance, backend, layout="nhwc"):
+    """Output and gradients of ``function(library, *tensors)``, as shares of the largest value."""
+    torch.manual_seed(0)
+    formats = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+    mine = []
+    for shape in tensors:
+        t = torch.randn(shape, device=device).to(dtype)
+        mine.append((t.contiguous(memory_format=formats[layout]) if t.dim() == 4 else t).requires_grad_())
+    exact = [t.detach().double().requires_grad_() for t in mine]
+    with rk.use_backend(backend):
+        y = function(rk, *mine)
+        grad = torch.randn(y.shape, device=device).to(dtype)
+        got = (y, *torch.autograd.grad(y, mine, grad))
+        again = (y, *torch.autograd.grad(function(rk, *mine), mine, grad))
+    want = function(rk.reference, *exact)
+    for a, b, c in zip(got, again, (want, *torch.autograd.grad(want, exact, grad.double())), strict=True):
+        assert torch.equal(a, b), "not deterministic"
+        error = (a.double() - c).abs().max().item()
+        assert error <= tolerance * max(1.0, c.abs().max().item()), error
+
+
+def depthwise(k, stride=1, dilation=1):
+    padding = dilation * (k - 1) // 2
+    return lambda library, x, w, b: library.depthwise_conv2d(x, w, b, stride, padding, dilation)
+
+
+def separable(k, inner=None, activation=None):
+    return lambda library, x, d, p, db, pb: library.separable_conv2d(
+        x, d, p, db, pb, padding=k // 2, inner_activation=inner, activation=activation
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize(("channels", "size", "k", "stride", "dilation"), [
+    (40, 13, 3, 1, 1), (64, 30, 3, 2, 1), (24, 17, 5, 1, 1), (96, 14, 7, 1, 1), (16, 21, 3, 1, 4), (8, 20, 13, 1, 1),
+])  # fmt: skip
+def test_depthwise(backend, device, dtype, layout, channels, size, k, stride, dilation):
+    shapes = (3, channels, size, size + 2), (channels, 1, k, k), (channels,)
+    check(depthwise(k, stride, dilation), shapes, device, *DTYPES[dtype], backend, layout)
+
+
+def test_depthwise_kernel_31(backend, device):
+    check(depthwise(31), ((2, 8, 32, 32), (8, 1, 31, 31), (8,)), device, torch.bfloat16, 2e-2, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fused", [True, False, None], ids=["fused", "composed", "planned"])
+@pytest.mark.parametrize(("channels", "outputs", "size", "k"), [(32, 64, 20, 3), (72, 40, 13, 5), (64, 256, 8, 7)])
+def test_separable(backend, device, dtype, fused, channels, outputs, size, k):
+    shapes = (3, channels, size, size), (channels, 1, k, k), (outputs, channels, 1, 1), (channels,), (outputs,)
+    with fusion.use_fusion(fused):
+        check(separable(k), shapes, device, *DTYPES[dtype], backend)
+
+
+@pytest.mark.parametrize(("inner", "activation"), [("silu", "trelu"), ("trelu", "gelu")])
+def test_separable_activations(backend, device, inner, activation):
+    shapes = (2, 32, 9, 9), (32, 1, 3, 3), (48, 32, 1, 1), (32,), (48,)
+    check(separable(3, inner, activation), shapes, device, torch.float32, 1e-5, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 17, 5, 9), (1 << 20,), (7,)], ids=str)
+def test_trelu(backend, device, dtype, shape):
+    check(lambda library, x: library.trelu(x), (shape,), device, *DTYPES[dtype], backend)
+
+
+def test_small_shapes_for_the_sanitizer(backend, device):
+    shapes = (1, 10, 5, 7), (10, 1, 3, 3), (10,)
+    check(depthwise(3), shapes, device, torch.bfloat16, 2e-2, backend)
+    shapes = (1, 16, 5, 6), (16, 1, 3, 3), (24, 16, 1, 1), (16,), (24,)
+    check(separable(3, None, "trelu"), shapes, device, torch.bfloat16, 2e-2, backend)
+    check(lambda library, x: library.trelu(x), ((3, 5, 7, 3),), device, torch.float32, 1e-5, backend)
+
+
+def test_training_step_has_the_gradients_of_the_reference(backend, device):
+    torch.manual_seed(0)
+    layers = rk.SeparableConv2d(8, 16, 3, padding=1, activation="trelu"), nn.BatchNorm2d(16), rk.DepthwiseConv2d(16, 7)
+    model = nn.Sequential(*layers, rk.TReLU(), nn.Flatten(), nn.LazyLinear(10)).to(device)
+    images = torch.randn(4, 8, 16, 16, device=device)
+    model(images)
+
+    def gradients(name):
+        model.zero_grad()
+        with rk.use_backend(name):
+            nn.functional.cross_entropy(model(images), torch.arange(4, device=device)).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for a, b in zip(gradients(backend), gradients("reference"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_streams_and_graphs(backend, device):
+    if device == "cpu":
+        pytest.skip("a CPU has no streams")
+    x = torch.randn(4, 32, 16, 16, device=device)
+    weight = torch.randn(32, 1, 3, 3, device=device)
+    with rk.use_backend(backend), torch.no_grad():
+        for _ in range(2):
+            rk.trelu(rk.depthwise_conv2d(x, weight, padding=1))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = rk.trelu(rk.depthwise_conv2d(x, weight, padding=1))
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(y, rk.trelu(rk.depthwise_conv2d(x, weight, padding=1)))

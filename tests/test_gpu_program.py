@@ -1,0 +1,48 @@
+"""``make gpu``'s program, tried without a GPU: every step runs, and failures of one do not end the others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from rkl_kernels import fusion
+from rkl_kernels.bench import Case
+from rkl_kernels.bench.row import Row
+from rkl_kernels.bench.timing import Timing
+
+
+def test_whole_program_on_tiny_shapes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "measure_step", lambda *_: 1 / 0)
+    monkeypatch.setattr(gpu, "QUICK", ("rkl-4-k3",))
+    assert gpu.main(["--device", "cpu", "--quick", "--no-tests", "--within", "30", "--out", str(tmp_path)]) == 0
+    (results,) = (path for path in tmp_path.glob("*.json") if not path.name.endswith(".planner.json"))
+    assert results.with_suffix(".md").exists()
+    assert results.with_suffix(".png").stat().st_size > 10_000
+    data = json.loads(results.read_text())
+    assert len(data["rows"]) + len(data["left_out"]) == len(list(gpu.cases("cpu", True)))
+    assert any(row["times"] for row in data["rows"])
+    assert "failed: ResNet-KL training step" in capsys.readouterr().out
+
+
+def test_planner_table_names_the_faster_path():
+    def row(direction: str, fused: float, composed: float) -> Row:
+        case = Case("separable", 4, 16, 8, 8, out_channels=32, padding=1, dtype="bf16", direction=direction)
+        times = {"ours-triton-fused nhwc": Timing(fused, 0, 3), "ours-triton-composed nhwc": Timing(composed, 0, 3)}
+        return Row(case, Timing(1, 0, 3), 1.0, times)
+
+    table = gpu.planner_table([row("forward", 1.0, 2.0), row("backward", 2.0, 1.0)])
+    assert sorted(table.values()) == ["composed", "fused"]
+    forward = fusion.Separable(4, 16, 32, 64, 64, 9, 2, backward=False)
+    assert table[forward.key] == "fused"
+
+
+def test_a_gpu_is_asked_for_where_there_is_none(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as exit_:
+        gpu.main([])
+    assert exit_.value.code == 2
+    assert "--device cpu" in capsys.readouterr().err
