@@ -7,6 +7,7 @@ published models of torchvision and timm with random weights; we run them after 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -165,11 +166,18 @@ def measure_model(model: Model, budget: float) -> list[ModelRow]:
     return rows
 
 
-def measure_all(budget: float) -> list[ModelRow]:
-    """Every model; one that fails, because it is not installed, say, leaves a row that says so."""
-    rows = []
+def measure_all(budget: float, within: float) -> list[ModelRow]:
+    """Every model; one that fails, because it is not installed, say, leaves a row that says so.
+
+    Args:
+        budget: seconds of timing an inference; a training step has three times that.
+        within: seconds after which no other model is begun.
+    """
+    rows, start = [], time.perf_counter()
     for model in MODELS:
         try:
+            if time.perf_counter() - start > within:
+                raise TimeoutError("not reached in time")
             rows += measure_model(model, budget)
         except Exception as problem:
             why = f"fails: {type(problem).__name__}: {problem}"

@@ -60,10 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rivals", **_choice(RIVALS), default=["eager"])
     parser.add_argument("--budget", type=float, default=1.5, help="seconds of timing a row")
     parser.add_argument("--threads", type=int, help="threads of every contestant")
-    parser.add_argument("--fastest", action="store_true", help="shortest samples, not medians: for a busy machine")
+    parser.add_argument(
+        "--busy", action="store_true", help="one thread, its CPU time, shortest samples: to look while others work"
+    )
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.threads or options.busy:
+        torch.set_num_threads(options.threads or 1)
     keep_memory()
     try:
         shapes = select(options.only)
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for case in cases(shapes, options.operator, options.direction, options.dtype, "cpu"):
         rivals = contestants(options.rivals, options.layout)
-        rows.append(measure(case, rivals, budget=options.budget, fastest=options.fastest))
+        rows.append(measure(case, rivals, budget=options.budget, busy=options.busy))
         if sys.stderr.isatty():
             print(align([list(COLUMNS), cells(rows[-1])]).splitlines()[1], file=sys.stderr)
     print(table(rows))

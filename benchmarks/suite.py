@@ -119,7 +119,7 @@ def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
     keep_memory()
     measure_machine(run, within / 300)
     if with_models:
-        run.models = models.measure_all(budget=within / 120)
+        run.models = models.measure_all(budget=within / 180, within=within / 4)
     left = len(chosen) + min(AGAIN, len(chosen))
 
     def timed(case: Case) -> Row | None:

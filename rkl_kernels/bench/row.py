@@ -9,7 +9,7 @@ from typing import Any
 
 from .case import Case
 from .rivals import TOLERANCES, TYPES, Rival, error, reference
-from .timing import Timing, copier, interleave, multiplier, timer_for
+from .timing import Timing, busy_timer, copier, interleave, multiplier, timer_for
 
 COPY, MATRIX = "copy", "matrix product"
 OURS = "ours"
@@ -67,14 +67,13 @@ class Row:
         return math.hypot(self.times[name].noise, self.copy.noise) if name else None
 
 
-def measure(
-    case: Case, rivals: Iterable[Rival], device: str = "cpu", budget: float = 1.5, fastest: bool = False
-) -> Row:
+def measure(case: Case, rivals: Iterable[Rival], device: str = "cpu", budget: float = 1.5, busy: bool = False) -> Row:
     """Check every contestant's results against the float64 reference, then time those that are right, interleaved.
 
     Args:
         budget: seconds of timing for all contestants together.
-        fastest: shortest samples instead of medians, for a machine busy with other work.
+        busy: CPU time and shortest samples instead of wall time and medians, to look at a kernel on one thread while
+            the machine does other work. Such figures are for looking, not for keeping.
     """
     runs: dict[str, Callable[[], Any]] = {}
     rejected: dict[str, str] = {}
@@ -93,7 +92,7 @@ def measure(
             runs[rival.id] = run
     product, operations = multiplier(TYPES[case.dtype], device)
     contestants = runs | {COPY: copier(case.bytes, device), MATRIX: product}
-    times = interleave(contestants, timer_for(device), budget, fastest=fastest)
+    times = interleave(contestants, busy_timer if busy else timer_for(device), budget, fastest=busy)
     copy, matrix = times.pop(COPY), times.pop(MATRIX)
     return Row(case, copy, operations / matrix.seconds, times, rejected)
 
