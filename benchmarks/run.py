@@ -7,11 +7,11 @@ import sys
 
 import torch
 
-from rkl_kernels.bench import LAYOUTS, RIVALS, contestants
+from rkl_kernels.bench import LAYOUTS, RIVALS, contestants, runtimes
 from rkl_kernels.bench.case import DIRECTIONS, DTYPES, OPERATORS, Case
 from rkl_kernels.bench.machine import machine, machine_line
 from rkl_kernels.bench.row import Row, measure
-from rkl_kernels.bench.table import COLUMNS, align, cells, table
+from rkl_kernels.bench.table import COLUMNS, cells, line, notes, summary
 from rkl_kernels.bench.timing import keep_memory
 
 from .shapes import Shape, select
@@ -72,13 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as problem:
         parser.error(str(problem))
     print(machine_line(machine()))
+    print(line(COLUMNS), flush=True)
     rows: list[Row] = []
     for case in cases(shapes, options.operator, options.direction, options.dtype, "cpu"):
-        rivals = contestants(options.rivals, options.layout)
-        rows.append(measure(case, rivals, budget=options.budget, busy=options.busy))
-        if sys.stderr.isatty():
-            print(align([list(COLUMNS), cells(rows[-1])]).splitlines()[1], file=sys.stderr)
-    print(table(rows))
+        serving = [name for name in options.rivals if name not in runtimes.NAMES or runtimes.serves(case)]
+        rows.append(measure(case, contestants(serving, options.layout), budget=options.budget, busy=options.busy))
+        print(line(cells(rows[-1])), *notes(rows[-1]), sep="\n", flush=True)
+    print(line(summary(rows)))
     return 0
 
 

@@ -88,7 +88,7 @@ def rivals_of(case: Case) -> list[str]:
     rivals = ["eager"]
     if case.operator == "trelu":
         rivals.append("compile")
-    if (case.direction, case.dtype) == ("forward", "fp32"):
+    if runtimes.serves(case):
         rivals += [name for name in runtimes.NAMES if runtimes.installed(name)]
     return rivals
 

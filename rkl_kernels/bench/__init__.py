@@ -102,7 +102,7 @@ def operator_report(
     )
     keep_memory()
     rivals = ["eager", "compile"]
-    if (direction, dtype, device) == ("forward", "fp32", "cpu"):
+    if runtimes.serves(case, device):
         rivals += [name for name in runtimes.NAMES if runtimes.installed(name)]
     row = measure(case, contestants(rivals, LAYOUTS if layout is None else (layout,)), device, seconds)
     others = [f"{name}: {timing.seconds * 1e3:.3g} ms" for name, timing in row.times.items()]

@@ -38,6 +38,7 @@ COLUMNS = (
     "of floor",
     "±",
 )
+WIDTHS = (40, 10, 11, 11, 12, 12, 18, 9, 9, 8, 10, 6)
 
 
 def cells(row: Row) -> list[str]:
@@ -74,17 +75,18 @@ def summary(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def align(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as text in columns: the first to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
+def line(texts: Sequence[str]) -> str:
+    """Cells in fixed columns: the first to the left, the others to the right."""
+    return f"{texts[0]:<40}" + "".join(text.rjust(WIDTHS[i]) for i, text in enumerate(texts[1:], start=1))
+
+
+def notes(row: Row) -> list[str]:
+    """Why contestants were not timed."""
+    return [f"not timed: {row.case.id}, {name}: {why}" for name, why in row.rejected.items()]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, with their geometric means and with why contestants were not timed."""
-    lines = [list(COLUMNS), *map(cells, rows)] + ([summary(rows)] if len(rows) > 1 else [])
-    notes = [f"not timed: {row.case.id}, {name}: {why}" for row in rows for name, why in row.rejected.items()]
-    return "\n".join([align(lines), *notes])
+    """The rows as text, with why contestants were not timed."""
+    return "\n".join(
+        [line(COLUMNS), *(line(cells(row)) for row in rows), *(note for row in rows for note in notes(row))]
+    )
