@@ -78,6 +78,6 @@ def test_float16_step(operators: Operators) -> None:
     assert operators.launches["separable_forward"]
     assert operators.launches["separable_backward"]
     expected = torch_gradients(exact, images, labels)
-    # Rounding to 16 bits between operators, amplified by batch norm over few values, decides the distance. PyTorch's own
-    # operators round as often, elsewhere: over four seeds ours had 0.14 to 1.26 times their distance.
+    # Rounding to 16 bits between operators, amplified by batch norm over few values, decides the distance. PyTorch's
+    # own operators round as often, elsewhere: over four seeds ours had 0.14 to 1.26 times their distance.
     assert distance(found, expected) < 2 * distance(torch_gradients(twin, images, labels), expected)
