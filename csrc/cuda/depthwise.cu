@@ -37,7 +37,8 @@ int parts_of(const Conv2d& g) {
 }
 
 void convolve(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
-  if (!depthwise_nhwc(a, dtype, stream)) depthwise_general(a, false, dtype, stream);
+  if (!depthwise_nhwc(a, dtype, stream) && !depthwise_nchw(a, dtype, stream))
+    depthwise_general(a, false, dtype, stream);
 }
 
 // At stride 1 the gradient by the input is itself a convolution, of the gradient with the flipped filter.
@@ -72,7 +73,7 @@ int64_t weight_grad_workspace(const Conv2d& g) {
 void depthwise_weight_grad(const Conv2d& g, const void* grad, const void* x, void* dweight, void* dbias,
                            float* workspace, Dtype dtype, cudaStream_t stream) {
   const WeightGrad a{g, grad, x, workspace, parts_of(g), dbias != nullptr};
-  if (!weight_grad_nhwc(a, dtype, stream)) weight_grad_general(a, dtype, stream);
+  if (!weight_grad_nhwc(a, dtype, stream) && !weight_grad_nchw(a, dtype, stream)) weight_grad_general(a, dtype, stream);
   const int taps = g.kernel_h * g.kernel_w;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);

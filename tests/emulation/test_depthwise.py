@@ -177,6 +177,30 @@ def test_nhwc(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
     assert set(gpu.traffic()) == {"depthwise_nhwc_kernel", gradient, "weight_grad_nhwc_kernel", "add_parts"}
 
 
+# Planes of several to a block and of several blocks each, rows that begin at any address.
+NCHW = [
+    Case(channels=c, kernel=(k, k), size=size, padding=(p, p), stride=(s, s), batch=n, nhwc=False)
+    for s in (1, 2)
+    for k, p, n, c, size in (
+        (3, 1, 3, 5, (7, 7)),
+        (3, 0, 1, 1, (70, 171)),
+        (3, 3, 2, 3, (5, 4)),
+        (5, 2, 2, 3, (10, 21)),
+        (7, 3, 1, 2, (11, 37)),
+        (7, 0, 3, 3, (8, 7)),
+    )
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", NCHW, ids=str)
+def test_nchw(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+    run = Run(gpu, case, dtype)
+    assert_right(run, "y", "dw")
+    assert set(gpu.traffic()) == {"depthwise_nchw_kernel", "weight_grad_nchw_kernel", "add_parts"}
+    assert_right(run, "dx")  # at stride 2 by the general kernel
+
+
 def test_general_with_the_largest_filter(gpu: Gpu) -> None:
     run = Run(gpu, Case(channels=8, kernel=(31, 31), padding=(15, 15), batch=1, size=(5, 9)), torch.bfloat16)
     assert_right(run, "y", "dx")

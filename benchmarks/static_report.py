@@ -1,0 +1,174 @@
+"""What the compilers made of the GPU kernels: registers, spills, shared memory, occupancy, instructions. No GPU needed.
+
+``make static`` writes benchmarks/results/static.json and static.md; a test holds later builds against the committed
+JSON. These are guards against regressions, not claims of speed.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+LIBRARY = ROOT / "rkl_kernels/_C_cuda.abi3.so"
+# Per multiprocessor: registers, warps, blocks, shared memory; the largest shared memory of a block.
+LIMITS = {80: (65536, 64, 32, 164 << 10, 163 << 10), 90: (65536, 64, 32, 228 << 10, 227 << 10)}
+RESERVED_SHARED = 1024  # of each block, by the system
+
+
+def tool(name: str) -> Path | None:
+    """A program of the CUDA toolkit that the triton package ships; None where triton is not installed."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return path if path.exists() else None
+
+
+def blocks_per_multiprocessor(arch: int, threads: int, registers: int, shared: int) -> int:
+    """Blocks that fit at once. Registers go to warps in units of 256, and warps to the four schedulers in turn."""
+    all_registers, all_warps, all_blocks, all_shared, block_shared = LIMITS[arch]
+    if shared > block_shared:
+        return 0
+    warps = -(-threads // 32)
+    warps_by_registers = all_registers // (-(-max(registers, 1) * 32 // 256) * 256) // 4 * 4
+    by_shared = all_shared // (-(-shared // 128) * 128 + RESERVED_SHARED)
+    return min(all_blocks, all_warps // warps, warps_by_registers // warps, by_shared)
+
+
+def _cuobjdump(*flags: str) -> str:
+    command = [str(tool("cuobjdump")), *flags, str(LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _demangled(names: list[str]) -> dict[str, str]:
+    """Symbol to a short readable name: no namespaces, no parameters."""
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    short = (
+        re.sub(r"\(anonymous namespace\)::|rkl::cuda::|^void |\(int\)|\(bool\)|__nv_", "", line)
+        for line in done.stdout.splitlines()
+    )
+    return dict(zip(names, (re.sub(r"\([^()]*\)$", "", name).replace("__half", "half") for name in short), strict=True))
+
+
+def _instruction_mix(sass: str) -> dict[tuple[str, int], collections.Counter[str]]:
+    mix: dict[tuple[str, int], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    arch, name = 0, ""
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+    for line in sass.splitlines():
+        if found := instruction.match(line):
+            mix[name, arch][found[1]] += 1
+        elif found := re.search(r"arch = sm_(\d+)", line):
+            arch = int(found[1])
+        elif found := re.search(r"Function : (\S+)", line):
+            name = found[1]
+    return mix
+
+
+def _resources() -> dict[tuple[str, int], dict[str, int]]:
+    found, arch, name = {}, 0, ""
+    for line in _cuobjdump("--dump-resource-usage").splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        elif match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif "REG:" in line:
+            found[name, arch] = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+    return found
+
+
+def nvcc_rows() -> list[dict[str, Any]]:
+    """One row for each kernel and architecture of the built CUDA extension.
+
+    ``blocks`` is how many blocks of the largest allowed size fit on a multiprocessor by their registers and static
+    shared memory; dynamic shared memory is decided at the launch, where the emulator holds it against its limit.
+    """
+    resources, mix = _resources(), _instruction_mix(_cuobjdump("-sass"))
+    # The launch bounds stand in the PTX.
+    ptx = re.findall(r"\.entry (\w+)\(.*?\)\s*\.maxntid (\d+)", _cuobjdump("-ptx"), re.DOTALL)
+    threads = {name: int(n) for name, n in ptx}
+    names = _demangled(sorted({name for name, _ in resources}))
+    rows = []
+    for (name, arch), used in sorted(resources.items(), key=lambda item: (names[item[0][0]], item[0][1])):
+        # From sm_90 on, what the system reserves is counted in.
+        shared = used["SHARED"] - (RESERVED_SHARED if arch >= 90 and used["SHARED"] >= RESERVED_SHARED else 0)
+
+        def count(pattern: str, key: tuple[str, int] = (name, arch)) -> int:
+            return sum(n for op, n in mix[key].items() if re.match(pattern, op))
+
+        rows.append(
+            {
+                "kernel": names[name],
+                "arch": arch,
+                "threads": threads.get(name, 1024),
+                "registers": used["REG"],
+                "spills": count("LDL|STL"),
+                "shared": shared,
+                "blocks": blocks_per_multiprocessor(arch, threads.get(name, 1024), used["REG"], shared),
+                "loads_128": count(r"LDG\.\S*128|LDGSTS\.\S*128"),
+                "loads": count(r"LDG(\.|STS)"),
+                "stores_128": count(r"STG\.\S*128"),
+                "hmma": count("HMMA"),
+                "instructions": sum(mix[name, arch].values()),
+            }
+        )
+    return rows
+
+
+COMPILERS: dict[str, Callable[[], list[dict[str, Any]]]] = {"nvcc": nvcc_rows}
+
+
+def regressions(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with a build, by itself and against an earlier one; kernels that were not there before are new."""
+    found = []
+    earlier = {(row["kernel"], row["arch"]): row for row in before}
+    for row in now:
+        where = f"{row['kernel']} on sm_{row['arch']}"
+        if row["spills"]:
+            found.append(f"{where}: {row['spills']} accesses of local memory, must be none")
+        if not row["blocks"]:
+            found.append(f"{where}: no block of {row['threads']} threads fits on a multiprocessor")
+        old = earlier.get((row["kernel"], row["arch"]))
+        if old is None:
+            continue
+        if row["blocks"] * row["threads"] < old["blocks"] * old["threads"]:
+            found.append(f"{where}: {row['registers']} registers, {row['blocks']} blocks fit, were {old['blocks']}")
+        for field, what in (("loads_128", "128-bit loads"), ("stores_128", "128-bit stores"), ("hmma", "HMMA")):
+            if old[field] and not row[field]:
+                found.append(f"{where}: no {what} any more, were {old[field]}")
+    return found
+
+
+def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
+    lines = [
+        "# What the compilers made of the GPU kernels",
+        "",
+        "Written by `make static`. Spills must be 0; blocks: how many fit on a multiprocessor by registers and static shared",
+        "memory. Counts of instructions in the code, not of instructions run.",
+    ]
+    for compiler, rows in report.items():
+        fields = list(rows[0]) if rows else []
+        lines += ["", f"## {compiler}", "", "| " + " | ".join(fields) + " |", "|" + "---|" * len(fields)]
+        lines += ["| " + " | ".join(str(row[field]) for field in fields) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    if not LIBRARY.exists() or not tool("cuobjdump"):
+        raise SystemExit(f"the report needs {LIBRARY.name} and triton's cuobjdump; run `make build` with the extra [cuda]")
+    report = {name: rows() for name, rows in COMPILERS.items()}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "static.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / "static.md").write_text(markdown(report))
+    print(f"{sum(map(len, report.values()))} rows in {RESULTS / 'static.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The built CUDA kernels against the committed static report: no spill, and nothing lost that an earlier build had."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks import static_report
+
+GOOD: dict[str, Any] = {
+    "kernel": "k", "arch": 80, "threads": 128, "registers": 96, "spills": 0, "shared": 0, "blocks": 5,
+    "loads_128": 4, "loads": 4, "stores_128": 2, "hmma": 8, "instructions": 100,
+}  # fmt: skip
+
+
+def test_built_kernels() -> None:
+    if not static_report.LIBRARY.exists():
+        pytest.skip("the CUDA extension is not built")
+    if not static_report.tool("cuobjdump"):
+        pytest.skip("triton, which ships cuobjdump, is not installed")
+    committed = json.loads((static_report.RESULTS / "static.json").read_text())
+    rows = static_report.nvcc_rows()
+    assert {row["arch"] for row in rows} == {80, 90}
+    assert any(row["kernel"].startswith("elementwise<") for row in rows)
+    assert static_report.regressions(rows, committed["nvcc"]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spills": 3}, "3 accesses of local memory"),
+        ({"blocks": 4}, "4 blocks fit, were 5"),
+        ({"loads_128": 0}, "no 128-bit loads any more"),
+        ({"hmma": 0}, "no HMMA any more"),
+    ],
+)
+def test_regression_is_named(change: dict[str, int], message: str) -> None:
+    (found,) = static_report.regressions([GOOD | change], [GOOD])
+    assert message in found
+    assert "k on sm_80" in found
+
+
+def test_no_regression() -> None:
+    assert static_report.regressions([GOOD, GOOD | {"kernel": "new"}], [GOOD]) == []
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "blocks"), [(32, 0, 16), (96, 0, 5), (128, 0, 4), (255, 0, 2), (32, 40 << 10, 3), (32, 1 << 20, 0)]
+)
+def test_blocks_of_128_threads_on_sm_80(registers: int, shared: int, blocks: int) -> None:
+    # 65536 registers are 16 blocks of 128 threads with 32 each; 164 KiB are 3 times 41 KiB, and not quite 4.
+    assert static_report.blocks_per_multiprocessor(80, 128, registers, shared) == blocks
