@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint bench bench-compare gpu pins clean
+.PHONY: help env build demo test lint bench bench-compare gpu static pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,9 @@ gpu: ## tests and measurements on a GPU, in 8 minutes (GPU_FLAGS=--quick: 2)
 	@ls rkl_kernels/_C_cuda*.so >/dev/null 2>&1 || $(PYTHON) setup.py -q build_ext --inplace || \
 		echo "the extensions could not be built: measuring without them"
 	$(PYTHON) -m benchmarks.gpu $(GPU_FLAGS)
+
+static: build ## registers, spills and instructions of the GPU kernels; writes benchmarks/results/static.*
+	$(BIN)/python -m benchmarks.static_report
 
 clean: ## remove what was built; the environment stays
 	rm -rf build *.egg-info rkl_kernels/*.so

@@ -150,8 +150,8 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         "# What the compilers made of the GPU kernels",
         "",
-        "Written by `make static`. Spills must be 0; blocks: how many fit on a multiprocessor by registers and static shared",
-        "memory. Counts of instructions in the code, not of instructions run.",
+        "Written by `make static`. Spills must be 0; blocks: how many fit on a multiprocessor by registers and static",
+        "shared memory. Counts of instructions in the code, not of instructions run.",
     ]
     for compiler, rows in report.items():
         fields = list(rows[0]) if rows else []
@@ -162,10 +162,14 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     if not LIBRARY.exists() or not tool("cuobjdump"):
-        raise SystemExit(f"the report needs {LIBRARY.name} and triton's cuobjdump; run `make build` with the extra [cuda]")
+        raise SystemExit(
+            f"the report needs {LIBRARY.name} and triton's cuobjdump; run `make build` with the extra [cuda]"
+        )
     report = {name: rows() for name, rows in COMPILERS.items()}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "static.json").write_text(json.dumps(report, indent=1) + "\n")
+    # A row a line, so that a change shows as what it is.
+    tables = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in report.items())
+    (RESULTS / "static.json").write_text("{" + ",\n".join(tables) + "}\n")
     (RESULTS / "static.md").write_text(markdown(report))
     print(f"{sum(map(len, report.values()))} rows in {RESULTS / 'static.md'}")
 

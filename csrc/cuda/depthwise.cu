@@ -9,7 +9,6 @@ namespace rkl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlocksWanted = 1024;  // several a multiprocessor on the largest GPUs
 
 // Adds the parts' sums in their order, so that the result is the same at every run.
 template <class T>
@@ -32,7 +31,7 @@ int parts_of(const Conv2d& g) {
   const int64_t strips = g.nhwc ? ceil_div(g.out_w, kStripWidth) : 1;
   const int64_t channel_blocks = g.nhwc ? ceil_div(g.channels, 64) : g.channels;
   const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, kLeastPixels);
-  const int64_t parts = ceil_div(kBlocksWanted, channel_blocks);
+  const int64_t parts = ceil_div(blocks_wanted(), channel_blocks);
   return int(ceil_div(parts < most ? parts : most, strips) * strips);
 }
 

@@ -60,4 +60,13 @@ void allow_shared_memory(K* kernel, int bytes) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Blocks that keep every multiprocessor of the current device busy.
+inline int64_t blocks_wanted() {
+  constexpr int kBlocksEach = 8;  // as many as the NHWC kernels have at once, by registers and shared memory
+  int device = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return kBlocksEach * int64_t(multiprocessors);
+}
+
 }  // namespace rkl::cuda

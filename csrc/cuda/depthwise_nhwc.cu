@@ -10,8 +10,7 @@
 namespace rkl::cuda {
 namespace {
 
-constexpr int kMaxColumns = 4;           // threads beside each other across a strip
-constexpr int64_t kBlocksWanted = 1024;  // several a multiprocessor on the largest GPUs
+constexpr int kMaxColumns = 4;  // threads beside each other across a strip
 
 // The shape of a block's step: how many outputs a thread makes across and how many rows of threads there are; the
 // window of input that they need.
@@ -39,7 +38,7 @@ struct Grid {
     grid.channel_blocks = int(ceil_div(g.channels, channels_a_block));
     // An image is cut into chunks of rows, each of which reads its halo again, only as far as the GPU must be filled.
     const int64_t blocks = g.batch * grid.channel_blocks * grid.strips, steps = ceil_div(rows, step_rows);
-    const int64_t chunks = blocks >= kBlocksWanted ? 1 : ceil_div(kBlocksWanted, blocks);
+    const int64_t wanted = blocks_wanted(), chunks = blocks >= wanted ? 1 : ceil_div(wanted, blocks);
     grid.chunk_rows = int(ceil_div(steps, chunks < steps ? chunks : steps)) * step_rows;
     grid.chunks = int(ceil_div(rows, grid.chunk_rows));
     return grid;

@@ -206,7 +206,75 @@ def test_general_with_the_largest_filter(gpu: Gpu) -> None:
     assert_right(run, "y", "dx")
 
 
+# One case a kernel, several strips, chunks or steps each.
+EVERY_KERNEL = [
+    Case(channels=8, kernel=(2, 3), size=(5, 4)),
+    Case(channels=3, kernel=(2, 3), size=(5, 4)),
+    Case(channels=72, size=(13, 18), batch=1),
+    Case(channels=8, kernel=(5, 5), stride=(2, 2), padding=(2, 2), size=(13, 35), batch=1),
+    Case(channels=8, kernel=(7, 7), padding=(3, 3), size=(9, 33), batch=1),
+    Case(channels=3, size=(13, 18), nhwc=False),
+    Case(channels=1, kernel=(7, 7), stride=(2, 2), padding=(3, 3), size=(150, 90), batch=1, nhwc=False),
+]
+
+
+@pytest.mark.sanitized
 @pytest.mark.parametrize("order", ORDERS)
-def test_orders(gpu: Gpu, order: str) -> None:
-    gpu.schedule(order)
-    assert_right(Run(gpu, Case(channels=8, kernel=(2, 3), nhwc=True, size=(5, 4)), torch.float32), "y", "dx", "dw")
+@pytest.mark.parametrize("case", EVERY_KERNEL, ids=str)
+def test_orders(gpu: Gpu, case: Case, order: str) -> None:
+    gpu.schedule(order, late_copies=order != "reverse")
+    assert_right(Run(gpu, case, torch.float32 if case.nhwc else torch.bfloat16), "y", "dx", "dw")
+
+
+def test_results_do_not_depend_on_the_order(gpu: Gpu) -> None:
+    results = []
+    for order in ORDERS:
+        gpu.schedule(order)
+        run = Run(gpu, Case(channels=8, size=(9, 19)), torch.float32)
+        results.append(torch.cat([t.flatten().clone() for t in (run.forward(), run.input_grad(), *run.weight_grad())]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+def test_gradients_not_wanted_are_not_written(gpu: Gpu, nhwc: bool) -> None:
+    for weight, bias in ((True, False), (False, True)):
+        dw, db = Run(gpu, Case(channels=8, nhwc=nhwc), torch.float32).weight_grad(weight, bias)
+        assert dw.isnan().all() != weight
+        assert db.isnan().all() != bias
+
+
+def test_unaligned_views_take_the_general_kernel(gpu: Gpu) -> None:
+    run = Run(gpu, Case(channels=8), torch.bfloat16)
+    run.x = gpu.empty(run.x.numel() + 1, dtype=torch.bfloat16)[1:].view(2, 9, 11, 8).permute(0, 3, 1, 2).copy_(run.x)
+    assert run.x.data_ptr() % 16 == 2
+    assert_right(run, "y", "dw")
+    assert set(gpu.traffic()) == {"any_scalar", "any_weight_grad", "add_parts"}
+
+
+# Bytes of the sectors that blocks touch over the bytes that cannot be avoided, with the bound that forward, input
+# gradient and filter gradient must keep. What exceeds 1, by count: the filter, read by each block; the columns that
+# neighbouring strips share ((16 + k - 1) / 16 of the input; strips of stride 2's gradient are 8 patches); the halo of a
+# large plane's chunks; and the parts' sums, written and read again: at least 256 outputs a part, so 8 (k^2 + 1) bytes
+# beside 4 * 256, for NCHW in sectors of which 4 bytes are used. Batches are large enough for the emulated GPU of 4
+# multiprocessors to be filled by whole images.
+TRAFFIC = [
+    (Case(batch=32, channels=64, size=(16, 16)), (1.03, 1.03, 1.12)),
+    (Case(batch=16, channels=64, size=(16, 32)), (1.06, 1.06, 1.12)),
+    (Case(batch=32, channels=64, size=(8, 32), kernel=(7, 7), padding=(3, 3)), (1.12, 1.12, 1.55)),
+    (Case(batch=32, channels=64, size=(16, 32), stride=(2, 2)), (1.03, 1.08, 1.08)),
+    (Case(batch=8, channels=64, size=(16, 16), nhwc=False), (1.05, 1.05, 1.12)),
+    (Case(batch=2, channels=2, size=(128, 128), nhwc=False), (1.15, 1.15, 1.25)),
+]
+
+
+@pytest.mark.parametrize(("case", "bounds"), TRAFFIC, ids=str)
+def test_bytes_moved(gpu: Gpu, case: Case, bounds: tuple[float, float, float]) -> None:
+    run = Run(gpu, case, torch.bfloat16)
+    unavoidable = run.x.nbytes + run.grad.nbytes + run.weight.nbytes
+    moved = []
+    for call in (lambda: run.forward(with_bias=False), run.input_grad, lambda: run.weight_grad(bias=False)):
+        before = gpu.moved()
+        call()
+        moved.append((gpu.moved() - before) / unavoidable)
+    assert all(ratio <= bound for ratio, bound in zip(moved, bounds, strict=True)), moved
