@@ -1,5 +1,6 @@
 // The operators on the CPU: guards, outputs and layouts here, arithmetic in cpu/. Schemas: rkl_kernels/ops.py.
 #include "cpu/kernels.h"
+#include "cpu/separable.h"
 #include "depthwise_op.h"
 #include "module.h"
 #include "separable_op.h"
@@ -37,13 +38,29 @@ struct CpuConv {
   static void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype, const Tensor&) {
     cpu::column_sums(matrix, out, rows, channels, dtype);
   }
-  template <class... Arguments>
-  static bool fused_forward(const Arguments&...) {
-    return false;
+
+  static cpu::Separable raw(const SeparableCall& call, const void* pointwise_bias) {
+    return {call.g,
+            call.c_out,
+            call.inner_act,
+            call.act,
+            call.dtype,
+            call.x.const_data_ptr(),
+            call.depthwise.const_data_ptr(),
+            data_or_null(call.depthwise_bias),
+            call.pointwise.const_data_ptr(),
+            pointwise_bias};
   }
-  template <class... Arguments>
-  static bool fused_backward(const Arguments&...) {
-    return false;
+  static bool fused_forward(const SeparableCall& call, const void* pointwise_bias, void* y) {
+    cpu::separable(raw(call, pointwise_bias), y);
+    return true;
+  }
+  static bool fused_backward(const SeparableCall& call, const Tensor& grad, const std::optional<Tensor>& y,
+                             Tensor* d_inner, Tensor* d_pointwise, Tensor* d_pointwise_bias) {
+    const auto pointer = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
+    cpu::pointwise_backward(raw(call, nullptr), grad.const_data_ptr(), data_or_null(y),
+                            {pointer(d_inner), pointer(d_pointwise), pointer(d_pointwise_bias)});
+    return true;
   }
 };
 

@@ -1,17 +1,10 @@
 // The separable operators as a depthwise step, a library's matrix product and an epilogue: what serves every shape on
 // every device. Images are taken as NHWC, where the pointwise step is one matrix product over all pixels.
 #pragma once
+#include "aten.h"
 #include "depthwise_op.h"
 
 namespace rkl {
-
-// The tensor that an ATen operator returns.
-template <class... Args>
-Tensor aten(const char* name, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // A dense NHWC image as a matrix of pixels by channels: a view.
 inline Tensor pixel_rows(const Tensor& x) {

@@ -1,11 +1,13 @@
 // Every kernel, for the instruction set that RKL_ISA names.
 #pragma once
+#include "cpu/band_kernels.h"
 #include "cpu/depthwise.h"
 #include "cpu/elementwise.h"
 
 namespace rkl::cpu::RKL_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {trelu, trelu_backward, depthwise, depthwise_backward, epilogue, slope};
+const Kernels kernels = {trelu, trelu_backward, depthwise, depthwise_backward, epilogue,
+                         slope, widen,          finish,    add_column_sums,    round};
 
 }  // namespace rkl::cpu::RKL_ISA

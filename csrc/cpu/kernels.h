@@ -6,6 +6,13 @@
 
 namespace rkl::cpu {
 
+// A matrix product's result z made into the output: out = act(z + bias), element by element. z and out may be the same.
+struct BandEpilogue {
+  const void *z, *bias;  // bias: a value a column; may be null
+  void* out;
+  int64_t rows, columns, z_stride, out_stride;  // strides: from row to row
+};
+
 // The kernels as compiled for one instruction set.
 struct Kernels {
   void (*trelu)(const void* x, void* y, int64_t n, Dtype dtype);
@@ -24,6 +31,12 @@ struct Kernels {
                    Dtype dtype);
   void (*slope)(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n,
                 Dtype dtype);
+
+  // Serial, over a band that is in cache. z_type is dtype or fp32.
+  void (*widen)(const void* in, float* out, int64_t n, Dtype dtype);
+  void (*finish)(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dtype);
+  void (*add_column_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype);
+  void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
 };
 
 // The widest instruction set that this machine has, or that ATEN_CPU_CAPABILITY (PyTorch's own variable: default, avx2

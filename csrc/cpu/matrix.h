@@ -1,0 +1,48 @@
+// Matrix products by the library that torch links, over raw memory.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "geometry.h"
+
+namespace rkl::cpu {
+
+// A view: element (i, j) lies at data[i * row_stride + j * column_stride]. One of the strides is 1.
+struct Matrix {
+  void* data;
+  Dtype dtype;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+// A matrix whose rows lie one after another.
+inline Matrix matrix(const void* data, Dtype dtype, int64_t rows, int64_t columns) {
+  return {const_cast<void*>(data), dtype, rows, columns, columns, 1};
+}
+
+inline Matrix transposed(const Matrix& m) {
+  return {m.data, m.dtype, m.columns, m.rows, m.column_stride, m.row_stride};
+}
+
+// Calls f(begin, end) for parts of the tasks [0, count) on torch's threads, where the library keeps to the calling
+// thread. A single task has an empty one beside it: outside a parallel region the library would split it among threads
+// and add its sums in another order.
+// Even so, MKL chooses the blocks of a product by torch.set_num_threads: backward's products, of plain and transposed
+// factors in fp32, may differ in their last bits from one setting to another. With one setting they repeat.
+template <class F>
+void for_tasks(int64_t count, F&& f) {
+  torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+    if (begin < count) f(begin, std::min(end, count));
+  });
+}
+
+// out = a b and out += a b.
+void multiply(const Matrix& a, const Matrix& b, const Matrix& out);
+void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out);
+
+// The type that factors of this type are multiplied in: their own, or fp32 where the library is slow at it (fp16
+// without instructions for it: 2 GFLOP/s where fp32 has 90).
+Dtype factor_type(Dtype dtype);
+
+}  // namespace rkl::cpu

@@ -1,0 +1,35 @@
+// Memory of a task's own, aligned to a cache line and not initialised.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "geometry.h"
+
+namespace rkl::cpu {
+
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(int64_t bytes) : data_(bytes ? ::operator new(bytes, kLine) : nullptr) {}
+
+  template <class T = void>
+  T* as() const {
+    return static_cast<T*>(data_.get());
+  }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<void, Free> data_;
+};
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// The element so many elements after p.
+inline void* at(void* p, int64_t element, Dtype dtype) { return static_cast<char*>(p) + element * size_of(dtype); }
+inline const void* at(const void* p, int64_t element, Dtype dtype) { return at(const_cast<void*>(p), element, dtype); }
+
+}  // namespace rkl::cpu

@@ -1,0 +1,28 @@
+// Separable convolution on the CPU: depthwise rows that stay in cache feed a library's matrix product.
+#pragma once
+#include "activation.h"
+#include "geometry.h"
+
+namespace rkl::cpu {
+
+// A separable convolution over dense memory: z = pointwise * inner(depthwise(x) + depthwise_bias) + pointwise_bias,
+// y = outer(z). The pointwise filter is (C_out, C). The biases may be
+// null. Images are NHWC.
+struct Separable {
+  Conv2d g;
+  int64_t c_out;
+  Activation inner, outer;
+  Dtype dtype;
+  const void *x, *depthwise, *depthwise_bias, *pointwise, *pointwise_bias;
+};
+
+void separable(const Separable& s, void* y);
+
+// The gradients of the pointwise step and of the depthwise step's output (before its activation), each null where it is
+// not wanted. y may be null where there is no outer activation.
+struct PointwiseGradients {
+  void *inner, *pointwise, *pointwise_bias;
+};
+void pointwise_backward(const Separable& s, const void* grad, const void* y, const PointwiseGradients& wanted);
+
+}  // namespace rkl::cpu

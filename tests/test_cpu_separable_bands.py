@@ -1,0 +1,121 @@
+"""Separable convolutions that the CPU cuts into bands: their edges, the layouts, and any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from exactness import assert_rounded
+from torch import Tensor
+
+from rkl_kernels import ops, reference
+
+pytestmark = pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key("rkl::separable_conv2d", "CPU"),
+    reason="the CPU extension is not built",
+)
+
+CASES = [  # N, C, C', H, W, k, stride, padding, dilation
+    (2, 40, 48, 31, 33, 3, 1, 1, 1),  # several bands an image, the last one short
+    (2, 39, 50, 35, 36, 5, 2, 2, 1),
+    (1, 33, 57, 20, 40, 3, 1, 12, 12),  # bands whose padding is higher than they are
+    (1, 47, 48, 3, 50, 1, 1, 9, 1),  # bands that lie wholly in the padding
+    (1, 32, 64, 40, 33, 7, 1, 0, 1),
+    (23, 48, 33, 7, 7, 3, 1, 1, 1),  # several images a band
+    (1, 160, 200, 7, 7, 3, 1, 1, 1),  # little work, shared out by output channels
+    (5, 256, 130, 2, 2, 3, 2, 1, 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def make(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool) -> tuple[list[Tensor], list[list[int]]]:
+    n, c, c_out, h, w, k, *window = case
+    torch.manual_seed(0)
+    x = torch.randn(n, c, h, w).to(dtype)
+    x = x.to(memory_format=torch.channels_last) if nhwc else x
+    filters = torch.randn(c, 1, k, k).to(dtype) / k, torch.randn(c_out, c, 1, 1).to(dtype)
+    return [x, *filters, torch.randn(c).to(dtype), torch.randn(c_out).to(dtype)], [[v, v] for v in window]
+
+
+def terms(case: tuple[int, ...]) -> int:
+    return case[5] ** 2 + case[1] + 2
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool) -> None:
+    tensors, window = make(case, dtype, nhwc)
+    y = ops.rkl.separable_conv2d(*tensors, *window, 0, 0)
+    exact = reference.separable_conv2d(*(t.double() for t in tensors), *window)
+    magnitude = reference.separable_conv2d(*(t.double().abs() for t in tensors), *window)
+    # The depthwise output is rounded to the type too; in bf16, the product once more before the bias is added.
+    assert_rounded(y, exact, magnitude, terms(case), roundings=3 if dtype == torch.bfloat16 else 2)
+    finished = ops.rkl.separable_conv2d(*tensors, *window, 1, 3)
+    exact = reference.separable_conv2d(*(t.double() for t in tensors), *window, "relu", "trelu")
+    assert_rounded(finished, exact, magnitude, terms(case), roundings=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_threads_change_nothing(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensors, window = make(case, dtype, True)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(ops.rkl.separable_conv2d(*tensors, *window, 0, 3))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def gradients(
+    case: tuple[int, ...], dtype: torch.dtype, nhwc: bool, inner: int, activation: int
+) -> tuple[list[Tensor], list[list[int]], Tensor, tuple[Tensor, ...]]:
+    tensors, window = make(case, dtype, nhwc)
+    y = ops.rkl.separable_conv2d(*tensors, *window, inner, activation)
+    grad = torch.randn_like(y)
+    saved = y if activation else None
+    got = ops.rkl.separable_conv2d_backward(grad, saved, *tensors[:4], *window, inner, activation, [True] * 5)
+    return tensors, window, grad, got
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool) -> None:
+    tensors, window, grad, got = gradients(case, dtype, nhwc, 0, 0)
+    doubles = [t.double().requires_grad_() for t in tensors]
+    exact = torch.autograd.grad(reference.separable_conv2d(*doubles, *window), doubles, grad.double())
+    absolute = [t.detach().abs().requires_grad_() for t in doubles]
+    magnitudes = torch.autograd.grad(reference.separable_conv2d(*absolute, *window), absolute, grad.double().abs())
+    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
+    for g, e, m in zip(got, exact, magnitudes, strict=True):
+        # The depthwise output and its gradient are rounded to the type on the way.
+        assert_rounded(g, e, m, pixels + case[2] + terms(case), roundings=2)
+
+
+@pytest.mark.parametrize(("inner", "activation"), [(3, 3), (4, 1), (0, 2)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_through_activations(case: tuple[int, ...], inner: int, activation: int) -> None:
+    tensors, window, grad, got = gradients(case, torch.float32, True, inner, activation)
+    doubles = [t.double().requires_grad_() for t in tensors]
+    names = [None, "relu", "relu6", "trelu", "silu"]
+    y = reference.separable_conv2d(*doubles, *window, names[inner], names[activation])
+    exact = torch.autograd.grad(y, doubles, grad.double())
+    for g, e in zip(got, exact, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=0, atol=1e-5 * float(e.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_repeat(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.set_num_threads(2)
+    first, again = (gradients(case, dtype, True, 3, 3)[3] for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
