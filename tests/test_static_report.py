@@ -48,8 +48,9 @@ def test_no_regression() -> None:
 
 @pytest.mark.parametrize(
     ("registers", "shared", "blocks"),
-    [(32, 0, 16), (96, 0, 5), (128, 0, 4), (255, 0, 2), (32, 40 << 10, 3), (32, 1 << 20, 0)],
+    [(32, 0, 16), (96, 0, 5), (128, 0, 4), (255, 0, 2), (32, 40 << 10, 4), (32, 41 << 10, 3), (32, 1 << 20, 0)],
 )
 def test_blocks_of_128_threads_on_sm_80(registers: int, shared: int, blocks: int) -> None:
-    # 65536 registers are 16 blocks of 128 threads with 32 each; 164 KiB are 3 times 41 KiB, and not quite 4.
+    # 65536 registers are 16 blocks of 128 threads with 32 each. With the
+    # reserved KiB, 40 KiB of shared memory fit 4 times into 164, 41 KiB 3 times.
     assert static_report.blocks_per_multiprocessor(80, 128, registers, shared) == blocks
