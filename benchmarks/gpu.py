@@ -28,6 +28,7 @@ from rkl_kernels.bench import Case, compiled, eager, measure, ours
 from rkl_kernels.bench.machine import machine, machine_line, slug
 from rkl_kernels.bench.rivals import TYPES, Rival
 from rkl_kernels.bench.row import Row
+from rkl_kernels.bench.table import geometric_mean
 from rkl_kernels.bench.timing import copier, interleave, multiplier, timer_for
 
 from . import models, report
@@ -139,15 +140,15 @@ def contestants(case: Case, device: str, compile_too: bool) -> list[Rival]:
     return chosen
 
 
-def measure_machine(run: Run, device: str) -> None:
+def measure_machine(run: Run, device: str, budget: float) -> None:
     """Copy bandwidth from 1 MB to 2 GB moved, and the matrix rate of each type."""
     sizes = [2**n * 1_000_000 for n in range(12 if device == "cuda" else 5)]
     timer = timer_for(device)
-    times = interleave({str(size): copier(size, device) for size in sizes}, timer, 2.0)
+    times = interleave({str(size): copier(size, device) for size in sizes}, timer, budget)
     run.copy_rates = {size: size / times[str(size)].seconds for size in sizes}
     for dtype in ("fp32", "bf16"):
         product, operations = multiplier(TYPES[dtype], device)
-        run.matrix_rates[dtype] = operations / interleave({dtype: product}, timer, 1.0)[dtype].seconds
+        run.matrix_rates[dtype] = operations / interleave({dtype: product}, timer, budget / 2)[dtype].seconds
 
 
 def measure_rows(run: Run, device: str, quick: bool, deadline: Deadline) -> None:
@@ -203,7 +204,8 @@ def _peak(step: Callable[[], None]) -> int:
 
 
 def planner_table(rows: list[Row]) -> dict[str, str]:
-    """For each measured separable shape, the faster of the fused and the composed Triton path."""
+    """The package's table (rkl_kernels/fusion.py): for each separable shape, the faster of the fused and the composed
+    Triton path; for each operator, the backend that is faster in the geometric mean."""
     table = {}
     for row in rows:
         times = {name: row.times.get(f"ours-triton-{name} nhwc") for name in ("fused", "composed")}
@@ -214,7 +216,17 @@ def planner_table(rows: list[Row]) -> dict[str, str]:
         element = TYPES[c.dtype].itemsize
         work = fusion.Separable(c.batch, c.channels, c.out_channels, *pixels, c.kernel**2, element, backward)
         table[work.key] = min(times, key=lambda name: times[name].seconds)  # type: ignore[union-attr]
+    for operator in ("trelu", "depthwise", "separable"):
+        pairs = [[_fastest(row, name) for name in ("cuda", "triton")] for row in rows if row.case.operator == operator]
+        ratio = geometric_mean(cuda / triton for cuda, triton in pairs if cuda and triton)
+        if ratio is not None:
+            table[operator if operator == "trelu" else f"{operator}_conv2d"] = "triton" if ratio > 1 else "cuda"
     return table
+
+
+def _fastest(row: Row, backend: str) -> float | None:
+    """Seconds of a backend in its better layout."""
+    return min((t.seconds for name, t in row.times.items() if name.startswith(f"ours-{backend} ")), default=None)
 
 
 def save_planner_table(rows: list[Row], device: str, out: Path) -> None:
@@ -248,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {name:<10} {'yes' if status.available else 'no ':<4} {status.reason}")
     if not options.no_tests:
         print(attempt("tests", lambda: run_tests(options.device, within / 4)), flush=True)
-    attempt("copy bandwidth and matrix rate", lambda: measure_machine(run, options.device))
+    attempt("copy bandwidth and matrix rate", lambda: measure_machine(run, options.device, within / 100))
     attempt("ResNet-KL training step", lambda: measure_step(run, options.device, within / 40))
     measure_rows(run, options.device, options.quick, deadline)
     run.seconds = time.perf_counter() - start

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import fusion, ops
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,7 +140,7 @@ def choose(operator: str, x: Tensor) -> str:
         if reason:
             raise RuntimeError(f"backend {_forced!r} cannot serve this call: {reason}; use use_backend('auto')")
         return _forced
-    order = ("cuda", "triton") if x.device.type == "cuda" else ("cpu",)
+    order = fusion.preferred(operator, x) if x.device.type == "cuda" else ("cpu",)
     return next((backend for backend in order if refusal(backend, operator, x) is None), "reference")
 
 

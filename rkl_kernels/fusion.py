@@ -1,4 +1,5 @@
-"""Fused or not: a separable convolution on a GPU as one kernel, or as depthwise kernel and matrix product.
+"""Which kernels a GPU is given: a separable convolution as one kernel or as depthwise kernel and matrix product; and,
+where it was measured, CUDA C++ or Triton.
 
 Fusing saves writing and reading the depthwise output, and loses where the depthwise tile has to be made more than once
 (all output channels do not fit into one block) or where the product alone decides and the library's is the better one.
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 TABLE = Path(__file__).parent / "planner_table.json"
-"""Measured choices, ``{device: {key: "fused" | "composed"}}``; written by benchmarks/gpu.py."""
+"""Measured choices, ``{device: {key: choice}}``: "fused" or "composed" by :attr:`Separable.key`, "cuda" or "triton" by
+operator; written by benchmarks/gpu.py."""
 
 _override: bool | None = None
 
@@ -110,6 +112,23 @@ def _measured() -> dict[str, dict[str, str]]:
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
+@cache
+def _order(operator: str, device: str) -> tuple[str, ...]:
+    first = _measured().get(device, {}).get(operator, "cuda")
+    return ("triton", "cuda") if first == "triton" else ("cuda", "triton")
+
+
+def preferred(operator: str, x: Tensor) -> tuple[str, ...]:
+    """The backends for a GPU's tensors, the one to ask first in front: CUDA C++, whose calls cost the host less, unless
+    Triton's kernels were the faster ones when measured on this device."""
+    return _order(operator, _device_name(x.device.index))
+
+
+@cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
 @lru_cache(4096)
 def choose(work: Separable, unit: str, arch: int, block: int, device: str = "") -> Choice:
     """The choice for ``work`` with the product on ``unit`` ("tensor", "tf32" or "scalar"), ``block`` output channels a
@@ -154,7 +173,7 @@ def fuse_separable(
         n, channels, outputs, in_h * in_w, out_size[0] * out_size[1], depthwise.shape[2] * depthwise.shape[3],
         x.element_size(), backward,
     )  # fmt: skip
-    device = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else ""
+    device = _device_name(x.device.index) if x.device.type == "cuda" else ""
     choice = choose(work, unit, architecture(x), block, device)
     if _override is None:
         return choice

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import _checks, ops
+from . import _checks, fusion, ops
 from .backends import choose
 
 
@@ -19,25 +20,38 @@ class Explanation:
     Attributes:
         operator: the public function's name.
         backend: the backend that serves the call.
+        kernel: what it calls: an operator of ``torch.ops``, or the reference's function.
         bytes: each input read once, each output written once.
         operations: floating-point operations, a multiply-add counted as two.
+        floor: which of the two sets the least time that the call can take, and why.
+        fused: for a separable convolution, whether one kernel does both steps; None where the C++ kernel decides.
+        reason: why fused or not.
     """
 
     operator: str
     backend: str
+    kernel: str
     bytes: int
     operations: int
+    floor: str
+    fused: bool | None = None
+    reason: str = ""
 
     def __str__(self) -> str:
-        intensity = self.operations / max(self.bytes, 1)
-        return (
-            f"{self.operator}: backend {self.backend}, {self.bytes / 1e6:.3g} MB to move, "
-            f"{self.operations / 1e6:.3g} MFLOP, {intensity:.2g} FLOP a byte"
-        )
+        lines = [
+            f"{self.operator}: backend {self.backend}, kernel {self.kernel}",
+            f"  {self.bytes / 1e6:.3g} MB to move, {self.operations / 1e6:.3g} MFLOP; floor: {self.floor}",
+        ]
+        if self.reason:
+            choice = {True: "fused", False: "not fused", None: "fused or not"}[self.fused]
+            lines.append(f"  {choice}: {self.reason}")
+        return "\n".join(lines)
 
 
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would serve ``rkl_kernels.<operator>(*args, **kwargs)`` and what the call costs at least.
+
+    The choice of backend is overruled by ``use_backend``, that of one kernel for both steps by ``fusion.use_fusion``.
 
     >>> explain("trelu", torch.zeros(4))  # doctest: +SKIP
 
@@ -52,7 +66,50 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     if operator not in counts:
         raise ValueError(f"operator must be one of {', '.join(counts)}, got {operator!r}")
     moved, operations, x = counts[operator](*args, **kwargs)
-    return Explanation(operator, choose(operator, x), moved * x.element_size(), operations)
+    moved *= x.element_size()
+    backend = choose(operator, x)
+    namespace = {"reference": "rkl_kernels.reference", "triton": "torch.ops.rkl_triton"}.get(backend, "torch.ops.rkl")
+    fused, reason = _fusion(backend, *args, **kwargs) if operator == "separable_conv2d" else (None, "")
+    kernel, floor = f"{namespace}.{operator}", _floor(moved, operations, x)
+    return Explanation(operator, backend, kernel, moved, operations, floor, fused, reason)
+
+
+def _floor(moved: int, operations: int, x: Tensor) -> str:
+    """Memory or arithmetic: the call's operations a byte against those at which a device does both in the same time."""
+    intensity = operations / max(moved, 1)
+    if x.device.type != "cuda":
+        return f"{intensity:.2g} FLOP a byte; which side binds on a CPU, `rkl bench` measures"
+    rates = fusion.RATES[fusion.architecture(x)]
+    balance = (rates.scalar if x.dtype == torch.float32 else rates.tensor) / rates.memory
+    side = "memory" if intensity < balance else "arithmetic"
+    return f"{side}, with {intensity:.2g} FLOP a byte where {balance:.0f} are in balance"
+
+
+def _fusion(
+    backend: str,
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    inner_activation: str | None = None,
+    activation: str | None = None,
+) -> tuple[bool | None, str]:
+    """Whether the separable operator's forward would be one kernel, and why."""
+    if backend == "reference":
+        return False, "the reference calls two convolutions"
+    if backend != "triton":
+        return None, "the C++ operator decides, by counts of its own"
+    from .triton.separable import plan
+
+    window = _checks.window(x, depthwise_weight, stride, padding, dilation)
+    x = window.pad_extra(x if x.dim() == 4 else x[None])
+    size = ops.output_size(x, depthwise_weight.shape[2:], window.stride, window.padding, window.dilation)
+    choice = plan(x, depthwise_weight, pointwise_weight.shape[0], size, backward=False)
+    return choice.fused, choice.reason
 
 
 def _trelu(x: Tensor, inplace: bool = False) -> tuple[int, int, Tensor]:

@@ -161,3 +161,15 @@ def test_operator_is_well_formed():
     plain = [t.detach() for t in (x, dw, pw, db)]
     args = (torch.randn(2, 4, 6, 5), torch.randn(2, 4, 6, 5), *plain, *settings, [True, True, False, False, True])
     torch.library.opcheck(torch.ops.rkl_triton.separable_conv2d_backward.default, args, test_utils=CHECKS)
+
+
+def test_explanation_tells_the_plan():
+    x, dw, pw, *_ = (t.detach() for t in tensors((2, 16, 8, 8), 32, 3, torch.float16, "NHWC"))
+    with rk.use_backend("triton"):
+        told = rk.explain("separable_conv2d", x, dw, pw, None, None, 1, 1)
+        with fusion.use_fusion(not told.fused):
+            other = rk.explain("separable_conv2d", x, dw, pw, padding="same")
+    assert told.kernel == "torch.ops.rkl_triton.separable_conv2d"
+    assert "by count" in told.reason
+    assert other.fused is not told.fused
+    assert "use_fusion" in other.reason

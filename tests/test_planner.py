@@ -1,0 +1,71 @@
+"""The choice between one fused kernel and two, by count and by measured table, and what ``explain`` says of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rkl_kernels as rk
+from rkl_kernels import fusion
+
+
+def work(outputs: int, taps: int = 9, backward: bool = False, channels: int = 64) -> fusion.Separable:
+    return fusion.Separable(128, channels, outputs, 56 * 56, 56 * 56, taps, 2, backward)
+
+
+def test_fusing_wins_where_memory_decides():
+    choice = fusion.choose(work(64), "tensor", 90, 256)
+    assert choice.fused
+    # Image and output once, against the depthwise output written and read on top.
+    image = 128 * 56 * 56 * 64 * 2
+    assert (choice.fused_bytes, choice.composed_bytes) == (2 * image, 4 * image)
+    assert "50% fewer bytes" in choice.reason
+
+
+def test_fusing_loses_where_the_depthwise_tile_is_made_many_times():
+    choice = fusion.choose(work(1536, taps=49, channels=384), "tensor", 80, 128)
+    assert not choice.fused
+    assert "12 times" in choice.reason
+
+
+def test_fusing_loses_where_scalar_units_decide():
+    assert not fusion.choose(work(256, channels=256), "scalar", 90, 64).fused
+
+
+def test_measured_table_overrules_the_count(monkeypatch):
+    monkeypatch.setattr(
+        fusion, "_measured", lambda: {"GPU X": {work(64).key: "composed", "separable_conv2d": "triton"}}
+    )
+    fusion._order.cache_clear()
+    assert not fusion.choose(work(64), "tensor", 90, 256, "GPU X").fused
+    assert fusion.choose(work(64), "tensor", 90, 256, "GPU Y").fused
+    assert fusion._order("separable_conv2d", "GPU X") == ("triton", "cuda")
+    assert fusion._order("trelu", "GPU X") == ("cuda", "triton")
+    fusion._order.cache_clear()
+    fusion.choose.cache_clear()
+
+
+def test_choice_can_be_overruled():
+    x, depthwise = torch.empty(8, 16, 8, 8, device="meta"), torch.empty(16, 1, 3, 3, device="meta")
+    for fused in (True, False):
+        with fusion.use_fusion(fused):
+            assert fusion.fuse_separable(x, depthwise, 32, (8, 8), "tensor", 64, False).fused is fused
+
+
+def test_neighbouring_shapes_share_a_row_of_the_table():
+    near = fusion.Separable(120, 60, 66, 56 * 56, 56 * 56, 9, 2, False)
+    assert near.key == work(64).key
+    assert work(64, backward=True).key != work(64).key
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_explanation_names_kernel_floor_and_fusion(backend):
+    x, depthwise, pointwise = torch.zeros(2, 4, 8, 8), torch.zeros(4, 1, 3, 3), torch.zeros(6, 4, 1, 1)
+    with rk.use_backend(backend):
+        told = rk.explain("separable_conv2d", x, depthwise, pointwise, padding=1, activation="relu")
+    assert told.kernel.endswith(".separable_conv2d")
+    text = str(told)
+    assert "MB to move" in text
+    assert "FLOP a byte" in text
+    assert told.fused is (False if told.backend == "reference" else None)
+    assert told.reason in text
