@@ -120,13 +120,10 @@ def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
     measure_machine(run, within / 300)
     if with_models:
         run.models = models.measure_all(budget=within / 180, within=within / 4)
-    left = len(chosen) + min(AGAIN, len(chosen))
 
-    def timed(case: Case) -> Row | None:
-        nonlocal left
-        remaining = within - (time.perf_counter() - start)
+    def timed(case: Case, left: int, until: float) -> Row | None:
+        remaining = until - (time.perf_counter() - start)
         budget = min(MOST_BUDGET, remaining / left / 2)
-        left -= 1
         if remaining < 0:
             return None
         row = measure(case, contestants(rivals_of(case)), budget=budget)
@@ -135,13 +132,13 @@ def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
         print(f"{elapsed:5.0f} s  {case.id:<40} {times:5.2f}x the best rival, {share:4.0%} of the floor", flush=True)
         return row
 
-    for case in chosen:
-        if row := timed(case):
+    for i, case in enumerate(chosen):
+        if row := timed(case, len(chosen) - i, 0.95 * within):
             run.rows.append(row)
         else:
             run.left_out.append(case.id)
     first = run.rows[:: max(1, len(run.rows) // AGAIN)][:AGAIN]
-    pairs = [(row, again) for row in first if (again := timed(row.case))]
+    pairs = [(row, again) for row in first if (again := timed(row.case, AGAIN, within))]
     run.noise = noise_between(pairs)
     run.seconds = time.perf_counter() - start
     return run
