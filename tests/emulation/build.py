@@ -8,6 +8,7 @@ An object is compiled again only when something that it is made of has changed. 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -123,8 +124,12 @@ def build(variant: str) -> Path:
 
 
 def load(variant: str) -> ModuleType:
-    """Builds where needed and imports the module."""
-    spec = importlib.util.spec_from_file_location("emulated", build(variant))
+    """Builds where needed and imports the module; of several test processes, one builds and the others wait."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    with (OUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = build(variant)
+    spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
