@@ -82,7 +82,6 @@ def _compile(source: Path, flags: list[str], headers: str, folder: Path) -> Path
         text = rewrite(text, str(source))
     target = folder / f"{source.stem}-{_digest(text, headers, *flags)}.o"
     if not target.exists():
-        # Concurrent test runs each write their own file; the rename puts one of two equal ones in place.
         scratch = target.with_suffix(f".{os.getpid()}")
         rewritten = scratch.with_suffix(f".{os.getpid()}.cpp")
         rewritten.write_text(text)
@@ -101,10 +100,18 @@ def build(variant: str) -> Path:
     flags = [*COMMON, *(f"-I{folder}" for folder in folders)]
     kernels = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(HERE.glob("*.cu"))]
     others = [*sorted((HERE / "device").glob("*.cpp")), *sorted(HERE.glob("*.cpp"))]
-    texts = [p for folder in (ROOT / "csrc", HERE) for p in sorted(folder.rglob("*.*h"))]
-    headers = _digest(sys.version, *(p.read_bytes() for p in texts))
+    texts = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h"), *HERE.rglob("*.*h")]
+    headers = _digest(sys.version, *(p.read_bytes() for p in sorted(texts)))
     folder = OUT / variant
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # of several test processes one builds, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build_in(folder, variant, flags, kernels, others, headers)
+
+
+def _build_in(
+    folder: Path, variant: str, flags: list[str], kernels: list[Path], others: list[Path], headers: str
+) -> Path:
     jobs = [(k, [*flags, *KERNEL_FLAGS[variant]]) for k in kernels] + [
         (o, [*flags, *OTHER_FLAGS[variant]]) for o in others
     ]
