@@ -58,7 +58,7 @@ class ScratchImage {
     first_row_ = first;
     left_ = left;
     pitch_ = left + width + right;
-    const size_t floats = size_t((last - first) * pitch_ * kLanes) + kLanes;
+    const size_t floats = size_t((last - first) * pitch_ * kLanes) + (kLanes + 1) * kLanes;
     if (storage_.size() < floats) storage_.resize(floats);
     // Aligned, since vectors that lie across two lines cost two accesses.
     const uintptr_t address = reinterpret_cast<uintptr_t>(storage_.data()), line = 4 * kLanes;
@@ -73,59 +73,105 @@ class ScratchImage {
       std::fill(at(row, -left), at(row, 0), 0.f);
       std::fill(at(row, width), at(row, width + right), 0.f);
     }
-    int64_t row = first, column = 0;
-    for (int64_t pixel = first * width; pixel < last * width; pixel += kLanes) {
-      const int64_t some = std::min<int64_t>(kLanes, last * width - pixel);
+    for_chunks(first * width, last * width, [&](int64_t pixel, int64_t some) {
       Vec v[kLanes];
-      take(planes, pixel, some, v);
-      for (int64_t i = 0; i < some; ++i) {
-        store(at(row, column), v[i]);
-        if (++column == width) column = 0, ++row;
+      take(planes, pixel, some, last * width, v);
+      int64_t row = pixel / width, column = pixel % width;
+      float* to = at(row, column);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        if (i >= some) break;
+        store(to, v[i]);
+        to += kLanes;
+        if (++column == width) column = 0, to = at(++row, 0);
       }
-    }
+    });
   }
 
   // Gives rows [first, last) of an image without padding.
   template <class T>
   void empty_into(const Planes<T>& planes, int64_t width, int64_t first, int64_t last, bool past_caches) {
-    const float* from = at(first, 0);
-    for (int64_t pixel = first * width; pixel < last * width; pixel += kLanes, from += kLanes * kLanes) {
-      const int64_t some = std::min<int64_t>(kLanes, last * width - pixel);
-      Vec v[kLanes];
-      for (int i = 0; i < kLanes; ++i) v[i] = i < some ? load(from + i * kLanes) : Vec{};
-      if (planes.lane == 1) {
-        for (int64_t i = 0; i < some; ++i) store_some(planes.first + (pixel + i) * planes.pixel, v[i], planes.count);
-        continue;
-      }
-      transpose(v);
-      for (int lane = 0; lane < planes.count; ++lane) {
-        T* to = planes.first + lane * planes.lane + pixel;
-        if (some < kLanes)
-          store_some(to, v[lane], some);
-        else if (past_caches && aligned_for_stream(to))
-          stream(to, v[lane]);
-        else
-          store(to, v[lane]);
-      }
+    const int64_t pixels = (last - first) * width;
+    // Small planes hardly ever start with a line of memory, but whole ones lie one behind the other: they are put
+    // together in the cache, from where all of them can be streamed at once.
+    const bool whole = past_caches && planes.lane == pixels && pixels % kLanes && aligned_for_stream(planes.first);
+    T* staged = nullptr;
+    if (whole) {
+      if (staged_.size() < size_t(pixels * kLanes)) staged_.resize(pixels * kLanes);
+      staged = reinterpret_cast<T*>(staged_.data());
     }
+    const Planes<T> to{whole ? staged : planes.first, planes.count, planes.lane, planes.pixel};
+    for_chunks(first * width, last * width, [&](int64_t pixel, int64_t some) {
+      const float* from = data_ + (pixel - first * width) * kLanes;
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) v[i] = load(from + i * kLanes);  // past `some` there is room, and no meaning
+      give(to, pixel, some, v, past_caches && !whole);
+    });
+    if (!whole) return;
+    const int64_t elements = pixels * planes.count;
+    int64_t i = 0;
+    for (; i + kLanes <= elements; i += kLanes) stream(planes.first + i, load(staged + i));
+    std::copy(staged + i, staged + elements, planes.first + i);
   }
 
  private:
-  // `some` pixels, one a vector.
+  // Pixels by which the planes are asked for ahead of time: there are more of them than the hardware follows.
+  static constexpr int kAhead = 4 * kLanes;
+
+  // f(pixel, count) for runs of kLanes pixels that cover [begin, end). The last is moved back over its neighbour: only
+  // where there are fewer pixels than lanes is a run shorter.
+  template <class F>
+  static void for_chunks(int64_t begin, int64_t end, F&& f) {
+    for (int64_t pixel = begin; pixel < end; pixel += kLanes) {
+      const int64_t start = std::max(begin, std::min(pixel, end - kLanes));
+      f(start, std::min<int64_t>(kLanes, end - start));
+    }
+  }
+
+  // `some` pixels of the planes, one a vector.
   template <class T>
-  static void take(const Planes<const T>& planes, int64_t pixel, int64_t some, Vec (&v)[kLanes]) {
+  static void take(const Planes<const T>& planes, int64_t pixel, int64_t some, int64_t end, Vec (&v)[kLanes]) {
+    const T* from = planes.first + pixel * planes.pixel;
     if (planes.lane == 1) {
-      for (int64_t i = 0; i < some; ++i) v[i] = load_some(planes.first + (pixel + i) * planes.pixel, planes.count);
+      for (int64_t i = 0; i < some; ++i) v[i] = load_some(from + i * planes.pixel, planes.count);
       return;
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const T* from = planes.first + lane * planes.lane + pixel;
-      v[lane] = lane >= planes.count ? Vec{} : some == kLanes ? load(from) : load_some(from, some);
+    if (planes.count == kLanes && some == kLanes) {
+      // Where these planes end, the next ones follow.
+      const int64_t ahead = pixel + kAhead < end ? kAhead : kAhead + (kLanes - 1) * planes.lane;
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) {
+        __builtin_prefetch(from + lane * planes.lane + ahead);
+        v[lane] = load(from + lane * planes.lane);
+      }
+    } else {
+      for (int lane = 0; lane < kLanes; ++lane)
+        v[lane] = lane < planes.count ? load_some(from + lane * planes.lane, some) : Vec{};
     }
     transpose(v);
   }
 
-  std::vector<float> storage_;
+  template <class T>
+  static void give(const Planes<T>& planes, int64_t pixel, int64_t some, Vec (&v)[kLanes], bool past_caches) {
+    T* to = planes.first + pixel * planes.pixel;
+    if (planes.lane == 1) {
+      for (int64_t i = 0; i < some; ++i) store_some(to + i * planes.pixel, v[i], planes.count);
+      return;
+    }
+    transpose(v);
+    if (planes.count < kLanes || some < kLanes) {
+      for (int lane = 0; lane < planes.count; ++lane) store_some(to + lane * planes.lane, v[lane], some);
+    } else if (past_caches && aligned_for_stream(to) && planes.lane % kLanes == 0) {
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) stream(to + lane * planes.lane, v[lane]);
+    } else {
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) store(to + lane * planes.lane, v[lane]);
+    }
+  }
+
+  std::vector<float> storage_, staged_;
   float* data_ = nullptr;
   int64_t first_row_ = 0, left_ = 0, pitch_ = 0;
 };
@@ -153,16 +199,16 @@ class PlaneRows {
       for (int64_t phase = 0; phase < phases; ++phase) {
         const Axis& axis = gather_.horizontal[phase];
         const Taps taps = taps_.taps(phase);
-        for (int64_t o = 0; o < axis.count;) {
-          const int width = block_width(axis.count - o), count = int(std::min<int64_t>(width, axis.count - o));
-          const Outputs<float> outputs{image_out_.at(h, axis.first + o * phases), phases * kLanes, count, finish.act,
-                                       false};
-          const Padded pixels = padded(phase, o);
-          by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
-            convolve<k(), r()>(pixels, taps, finish.weights + v, finish.bias + v, range(), outputs);
-          });
-          o += width;
-        }
+        if (!axis.count) continue;
+        const int width = row_block_width(axis.count);
+        const int64_t blocks = (axis.count + width - 1) / width, pixel = phases * kLanes;
+        const Sweep sweep = Sweep::blocks(blocks, width * axis.step * kLanes, width * pixel, lanes_.stride());
+        const Outputs<float> outputs{
+            image_out_.at(h, axis.first), pixel, width, int(axis.count - (blocks - 1) * width), 0, finish.act, false};
+        const Padded pixels = padded(phase);
+        by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
+          convolve<k(), r()>(pixels, taps, finish.weights + v, finish.bias + v, sweep, outputs);
+        });
       }
     }
     image_out_.empty_into(planes(out, tile, gather_.out_h * gather_.out_w), gather_.out_w, tile.first_row,
@@ -178,23 +224,20 @@ class PlaneRows {
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
       taps_.set_row(h);
       const Taps taps = taps_.taps(0);
-      for (int64_t o = 0; o < axis.count;) {
-        const int width = block_width(axis.count - o);
-        const float* grads[8];
-        for (int r = 0; r < width; ++r) grads[r] = image_out_.at(h, o + r);
-        const Padded pixels = padded(0, o);
-        by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
-          correlate<k(), r()>(pixels, taps, grads, sums + tile.first_vector * kLanes, bias_tap, range());
-        });
-        o += width;
-      }
+      const int width = row_block_width(axis.count);
+      const int64_t blocks = (axis.count + width - 1) / width;
+      const Sweep sweep = Sweep::blocks(blocks, width * axis.step * kLanes, width * kLanes, lanes_.stride());
+      const float* grads[8];
+      for (int r = 0; r < width; ++r) grads[r] = image_out_.at(h, r);
+      const Padded pixels = padded(0);
+      by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
+        correlate<k(), r()>(pixels, taps, grads, sums + tile.first_vector * kLanes, bias_tap, 0, sweep);
+      });
     }
   }
 
  private:
   static constexpr int kOverhang = 6;  // outputs by which the last block of a row may reach over its end
-
-  Channels range() const { return {0, 1, 0, lanes_.stride()}; }
 
   template <class U>
   Planes<U> planes(U* images, const Tile& tile, int64_t pixels) const {
@@ -219,10 +262,9 @@ class PlaneRows {
     image_in_.fill(planes(in, tile, gather_.in_h * gather_.in_w), gather_.in_w, first, last, left_, right_);
   }
 
-  Padded padded(size_t phase, int64_t output) {
+  Padded padded(size_t phase) {
     rows_.clear();
-    for (int i = 0; i < taps_.rows(); ++i)
-      rows_.push_back(image_in_.at(taps_.in_row(i), taps_.first_column(phase, output)));
+    for (int i = 0; i < taps_.rows(); ++i) rows_.push_back(image_in_.at(taps_.in_row(i), taps_.first_column(phase, 0)));
     return {rows_.data()};
   }
 

@@ -148,7 +148,12 @@ class NhwcRows {
         for (int64_t o = 0; o < axis.count;) {
           const int width = block_width(axis.count - o), count = int(std::min<int64_t>(width, axis.count - o));
           const Table<T> pixels = table(in, tile.image, phase, o, width);
-          const Outputs<T> outputs{row + (axis.first + o * phases) * channels, phases * channels, count, finish.act,
+          const Outputs<T> outputs{row + (axis.first + o * phases) * channels,
+                                   phases * channels,
+                                   count,
+                                   count,
+                                   gather_.in_w * channels,
+                                   finish.act,
                                    finish.past_caches};
           by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
             convolve<k(), r()>(pixels, taps, finish.weights, finish.bias, range(tile), outputs);
@@ -172,16 +177,17 @@ class NhwcRows {
         const Table<T> pixels = table(in, tile.image, 0, o, width);
         const T* grads[8];
         for (int r = 0; r < width; ++r) grads[r] = o + r < axis.count ? row + (o + r) * channels : zeros_.data();
-        by_block(taps, axis.consecutive(), width,
-                 [&](auto k, auto r) { correlate<k(), r()>(pixels, taps, grads, sums, bias_tap, range(tile)); });
+        by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
+          correlate<k(), r()>(pixels, taps, grads, sums, bias_tap, gather_.in_w * channels, range(tile));
+        });
         o += width;
       }
     }
   }
 
  private:
-  Channels range(const Tile& tile) const {
-    return {tile.first_vector, tile.last_vector, lanes_.last(), lanes_.stride()};
+  Sweep range(const Tile& tile) const {
+    return Sweep::channels(tile.first_vector, tile.last_vector, lanes_.last(), lanes_.stride());
   }
 
   Table<T> table(const T* images, int64_t image, size_t phase, int64_t output, int width) {

@@ -10,7 +10,7 @@ constexpr int kLanes = RKL_LANES;
 // Elements a thread takes at least: below, waking it costs more than it saves.
 constexpr int64_t kGrain = 32768;
 // Bytes of output from which stores go past the caches.
-constexpr int64_t kStreamBytes = int64_t(1) << 23;
+constexpr int64_t kStreamBytes = int64_t(1) << 22;
 
 typedef float Vec __attribute__((vector_size(4 * RKL_LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * RKL_LANES)));
