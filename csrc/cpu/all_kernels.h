@@ -7,7 +7,7 @@
 namespace rkl::cpu::RKL_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {trelu, trelu_backward, depthwise, depthwise_backward, epilogue,
-                         slope, widen,          finish,    add_column_sums,    round};
+const Kernels kernels = {trelu,    trelu_backward, depthwise, pack_filter, depthwise_packed, depthwise_backward,
+                         epilogue, slope,          widen,     finish,      add_column_sums,  round};
 
 }  // namespace rkl::cpu::RKL_ISA

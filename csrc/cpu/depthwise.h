@@ -102,21 +102,35 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   if (wants_sums) reduce_sums(sums, slices, taps, lanes, dweight, dbias);
 }
 
-inline void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
-                      Dtype dtype) {
+inline PackedFilter pack_filter(const Conv2d& g, const void* weight, const void* bias, Dtype dtype) {
+  PackedFilter filter;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Lanes lanes{g.channels, g.nhwc};
-    const std::vector<float> weights = as_lanes(static_cast<const T*>(weight), g.kernel_h * g.kernel_w, lanes);
-    const std::vector<float> biases = as_lanes(static_cast<const T*>(bias), 1, lanes);
+    filter.weights = as_lanes(static_cast<const T*>(weight), g.kernel_h * g.kernel_w, lanes);
+    filter.bias = as_lanes(static_cast<const T*>(bias), 1, lanes);
+  });
+  return filter;
+}
+
+inline void depthwise_packed(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y,
+                             Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Lanes lanes{g.channels, g.nhwc};
     T* out = static_cast<T*>(y);
     const bool past_caches = worth_streaming(out, lanes, g.batch * g.channels * g.out_h * g.out_w);
-    const Finish finish{weights.data(), biases.data(), act, past_caches};
+    const Finish finish{filter.weights.data(), filter.bias.data(), act, past_caches};
     if (lanes.in_place())
       convolve_all<NhwcRows<T>>(g, lanes, static_cast<const T*>(x), finish, out);
     else
       convolve_all<PlaneRows<T>>(g, lanes, static_cast<const T*>(x), finish, out);
   });
+}
+
+inline void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
+                      Dtype dtype) {
+  depthwise_packed(g, x, pack_filter(g, weight, bias, dtype), act, y, dtype);
 }
 
 inline void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,

@@ -1,6 +1,8 @@
 // What csrc/ops.cpp calls: the CPU kernels, over dense memory. Each splits its work over torch's thread pool by the
 // tensors' shapes alone, so that results do not depend on the number of threads.
 #pragma once
+#include <vector>
+
 #include "activation.h"
 #include "geometry.h"
 
@@ -13,6 +15,11 @@ struct BandEpilogue {
   int64_t rows, columns, z_stride, out_stride;  // strides: from row to row
 };
 
+// A depthwise step's filter and bias, widened and in the order that the kernels read them in.
+struct PackedFilter {
+  std::vector<float> weights, bias;
+};
+
 // The kernels as compiled for one instruction set.
 struct Kernels {
   void (*trelu)(const void* x, void* y, int64_t n, Dtype dtype);
@@ -21,6 +28,10 @@ struct Kernels {
   // y = act(x * weight + bias); bias may be null.
   void (*depthwise)(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                     Dtype dtype);
+  // The same in two parts, for whoever applies one filter to many bands.
+  PackedFilter (*pack_filter)(const Conv2d& g, const void* weight, const void* bias, Dtype dtype);
+  void (*depthwise_packed)(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y,
+                           Dtype dtype);
   // The gradients of x, weight and bias; each may be null where it is not wanted.
   void (*depthwise_backward)(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
                              void* dweight, void* dbias, Dtype dtype);

@@ -39,10 +39,11 @@ class Pointwise {
 
 void by_bands(const Separable& s, const Pointwise& pointwise, const Bands& bands) {
   const int64_t pixels = bands.most_pixels();
+  const PackedFilter filter = kernels().pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
   for_tasks(bands.count(), [&](int64_t begin, int64_t end) {
     const Scratch inner(pixels * s.g.channels * size_of(s.dtype)), wide(pointwise.scratch(pixels) * sizeof(float));
     for (int64_t i = begin; i < end; ++i) {
-      depthwise_band(s, bands[i], s.inner, inner.as());
+      depthwise_band(s, bands[i], filter, s.inner, inner.as());
       pointwise(bands[i], inner.as(), 0, s.c_out, wide.as<float>());
     }
   });

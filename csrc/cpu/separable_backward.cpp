@@ -23,6 +23,7 @@ class PointwiseBackward {
         whole_(wanted.pointwise && s.dtype != Dtype::f32 && factor_ == s.dtype),
         bands_(s, backward_pixels(s, factor_)),
         tasks_(std::min(bands_.count(), backward_tasks(s))),
+        depthwise_(kernels().pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype)),
         pointwise_(s, factor_),
         bias_sums_(wanted.pointwise_bias ? tasks_ * s.c_out : 0) {
     const int64_t pixels = s.g.batch * s.g.out_h * s.g.out_w, size = size_of(s.dtype);
@@ -90,7 +91,7 @@ class PointwiseBackward {
     void* inner = whole_ ? at(inner_.as(), b.first_pixel * c, s_.dtype) : work.inner.as();
     if (has_inner()) {
       void* before = activated ? work.before.as() : inner;
-      depthwise_band(s_, b, Activation::none, before);
+      depthwise_band(s_, b, depthwise_, Activation::none, before);
       if (activated) kernels().finish({before, nullptr, inner, n, c, c, c}, s_.inner, s_.dtype, s_.dtype);
     }
     if (!wanted_.inner && (!wanted_.pointwise || whole_)) return;
@@ -148,6 +149,7 @@ class PointwiseBackward {
   const bool whole_;  // the filter's gradient in one product
   const Bands bands_;
   const int64_t tasks_;
+  const PackedFilter depthwise_;
   const PointwiseFilter pointwise_;
   std::vector<double> bias_sums_;  // (task, C')
   Scratch inner_, dz_, sums_;      // of all pixels; the filter's gradient (task, C', C)

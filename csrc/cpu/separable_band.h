@@ -8,9 +8,10 @@
 namespace rkl::cpu {
 
 // The depthwise step of a band, into memory of the band's own.
-inline void depthwise_band(const Separable& s, const Band& band, Activation act, void* out) {
+inline void depthwise_band(const Separable& s, const Band& band, const PackedFilter& filter, Activation act,
+                           void* out) {
   const int64_t first = (band.image * s.g.in_h + band.first_in_row) * s.g.in_w * s.g.channels;
-  kernels().depthwise(band.g, at(s.x, first, s.dtype), s.depthwise, s.depthwise_bias, act, out, s.dtype);
+  kernels().depthwise_packed(band.g, at(s.x, first, s.dtype), filter, act, out, s.dtype);
 }
 
 // The pointwise filter in the type that the library multiplies.

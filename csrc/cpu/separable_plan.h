@@ -56,9 +56,12 @@ class Bands {
 // at 190 GFLOP/s in bf16 (measured on a Zen 4 core).
 inline int64_t call_operations(Dtype dtype) { return dtype == Dtype::bf16 ? 3000000 : 200000; }
 
-constexpr int64_t kBandBytes = int64_t(512) << 10;  // of depthwise output, so that a band stays in a core's own cache
-constexpr int64_t kLeastPixels = 128;               // the library packs the whole filter anew for each band
-constexpr int64_t kTasks = 8;                       // where there is enough work
+// Of depthwise output: in fp32 a band stays in a core's own cache; in bf16, where a call costs more than fetching the
+// band from the shared cache, it may be larger.
+inline int64_t band_bytes(Dtype factor) { return int64_t(factor == Dtype::bf16 ? 2048 : 512) << 10; }
+
+constexpr int64_t kLeastPixels = 128;  // the library packs the whole filter anew for each band
+constexpr int64_t kTasks = 8;          // where there is enough work
 
 struct ForwardPlan {
   bool fused;       // depthwise and pointwise band by band; else the depthwise step whole, then the pointwise
@@ -71,10 +74,10 @@ inline ForwardPlan forward_plan(const Separable& s, Dtype factor) {
   const int64_t all = s.g.batch * s.g.out_h * s.g.out_w, per_pixel = 2 * s.g.channels * s.c_out;
   const int64_t call = call_operations(factor);
   int64_t pixels = std::max(20 * call / per_pixel, kLeastPixels);  // a call's overhead is 5% of a band at most
-  pixels = std::clamp<int64_t>(kBandBytes / (s.g.channels * size_of(s.dtype)), kLeastPixels, pixels);
+  pixels = std::clamp<int64_t>(band_bytes(factor) / (s.g.channels * size_of(s.dtype)), kLeastPixels, pixels);
   // Little work is shared out in smaller pieces, as long as the overhead stays below an eighth.
   const int64_t tasks = std::clamp<int64_t>(all * per_pixel / (8 * call), 1, kTasks);
-  pixels = std::min(pixels, std::max<int64_t>(all / tasks, kLeastPixels / 2));
+  pixels = std::min(pixels, std::max(all / tasks, kLeastPixels));
   const int64_t bands = Bands(s, pixels).count();
   if (bands >= tasks) return {true, pixels, s.c_out};
   const int64_t tiles = (tasks + bands - 1) / bands;
@@ -84,7 +87,7 @@ inline ForwardPlan forward_plan(const Separable& s, Dtype factor) {
 // Backward: pixels a band, and tasks, each of which has sums of its own for the filter's gradient.
 inline int64_t backward_pixels(const Separable& s, Dtype factor) {
   const int64_t preferred = 20 * call_operations(factor) / (2 * s.g.channels * s.c_out);
-  const int64_t fitting = kBandBytes / ((s.g.channels + s.c_out) * size_of(s.dtype));
+  const int64_t fitting = band_bytes(factor) / ((s.g.channels + s.c_out) * size_of(s.dtype));
   return std::clamp<int64_t>(fitting, kLeastPixels, std::max(preferred, kLeastPixels));
 }
 
