@@ -102,8 +102,8 @@ class ModelRow:
     def memory_ratio(self) -> float | None:
         """Our peak memory as a share of PyTorch's, each in its faster layout."""
         ours, eager = self.best("ours"), self.best("eager")
-        if ours not in self.memory or eager not in self.memory:
-            return None
+        if ours not in self.memory or not self.memory.get(eager or ""):
+            return None  # not measured, or over before the first look at it
         return self.memory[ours] / self.memory[eager]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,15 +228,24 @@ def test_a_run_is_written_and_read_again(tmp_path) -> None:  # type: ignore[no-u
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md", ".png"], "no draft is left behind"
 
 
-def test_the_suite_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suite_in_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing() -> torch.nn.Module:
+        raise ImportError("No module named 'timm'")
+
+    monkeypatch.setattr(models, "MODELS", (models.Model("Net", Net, 2, 8), models.Model("Missing", missing, 2, 8)))
     monkeypatch.setattr(suite, "MOST_BUDGET", 0.02)
     monkeypatch.setattr(suite, "COPY_SIZES", (1_000_000,))
     tiny = [replace(TINY, direction=direction) for direction in ("forward", "backward")]
-    run = suite.perform(tiny, with_models=False, within=180.0)
+    run = suite.perform(tiny, with_models=True, within=180.0)
     assert [row.case for row in run.rows] == tiny
     assert not run.left_out
     assert all(row.over_best() for row in run.rows)
     assert run.copy_rates[1_000_000] > 0
+    assert [(row.model, row.direction) for row in run.models][:2] == [("Net", "inference"), ("Net", "training step")]
+    assert run.models[2].rejected == {"all": "fails: ImportError: No module named 'timm'"}
+    run.save(tmp_path / "run.json")
+    report.write(suite.Run.load(tmp_path / "run.json"), tmp_path / "run.json")
+    assert "| Net | training step | 2 x 8² |" in (tmp_path / "run.md").read_text()
     assert suite.perform(tiny, with_models=False, within=0.0).left_out == [case.id for case in tiny]
     assert suite.noise_between([(row_of(ours_nchw=2.0), row_of(ours_nchw=2.5))]) == pytest.approx(0.25)
 
