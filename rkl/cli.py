@@ -72,6 +72,12 @@ class Evaluate:
     """`last` or `best`."""
     split: str = "test"
     """`test` or `val`."""
+    early_exit: bool = False
+    """Let images leave at the first exit that is confident enough, with thresholds from the validation images."""
+    target_accuracy: float | None = None
+    """With --early-exit: accuracy to reach on the validation images; by default the deepest exit's own."""
+    target_macs: float | None = None
+    """With --early-exit: largest mean compute, as a share of the deepest exit's."""
 
     def __call__(self) -> None:
         from .checkpoint import open_run
@@ -82,6 +88,14 @@ class Evaluate:
         from . import metrics, report  # these take seconds to import, which a wrong folder need not wait for
         from .train import evaluation_batches, load_data
 
+        if self.early_exit:
+            from . import exit_report
+
+            record = exit_report.evaluate_early_exit(run, self.target_accuracy, self.target_macs)
+            title = f"{run.config.model} on {run.config.data}: early exit on the test images"
+            console.print(report.rich_table(title, *exit_report.rows(record)))
+            console.print(f"plot: {run.folder / 'plots' / 'early_exit.png'}")
+            return
         data = load_data(run.config)
         exits, labels = metrics.collect_exits(run.model, evaluation_batches(getattr(data, self.split), data))
         rows = report.exit_rows([metrics.exit_metrics(logits, labels) for logits in exits])
@@ -139,6 +153,61 @@ class Info:
 
 
 @dataclass(frozen=True)
+class Prune:
+    """Cut a finished run's model to a share of its compute or to a latency, and train it on, in a new run folder."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    out: Path
+    """Folder of the new run."""
+    target_macs: float | None = None
+    """Share of the multiply-accumulates to keep, 0.5 say."""
+    target_latency_ms: float | None = None
+    """Milliseconds that 16 images may take here; a cut that does not speed the model up is refused."""
+    epochs: int = 5
+    """Epochs to train on for."""
+    checkpoint: str = "last"
+    """`last` or `best`."""
+
+    def __call__(self) -> None:
+        from . import report
+        from .checkpoint import open_run
+        from .slim import slim_run
+
+        slim_run(open_run(self.run, self.checkpoint), self.out, self.target_macs, self.target_latency_ms, self.epochs)
+        before, after = (report.read_metrics(folder) for folder in (self.run, self.out))
+        rows = [
+            [name, *report.size_rows(record)[-1][1:], f"{record['test'][-1]['accuracy']:.2%}"]
+            for name, record in (("before", before), ("after", after))
+        ]
+        console.print(report.rich_table("pruned", [*report.SIZE_HEADER, "test accuracy"], rows))
+        console.print(f"report: {self.out / 'report.md'}")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's deployed model as torch.export and ONNX files, each checked against the model."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    format: tuple[str, ...] = ("torch", "onnx")
+    """`torch`, `onnx` or both."""
+    out: Path | None = None
+    """Folder to write to; the run's own by default."""
+    checkpoint: str = "last"
+    """`last` or `best`."""
+
+    def __call__(self) -> None:
+        from .checkpoint import open_run
+        from .export import export
+
+        run = open_run(self.run, self.checkpoint)
+        for name in self.format:
+            file, difference = export(run, name, self.out)
+            console.print(f"{file}: outputs equal the model's to {difference:.1e}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
 class Bench:
     """Time the operators here: one operator on one shape against every rival, or three of them in ten seconds."""
 
@@ -185,6 +254,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "evaluate": _dataclass_command(Evaluate),
     "predict": _dataclass_command(Predict),
+    "prune": _dataclass_command(Prune),
+    "export": _dataclass_command(Export),
     "bench": _dataclass_command(Bench),
     "info": _dataclass_command(Info),
 }

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import rkl_kernels as rk
 
 from .model import ResNet
+
+NEVER = 2.0
+"""A threshold no probability reaches: the exit is not used."""
 
 
 @torch.no_grad()
@@ -30,14 +39,14 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
         raise ValueError(f"thresholds must be one for each of {len(stages) - 1} shallow exits, got {len(thresholds)}")
     if model.training:
         raise ValueError("model must be in eval mode, got training mode; call model.eval()")
-    # Above 1 no probability gets: such an exit's head need not be run.
+    # An exit that nobody can leave from need not be run.
     limits = dict(zip(stages, [*thresholds, 0.0], strict=True))
     staying = torch.arange(len(images), device=images.device)
     logits = exits = None
     x = model.stem(images)
     for stage, blocks in enumerate(model.stages):
         x = blocks(x)
-        if limits.get(stage, 2.0) > 1:
+        if limits.get(stage, NEVER) > 1:
             continue
         own, _ = model.head(stage, x)
         if logits is None:
@@ -48,3 +57,94 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
         if not len(staying):
             break
     return logits, exits
+
+
+def exit_costs(model: ResNet, image: Tensor) -> tuple[list[int], list[int]]:
+    """Multiply-accumulates of one image (1, C, H, W) from exit to exit along the backbone, and in each exit's head."""
+    backbone, heads = [], []
+    with torch.no_grad(), rk.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        x, done = model.stem(image), 0
+        for stage, blocks in enumerate(model.stages):
+            x = blocks(x)
+            if stage in model.exit_stages:
+                reached = counter.get_total_flops() // 2
+                model.head(stage, x)
+                backbone.append(reached - done)
+                done = counter.get_total_flops() // 2
+                heads.append(done - reached)
+    return backbone, heads
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One choice of thresholds, and what it gave on some images.
+
+    Attributes:
+        thresholds: one for each shallow exit; above 1 the exit is not used, and its head not run.
+        accuracy: share of the images classified right.
+        macs: mean multiply-accumulates an image.
+        shares: share of the images that left at each exit, shallow to deep.
+    """
+
+    thresholds: list[float]
+    accuracy: float
+    macs: float
+    shares: list[float]
+
+
+def operate(
+    exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[int]], thresholds: list[float]
+) -> OperatingPoint:
+    """What thresholds give, from every exit's logits (N, classes) on labelled images."""
+    waiting = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    right, macs, shares = 0, 0.0, []
+    for logits, backbone, head, limit in zip(exits, *costs, [*thresholds, 0.0], strict=True):
+        probability, chosen = logits.softmax(1).max(1)
+        leaving = waiting & (probability >= limit)
+        macs += float(waiting.float().mean()) * (backbone + (head if limit <= 1 else 0))
+        right += int((leaving & (chosen == labels)).sum())
+        shares.append(float(leaving.float().mean()))
+        waiting &= ~leaving
+    return OperatingPoint(thresholds, right / len(labels), macs, shares)
+
+
+def frontier(exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[int]]) -> list[OperatingPoint]:
+    """The points no other beats in both accuracy and compute, cheapest first: every choice of which shallow exits to
+    use, with one confidence threshold for those in use. A threshold for each exit would fit validation noise."""
+    points = []
+    confidences = [*(i / 50 for i in range(15, 50)), 0.99, 0.995, 0.999]
+    for used in itertools.product((False, True), repeat=len(exits) - 1):
+        for confidence in confidences if any(used) else confidences[:1]:
+            points.append(operate(exits, labels, costs, [confidence if use else NEVER for use in used]))
+    best: list[OperatingPoint] = []
+    for point in sorted(points, key=lambda p: (p.macs, -p.accuracy)):
+        if not best or point.accuracy > best[-1].accuracy:
+            best.append(point)
+    return best
+
+
+def calibrate(
+    exits: list[Tensor],
+    labels: Tensor,
+    costs: tuple[list[int], list[int]],
+    accuracy: float | None = None,
+    macs: float | None = None,
+) -> OperatingPoint:
+    """Thresholds for a target, from validation images: the cheapest of at least ``accuracy``, or the most accurate of
+    at most ``macs`` an image.
+
+    Raises:
+        ValueError: neither or both targets, or one that no thresholds reach.
+    """
+    points = frontier(exits, labels, costs)
+    if (accuracy is None) == (macs is None):
+        raise ValueError(f"one target must be given, accuracy or macs, got {accuracy} and {macs}")
+    if accuracy is not None:
+        reaching = [point for point in points if point.accuracy >= accuracy]
+        if not reaching:
+            raise ValueError(f"target accuracy must be at most {points[-1].accuracy:.4f}, got {accuracy}")
+        return reaching[0]
+    affordable = [point for point in points if point.macs <= macs]
+    if not affordable:
+        raise ValueError(f"target macs must be at least {points[0].macs:.0f}, got {macs:.0f}")
+    return affordable[-1]

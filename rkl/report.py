@@ -119,8 +119,8 @@ Trained in {record["seconds"]:.0f} s on {record["device"]}, {record["data_share"
     return folder / "report.md"
 
 
-def _figure(width: float, height: float, columns: int = 1):  # type: ignore[no-untyped-def]
-    # The object interface with its own canvas: no display, no global state.
+def new_figure(width: float, height: float, columns: int = 1):  # type: ignore[no-untyped-def]
+    """A figure and its axes. The object interface with its own canvas: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -129,10 +129,17 @@ def _figure(width: float, height: float, columns: int = 1):  # type: ignore[no-u
     return figure, figure.subplots(1, columns)
 
 
+def tidy(axes) -> None:  # type: ignore[no-untyped-def]
+    """A light grid, no box, a legend without a frame."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+
+
 def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path) -> None:
     from matplotlib import colormaps
 
-    figure, (left, right) = _figure(11, 4.2, columns=2)
+    figure, (left, right) = new_figure(11, 4.2, columns=2)
     epochs = [row["epoch"] for row in rows]
     names = exit_names(len(rows[0]["val"]))
     shades = colormaps["viridis"]([0.85 - 0.75 * i / max(1, len(names) - 1) for i in range(len(names))])
@@ -149,15 +156,13 @@ def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
     for axes in (left, right):
         for i, cut in enumerate(record["cuts"]):
             axes.axvline(cut["epoch"] + 0.5, color="grey", linestyle=":", label=None if i else "channels cut")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        tidy(axes)
     figure.savefig(path)
 
 
 def _plot_confusion(counts: list[list[int]], classes: list[str], path: Path) -> None:
     side = min(12.0, max(4.5, 0.42 * len(classes) + 2))
-    figure, axes = _figure(side, side)
+    figure, axes = new_figure(side, side)
     shares = [[value / max(1, sum(row)) for value in row] for row in counts]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix, deepest head")

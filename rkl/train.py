@@ -44,9 +44,9 @@ def load_data(config: Config) -> Dataset:
 class Learner:
     """What training changes: the model, its moving average if one is kept, and the optimiser."""
 
-    def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
+    def __init__(self, config: Config, data: Dataset, device: torch.device, start: nn.Module | None = None) -> None:
         torch.manual_seed(config.seed)
-        model = build_model(config, data.num_classes, data.channels, data.image_size)
+        model = start or build_model(config, data.num_classes, data.channels, data.image_size)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self.memory_format)
         follow = get_ema_multi_avg_fn(config.ema)
@@ -93,10 +93,11 @@ class Learner:
         return facts
 
 
-def train(config: Config, resume: bool = False) -> Path:
+def train(config: Config, resume: bool = False, start: nn.Module | None = None) -> Path:
     """Train one model, evaluate it once on the test images, and write the run's folder.
 
     Interrupted at any moment, the run goes on with ``resume`` from its last whole epoch, to the same result.
+    ``start`` is a model of this configuration, pruned or not, to train on from; a fresh one by default.
 
     Returns:
         The run's folder: config.yaml, log.jsonl, TensorBoard events, checkpoints, metrics.json, plots, report.md.
@@ -108,7 +109,7 @@ def train(config: Config, resume: bool = False) -> Path:
     fabric.launch()
     data = load_data(config)
     splits = {name: getattr(data, name).to(fabric.device) for name in ("train", "val", "test")}
-    learner = Learner(config, data, fabric.device)
+    learner = Learner(config, data, fabric.device, start)
     example = next(evaluation_batches(splits["val"], data, 16))[0].to(memory_format=learner.memory_format)
     log = RunLog(config, resume, writing=fabric.is_global_zero)
     facts = first_facts(config, data)

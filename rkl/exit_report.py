@@ -1,0 +1,108 @@
+"""What early exit is worth for a finished run: thresholds from validation, the rest from the test images."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import metrics, report
+from .checkpoint import Run, RunError, example_image, write_text
+from .early_exit import OperatingPoint, calibrate, early_exit, exit_costs, frontier, operate
+from .model import ResNetKL
+from .train import evaluation_batches, load_data
+
+BATCH = 100
+
+
+def evaluate_early_exit(run: Run, accuracy: float | None = None, macs_share: float | None = None) -> dict[str, Any]:
+    """Calibrate on the validation images, measure on the test images, and write early_exit.json and its plot.
+
+    Args:
+        accuracy: to reach on the validation images; the deepest exit's own where neither target is given.
+        macs_share: of the deepest exit's multiply-accumulates, not to be exceeded on average.
+
+    Raises:
+        RunError: the model has one exit only. ValueError: the target cannot be reached.
+    """
+    if not isinstance(run.model, ResNetKL):
+        raise RunError(f"{run.folder}: early exit needs a model with several exits, got {run.config.model}")
+    model, data = run.model.deploy(exits=True), load_data(run.config)
+    costs = exit_costs(model, example_image(run))
+    full = sum(costs[0]) + costs[1][-1]
+    exits, labels = metrics.collect_exits(model, evaluation_batches(data.val, data))
+    if accuracy is None and macs_share is None:
+        accuracy = metrics.exit_metrics(exits[-1], labels)["accuracy"]
+    chosen = calibrate(exits, labels, costs, accuracy, None if macs_share is None else macs_share * full)
+    candidates = frontier(exits, labels, costs)
+
+    exits, labels = metrics.collect_exits(model, evaluation_batches(data.test, data))
+    curve = [operate(exits, labels, costs, point.thresholds) for point in candidates]
+    point = operate(exits, labels, costs, chosen.thresholds)
+    images = [batch for batch, _ in evaluation_batches(data.test, data, BATCH)]
+    speed, full_speed = throughput(model, run.model.deploy(), images, chosen.thresholds)
+    record = {
+        "thresholds": chosen.thresholds,
+        "validation": asdict(chosen),
+        "test": asdict(point),
+        "deepest": {"accuracy": metrics.exit_metrics(exits[-1], labels)["accuracy"], "macs": full},
+        "images_a_second": speed,
+        "deepest_images_a_second": full_speed,
+        "batch": BATCH,
+        "curve": [asdict(p) for p in curve],
+    }
+    plot_curve(curve, point, record["deepest"], run.folder / "plots" / "early_exit.png")
+    write_text(run.folder / "early_exit.json", json.dumps(record, indent=1))
+    return record
+
+
+@torch.no_grad()
+def throughput(
+    model: ResNetKL, whole: nn.Module, images: list[Tensor], thresholds: list[float], repeats: int = 5
+) -> tuple[float, float]:
+    """Images a second, medians: with early exit, and through the whole model; in turns, on the same batches."""
+    passes = (lambda x: early_exit(model, x, thresholds), whole)
+    seconds: list[list[float]] = [[], []]
+    for repeat in range(repeats + 1):
+        for run_batch, own in zip(passes, seconds, strict=True):
+            start = time.perf_counter()
+            for batch in images:
+                run_batch(batch)
+            if repeat:
+                own.append(time.perf_counter() - start)
+    count = sum(map(len, images))
+    return tuple(count / sorted(own)[len(own) // 2] for own in seconds)  # type: ignore[return-value]
+
+
+def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table that ``rkl evaluate --early-exit`` prints."""
+    shares = record["test"]["shares"]
+    header = ["", "accuracy", "mean MACs", "images a second", *(f"exit {i}" for i in range(1, len(shares) + 1))]
+    table = []
+    for name, part, speed, own in (
+        ("early exit", record["test"], record["images_a_second"], shares),
+        ("deepest exit", record["deepest"], record["deepest_images_a_second"], [0.0] * (len(shares) - 1) + [1.0]),
+    ):
+        row = [name, f"{part['accuracy']:.2%}", f"{part['macs']:,.0f}", f"{speed:,.0f}"]
+        table.append(row + [f"{share:.1%}" for share in own])
+    return header, table
+
+
+def plot_curve(curve: list[OperatingPoint], chosen: OperatingPoint, deepest: dict[str, float], path: Path) -> None:
+    """Accuracy on the test images against mean compute, along the thresholds that validation put on the frontier."""
+    path.parent.mkdir(exist_ok=True)
+    figure, axes = report.new_figure(6.5, 4.2)
+    share = [100 * point.macs / deepest["macs"] for point in curve]
+    axes.plot(share, [100 * point.accuracy for point in curve], "o-", color="#31688e", label="thresholds by confidence")
+    axes.plot(100, 100 * deepest["accuracy"], "s", color="black", label="deepest exit only")
+    axes.plot(
+        100 * chosen.macs / deepest["macs"], 100 * chosen.accuracy, "*", color="#d1495b", markersize=15, label="chosen"
+    )
+    axes.set(xlabel="mean compute (% of the deepest exit's MACs)", ylabel="test accuracy (%)", title="Early exit")
+    report.tidy(axes)
+    figure.savefig(path)

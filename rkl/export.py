@@ -1,0 +1,75 @@
+"""Deployment formats: torch.export with this package's operators, ONNX with standard ones; each file is checked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import rkl_kernels as rk
+
+from .checkpoint import Run, example_image
+
+FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
+
+
+def export(run: Run, format: str, out: Path | None = None) -> tuple[Path, float]:
+    """Write the deployed model of a run in one format, for any batch size.
+
+    Args:
+        format: "torch" (torch.export; its operators are found once ``rkl_kernels`` is imported) or "onnx".
+        out: folder to write to; the run's own by default.
+
+    Returns:
+        The file, and the largest difference of its outputs to the run's model, relative to the largest output.
+
+    Raises:
+        ValueError: an unknown format, or the file's outputs differ by more than 1e-4.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    model = run.model.deploy() if hasattr(run.model, "deploy") else run.model.eval().requires_grad_(False)
+    image = torch.randn(3, *example_image(run).shape[1:], generator=torch.Generator().manual_seed(0))
+    file = (out or run.folder) / FORMATS[format]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"partial-{file.name}")
+    try:
+        got = {"torch": _torch, "onnx": _onnx}[format](model, image, partial)
+        with torch.no_grad():
+            wanted = run.model(image)
+        difference = float((got - wanted).abs().max() / wanted.abs().max())
+        if not difference <= 1e-4:
+            raise ValueError(f"{file}: outputs must equal the model's to 1e-4, got a difference of {difference:.1e}")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    return file, difference
+
+
+def _torch(model: nn.Module, image: Tensor, file: Path) -> Tensor:
+    """Write and read back; the outputs for one image more than the example has, so that the batch size is free."""
+    program = torch.export.export(model, (image[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, file)
+    return torch.export.load(file).module()(image)
+
+
+def _onnx(model: nn.Module, image: Tensor, file: Path) -> Tensor:
+    """As :func:`_torch`, read back by ONNX Runtime; the reference path is traced, which is PyTorch's operators only."""
+    import onnxruntime
+
+    with rk.use_backend("reference"):
+        program = torch.onnx.export(
+            model,
+            (image[:2],),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    program.save(str(file), external_data=False)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    return torch.from_numpy(logits)

@@ -1,0 +1,94 @@
+"""``rkl prune``: a finished run's model cut to a target in one go, and trained on for a few epochs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import metrics, prune
+from .checkpoint import Run, example_image
+from .train import train
+
+LATENCY_BATCH = 16
+
+
+def cut_to_macs(model: nn.Module, image: Tensor, share: float) -> nn.Module:
+    """A copy with at most ``share`` of the model's multiply-accumulates, cut no further than that needs.
+
+    Raises:
+        ValueError: no cut gets there.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"target_macs must be between 0 and 1, a share of the model's own, got {share}")
+    limit = share * metrics.count_macs(model, image)
+    return _smallest_cut(model, image, lambda slim: metrics.count_macs(slim, image) <= limit, f"target_macs {share}")
+
+
+def cut_to_latency(model: nn.Module, image: Tensor, milliseconds: float) -> nn.Module:
+    """A copy that takes at most ``milliseconds`` for 16 images, deployed, cut no further than that needs.
+
+    Raises:
+        ValueError: no cut gets there, or the one that does is no faster than the model itself.
+    """
+    if milliseconds <= 0:
+        raise ValueError(f"target_latency_ms must be above 0, got {milliseconds}")
+    images = image.expand(LATENCY_BATCH, -1, -1, -1).contiguous()
+
+    def fast_enough(slim: nn.Module) -> bool:
+        return metrics.measure_latency(_deployed(slim), images) <= milliseconds
+
+    slim = _smallest_cut(model, image, fast_enough, f"target_latency_ms {milliseconds}")
+    before, after = metrics.measure_latencies([_deployed(model), _deployed(slim)], images)
+    if after >= before:
+        raise ValueError(
+            f"target_latency_ms must need a cut that makes the model faster, got {milliseconds}: "
+            f"{before:.2f} ms before, {after:.2f} ms after"
+        )
+    return slim
+
+
+def _deployed(model: nn.Module) -> nn.Module:
+    return model.deploy() if hasattr(model, "deploy") else model
+
+
+def _smallest_cut(model: nn.Module, image: Tensor, fits: Callable[[nn.Module], bool], target: str) -> nn.Module:
+    def cut(ratio: float) -> nn.Module:
+        slim = copy.deepcopy(model)
+        prune.prune(slim, image, ratio)
+        return slim
+
+    slim = cut(prune.bisect_ratio(lambda ratio: fits(cut(ratio))))
+    if not fits(slim):
+        raise ValueError(f"{target} must be within reach of a cut of 95% of the channels, got one that is not")
+    return slim
+
+
+def slim_run(run: Run, out: Path, target_macs: float | None, target_latency_ms: float | None, epochs: int) -> None:
+    """Cut a run's model to one target and train it on in a run folder of its own.
+
+    The learning rate starts at a tenth of the run's and falls to zero along half a cosine; everything else is the
+    run's recipe. The batch norm statistics stay those of the channels that are left.
+
+    Raises:
+        ValueError: neither or both targets, or one that cannot be met.
+    """
+    if (target_macs is None) == (target_latency_ms is None):
+        raise ValueError(
+            f"one of target_macs and target_latency_ms must be given, got {target_macs} and {target_latency_ms}"
+        )
+    image = example_image(run)
+    with torch.random.fork_rng():
+        model = (
+            cut_to_macs(run.model, image, target_macs)
+            if target_macs is not None
+            else cut_to_latency(run.model, image, target_latency_ms)
+        )
+    config = replace(
+        run.config, out=out, epochs=epochs, lr=run.config.lr / 10, schedule="cosine", warmup=0.0, prune_at=()
+    )
+    train(config, start=model)

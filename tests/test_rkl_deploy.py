@@ -1,0 +1,160 @@
+"""After training: early exit, a cut to a target, exported files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rkl import early_exit, metrics, prune, slim
+from rkl import train as trainer
+from rkl.checkpoint import open_run
+from rkl.cli import main
+from rkl.config import Config
+from rkl.model import ResNet, ResNetKL
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a tiny model."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    trainer.train(Config(folder, width=4, image_size=8, train_size=100, test_size=40, epochs=1, batch_size=32, lr=0.05))
+    return folder
+
+
+@pytest.fixture
+def model() -> ResNetKL:
+    torch.manual_seed(0)
+    model = ResNetKL(3, 18, 8, 1, 8)
+    with torch.no_grad():
+        model(torch.randn(32, 1, 8, 8))
+    return model.eval()
+
+
+def test_compaction_gives_each_samples_own_result(model: ResNetKL) -> None:
+    """A batch equals its samples one by one, and equals choosing from all exits' logits afterwards."""
+    images = torch.randn(24, 1, 8, 8)
+    with torch.no_grad():
+        every = model.forward_exits(images).logits
+    thresholds = [float(logits.softmax(1).amax(1).quantile(0.6)) for logits in every[:3]]
+    logits, exits = early_exit.early_exit(model, images, thresholds)
+    assert set(exits.tolist()) == {0, 1, 2, 3}
+    for i in range(len(images)):
+        confident = [float(every[e][i].softmax(0).amax()) >= t for e, t in enumerate([*thresholds, 0.0])]
+        assert int(exits[i]) == confident.index(True)
+        torch.testing.assert_close(logits[i], every[int(exits[i])][i], rtol=1e-4, atol=1e-4)
+        alone, exit = early_exit.early_exit(model, images[i : i + 1], thresholds)
+        assert int(exit) == int(exits[i])
+        torch.testing.assert_close(alone[0], logits[i], rtol=1e-4, atol=1e-4)
+
+
+def test_unused_exits_cost_nothing(model: ResNetKL) -> None:
+    called = []
+    for stage, head in enumerate(model.exits):
+        head.register_forward_hook(lambda *_, stage=stage: called.append(stage))
+    early_exit.early_exit(model, torch.randn(4, 1, 8, 8), [early_exit.NEVER, 0.0, 0.0])
+    assert called == [1]
+
+
+def test_exit_costs_add_up_to_the_whole_model(model: ResNetKL) -> None:
+    image = torch.zeros(1, 1, 8, 8)
+    backbone, heads = early_exit.exit_costs(model, image)
+    assert len(backbone) == len(heads) == 4
+    assert sum(backbone) + heads[-1] == metrics.count_macs(model, image)
+    # By hand: the deepest head is one linear layer from 64 channels to 3 classes.
+    assert heads[-1] == 64 * 3
+
+
+def test_operating_point_by_hand() -> None:
+    """Four samples, two exits: the first is sure of two samples and right about one."""
+    sure, unsure = [4.0, 0.0], [0.1, 0.0]
+    exits = [torch.tensor([sure, sure, unsure, unsure]), torch.tensor([[0.0, 1], [0.0, 1], [0.0, 1], [1.0, 0]])]
+    point = early_exit.operate(exits, torch.tensor([0, 1, 1, 1]), ([10, 100], [1, 2]), [0.9])
+    assert point.shares == [0.5, 0.5]
+    assert point.accuracy == 0.5
+    assert point.macs == 10 + 1 + 0.5 * (100 + 2)
+    never = early_exit.operate(exits, torch.tensor([0, 1, 1, 1]), ([10, 100], [1, 2]), [early_exit.NEVER])
+    assert never.macs == 112
+
+
+def test_calibration_meets_its_target() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (400,), generator=generator)
+    hot = nn.functional.one_hot(labels, 4).float()
+    exits = [gain * hot + torch.randn(400, 4, generator=generator) for gain in (1.0, 2.0, 4.0)]
+    costs = ([10, 10, 10], [1, 1, 1])
+    points = early_exit.frontier(exits, labels, costs)
+    assert [p.macs for p in points] == sorted(p.macs for p in points)
+    assert [p.accuracy for p in points] == sorted(p.accuracy for p in points)
+    by_accuracy = early_exit.calibrate(exits, labels, costs, accuracy=0.9)
+    assert by_accuracy.accuracy >= 0.9
+    assert all(p.accuracy < 0.9 for p in points if p.macs < by_accuracy.macs)
+    by_compute = early_exit.calibrate(exits, labels, costs, macs=20)
+    assert by_compute.macs <= 20
+    assert all(p.macs > 20 for p in points if p.accuracy > by_compute.accuracy)
+    with pytest.raises(ValueError, match="target accuracy must be at most"):
+        early_exit.calibrate(exits, labels, costs, accuracy=1.1)
+    with pytest.raises(ValueError, match="target macs must be at least"):
+        early_exit.calibrate(exits, labels, costs, macs=5)
+
+
+def test_early_exit_command(run: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["evaluate", str(run), "--early-exit", "--target-macs", "1"])
+    record = json.loads((run / "early_exit.json").read_text())
+    assert record["validation"]["macs"] <= record["deepest"]["macs"]
+    assert sum(record["test"]["shares"]) == pytest.approx(1)
+    assert f"{record['test']['accuracy']:.2%}" in capsys.readouterr().out
+    assert (run / "plots" / "early_exit.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_cut_to_macs(model: ResNetKL, share: float) -> None:
+    image = torch.zeros(1, 1, 8, 8)
+    cut = slim.cut_to_macs(model, image, share)
+    assert metrics.count_macs(cut, image) <= share * metrics.count_macs(model, image)
+    assert cut(image).shape == (1, 3)
+
+
+def pretend(latency: Callable[[nn.Module], float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed is never asserted on: a clock that reads what the test says."""
+    monkeypatch.setattr(metrics, "measure_latencies", lambda models, images: [latency(model) for model in models])
+    monkeypatch.setattr(metrics, "measure_latency", lambda model, images: latency(model))
+
+
+def test_cut_to_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image = ResNet(3, 18, 8, 1, 8).eval(), torch.zeros(1, 1, 8, 8)
+    whole = metrics.count_parameters(model.deploy())
+    pretend(lambda m: 10 * metrics.count_parameters(m) / whole, monkeypatch)
+    assert metrics.count_parameters(slim.cut_to_latency(model, image, 6.0).deploy()) <= 0.6 * whole
+    pretend(lambda m: 5.0, monkeypatch)
+    with pytest.raises(ValueError, match="makes the model faster"):
+        slim.cut_to_latency(model, image, 6.0)
+    with pytest.raises(ValueError, match="within reach"):
+        slim.cut_to_latency(model, image, 4.0)
+
+
+def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["prune", str(run), "--out", str(tmp_path / "slim"), "--target-macs", "0.5", "--epochs", "1"])
+    before, after = (open_run(folder).model for folder in (run, tmp_path / "slim"))
+    image = torch.zeros(1, 1, 8, 8)
+    assert metrics.count_macs(after, image) <= 0.5 * metrics.count_macs(before, image)
+    assert prune.channel_plan(after).keys() == prune.channel_plan(before).keys()
+    assert "after" in capsys.readouterr().out
+
+
+def test_export_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Both files are read back and compared by the command itself; here, that they are whole and hold what they say."""
+    main(["export", str(run), "--out", str(tmp_path)])
+    program = torch.export.load(tmp_path / "model.pt2")
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any(name.startswith("rkl.separable_conv2d") for name in called)
+    images = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images), open_run(run).model(images), rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "model.onnx").stat().st_size > 1000
+    assert not list(tmp_path.glob("partial-*"))
+    assert capsys.readouterr().out.count("equal the model's") == 2
