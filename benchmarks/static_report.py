@@ -122,7 +122,18 @@ def nvcc_rows() -> list[dict[str, Any]]:
     return rows
 
 
-COMPILERS: dict[str, Callable[[], list[dict[str, Any]]]] = {"nvcc": nvcc_rows}
+def triton_rows() -> list[dict[str, Any]]:
+    """The same of the Triton kernels, compiled ahead of time: benchmarks/static_triton.py."""
+    from .static_triton import triton_rows
+
+    return triton_rows()
+
+
+COMPILERS: dict[str, Callable[[], list[dict[str, Any]]]] = {"nvcc": nvcc_rows, "triton": triton_rows}
+
+
+WANTED = {"loads_128": "128-bit loads", "stores_128": "128-bit stores", "hmma": "HMMA", "hgmma": "HGMMA"}
+"""Instructions that a kernel which had them must not lose."""
 
 
 def regressions(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
@@ -140,8 +151,8 @@ def regressions(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list
             continue
         if row["blocks"] * row["threads"] < old["blocks"] * old["threads"]:
             found.append(f"{where}: {row['registers']} registers, {row['blocks']} blocks fit, were {old['blocks']}")
-        for field, what in (("loads_128", "128-bit loads"), ("stores_128", "128-bit stores"), ("hmma", "HMMA")):
-            if old[field] and not row[field]:
+        for field, what in WANTED.items():
+            if old.get(field) and not row[field]:
                 found.append(f"{where}: no {what} any more, were {old[field]}")
     return found
 

@@ -27,6 +27,31 @@ def test_built_kernels() -> None:
     assert static_report.regressions(rows, committed["nvcc"]) == []
 
 
+TRITON_CALLS = ("trelu bf16", "depthwise 64ch 3x3 bf16", "separable 64-64 3x3 bf16", "separable 64-64 3x3 fp32")
+"""A part of what ``make static`` compiles, for time: every kernel, with the product on either kind of unit."""
+
+
+def test_triton_kernels_ahead_of_time() -> None:
+    static_triton = pytest.importorskip(
+        "benchmarks.static_triton", reason="triton is not installed", exc_type=ImportError
+    )
+    committed = json.loads((static_report.RESULTS / "static.json").read_text())["triton"]
+    rows = static_triton.triton_rows(TRITON_CALLS)
+    assert {row["kernel"] for row in rows} <= {row["kernel"] for row in committed}
+    assert static_report.regressions(rows, committed) == []
+
+
+def test_committed_triton_kernels_use_the_tensor_cores() -> None:
+    rows = json.loads((static_report.RESULTS / "static.json").read_text())["triton"]
+    assert static_report.regressions(rows, rows) == []  # no spill, and a block fits into shared memory
+    for row in rows:
+        title = row["kernel"]
+        if "separable" in title and "fp32" not in title and title.startswith(("forward_kernel", "backward_kernel")):
+            assert row["hmma" if row["arch"] == 80 else "hgmma"], title
+        if title.startswith("gather_kernel") and "NCHW" not in title:
+            assert row["loads_128"] == row["loads"], title
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
