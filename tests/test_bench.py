@@ -149,6 +149,8 @@ def test_cases_and_reports_name_what_is_wrong_with_an_argument() -> None:
         bench.operator_report("depthwise", (1, 2))
     with pytest.raises(ValueError, match="layout must be one of nchw, nhwc, got 'chwn'"):
         bench.operator_report("depthwise", (1, 2, 8, 8), layout="chwn")
+    with pytest.raises(ValueError, match="device must be cpu, or cuda where torch sees a GPU, got 'tpu'"):
+        bench.operator_report("depthwise", (1, 2, 8, 8), device="tpu")
     with pytest.raises(ValueError, match="--only must name shapes, got 'vgg'; there are mnv1-112"):
         select("mnv1,vgg")
 

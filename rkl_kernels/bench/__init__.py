@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from . import runtimes
 from .case import Case
 from .machine import machine, machine_line
@@ -83,6 +85,8 @@ def operator_report(
         raise ValueError(f"shape must be N,C,H,W, got {','.join(map(str, shape))}")
     if layout not in (None, *LAYOUTS):
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
     batch, channels, height, width = shape
     if padding is None:
         padding = dilation * (kernel - 1) // 2
