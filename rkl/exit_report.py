@@ -96,7 +96,7 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def plot_curve(curve: list[OperatingPoint], chosen: OperatingPoint, deepest: dict[str, float], path: Path) -> None:
     """Accuracy on the test images against mean compute, along the thresholds that validation put on the frontier."""
     path.parent.mkdir(exist_ok=True)
-    figure, axes = report.new_figure(6.5, 4.2)
+    figure, axes = report.new_figure(8, 4.2)
     share = [100 * point.macs / deepest["macs"] for point in curve]
     axes.plot(share, [100 * point.accuracy for point in curve], "o-", color="#31688e", label="thresholds by confidence")
     axes.plot(100, 100 * deepest["accuracy"], "s", color="black", label="deepest exit only")

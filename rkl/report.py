@@ -130,16 +130,16 @@ def new_figure(width: float, height: float, columns: int = 1):  # type: ignore[n
 
 
 def tidy(axes) -> None:  # type: ignore[no-untyped-def]
-    """A light grid, no box, a legend without a frame."""
+    """A light grid, no box, the legend beside the plot rather than over its lines."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path) -> None:
     from matplotlib import colormaps
 
-    figure, (left, right) = new_figure(11, 4.2, columns=2)
+    figure, (left, right) = new_figure(13, 4.2, columns=2)
     epochs = [row["epoch"] for row in rows]
     names = exit_names(len(rows[0]["val"]))
     shades = colormaps["viridis"]([0.85 - 0.75 * i / max(1, len(names) - 1) for i in range(len(names))])
