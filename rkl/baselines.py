@@ -100,7 +100,7 @@ def create(
             _adapt_stem(model, baseline, image_size)
         _scale_width(model, stem, width, baseline.unit)
         if image_size <= 128 and baseline.head:
-            _adapt_head(model, *baseline.head, (1, in_channels, image_size, image_size))
+            _adapt_head(model, *baseline.head, (2, in_channels, image_size, image_size))
     model.to_empty(device="cpu")
     model.apply(_initialise)
     return model

@@ -129,6 +129,52 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Experiments:
+    """Run one of the paper's tables, or one factor at a time, over paired seeds; goes on where it was stopped."""
+
+    table: tyro.conf.Positional[str]
+    """table2, table3, table4, table5 or factors."""
+    out: Path
+    """Folder of the runs; several tables may share it, and then share the rows they have in common."""
+    data: str | None = None
+    """Data set; the paper's own for the table by default."""
+    data_root: Path | None = None
+    """Folder of its files; by default where they usually are."""
+    scale: str = "cpu"
+    """smoke, cpu or full."""
+    seeds: int | None = None
+    """Runs a row; the scale's number by default."""
+    jobs: int | None = None
+    """Runs at once; by default one a GPU or, without one, one a core."""
+    config: Path | None = None
+    """YAML file of settings that take the place of the scale's, for every row."""
+
+    def __call__(self) -> None:
+        from . import experiments, tables
+
+        overrides = experiments.read_overrides(self.config) if self.config else {}
+        if self.data_root:
+            overrides["data_root"] = self.data_root
+        plan = experiments.experiment(self.table, self.scale, self.out, self.data, self.seeds, **overrides)
+        experiments.run(plan, self.jobs, announce=console.print)
+        console.print(f"report: {tables.write(self.out)}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the page of a run, or of a folder of experiments, from its records."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of a run or of experiments."""
+
+    def __call__(self) -> None:
+        from . import report, tables
+
+        write = report.write_report if (self.folder / "config.yaml").exists() else tables.write
+        console.print(f"report: {write(self.folder)}")
+
+
+@dataclass(frozen=True)
 class Info:
     """List the models, the data sets and the backends there are; everything, unless one is asked for."""
 
@@ -256,6 +302,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "predict": _dataclass_command(Predict),
     "prune": _dataclass_command(Prune),
     "export": _dataclass_command(Export),
+    "experiments": _dataclass_command(Experiments),
+    "report": _dataclass_command(Report),
     "bench": _dataclass_command(Bench),
     "info": _dataclass_command(Info),
 }

@@ -64,16 +64,20 @@ def verdict(difference: Estimate, negligible: float) -> Verdict:
     return "not decided"
 
 
-def contradictions(accuracy: float, recall: float, f1: float) -> list[str]:
-    """What cannot be, all in percent, on a test set whose classes are equally many.
+def f1_ceiling(accuracy: float) -> float:
+    """The most that macro F1 can be at an accuracy A on equally many images a class: 2A / (1 + A), both in percent.
 
-    Macro recall is then the accuracy. A class's F1 is at most 2r / (1 + r) of its recall r (at precision 1), a concave
-    function, so macro F1 is at most 2A / (1 + A) of the accuracy A.
+    A class's F1 is at most 2r / (1 + r) of its recall r (at precision 1); that is concave, and the mean recall is A.
     """
-    found = []
+    return 200 * accuracy / (100 + accuracy)
+
+
+def impossible(accuracy: float, recall: float, f1: float) -> set[str]:
+    """Which of "recall" and "f1" cannot be (all in percent) on a test set with equally many images a class, where
+    macro recall is the accuracy; 0.05 points are left for rounding."""
+    found = set()
     if abs(recall - accuracy) > 0.05:
-        found.append(f"recall {recall:g} must equal accuracy {accuracy:g}")
-    ceiling = 200 * accuracy / (100 + accuracy)
-    if f1 > ceiling + 0.05:
-        found.append(f"F1 {f1:g} must be at most {ceiling:.1f} at this accuracy")
+        found.add("recall")
+    if f1 > f1_ceiling(accuracy) + 0.05:
+        found.add("f1")
     return found

@@ -33,6 +33,10 @@ class Config:
     """Use a fixed part of the training images."""
     test_size: int | None = None
     """Use a fixed part of the test images."""
+    imbalance: float = 100.0
+    """Of long-tailed data sets (-lt): images of the first class over those of the last."""
+    download: bool = False
+    """Fetch the data set's files into data_root where they are missing."""
     augment: Literal["none", "standard"] = "standard"
     """Random crops, and flips where the classes allow it."""
     cutmix: bool = True

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from .checkpoint import RunError, write_text
 from .config import Config, read_yaml, to_plain
 
-MAY_CHANGE = {"out", "data_root", "devices"}
+MAY_CHANGE = {"out", "data_root", "download", "devices"}
 """Fields that a resumed run may set anew: they say where, not what."""
 
 

@@ -37,8 +37,8 @@ def learning_rate(config: Config, progress: float) -> float:
 
 def load_data(config: Config) -> Dataset:
     """The data set that a configuration names."""
-    sizes = {key: value for key in ("train_size", "test_size") if (value := getattr(config, key)) is not None}
-    return datasets.load(config.data, config.data_root, config.image_size, config.val_fraction, config.seed, **sizes)
+    options = {key: getattr(config, key) for key in ("train_size", "test_size", "imbalance", "download")}
+    return datasets.load(config.data, config.data_root, config.image_size, config.val_fraction, config.seed, **options)
 
 
 class Learner:

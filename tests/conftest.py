@@ -19,3 +19,12 @@ def backend(request):
     assert rk.backends()[request.param].available, rk.backends()[request.param].reason
     with rk.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Layers this small take longer to share among threads than to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,111 @@
+"""The report's plots: figure 4.1, accuracy against cost, gradient shares, confusion."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .records import Results, Run
+from .report import new_figure, tidy
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["tab10"](i) if count <= 10 else colormaps["tab20"](i % 20) for i in range(count)]
+
+
+def accuracy_curves(results: Results, path: Path) -> None:
+    """Figure 4.1: validation accuracy by epoch, the mean over seeds, with the range of the seeds shaded.
+
+    The paper plots test accuracy; here the test images are looked at once, at the end.
+    """
+    figure, axes = new_figure(9.5, 5)
+    for colour, (row, runs) in zip(_colours(len(results.rows)), results.rows.items(), strict=True):
+        length = min(len(run.epochs) for run in runs)
+        epochs = [entry["epoch"] for entry in runs[0].epochs[:length]]
+        values = [[100 * run.epochs[i]["val"][-1]["accuracy"] for run in runs] for i in range(length)]
+        style = {"color": colour, "marker": "o", "markersize": 3}
+        axes.plot(epochs, [statistics.fmean(v) for v in values], linewidth=1.6, label=row, **style)
+        axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
+    axes.set(xlabel="epoch", ylabel="validation accuracy of the deepest head (%)", title=_title(results))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    tidy(axes)
+    figure.savefig(path)
+
+
+def _title(results: Results) -> str:
+    seeds = max(len(runs) for runs in results.rows.values())
+    return f"{results.data}, {seeds} seed{'s' if seeds > 1 else ''}"
+
+
+COSTS: dict[str, Callable[[Run], float]] = {
+    "deployed parameters (millions)": lambda run: run.metrics["size"]["deployed_parameters"] / 1e6,
+    "multiply-accumulates an image (millions)": lambda run: run.metrics["size"]["macs"] / 1e6,
+    "latency (ms a batch of 16)": lambda run: run.metrics["size"]["latency_ms"],
+}
+
+
+def accuracy_against_cost(results: Results, path: Path) -> None:
+    """Test accuracy against parameters, multiply-accumulates and latency, one numbered point a row."""
+    figure, panels = new_figure(13, 4.6, columns=3)
+    colours = _colours(len(results.rows))
+    for panel, (name, cost) in zip(panels, COSTS.items(), strict=True):
+        for number, (row, runs) in enumerate(results.rows.items(), 1):
+            accuracy = results.over_seeds(row, lambda run: 100 * run.deepest["accuracy"])
+            x = statistics.fmean(cost(run) for run in runs)
+            panel.errorbar(
+                x, accuracy.mean, accuracy.half, fmt="o", color=colours[number - 1], capsize=3, label=f"{number} {row}"
+            )
+            around = LABEL_OFFSETS[number % len(LABEL_OFFSETS)]
+            panel.annotate(
+                *(str(number), (x, accuracy.mean)), textcoords="offset points", xytext=around, fontsize=9, ha="center"
+            )
+        panel.set(xlabel=name)
+        _plain_log_axis(panel)
+        tidy(panel)
+    panels[0].set_ylabel("test accuracy (%), 95% interval")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+LABEL_OFFSETS = ((9, 4), (-9, 4), (9, -11), (-9, -11))
+"""Where a point's number stands, in turns: rows of one architecture share their place on the axis."""
+
+
+def _plain_log_axis(axes: Any) -> None:
+    """Logarithmic, with ticks at 1, 2, 5 and written as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 1.2, high * 1.2)
+
+
+def confusion(results: Results, row: str, path: Path) -> None:
+    """A row's confusion matrix on the test images, counts summed over its seeds."""
+    runs = results.rows[row]
+    matrices = [run.metrics["confusion"] for run in runs]
+    counts = [[sum(values) for values in zip(*lines, strict=True)] for lines in zip(*matrices, strict=True)]
+    classes = runs[0].metrics["classes"]
+    shares = [[value / max(1, sum(line)) for value in line] for line in counts]
+    side = min(12.0, max(5.0, 0.5 * len(classes) + 2))
+    figure, axes = new_figure(side, side)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{row}: share of each true class (%)")
+    if len(classes) <= 25:
+        axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
+        for i, line in enumerate(shares):
+            for j, share in enumerate(line):
+                if round(100 * share):
+                    colour = "white" if share > 0.5 else "black"
+                    axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.savefig(path)

@@ -1,0 +1,76 @@
+"""How strongly each term of the loss pulls at the weights that are kept: its share of the gradient."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import data as datasets
+from .checkpoint import open_run, write_text
+from .distill import LossWeights, training_losses
+from .model import Exits
+from .train import load_data
+
+BATCHES = 4
+
+
+def gradient_norms(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], weights: LossWeights
+) -> dict[str, float]:
+    """The mean L2 norm of each term's gradient over the batches, in training mode, with respect to the parameters that
+    the deepest head uses: the network that remains after deployment.
+
+    Terms are those of :func:`rkl.distill.training_losses`, and l1, lambda * sum |gamma|.
+    """
+    sums: dict[str, Tensor] = {}
+    count = 0
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    for images, labels in batches:
+        output = model(images)
+        exits = output if isinstance(output, Exits) else Exits((output,))
+        losses = training_losses(exits, labels, weights)
+        parameters = list(model.parameters())
+        deepest = torch.autograd.grad(losses["deepest"], parameters, retain_graph=True, allow_unused=True)
+        kept = [p for p, g in zip(parameters, deepest, strict=True) if g is not None]
+        for name, loss in losses.items():
+            found = torch.autograd.grad(loss, kept, retain_graph=True, allow_unused=True)
+            norm = torch.stack([g.square().sum() for g in found if g is not None]).sum().sqrt()
+            sums[name] = sums.get(name, norm.new_zeros(())) + norm
+        count += 1
+    model.eval()
+    model.load_state_dict(state)  # the batches have moved batch norm's running statistics
+    norms = {name: float(total) / count for name, total in sums.items()}
+    used = {id(parameter) for parameter in kept}
+    gammas = [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d) and id(m.weight) in used]
+    return norms | {"l1": weights.l1 * sum(int(gamma.count_nonzero()) for gamma in gammas) ** 0.5}
+
+
+def shares(norms: dict[str, float]) -> dict[str, float]:
+    """Each norm over the sum of all."""
+    total = sum(norms.values())
+    return {name: norm / total for name, norm in norms.items()} if total else dict.fromkeys(norms, 0.0)
+
+
+def record_gradients(folder: Path) -> None:
+    """Measure a finished run's gradient norms at its last weights, on training batches as the next epoch's would be,
+    and write gradients.json into its folder."""
+    run = open_run(folder)
+    config, data = run.config, load_data(run.config)
+    loader = datasets.batches(
+        data.train,
+        config.batch_size,
+        num_classes=data.num_classes,
+        augment=config.augment,
+        cutmix=config.cutmix,
+        cutout=config.cutout,
+        drop_last=True,
+        seed=config.seed,
+        epoch=config.epochs,
+    )
+    norms = gradient_norms(run.model, (batch for batch, _ in zip(loader, range(BATCHES), strict=False)), config.loss)
+    write_text(folder / "gradients.json", json.dumps({"norms": norms, "shares": shares(norms)}, indent=1))

@@ -1,0 +1,94 @@
+"""Reading back what an experiment's runs recorded; every figure of the report comes from here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .checkpoint import RunError
+from .comparison import Estimate, estimate, paired_difference
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its settings, metrics.json, the lines of log.jsonl, and gradients.json."""
+
+    seed: int
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    gradients: dict[str, dict[str, float]]
+
+    @property
+    def deepest(self) -> dict[str, float]:
+        """The deepest head on the test images."""
+        return self.metrics["test"][-1]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One table's finished runs, by row, in the table's order; rows without any are left out."""
+
+    table: str
+    data: str
+    scale: str
+    rows: dict[str, list[Run]]
+    planned: int
+
+    @cached_property
+    def finished(self) -> int:
+        return sum(len(runs) for runs in self.rows.values())
+
+    def over_seeds(self, row: str, value: Callable[[Run], float]) -> Estimate:
+        """Mean and interval of a value over a row's runs."""
+        return estimate([value(run) for run in self.rows[row]])
+
+    def difference(self, row: str, against: str, value: Callable[[Run], float]) -> Estimate | None:
+        """Row minus row over the seeds that both have; None where a row is missing or they share no seed."""
+        if row not in self.rows or against not in self.rows:
+            return None
+        ours, theirs = ({run.seed: value(run) for run in self.rows[name]} for name in (row, against))
+        return paired_difference(ours, theirs)
+
+
+def load_results(folder: Path) -> list[Results]:
+    """Every experiment recorded in a folder of `rkl experiments`, tables in their order.
+
+    Raises:
+        RunError: no record there, or none with a finished run.
+    """
+    records = sorted(folder.glob("*.json"), key=lambda path: (path.name.startswith("factors"), path.name))
+    results = [_load(folder, json.loads(path.read_text())) for path in records]
+    results = [result for result in results if result.rows]
+    if not results:
+        raise RunError(f"{folder}: must hold finished runs of `rkl experiments`, got none")
+    return results
+
+
+def _load(folder: Path, record: dict[str, Any]) -> Results:
+    rows = {}
+    for row, runs in record["rows"].items():
+        finished = [_load_run(folder / run) for run in runs if (folder / run / "gradients.json").exists()]
+        if finished:
+            rows[row] = finished
+    planned = sum(len(runs) for runs in record["rows"].values())
+    return Results(record["table"], record["data"], record["scale"], rows, planned)
+
+
+def _load_run(folder: Path) -> Run:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    epochs = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    gradients = json.loads((folder / "gradients.json").read_text())
+    return Run(metrics["seed"], yaml.safe_load((folder / "config.yaml").read_text()), metrics, epochs, gradients)
+
+
+def published() -> dict[str, Any]:
+    """The figures that others printed (published.yaml)."""
+    return yaml.safe_load(resources.files("rkl").joinpath("published.yaml").read_text())

@@ -1,0 +1,181 @@
+"""Every table, run small from end to end; and the parts of it: cells, resuming, gradient shares, the page."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+from rkl import experiments, records, tables
+from rkl.checkpoint import RunError
+from rkl.cli import main
+from rkl.comparison import estimate
+from rkl.distill import LossWeights
+from rkl.experiments import FACTORS, ROWS, TABLES, experiment
+from rkl.gradients import gradient_norms, shares
+from rkl.model import ResNetKL
+
+pytestmark = pytest.mark.xdist_group("experiments")  # one worker, so that the pass below is made once
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One smoke pass of all tables on the embedded data; rows that tables share are trained once."""
+    out = tmp_path_factory.mktemp("experiments")
+    said = []
+    for table in TABLES:
+        experiments.run(experiment(table, "smoke", out, data="digits", image_size=16), announce=said.append)
+    return out, said
+
+
+def test_every_row_of_every_table_is_trained(finished):
+    out, said = finished
+    for table in TABLES:
+        record = json.loads((out / f"{table}-digits.json").read_text())
+        assert list(record["rows"]) == list(TABLES[table].rows)
+        for runs in record["rows"].values():
+            metrics = json.loads((out / runs[0] / "metrics.json").read_text())
+            assert metrics["test_images"] == 30
+    assert sum(line.endswith("done") for line in said) == len(ROWS)
+
+
+def test_finished_cells_are_not_trained_again(finished):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")}
+    said = []
+    experiments.run(experiment("table5", "smoke", out, data="digits", image_size=16), announce=said.append)
+    assert said == [f"Table V on digits: {len(TABLES['table5'].rows)} runs, {len(TABLES['table5'].rows)} done before"]
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")}
+
+
+def test_other_settings_do_not_mix_into_a_folder(finished):
+    with pytest.raises(RunError, match=r"holds a run with image_size 16, want 20; give another out"):
+        experiments.run(experiment("table5", "smoke", finished[0], data="digits", image_size=20))
+
+
+def test_page(finished):
+    out, _ = finished
+    page = tables.write(out).read_text()
+    for table in TABLES.values():
+        section = page.split(f"## {table.title} on digits")[1].split("\n## ")[0]
+        for row in table.rows:
+            assert section.count(f"| {row} |") >= 4, "a row in each of quality, cost, exits and gradient shares"
+    for factor in FACTORS:
+        assert f"**{factor.name}**: not decided by 1 seed." in page
+    for name in re.findall(r"\]\((plots/[^)]+\.png)\)", page):
+        assert (out / name).stat().st_size > 10_000
+    assert "nan" not in page
+
+
+def test_the_page_prints_what_the_records_hold(finished):
+    out, _ = finished
+    results = next(r for r in records.load_results(out) if r.table == "table5")
+    run = results.rows["ResNet-KL"][0]
+    metrics = json.loads((out / "runs/digits/resnet-kl/seed-0/metrics.json").read_text())
+    assert run.metrics == metrics
+    line = next(x for x in tables.write(out).read_text().split("## Table V")[1].splitlines() if "| ResNet-KL |" in x)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:4] == ["87.71", f"{100 * metrics['test'][-1]['accuracy']:.2f}"]
+    assert cells[4] == "94.616†"
+
+
+def test_rows_differ_in_what_they_say_alone(tmp_path):
+    plan = experiment("factors", "cpu", tmp_path)
+    base = experiments.to_plain(plan.config("ResNet", 1))
+    for row, changed in {
+        "ResNet + T-ReLU": {"activation"},
+        "ResNet + separable": {"separable"},
+        "ResNet + multi-scale": {"separable", "scales"},
+        "ResNet + gate": {"gate"},
+        "ResNet without CutMix": {"cutmix"},
+        "ResNet + feature": {"exits", "loss"},
+        "ResNet-KL": {"model", "prune_at"},
+        "ResNet-KL wide": {"model", "prune_at", "width"},
+    }.items():
+        own = experiments.to_plain(plan.config(row, 1))
+        assert {key for key in own if own[key] != base[key]} - {"out"} == changed
+    assert plan.config("ResNet", 0).seed == plan.config("ResNet-KL", 0).seed
+
+
+def test_a_failing_cell_is_named_and_the_others_finish(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROWS, "broken", experiments.Row({"model": "no-such-model"}))
+    monkeypatch.setitem(TABLES, "small", experiments.Table("Small", "digits", ("broken", "ResNet")))
+    with pytest.raises(
+        RunError, match=r"1 of 2 runs failed, the first: broken, seed 0: ValueError: model must be one of"
+    ):
+        experiments.run(experiment("small", "smoke", tmp_path, image_size=16))
+    assert (tmp_path / "runs/digits/resnet/seed-0/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("table9", "smoke"), "table must be one of table2"),
+        (("table2", "huge"), "scale must be one of smoke, cpu, full"),
+        (("table2", "smoke", ".", "digits", 0), "seeds must be at least 1"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        experiment(*[*arguments, "."][: max(3, len(arguments))])
+
+
+def test_an_empty_folder_has_no_report(tmp_path):
+    with pytest.raises(RunError, match="must hold finished runs"):
+        tables.write(tmp_path)
+
+
+def test_published_rows_are_rows_of_the_tables():
+    others = records.published()
+    for name, table in others["paper"].items():
+        assert table["data"] == TABLES[name].data
+        assert set(table["rows"]) <= set(TABLES[name].rows)
+    for public in others["public"].values():
+        assert set(public["rows"]) <= set(ROWS)
+        assert public["source"]
+
+
+def test_estimates_pair_by_seed(tmp_path):
+    def run(seed, accuracy):
+        return records.Run(seed, {}, {"test": [{"accuracy": accuracy}]}, [], {})
+
+    results = records.Results(
+        "table5", "digits", "cpu", {"a": [run(0, 0.9), run(1, 0.8)], "b": [run(1, 0.7), run(2, 0.1)]}, 6
+    )
+    assert results.difference("a", "b", lambda r: r.deepest["accuracy"]) == estimate([0.8 - 0.7])
+    assert results.difference("a", "c", lambda r: r.deepest["accuracy"]) is None
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_gradient_norms_are_those_of_backward_and_leave_the_model_alone():
+    torch.manual_seed(0)
+    model = ResNetKL(classes=4, width=8, in_channels=1, image_size=16)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    images, labels = torch.randn(6, 1, 16, 16), torch.arange(6) % 4
+    norms = gradient_norms(model, [(images, labels)], LossWeights(heads=0.0))
+    assert norms["heads"] == norms["logic"] == 0.0
+    assert norms["feature"] > 0
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    model.train()
+    torch.nn.functional.cross_entropy(model(images).logits[-1], labels).backward()
+    squared = sum(p.grad.double().square().sum() for p in model.parameters() if p.grad is not None)
+    assert norms["deepest"] == pytest.approx(float(squared) ** 0.5, rel=1e-4)
+    assert sum(shares(norms).values()) == pytest.approx(1)
+
+
+def test_command_line(tmp_path, capsys):
+    (tmp_path / "small.yaml").write_text("image_size: 16\ntrain_size: 80\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["experiments", "table5", "--scale", "smoke", "--data", "nothing", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert "data must be one of digits" in capsys.readouterr().err
+    assert experiments.read_overrides(tmp_path / "small.yaml") == {"image_size": 16, "train_size": 80}
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", str(tmp_path)])
+    assert stopped.value.code == 2
+
+
+def test_the_published_file_is_plain_yaml():
+    assert set(records.published()) == {"paper", "statements", "public"}
+    assert yaml.safe_dump(records.published())
