@@ -40,7 +40,7 @@ demo: build ## train ResNet-KL on scanned digits in under 3 minutes, then ten se
 	$(BIN)/rkl bench
 
 test: build lint ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton
 
 lint: build ## ruff, mypy --strict, clang-format
