@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from .records import Results, Run
-from .report import new_figure, tidy
+from .report import new_figure
 
 
 def _colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["tab10"](i) if count <= 10 else colormaps["tab20"](i % 20) for i in range(count)]
+
+
+def _grid(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def accuracy_curves(results: Results, path: Path) -> None:
@@ -33,7 +38,7 @@ def accuracy_curves(results: Results, path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="validation accuracy of the deepest head (%)", title=_title(results))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    tidy(axes)
+    _grid(axes)
     figure.savefig(path)
 
 
@@ -66,7 +71,7 @@ def accuracy_against_cost(results: Results, path: Path) -> None:
             )
         panel.set(xlabel=name)
         _plain_log_axis(panel)
-        tidy(panel)
+        _grid(panel)
     panels[0].set_ylabel("test accuracy (%), 95% interval")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
