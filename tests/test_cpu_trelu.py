@@ -88,10 +88,10 @@ def test_backward_and_odd_lengths(n: int, dtype: torch.dtype) -> None:
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="inside the run that this test starts")
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_lower_instruction_sets(capability: str) -> None:
-    """The same tests again, in a process that may use no more than ``capability``."""
-    files = ["tests/test_cpu_trelu.py"]
+    """These tests and the depthwise ones in fp32 again, in a process that may use no more than ``capability``."""
+    files = ["tests/test_cpu_trelu.py", "tests/test_cpu_depthwise.py"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", *files],
+        [sys.executable, "-m", "pytest", "-x", "-k", "trelu or float32", *files],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
