@@ -25,6 +25,7 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (23, 48, 33, 7, 7, 3, 1, 1, 1),  # several images a band
     (1, 160, 200, 7, 7, 3, 1, 1, 1),  # little work, shared out by output channels
     (5, 256, 130, 2, 2, 3, 2, 1, 1),
+    (35, 128, 124, 12, 12, 3, 1, 1, 1),  # in backward, several bands a task
 ]
 
 

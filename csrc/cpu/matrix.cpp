@@ -1,5 +1,7 @@
 #include "cpu/matrix.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include "aten.h"
 
 namespace rkl::cpu {
@@ -33,9 +35,8 @@ void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
 }
 
 void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out) {
-  const Tensor sum = view(out);
-  const double one = 1;
-  aten("aten::addmm", "out", sum, view(a), view(b), one, one, sum);
+  const Tensor sum = view(out), left = view(a), right = view(b);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_addmm_out(sum.get(), sum.get(), left.get(), right.get(), 1.f, 1.f));
 }
 
 Dtype factor_type(Dtype dtype) {
