@@ -1,8 +1,7 @@
 #include "cpu/matrix.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include "aten.h"
+#include "cpu/scratch.h"
 
 namespace rkl::cpu {
 namespace {
@@ -35,8 +34,11 @@ void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
 }
 
 void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out) {
-  const Tensor sum = view(out), left = view(a), right = view(b);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_addmm_out(sum.get(), sum.get(), left.get(), right.get(), 1.f, 1.f));
+  const int64_t size = out.rows * out.columns;
+  const Scratch product(size * sizeof(float));
+  multiply(a, b, matrix(product.as(), Dtype::f32, out.rows, out.columns));
+  float* sum = static_cast<float*>(out.data);
+  for (int64_t i = 0; i < size; ++i) sum[i] += product.as<float>()[i];
 }
 
 Dtype factor_type(Dtype dtype) {

@@ -37,7 +37,8 @@ void for_tasks(int64_t count, F&& f) {
   });
 }
 
-// out = a b and out += a b.
+// out = a b and, where out is in fp32 and dense, out += a b. The sum is added here: addmm takes Scalar arguments, which
+// the dispatcher's stable entry does not.
 void multiply(const Matrix& a, const Matrix& b, const Matrix& out);
 void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out);
 
