@@ -30,7 +30,7 @@ build/.built: $(VENV)/.installed $(SOURCES)
 
 pins: $(VENV)/.installed ## resolve requirements.txt anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet pyproject.toml --all-extras --universal --python-version 3.10 --no-header \
-		--no-annotate --no-emit-index-url --constraint <(echo 'torch==2.13.0') --output-file requirements.txt
+		--no-annotate --constraint <(echo 'torch==2.13.0') --output-file requirements.txt
 
 # Images stay at their own 8 x 8 pixels: it is the steps that count. The cut comes after epoch 8 of 30.
 demo: build ## train ResNet-KL on scanned digits in under 3 minutes, then ten seconds of benchmarks
