@@ -49,12 +49,19 @@ def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return float((squares / sum(g.square().sum() for g in exact.values())).sqrt())
 
 
+# Enough of them for batch norm's statistics. Over 3 images the deepest layers' have so few values that they blow
+# roundings up: the step in fp64 with each operator's result rounded at random, up or down, to fp16 then lies 0.027 to
+# 0.34 from the exact one, from one draw to the next of the same model, so that the ratio of any two implementations
+# says nothing. Over 12 it is 0.0049 to 0.0061 whatever the draw and the model.
+IMAGES = 12
+
+
 def build(dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     """The model in a type, the same in fp64, images and labels."""
     torch.manual_seed(0)
     model = ResNetKL(classes=4, width=8, image_size=16).to(dtype).train()
-    images = torch.randn(3, 3, 16, 16).to(dtype)
-    return model, copy.deepcopy(model).double(), images, torch.tensor([0, 3, 1])
+    images = torch.randn(IMAGES, 3, 16, 16).to(dtype)
+    return model, copy.deepcopy(model).double(), images, torch.arange(IMAGES) % 4
 
 
 def torch_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -68,7 +75,7 @@ def test_float32_step(operators: Operators) -> None:
     found = gradients(model, images, labels)
     assert operators.launches["bias_and_activation"]  # fp32 goes step by step
     assert not operators.launches["separable_forward"]
-    assert distance(found, torch_gradients(exact, images, labels)) < 1e-4
+    assert distance(found, torch_gradients(exact, images, labels)) < 1e-5  # 1.2e-6 when written
 
 
 def test_float16_step(operators: Operators) -> None:
@@ -78,6 +85,6 @@ def test_float16_step(operators: Operators) -> None:
     assert operators.launches["separable_forward"]
     assert operators.launches["separable_backward"]
     expected = torch_gradients(exact, images, labels)
-    # Rounding to 16 bits between operators, amplified by batch norm over few values, decides the distance. PyTorch's
-    # own operators round as often, elsewhere: over four seeds ours had 0.14 to 1.26 times their distance.
-    assert distance(found, expected) < 2 * distance(torch_gradients(twin, images, labels), expected)
+    # Rounding to 16 bits between operators decides the distance, and PyTorch's own operators round as often: over four
+    # models ours had 0.87 to 1.03 times their distance, 0.0041 to 0.0046.
+    assert distance(found, expected) < 1.25 * distance(torch_gradients(twin, images, labels), expected)
