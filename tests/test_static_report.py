@@ -24,6 +24,9 @@ def test_built_kernels() -> None:
     rows = static_report.nvcc_rows()
     assert {row["arch"] for row in rows} == {80, 90}
     assert any(row["kernel"].startswith("elementwise<") for row in rows)
+    on_tensor_cores = [row for row in rows if "toeplitz" in row["kernel"] or row["kernel"].startswith("separable")]
+    assert on_tensor_cores
+    assert all(row["hmma"] for row in on_tensor_cores)
     assert static_report.regressions(rows, committed["nvcc"]) == []
 
 

@@ -36,7 +36,7 @@ int parts_of(const Conv2d& g) {
 }
 
 void convolve(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
-  if (!depthwise_nhwc(a, dtype, stream) && !depthwise_nchw(a, dtype, stream))
+  if (!depthwise_nhwc(a, dtype, stream) && !depthwise_nchw(a, dtype, stream) && !depthwise_toeplitz(a, dtype, stream))
     depthwise_general(a, false, dtype, stream);
 }
 

@@ -83,6 +83,12 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   }
 }
 
+// The same with a 16 x 8 and b 8 x 8.
+template <class T>
+void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  mma_m16n8k16<T>(d, {a[0], a[1], 0, 0}, {b, 0});
+}
+
 // d += a b with a 16 x 8, b 8 x 8 in TF32: fp32 of whose fraction the tensor core reads 10 bits.
 inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Fragments {

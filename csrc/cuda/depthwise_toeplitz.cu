@@ -1,0 +1,359 @@
+// Depthwise convolution with wide filters (up to 33 columns) on the tensor cores: 16 bits, stride 1, either layout.
+//
+// For one channel and one row kh of its filter, 8 neighbouring outputs are a product of the inputs beside each other
+// with a banded matrix that has the filter's row along its diagonals (a Toeplitz matrix):
+//   y[row][ox + n] += sum over j of x[row + kh][ox - padding + j] * t[j][n],  t[j][n] = weight[kh][j - n].
+// So 16 rows by 8 columns of outputs are one mma for each 16 columns of inputs, and t is the same for every place of
+// every image: it is read from shared memory once a filter row. Of its k_blocks * 8 rows, kernel_w are filled: 31 of
+// 40, 13 of 24. Zeros of t meet inputs that no output's window has; one that is not finite makes those outputs NaN too.
+//
+// A warp has a channel, and of it a tile of up to 32 rows by 32 columns of outputs; a block has neighbouring channels.
+// The tile's inputs lie in shared memory as planes, which NHWC images are turned into on their way, and the outputs go
+// the same way back. Rows above and below an image are not stored: their lanes read one row of zeros. The tile's even
+// rows are one mma and its odd rows another: what an odd row meets with filter row kh, the even one before it meets
+// with kh + 1, so that inputs are read from shared memory once for both. Else that reading would take longer than the
+// mmas.
+#include "cuda/depthwise.h"
+#include "cuda/element.cuh"
+#include "cuda/ptx.cuh"
+
+namespace rkl::cuda {
+namespace {
+
+constexpr int kTileRows = 32, kTileColumns = 32;
+constexpr int kColumnTiles = kTileColumns / 8;  // of an mma
+constexpr int kPitch = 64;                      // elements of a row of inputs: eight 16-byte units
+constexpr int kLead = 8;                        // zeros before the first filter row
+
+// How the work is cut, and the places of a block's shared memory, in elements.
+struct Cut {
+  int height, width;  // outputs of a tile: an even number of rows, columns by 8; of small maps it has several images
+  int images;         // of a tile
+  int down, across;   // tiles of an image
+  int64_t tiles;      // of the whole batch
+  int channels;       // of a block: its warps
+  int stored;         // rows of an image in shared memory
+  int columns;        // of inputs that are read
+  int plane, filter;  // of one channel
+  int left, shift;    // the tile begins `left` columns before its outputs, a multiple of 8; taps `shift` later
+  bool vectors;       // NCHW: rows begin at multiples of 16 bytes
+
+  __host__ __device__ int elements() const { return channels * (plane + filter) + kPitch; }  // the row of zeros last
+};
+
+// A tile's columns begin with a multiple of 8, at or before the first one that its outputs read.
+constexpr int left_of(int padding) { return (padding + 7) >> 3 << 3; }
+constexpr int64_t round_up(int64_t n, int to) { return (n + to - 1) / to * to; }
+
+Cut cut(const Conv2d& g, int k_blocks, bool flat) {
+  Cut c{};
+  c.down = int(ceil_div(g.out_h, kTileRows));
+  c.across = int(ceil_div(g.out_w, kTileColumns));
+  c.height = int(round_up(ceil_div(g.out_h, c.down), 2));
+  c.width = int(round_up(ceil_div(g.out_w, c.across), 8));
+  c.images = c.down == 1 ? kTileRows / c.height : 1;
+  if (c.images > g.batch) c.images = int(g.batch);
+  c.tiles = ceil_div(g.batch, c.images) * c.down * c.across;
+  const int window = c.height + g.kernel_h - 1;
+  c.stored = g.in_h < window ? int(g.in_h) : window;
+  if (c.stored < c.height) c.stored = c.height;  // outputs take the inputs' place
+  c.columns = c.width + 8 * (k_blocks - 1);
+  c.plane = c.images * c.stored * kPitch;
+  c.filter = kLead + g.kernel_h * 8 * k_blocks + 8;
+  c.left = left_of(g.padding_w);
+  c.shift = c.left - g.padding_w;
+  c.vectors = flat && g.in_w % 8 == 0 && g.out_w % 8 == 0;
+  return c;
+}
+
+// Place of an element of a plane. The units of two rows are in another order than those of the next two, so that the
+// eight rows that ldmatrix reads at once, every other one, fall into different banks.
+__device__ inline int swizzled(int row, int column) { return row * kPitch + ((column ^ row / 2 % 8 * 8)); }
+
+// One tile of one block: its images, and its place in each.
+struct Place {
+  int64_t image;
+  int images, y, x;  // the first output
+  int top, bottom;   // rows of the image that are in shared memory
+
+  __device__ Place(const Conv2d& g, const Cut& c, int64_t tile)
+      : image(tile / (c.down * c.across) * c.images),
+        images(int(min(int64_t(c.images), g.batch - image))),
+        y(int(tile / c.across % c.down) * c.height),
+        x(int(tile % c.across) * c.width),
+        top(max(0, y - g.padding_h)),
+        bottom(min(int(g.in_h), y - g.padding_h + c.height + g.kernel_h - 1)) {}
+};
+
+union Word {  // two neighbouring columns
+  uint32_t bits;
+  uint16_t half[2];
+};
+union Pixel {  // 8 neighbouring channels
+  uint4 bits;
+  uint16_t half[8];
+};
+
+// The inputs of an NHWC tile, from memory in vectors of 8 channels to planes of words.
+template <class T>
+__device__ void load_nhwc(const Conv2d& g, const Cut& c, const Place& at, const void* x, int c0, T* planes) {
+  const int vectors = c.channels / 8, pairs = c.columns / 2, rows = at.bottom - at.top;
+  for (int i = threadIdx.x; i < at.images * rows * pairs * vectors; i += blockDim.x) {
+    const int vector = i % vectors, pair = i / vectors % pairs, row = i / vectors / pairs % rows;
+    const int image = i / vectors / pairs / rows, channel = c0 + vector * 8, ix = at.x - c.left + 2 * pair;
+    Pixel in[2] = {};
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (channel < g.channels && ix + e >= 0 && ix + e < g.in_w)
+        in[e].bits = *reinterpret_cast<const uint4*>(
+            static_cast<const T*>(x) + (((at.image + image) * g.in_h + at.top + row) * g.in_w + ix + e) * g.channels +
+            channel);
+    T* to = planes + vector * 8 * c.plane + swizzled(image * c.stored + row, 2 * pair);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      Word word;
+      word.half[0] = in[0].half[e];
+      word.half[1] = in[1].half[e];
+      *reinterpret_cast<uint32_t*>(to + e * c.plane) = word.bits;
+    }
+  }
+}
+
+// And its outputs back.
+template <class T>
+__device__ void store_nhwc(const Conv2d& g, const Cut& c, const Place& at, const T* planes, int c0, void* y) {
+  const int vectors = c.channels / 8, pairs = c.width / 2, rows = min(c.height, int(g.out_h) - at.y);
+  for (int i = threadIdx.x; i < at.images * rows * pairs * vectors; i += blockDim.x) {
+    const int vector = i % vectors, pair = i / vectors % pairs, row = i / vectors / pairs % rows;
+    const int image = i / vectors / pairs / rows, channel = c0 + vector * 8, ox = at.x + 2 * pair;
+    if (channel >= g.channels) continue;
+    const T* from = planes + vector * 8 * c.plane + swizzled(image * c.height + row, 2 * pair);
+    Pixel out[2];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      Word word;
+      word.bits = *reinterpret_cast<const uint32_t*>(from + e * c.plane);
+      out[0].half[e] = word.half[0];
+      out[1].half[e] = word.half[1];
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (ox + e < g.out_w)
+        *reinterpret_cast<uint4*>(static_cast<T*>(y) +
+                                  (((at.image + image) * g.out_h + at.y + row) * g.out_w + ox + e) * g.channels +
+                                  channel) = out[e].bits;
+  }
+}
+
+// The inputs of an NCHW tile's one channel, by its warp. The caller waits for the copies.
+template <class T>
+__device__ void load_nchw(const Conv2d& g, const Cut& c, const Place& at, const void* x, int64_t channel, T* plane) {
+  const int lane = threadIdx.x % 32, rows = at.bottom - at.top;
+  const int step = c.vectors ? 8 : 1, across = c.columns / step;
+  for (int i = lane; i < at.images * rows * across; i += 32) {
+    const int column = i % across * step, row = i / across % rows, image = i / across / rows;
+    const int ix = at.x - c.left + column;
+    const bool inside = ix >= 0 && ix < g.in_w;
+    const T* from = static_cast<const T*>(x) +
+                    (((at.image + image) * g.channels + channel) * g.in_h + at.top + row) * g.in_w + (inside ? ix : 0);
+    T* to = plane + swizzled(image * c.stored + row, column);
+    if (c.vectors)
+      cp_async_16(to, from, inside ? 16 : 0);
+    else
+      *to = inside ? *from : from_float<T>(0.f);
+  }
+}
+
+// And its outputs.
+template <class T>
+__device__ void store_nchw(const Conv2d& g, const Cut& c, const Place& at, const T* plane, int64_t channel, void* y) {
+  const int lane = threadIdx.x % 32, rows = min(c.height, int(g.out_h) - at.y);
+  const int step = c.vectors ? 8 : 1, across = min(c.width, int(g.out_w) - at.x) / step;
+  for (int i = lane; i < at.images * rows * across; i += 32) {
+    const int column = i % across * step, row = i / across % rows, image = i / across / rows;
+    const T* from = plane + swizzled(image * c.height + row, column);
+    T* to = static_cast<T*>(y) + (((at.image + image) * g.channels + channel) * g.out_h + at.y + row) * g.out_w + at.x +
+            column;
+    if (c.vectors)
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    else
+      *to = *from;
+  }
+}
+
+// A channel's filter, rows of kRow elements in the order in which they meet the image.
+template <class T, int k_blocks>
+__device__ void load_bands(const Depthwise& a, const Cut& c, int64_t channel, T* filter) {
+  constexpr int kRow = 8 * k_blocks;  // `shift` zeros, the taps, at least 7 zeros
+  const int kw = a.g.kernel_w, taps = a.g.kernel_h * kw;
+  const T* weight = static_cast<const T*>(a.weight) + channel * taps;
+  for (int i = threadIdx.x % 32; i < c.filter; i += 32) {
+    const int row = (i - kLead) / kRow, column = (i - kLead) % kRow - c.shift, tap = row * kw + column;
+    const bool inside = i >= kLead && row < a.g.kernel_h && column >= 0 && column < kw;
+    filter[i] = inside ? weight[a.flipped ? taps - 1 - tap : tap] : from_float<T>(0.f);
+  }
+}
+
+// The sums of a warp's tile: sum[0] of its even rows, sum[1] of its odd ones, for each 8 columns.
+using Sums = float[2][kColumnTiles][4];
+
+// Adds the products of 16 rows of inputs, x[j] of columns 16 j to 16 j + 15, with one filter row.
+template <class T, int k_blocks, int pairs>
+__device__ inline void multiply_row(const uint32_t (&x)[pairs][4], const uint32_t (&t)[k_blocks], int tiles,
+                                    float (&sum)[kColumnTiles][4]) {
+  const auto in = [&](int block, int lower) { return x[block / 2][block % 2 * 2 + lower]; };
+#pragma unroll
+  for (int b = 0; b + 1 < k_blocks; b += 2)
+#pragma unroll
+    for (int i = 0; i < kColumnTiles; ++i)
+      if (i < tiles)
+        mma_m16n8k16<T>(sum[i], {in(i + b, 0), in(i + b, 1), in(i + b + 1, 0), in(i + b + 1, 1)}, {t[b], t[b + 1]});
+  constexpr int last = k_blocks - 1;
+#pragma unroll
+  for (int i = 0; i < kColumnTiles; ++i)
+    if (i < tiles) mma_m16n8k8<T>(sum[i], {in(i + last, 0), in(i + last, 1)}, t[last]);
+}
+
+template <class T, int k_blocks>
+__device__ inline void multiply(const Conv2d& g, const Cut& c, const Place& at, const T* plane, const T* filter,
+                                const T* zeros, Sums& sum) {
+  static_assert(k_blocks % 2 == 1, "a k of 8 comes last");
+  constexpr int kPairs = (kColumnTiles + k_blocks - 1) / 2;  // of 8-column blocks
+  const int lane = threadIdx.x % 32, tiles = c.width / 8;
+  // Lanes hold t[j][n] and t[j + 1][n] as one word, where j = 8 block + lane % 4 * 2 and n = lane / 4. Where n is odd,
+  // the two lie in two words.
+  const int first = kLead + lane % 4 * 2 - lane / 4, half = (first & 1) * 16;
+  const uint32_t* band = reinterpret_cast<const uint32_t*>(filter) + (first >> 1);
+  // For ldmatrix, lane l names the l % 16th even row, and of two neighbouring blocks of columns the l / 16th.
+  const int m = 2 * (lane % 16), image = m / c.height, unit = lane / 16 * 8;
+  const bool used = image < at.images;
+  const int y = at.y + m % c.height - g.padding_h, stored = image * c.stored - at.top;
+  uint32_t t[k_blocks], t_before[k_blocks];
+#pragma unroll
+  for (int b = 0; b < k_blocks; ++b) t_before[b] = 0;
+#pragma unroll 1
+  for (int kh = 0; kh <= g.kernel_h; ++kh, band += 4 * k_blocks) {
+    const int iy = y + kh;
+    const bool inside = used && iy >= at.top && iy < at.bottom;
+    uint32_t x[kPairs][4];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j)
+      if (16 * j < c.columns)
+        ldmatrix_x4(x[j], inside ? plane + swizzled(stored + iy, 16 * j + unit) : zeros + 16 * j + unit);
+    if (kh > 0) multiply_row<T>(x, t_before, tiles, sum[1]);
+    if (kh == g.kernel_h) break;
+#pragma unroll
+    for (int b = 0; b < k_blocks; ++b) t[b] = uint32_t((uint64_t(band[4 * b + 1]) << 32 | band[4 * b]) >> half);
+    multiply_row<T>(x, t, tiles, sum[0]);
+#pragma unroll
+    for (int b = 0; b < k_blocks; ++b) t_before[b] = t[b];
+  }
+}
+
+// The tile's outputs take the inputs' place in shared memory.
+template <class T>
+__device__ inline void put_back(const Cut& c, const Place& at, const Sums& sum, T* plane) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int odd = 0; odd < 2; ++odd)
+#pragma unroll
+    for (int i = 0; i < kColumnTiles; ++i)
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {
+        const int m = 2 * (lower * 8 + lane / 4) + odd;
+        if (m >= at.images * c.height || i * 8 >= c.width) continue;
+        Vec<T, 2> out;
+        out.v[0] = from_float<T>(sum[odd][i][2 * lower]);
+        out.v[1] = from_float<T>(sum[odd][i][2 * lower + 1]);
+        *reinterpret_cast<Vec<T, 2>*>(plane + swizzled(m, i * 8 + lane % 4 * 2)) = out;
+      }
+}
+
+constexpr int most_channels(bool nhwc) { return nhwc ? 16 : 8; }  // NHWC: 32 bytes, the least that memory moves
+
+template <class T, int k_blocks, bool nhwc>
+__global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
+    depthwise_toeplitz_kernel(Depthwise a, Cut c, int channel_blocks) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const Conv2d& g = a.g;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c0 = int(blockIdx.x % channel_blocks) * c.channels;
+  const int channel = c0 + warp;
+  const bool live = channel < g.channels;
+  T* planes = reinterpret_cast<T*>(memory);
+  T *plane = planes + warp * c.plane, *filter = planes + c.channels * c.plane + warp * c.filter;
+  T* zeros = planes + c.channels * (c.plane + c.filter);
+  if (live) load_bands<T, k_blocks>(a, c, channel, filter);
+  for (int i = threadIdx.x; i < kPitch; i += blockDim.x) zeros[i] = from_float<T>(0.f);
+  const float bias = live && a.bias ? to_float(static_cast<const T*>(a.bias)[channel]) : 0.f;
+
+  for (int64_t tile = blockIdx.x / channel_blocks; tile < c.tiles; tile += gridDim.x / channel_blocks) {
+    const Place at(g, c, tile);
+    if (nhwc)
+      load_nhwc(g, c, at, a.x, c0, planes);
+    else if (live)
+      load_nchw(g, c, at, a.x, channel, plane);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    if (live) {
+      Sums sum;
+#pragma unroll
+      for (int i = 0; i < 8 * kColumnTiles; ++i) sum[i / 16][i / 4 % 4][i % 4] = bias;
+      multiply<T, k_blocks>(g, c, at, plane, filter, zeros, sum);
+      __syncwarp();  // all lanes have read the inputs
+      put_back(c, at, sum, plane);
+    }
+    __syncthreads();
+    if (nhwc)
+      store_nhwc(g, c, at, planes, c0, a.y);
+    else if (live)
+      store_nchw(g, c, at, plane, channel, a.y);
+    __syncthreads();  // before the next inputs come
+  }
+}
+
+template <class T, int k_blocks, bool nhwc>
+bool launch(const Depthwise& a, cudaStream_t stream) {
+  const auto kernel = &depthwise_toeplitz_kernel<T, k_blocks, nhwc>;
+  Cut c = cut(a.g, k_blocks, !nhwc && aligned_16(a.x, a.y));
+  int most = 0, device = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const auto bytes = [&] { return c.elements() * int(sizeof(T)); };
+  // Half of the channels where all do not fit: NHWC then moves half of each 32 bytes in vain, but the caches keep them.
+  for (c.channels = most_channels(nhwc); bytes() > most; c.channels /= 2)
+    if (c.channels == 8) return false;
+  allow_shared_memory(kernel, bytes());
+  const int64_t channel_blocks = ceil_div(a.g.channels, c.channels);
+  // A block goes through many tiles with its filters, but there must be blocks for the whole GPU.
+  const int64_t wanted = ceil_div(blocks_wanted(), channel_blocks), slices = wanted < c.tiles ? wanted : c.tiles;
+  depthwise_toeplitz_kernel<T, k_blocks, nhwc>
+      <<<dim3(unsigned(channel_blocks * slices)), dim3(32 * c.channels), bytes(), stream>>>(a, c, int(channel_blocks));
+  return true;
+}
+
+}  // namespace
+
+bool depthwise_toeplitz(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
+  constexpr int kNarrowest = 9;  // narrower filters have kernels of their own, or too few taps to fill the bands
+  const Conv2d& g = a.g;
+  if (dtype == Dtype::f32 || g.kernel_w < kNarrowest || g.stride_h != 1 || g.stride_w != 1) return false;
+  if (g.dilation_h != 1 || g.dilation_w != 1) return false;
+  if (g.nhwc && (g.channels % 8 || !aligned_16(a.x, a.y))) return false;
+  // Rows of t: the taps, the zeros before them, and one row more for each of the 8 columns but the first.
+  const int rows = g.kernel_w + left_of(g.padding_w) - g.padding_w + 7;
+  if (rows > 40) return false;
+  bool served = false;
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      if (rows <= 24)
+        served = g.nhwc ? launch<T, 3, true>(a, stream) : launch<T, 3, false>(a, stream);
+      else
+        served = g.nhwc ? launch<T, 5, true>(a, stream) : launch<T, 5, false>(a, stream);
+    }
+  });
+  return served;
+}
+
+}  // namespace rkl::cuda
