@@ -16,7 +16,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11; for the C++ and the CUDA compiler both
-CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", TORCH_TARGET]
+CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", TORCH_TARGET]
 # sm_80 and sm_90 as machine code, sm_90 also as PTX for every later GPU. Spills are reported; that the pinned compiler
 # makes none is a test (a few bytes of another compiler's should not fail a user's build).
 NVCC_FLAGS = [

@@ -2,50 +2,13 @@
 // number of threads.
 #pragma once
 #include "cpu/depthwise_planes.h"
+#include "cpu/depthwise_wide.h"
 #include "cpu/elementwise.h"
 
 namespace rkl::cpu::RKL_ISA {
 
 // Multiply-adds a thread takes at least: some microseconds, what waking it costs.
 constexpr int64_t kTaskWork = int64_t(1) << 18;
-// Of a core's second-level cache, what a task may fill with the rows that it works on.
-constexpr int64_t kCacheBytes = int64_t(640) << 10;
-
-// The tasks of one pass: images x groups of vectors x bands of rows.
-struct Tiling {
-  int64_t images, vectors, group, rows, band;
-
-  int64_t groups() const { return (vectors + group - 1) / group; }
-  int64_t bands() const { return (rows + band - 1) / band; }
-  int64_t units() const { return images * bands(); }
-
-  // Band `unit % bands` of an image with `height` rows, which need not be the `rows` that the bands were made for.
-  Tile tile(int64_t unit, int64_t g, int64_t height) const {
-    const int64_t b = unit % bands();
-    return {unit / bands(), g * group, std::min(vectors, (g + 1) * group), height * b / bands(),
-            height * (b + 1) / bands()};
-  }
-};
-
-// In place: channels in groups so narrow that the rows which a filter spans stay in the cache, and a few rows a band.
-// Planes: a vector of them, in bands that fit into the cache with their input; at least 8 tasks where there are rows.
-inline Tiling tiling(const Conv2d& g, const Lanes& lanes) {
-  Tiling t{(g.batch + lanes.images() - 1) / lanes.images(), lanes.vectors(), 1, g.out_h, g.out_h};
-  const int64_t vector = 4 * kLanes, in_row = g.in_w * vector, out_row = g.out_w * vector;
-  if (lanes.in_place()) {
-    const int64_t span = (int64_t(g.kernel_h - 1) * g.dilation_h + 1) * in_row;
-    t.group = std::max<int64_t>(64 / kLanes, kCacheBytes / (2 * span));
-    t.group = std::min(t.group, t.vectors);
-    t.band = std::min(g.out_h, 8192 / (g.out_w * t.group * kLanes) + 1);
-  } else {
-    const int64_t halo = int64_t(g.kernel_h - 1) * g.dilation_h * in_row;
-    const int64_t fitting = (kCacheBytes - halo) / (g.stride_h * in_row + out_row);
-    const int64_t parallel = g.out_h * t.images * t.vectors / 8;
-    t.band = std::min(std::max<int64_t>(fitting, g.kernel_h), std::max<int64_t>(parallel, g.kernel_h));
-    t.band = std::min(std::max<int64_t>(t.band, 1), g.out_h);
-  }
-  return t;
-}
 
 template <class T>
 bool worth_streaming(const T* out, const Lanes& lanes, int64_t elements) {
@@ -56,7 +19,7 @@ bool worth_streaming(const T* out, const Lanes& lanes, int64_t elements) {
 template <class Rows, class T>
 void convolve_all(const Conv2d& g, const Lanes& lanes, const T* x, const Finish& finish, T* y) {
   const Gather gather = forward_gather(g);
-  const Tiling tiles = tiling(g, lanes);
+  const Tiling tiles = Rows::tiling(g, lanes);
   const int64_t tasks = tiles.units() * tiles.groups();
   const int64_t work = g.batch * g.channels * g.out_h * g.out_w * (g.kernel_h * g.kernel_w + 4) / tasks;
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
@@ -77,7 +40,7 @@ template <class Rows, class T>
 void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, const Finish& finish, T* dx, T* dweight,
                T* dbias) {
   const Gather forward = forward_gather(g), gradient = gradient_gather(g);
-  const Tiling tiles = tiling(g, lanes);
+  const Tiling tiles = Rows::tiling(g, lanes);
   const int taps = g.kernel_h * g.kernel_w;
   const bool wants_sums = dweight || dbias;
   // Few enough that adding the slices stays small beside reading the images.
@@ -96,10 +59,22 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
         if (wants_sums)
           to_filter.correlate_rows(x, grad, sums.data() + slice * slice_size, taps, tiles.tile(u, group, g.out_h));
       }
+      if (wants_sums) to_filter.flush(sums.data() + slice * slice_size, taps, group * tiles.group);
     }
     stream_fence();
   });
   if (wants_sums) reduce_sums(sums, slices, taps, lanes, dweight, dbias);
+}
+
+// Calls f with the kind of rows that serves, as a null pointer.
+template <class T, class F>
+void with_rows(const Conv2d& g, const Lanes& lanes, F&& f) {
+  if (lanes.in_place())
+    f(static_cast<NhwcRows<T>*>(nullptr));
+  else if (WideRows<T>::serves(g))
+    f(static_cast<WideRows<T>*>(nullptr));
+  else
+    f(static_cast<PlaneRows<T>*>(nullptr));
 }
 
 inline PackedFilter pack_filter(const Conv2d& g, const void* weight, const void* bias, Dtype dtype) {
@@ -121,10 +96,9 @@ inline void depthwise_packed(const Conv2d& g, const void* x, const PackedFilter&
     T* out = static_cast<T*>(y);
     const bool past_caches = worth_streaming(out, lanes, g.batch * g.channels * g.out_h * g.out_w);
     const Finish finish{filter.weights.data(), filter.bias.data(), act, past_caches};
-    if (lanes.in_place())
-      convolve_all<NhwcRows<T>>(g, lanes, static_cast<const T*>(x), finish, out);
-    else
-      convolve_all<PlaneRows<T>>(g, lanes, static_cast<const T*>(x), finish, out);
+    with_rows<T>(g, lanes, [&](auto* rows) {
+      convolve_all<std::remove_pointer_t<decltype(rows)>>(g, lanes, static_cast<const T*>(x), finish, out);
+    });
   });
 }
 
@@ -144,10 +118,9 @@ inline void depthwise_backward(const Conv2d& g, const void* grad, const void* x,
     T *to_x = static_cast<T*>(dx), *to_weight = static_cast<T*>(dweight), *to_bias = static_cast<T*>(dbias);
     const bool past_caches = dx && worth_streaming(to_x, lanes, g.batch * g.channels * g.in_h * g.in_w);
     const Finish finish{weights.data(), no_bias.data(), Activation::none, past_caches};
-    if (lanes.in_place())
-      gradients<NhwcRows<T>>(g, lanes, from, image, finish, to_x, to_weight, to_bias);
-    else
-      gradients<PlaneRows<T>>(g, lanes, from, image, finish, to_x, to_weight, to_bias);
+    with_rows<T>(g, lanes, [&](auto* rows) {
+      gradients<std::remove_pointer_t<decltype(rows)>>(g, lanes, from, image, finish, to_x, to_weight, to_bias);
+    });
   });
 }
 

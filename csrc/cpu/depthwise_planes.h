@@ -189,9 +189,22 @@ class PlaneRows {
     }
   }
 
+  // A vector of planes, in bands that fit into the cache with their input; at least 8 tasks where there are rows.
+  static Tiling tiling(const Conv2d& g, const Lanes& lanes) {
+    const int64_t images = (g.batch + lanes.images() - 1) / lanes.images();
+    const int64_t vector = 4 * kLanes, in_row = g.in_w * vector, out_row = g.out_w * vector;
+    const int64_t halo = int64_t(g.kernel_h - 1) * g.dilation_h * in_row;
+    const int64_t fitting = (kCacheBytes - halo) / (g.stride_h * in_row + out_row);
+    const int64_t parallel = g.out_h * images * lanes.vectors() / 8;
+    const int64_t band = std::min(std::max<int64_t>(fitting, g.kernel_h), std::max<int64_t>(parallel, g.kernel_h));
+    return {images, lanes.vectors(), 1, g.out_h, std::clamp<int64_t>(band, 1, g.out_h)};
+  }
+
   // The tile's rows of the output.
   void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) {
     const int64_t v = tile.first_vector * kLanes, phases = int64_t(gather_.horizontal.size());
+    Ahead<float> in_cache{nullptr, 1, 0};
+    const LaneFilter filter{finish.weights + v, finish.bias + v};
     fill(in, tile);
     image_out_.resize(tile.first_row, tile.last_row, gather_.out_w);
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
@@ -200,15 +213,15 @@ class PlaneRows {
         const Axis& axis = gather_.horizontal[phase];
         const Taps taps = taps_.taps(phase);
         if (!axis.count) continue;
-        const int width = row_block_width(axis.count);
+        const bool whole = taps_.whole_row(phase);
+        const int width = whole ? int(axis.count) : row_block_width(axis.count);
         const int64_t blocks = (axis.count + width - 1) / width, pixel = phases * kLanes;
-        const Sweep sweep = Sweep::blocks(blocks, width * axis.step * kLanes, width * pixel, lanes_.stride());
-        const Outputs<float> outputs{
-            image_out_.at(h, axis.first), pixel, width, int(axis.count - (blocks - 1) * width), 0, finish.act, false};
-        const Padded pixels = padded(phase);
-        by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
-          convolve<k(), r()>(pixels, taps, finish.weights + v, finish.bias + v, sweep, outputs);
-        });
+        const Sweep sweep{blocks, width * axis.step * kLanes, width * pixel, 0, 1, 0, 0, lanes_.stride()};
+        const Outputs<float> outputs{image_out_.at(h, axis.first),           pixel,      width,
+                                     int(axis.count - (blocks - 1) * width), finish.act, false};
+        const Lines<float> pixels = lines(phase);
+        by_block(taps, width, whole,
+                 [&](auto block) { convolve(block, pixels, taps, filter, sweep, outputs, in_cache); });
       }
     }
     image_out_.empty_into(planes(out, tile, gather_.out_h * gather_.out_w), gather_.out_w, tile.first_row,
@@ -221,20 +234,24 @@ class PlaneRows {
     image_out_.fill(planes(grad, tile, gather_.out_h * gather_.out_w), gather_.out_w, tile.first_row, tile.last_row, 0,
                     kOverhang);
     const Axis& axis = gather_.horizontal[0];
+    Ahead<float> in_cache{nullptr, 1, 0};
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
       taps_.set_row(h);
       const Taps taps = taps_.taps(0);
-      const int width = row_block_width(axis.count);
+      const bool whole = taps_.whole_row(0);
+      const int width = whole ? int(axis.count) : row_block_width(axis.count);
       const int64_t blocks = (axis.count + width - 1) / width;
-      const Sweep sweep = Sweep::blocks(blocks, width * axis.step * kLanes, width * kLanes, lanes_.stride());
+      const Sweep sweep{blocks, width * axis.step * kLanes, width * kLanes, 0, 1, 0, 0, lanes_.stride()};
       const float* grads[8];
       for (int r = 0; r < width; ++r) grads[r] = image_out_.at(h, r);
-      const Padded pixels = padded(0);
-      by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
-        correlate<k(), r()>(pixels, taps, grads, sums + tile.first_vector * kLanes, bias_tap, 0, sweep);
+      const Lines<float> pixels = lines(0);
+      by_block(taps, width, whole, [&](auto block) {
+        correlate(block, pixels, taps, grads, sums + tile.first_vector * kLanes, bias_tap, sweep, in_cache);
       });
     }
   }
+
+  void flush(float*, int, int64_t) {}  // nothing is kept back
 
  private:
   static constexpr int kOverhang = 6;  // outputs by which the last block of a row may reach over its end
@@ -262,10 +279,10 @@ class PlaneRows {
     image_in_.fill(planes(in, tile, gather_.in_h * gather_.in_w), gather_.in_w, first, last, left_, right_);
   }
 
-  Padded padded(size_t phase) {
+  Lines<float> lines(size_t phase) {
     rows_.clear();
     for (int i = 0; i < taps_.rows(); ++i) rows_.push_back(image_in_.at(taps_.in_row(i), taps_.first_column(phase, 0)));
-    return {rows_.data()};
+    return {rows_.data(), kLanes};
   }
 
   const Gather& gather_;

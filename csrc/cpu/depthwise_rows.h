@@ -34,6 +34,25 @@ struct Tile {
   int64_t image, first_vector, last_vector, first_row, last_row;
 };
 
+// The tasks of one pass: images x groups of vectors x bands of rows.
+struct Tiling {
+  int64_t images, vectors, group, rows, band;
+
+  int64_t groups() const { return (vectors + group - 1) / group; }
+  int64_t bands() const { return (rows + band - 1) / band; }
+  int64_t units() const { return images * bands(); }
+
+  // Band `unit % bands` of an image with `height` rows, which need not be the `rows` that the bands were made for.
+  Tile tile(int64_t unit, int64_t g, int64_t height) const {
+    const int64_t b = unit % bands();
+    return {unit / bands(), g * group, std::min(vectors, (g + 1) * group), height * b / bands(),
+            height * (b + 1) / bands()};
+  }
+};
+
+// Of a core's second-level cache, what a task may fill with the rows that it works on.
+constexpr int64_t kCacheBytes = int64_t(640) << 10;
+
 // What becomes of the sums of a convolution.
 struct Finish {
   const float* weights;
@@ -108,7 +127,16 @@ class RowTaps {
 
   Taps taps(size_t phase) const {
     const Axis& axis = gather_.horizontal[phase];
-    return {rows(), axis.taps(), axis.step, tap_.data(), axis.tap.data(), columns_[phase].data()};
+    return {rows(), axis.taps(), axis.step, tap_.data(), axis.tap.data(), columns_[phase].data(), axis.consecutive()};
+  }
+
+  // Whether there is a block for all of a row's outputs at once.
+  bool whole_row(size_t phase) const {
+    const Axis& axis = gather_.horizontal[phase];
+    const bool centred = gather_.horizontal.size() == 1 && axis.step == 1 && axis.consecutive() &&
+                         axis.count == gather_.in_w && axis.offset.front() == -(axis.taps() / 2);
+    return centred && (axis.taps() == 3 || axis.taps() == 5 || axis.taps() == 7) &&
+           (axis.count == 4 || axis.count == 7 || axis.count == 8);
   }
 
   // Input column of a block's first tap, and the columns that the block spans from there.
@@ -136,69 +164,125 @@ class NhwcRows {
   NhwcRows(const Gather& gather, int kernel_w, const Lanes& lanes, int64_t)
       : gather_(gather), taps_(gather, kernel_w), lanes_(lanes), zeros_(lanes.channels) {}
 
+  // Channels in groups so narrow that the rows which a filter spans stay in the cache, and a few rows a band.
+  static Tiling tiling(const Conv2d& g, const Lanes& lanes) {
+    const int64_t span = (int64_t(g.kernel_h - 1) * g.dilation_h + 1) * g.in_w * 4 * kLanes;
+    const int64_t fitting = std::max<int64_t>(64 / kLanes, kCacheBytes / (2 * span));
+    const int64_t group = std::min(fitting, lanes.vectors());
+    return {g.batch, lanes.vectors(), group, g.out_h, std::min(g.out_h, 8192 / (g.out_w * group * kLanes) + 1)};
+  }
+
   // The tile's rows of the output.
   void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) {
     const int64_t channels = lanes_.channels, phases = int64_t(gather_.horizontal.size());
+    const LaneFilter filter{finish.weights, finish.bias};
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
       taps_.set_row(h);
+      Ahead<T> ahead = next_rows(in, tile, h);
       T* row = out + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
       for (int64_t phase = 0; phase < phases; ++phase) {
-        const Axis& axis = gather_.horizontal[phase];
-        const Taps taps = taps_.taps(phase);
-        for (int64_t o = 0; o < axis.count;) {
-          const int width = block_width(axis.count - o), count = int(std::min<int64_t>(width, axis.count - o));
-          const Table<T> pixels = table(in, tile.image, phase, o, width);
-          const Outputs<T> outputs{row + (axis.first + o * phases) * channels,
+        const int64_t first = gather_.horizontal[phase].first;
+        for_blocks(in, tile, phase, [&](auto block, const auto& pixels, const Sweep& sweep, int64_t o, int count) {
+          const Outputs<T> outputs{row + (first + o * phases) * channels,
                                    phases * channels,
+                                   block.kOutputs,
                                    count,
-                                   count,
-                                   gather_.in_w * channels,
                                    finish.act,
                                    finish.past_caches};
-          by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
-            convolve<k(), r()>(pixels, taps, finish.weights, finish.bias, range(tile), outputs);
-          });
-          o += width;
-        }
+          convolve(block, pixels, taps_.taps(phase), filter, sweep, outputs, ahead);
+        });
       }
     }
   }
 
   // Adds the tile's rows of the output's gradient to the filter's gradient.
   void correlate_rows(const T* in, const T* grad, float* sums, int bias_tap, const Tile& tile) {
-    const Axis& axis = gather_.horizontal[0];
     const int64_t channels = lanes_.channels;
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
       taps_.set_row(h);
-      const Taps taps = taps_.taps(0);
+      Ahead<T> ahead = next_rows(in, tile, h);
       const T* row = grad + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
-      for (int64_t o = 0; o < axis.count;) {
-        const int width = block_width(axis.count - o);
-        const Table<T> pixels = table(in, tile.image, 0, o, width);
-        const T* grads[8];
-        for (int r = 0; r < width; ++r) grads[r] = o + r < axis.count ? row + (o + r) * channels : zeros_.data();
-        by_block(taps, axis.consecutive(), width, [&](auto k, auto r) {
-          correlate<k(), r()>(pixels, taps, grads, sums, bias_tap, gather_.in_w * channels, range(tile));
-        });
-        o += width;
-      }
+      for_blocks(in, tile, 0, [&](auto block, const auto& pixels, const Sweep& sweep, int64_t o, int count) {
+        const T* grads[block.kOutputs];
+        for (int r = 0; r < block.kOutputs; ++r)
+          grads[r] = sweep.blocks > 1 || r < count ? row + (o + r) * channels : zeros_.data();
+        correlate(block, pixels, taps_.taps(0), grads, sums, bias_tap, sweep, ahead);
+      });
     }
   }
 
+  void flush(float*, int, int64_t) {}  // nothing is kept back
+
  private:
-  Sweep range(const Tile& tile) const {
-    return Sweep::channels(tile.first_vector, tile.last_vector, lanes_.last(), lanes_.stride());
+  // Covers a row of outputs: calls f(block, pixels, sweep, first output, outputs of the last block). Blocks that read
+  // inside the image only take their pixels from where they lie, and follow each other in one sweep.
+  template <class F>
+  void for_blocks(const T* in, const Tile& tile, size_t phase, F&& f) {
+    const Axis& axis = gather_.horizontal[phase];
+    const Taps taps = taps_.taps(phase);
+    const int64_t channels = lanes_.channels;
+    Sweep sweep{1, 0, 0, tile.first_vector, tile.last_vector, lanes_.last(), kLanes, lanes_.stride()};
+    if (taps_.whole_row(phase)) {
+      by_block(taps, int(axis.count), true, [&](auto block) {
+        f(block, table(in, tile.image, phase, 0, block.kOutputs), sweep, 0, block.kOutputs);
+      });
+      return;
+    }
+    for (int64_t o = 0; o < axis.count;) {
+      const int width = block_width(axis.count - o);
+      int64_t end = o;
+      while (block_width(axis.count - end) == width && inside(axis, end, width)) end += width;
+      const bool in_lines = end > o;
+      sweep.blocks = in_lines ? (end - o) / width : 1;
+      sweep.block_input = width * axis.step * channels;
+      sweep.block_output = width * int64_t(gather_.horizontal.size()) * channels;
+      by_block(taps, width, false, [&](auto block) {
+        if (in_lines)
+          f(block, lines(in, tile.image, phase, o), sweep, o, width);
+        else
+          f(block, table(in, tile.image, phase, o, width), sweep, o, int(std::min<int64_t>(width, axis.count - o)));
+      });
+      o += sweep.blocks * width;
+    }
+  }
+
+  // What the row of outputs below will read and this one did not. Past the image's last row the next image begins.
+  Ahead<T> next_rows(const T* images, const Tile& tile, int64_t h) const {
+    const int64_t phases = int64_t(gather_.vertical.size()), channels = lanes_.channels;
+    const Axis& axis = gather_.vertical[h % phases];
+    if (!axis.taps()) return {nullptr, 1, 0};
+    const int64_t row =
+        tile.image * gather_.in_h + std::max<int64_t>(0, h / phases * axis.step + axis.offset.back() + 1);
+    const int64_t vectors = tile.last_vector - tile.first_vector;
+    return {images + row * gather_.in_w * channels + tile.first_vector * kLanes, vectors, channels - vectors * kLanes};
+  }
+
+  // Whether `width` outputs from `first` on exist and read no column outside the image.
+  bool inside(const Axis& axis, int64_t first, int width) const {
+    if (first + width > axis.count || !axis.taps()) return false;
+    return first * axis.step + axis.offset.front() >= 0 &&
+           (first + width - 1) * axis.step + axis.offset.back() < gather_.in_w;
+  }
+
+  const T* pixel_row(const T* images, int64_t image, int i) const {
+    return images + (image * gather_.in_h + taps_.in_row(i)) * gather_.in_w * lanes_.channels;
+  }
+
+  Lines<T> lines(const T* images, int64_t image, size_t phase, int64_t output) {
+    pixels_.clear();
+    for (int i = 0; i < taps_.rows(); ++i)
+      pixels_.push_back(pixel_row(images, image, i) + taps_.first_column(phase, output) * lanes_.channels);
+    return {pixels_.data(), lanes_.channels};
   }
 
   Table<T> table(const T* images, int64_t image, size_t phase, int64_t output, int width) {
-    const int64_t first = taps_.first_column(phase, output), channels = lanes_.channels;
-    const int columns = taps_.columns(phase, width), rows = taps_.rows();
-    if (pixels_.size() < size_t(rows) * columns) pixels_.resize(size_t(rows) * columns);
-    const T** entry = pixels_.data();
-    for (int i = 0; i < rows; ++i) {
-      const T* row = images + (image * gather_.in_h + taps_.in_row(i)) * gather_.in_w * channels;
+    const int64_t first = taps_.first_column(phase, output);
+    const int columns = taps_.columns(phase, width);
+    pixels_.clear();
+    for (int i = 0; i < taps_.rows(); ++i) {
+      const T* row = pixel_row(images, image, i);
       for (int64_t column = first; column < first + columns; ++column)
-        *entry++ = column >= 0 && column < gather_.in_w ? row + column * channels : zeros_.data();
+        pixels_.push_back(column >= 0 && column < gather_.in_w ? row + column * lanes_.channels : zeros_.data());
     }
     return {pixels_.data(), columns};
   }

@@ -15,7 +15,7 @@ struct Axis {
   std::vector<int> tap;
   std::vector<int64_t> offset;
 
-  bool consecutive() const { return step == 1 && !tap.empty() && offset.back() - offset.front() + 1 == taps(); }
+  bool consecutive() const { return !tap.empty() && offset.back() - offset.front() + 1 == taps(); }
   int taps() const { return int(tap.size()); }
 };
 

@@ -32,6 +32,14 @@ inline void write(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// The same value, in a register from here on: GCC would load it again for every multiply-add that it is a factor of.
+inline Vec in_register(Vec v) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
 // ---- kLanes elements at p, as floats
 
 inline Vec load(const float* p) { return read<Vec>(p); }
@@ -130,6 +138,9 @@ inline bool aligned_for_stream(const T* p) {
 
 template <class T>
 inline Vec load_some(const T* p, int64_t count) {
+#if RKL_LANES == 16
+  if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#endif
   T whole[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
   return load(whole);
@@ -137,6 +148,9 @@ inline Vec load_some(const T* p, int64_t count) {
 
 template <class T>
 inline void store_some(T* p, Vec v, int64_t count) {
+#if RKL_LANES == 16
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), v);
+#endif
   T whole[kLanes];
   store(whole, v);
   for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
