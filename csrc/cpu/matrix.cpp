@@ -3,6 +3,10 @@
 #include "aten.h"
 #include "cpu/scratch.h"
 
+// MKL's, where torch links it: the calling thread's own number of threads, 0 for the global one; gives the one before.
+// Null where torch has another library.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
+
 namespace rkl::cpu {
 namespace {
 
@@ -28,6 +32,12 @@ bool ask(const char* name) {
 }
 
 }  // namespace
+
+OneThread::OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+
+OneThread::~OneThread() {
+  if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+}
 
 void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
   aten("aten::mm", "out", view(a), view(b), view(out));

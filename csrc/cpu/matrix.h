@@ -25,14 +25,25 @@ inline Matrix transposed(const Matrix& m) {
   return {m.data, m.dtype, m.columns, m.rows, m.column_stride, m.row_stride};
 }
 
+// While one of these lives, the library keeps to the calling thread, and cuts its products into blocks as it does for one
+// thread: MKL chooses blocks, and so the order of its sums, by torch.set_num_threads even where it runs on one thread.
+class OneThread {
+ public:
+  OneThread();
+  ~OneThread();
+  OneThread(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
 // Calls f(begin, end) for parts of the tasks [0, count) on torch's threads, where the library keeps to the calling
-// thread. A single task has an empty one beside it: outside a parallel region the library would split it among threads
-// and add its sums in another order.
-// Even so, MKL chooses the blocks of a product by torch.set_num_threads: backward's products, of plain and transposed
-// factors in fp32, may differ in their last bits from one setting to another. With one setting they repeat.
+// thread. A single task has an empty one beside it: outside a parallel region oneDNN would split it among threads and
+// add its sums in another order.
 template <class F>
 void for_tasks(int64_t count, F&& f) {
   torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+    const OneThread here;
     if (begin < count) f(begin, std::min(end, count));
   });
 }
