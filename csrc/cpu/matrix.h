@@ -25,8 +25,9 @@ inline Matrix transposed(const Matrix& m) {
   return {m.data, m.dtype, m.columns, m.rows, m.column_stride, m.row_stride};
 }
 
-// While one of these lives, the library keeps to the calling thread, and cuts its products into blocks as it does for one
-// thread: MKL chooses blocks, and so the order of its sums, by torch.set_num_threads even where it runs on one thread.
+// While one of these lives, the library keeps to the calling thread, and cuts its products into blocks as it does for
+// one thread: MKL chooses blocks, and so the order of its sums, by torch.set_num_threads even where it runs on one
+// thread.
 class OneThread {
  public:
   OneThread();
