@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, fusion, ops
-from .backends import choose
+from .backends import KERNEL_TYPES, choose
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Explanation:
         bytes: each input read once, each output written once.
         operations: floating-point operations, a multiply-add counted as two.
         floor: which of the two sets the least time that the call can take, and why.
-        fused: for a separable convolution, whether one kernel does both steps; None where the C++ kernel decides.
+        fused: for a separable convolution, whether both steps are done at once, so that the depthwise output is not
+            written to memory; None for the other operators.
         reason: why fused or not.
     """
 
@@ -51,7 +53,8 @@ class Explanation:
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would serve ``rkl_kernels.<operator>(*args, **kwargs)`` and what the call costs at least.
 
-    The choice of backend is overruled by ``use_backend``, that of one kernel for both steps by ``fusion.use_fusion``.
+    The choice of backend is overruled by ``use_backend``; Triton's of one kernel for both steps of a separable
+    convolution by ``fusion.use_fusion``.
 
     >>> explain("trelu", torch.zeros(4))  # doctest: +SKIP
 
@@ -98,18 +101,34 @@ def _fusion(
     inner_activation: str | None = None,
     activation: str | None = None,
 ) -> tuple[bool | None, str]:
-    """Whether the separable operator's forward would be one kernel, and why."""
+    """Whether the separable operator's forward would do both steps at once, and why."""
     if backend == "reference":
         return False, "the reference calls two convolutions"
-    if backend != "triton":
-        return None, "the C++ operator decides, by counts of its own"
-    from .triton.separable import plan
-
+    if backend == "cpu":
+        return True, "the product takes each band of depthwise rows while it is in the cache"
     window = _checks.window(x, depthwise_weight, stride, padding, dilation)
     x = window.pad_extra(x if x.dim() == 4 else x[None])
-    size = ops.output_size(x, depthwise_weight.shape[2:], window.stride, window.padding, window.dilation)
-    choice = plan(x, depthwise_weight, pointwise_weight.shape[0], size, backward=False)
+    kernel, outputs = depthwise_weight.shape[2:], pointwise_weight.shape[0]
+    size = ops.output_size(x, kernel, window.stride, window.padding, window.dilation)
+    if backend == "cuda":
+        geometry = [*x.shape, *size, *kernel, *window.stride, *window.padding, *window.dilation]
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            return _CUDA_CHOICES[torch.ops.rkl.cuda_separable_choice(geometry, outputs, KERNEL_TYPES.index(x.dtype))]
+    from .triton.separable import plan
+
+    choice = plan(x, depthwise_weight, outputs, size, backward=False)
     return choice.fused, choice.reason
+
+
+# By what the CUDA extension's own rule answers: csrc/cuda/ops_cuda.cpp, separable_choice.
+_CUDA_CHOICES = (
+    (False, "the fused CUDA kernel serves 16-bit images, k = 3, 5 or 7, stride 1 or 2, no dilation, channels by 8"),
+    (
+        False,
+        "by the CUDA kernels' counts, a slower product or making the depthwise output again costs more than is saved",
+    ),
+    (True, "by the CUDA kernels' counts, writing and reading the depthwise output costs more than a slower product"),
+)
 
 
 def _trelu(x: Tensor, inplace: bool = False) -> tuple[int, int, Tensor]:

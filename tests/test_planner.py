@@ -67,5 +67,25 @@ def test_explanation_names_kernel_floor_and_fusion(backend):
     text = str(told)
     assert "MB to move" in text
     assert "FLOP a byte" in text
-    assert told.fused is (False if told.backend == "reference" else None)
+    assert told.fused is (told.backend != "reference")
     assert told.reason in text
+
+
+@pytest.mark.skipif("not built" in rk.backends()["cuda"].reason, reason="the CUDA extension is not built")
+@pytest.mark.parametrize(
+    ("outputs", "kernel", "dtype", "fused", "reason"),
+    [
+        (64, 3, torch.float16, True, "by the CUDA kernels' counts"),
+        (2048, 7, torch.bfloat16, False, "by the CUDA kernels' counts"),
+        (64, 3, torch.float32, False, "serves 16-bit images"),
+        (64, 4, torch.float16, False, "k = 3, 5 or 7"),
+    ],
+)
+def test_explanation_asks_the_cuda_kernels_own_rule(monkeypatch, outputs, kernel, dtype, fused, reason):
+    """Their counts without a GPU are an A100's; the tensors here only have the shapes."""
+    monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x: "cuda")
+    shapes = ((8, 64, 32, 32), (64, 1, kernel, kernel), (outputs, 64, 1, 1))
+    told = rk.explain("separable_conv2d", *(torch.empty(s, dtype=dtype, device="meta") for s in shapes), padding=1)
+    assert told.fused is fused
+    assert reason in told.reason
+    assert f"{'fused' if fused else 'not fused'}: " in str(told)

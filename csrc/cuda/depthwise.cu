@@ -61,7 +61,8 @@ void depthwise_input_grad(const Conv2d& g, const void* grad, const void* weight,
                           cudaStream_t stream) {
   if (g.stride_h == 1 && g.stride_w == 1)
     convolve(stride1_grad(g, grad, weight, dx), dtype, stream);
-  else if (const Depthwise a{g, grad, weight, nullptr, dx}; !depthwise_nhwc_stride2_grad(a, dtype, stream))
+  else if (const Depthwise a{g, grad, weight, nullptr, dx};
+           !depthwise_nhwc_stride2_grad(a, dtype, stream) && !depthwise_nchw_stride2_grad(a, dtype, stream))
     depthwise_general(a, true, dtype, stream);
 }
 

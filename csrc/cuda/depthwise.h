@@ -35,6 +35,7 @@ bool depthwise_nhwc(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_nhwc_stride2_grad(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool weight_grad_nhwc(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_nchw(const Depthwise& a, Dtype dtype, cudaStream_t stream);
+bool depthwise_nchw_stride2_grad(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_toeplitz(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool weight_grad_nchw(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
 void depthwise_general(const Depthwise& a, bool transposed, Dtype dtype, cudaStream_t stream);

@@ -1,4 +1,5 @@
-// Depthwise convolution of NCHW images, k = 3, 5 or 7, stride 1 or 2, and the gradient of the filter.
+// Depthwise convolution of NCHW images, k = 3, 5 or 7, stride 1 or 2, its data gradient at stride 2, and the gradient
+// of the filter.
 //
 // A block copies rows of a plane (several whole planes where they are small) into shared memory as one run.
 // Neighbouring threads make neighbouring columns, so shared memory is read without bank conflicts; each makes several
@@ -18,6 +19,8 @@ struct Column {
   static constexpr int kRows = kernel == 7 && stride == 1 ? 8 : 4;  // outputs of a thread, below each other
   static constexpr int kInputs = (kRows - 1) * stride + kernel;
 };
+
+constexpr int kPairRows = 4;  // pairs of rows that a thread of stride 2's data gradient makes
 
 // How the work is cut: into chunks of a plane's output rows, or into groups of whole planes (images, for the filter).
 struct Cut {
@@ -47,6 +50,39 @@ bool cut(const Conv2d& g, int thread_rows, int kernel, int stride, int size, Cut
   return true;
 }
 
+// A block's planes, output rows, and the input rows that are in shared memory, as one run.
+struct Chunk {
+  int64_t plane0;
+  int planes, y0, rows, top, bottom;
+  int64_t begin;
+  int count;
+
+  __device__ Chunk(const Conv2d& g, const Cut& cut, int kernel, int stride)
+      : plane0(int64_t(blockIdx.x / cut.chunks) * cut.planes),
+        planes(int(min(int64_t(cut.planes), g.batch * g.channels - plane0))),
+        y0(int(blockIdx.x % cut.chunks) * cut.rows),
+        rows(min(cut.rows, int(g.out_h) - y0)),
+        // The rows that are in the image; of several planes, all rows of each.
+        top(cut.chunks == 1 ? 0 : max(0, y0 * stride - g.padding_h)),
+        bottom(cut.chunks == 1 ? int(g.in_h) : min(int(g.in_h), (y0 + rows - 1) * stride - g.padding_h + kernel)),
+        begin((plane0 * g.in_h + top) * g.in_w),
+        count(max(0, int((planes > 1 ? planes * g.in_h : bottom - top) * g.in_w))) {}
+
+  // Copies the inputs and the planes' filters, and waits.
+  template <int taps, class T>
+  __device__ void load(const Depthwise& a, const PlaneRuns<T>& tile, float* filter) const {
+    tile.load(begin, count, 1, 0, threadIdx.x, kThreads);
+    cp_async_commit();
+    for (int i = threadIdx.x; i < planes * taps; i += kThreads) {
+      const int tap = i % taps;
+      const int64_t c = (plane0 + i / taps) % a.g.channels;
+      filter[i] = to_float(static_cast<const T*>(a.weight)[c * taps + (a.flipped ? taps - 1 - tap : tap)]);
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+};
+
 template <class T, int kernel, int stride>
 __global__ void __launch_bounds__(kThreads, 2) depthwise_nchw_kernel(Depthwise a, Cut cut) {
   using S = Column<kernel, stride>;
@@ -54,26 +90,12 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_nchw_kernel(Depthwise a
   extern __shared__ __align__(16) unsigned char memory[];
   const Conv2d& g = a.g;
   const int h = int(g.in_h), w = int(g.in_w), out_h = int(g.out_h), out_w = int(g.out_w);
-  const int64_t all_planes = g.batch * g.channels, plane0 = int64_t(blockIdx.x / cut.chunks) * cut.planes;
-  const int planes = int(min(int64_t(cut.planes), all_planes - plane0));
-  const int y0 = int(blockIdx.x % cut.chunks) * cut.rows, rows = min(cut.rows, out_h - y0);
-  // The input rows of the chunk that are in the image; of several planes, all rows of each.
-  const int top = cut.chunks == 1 ? 0 : max(0, y0 * stride - g.padding_h);
-  const int bottom = cut.chunks == 1 ? h : min(h, (y0 + rows - 1) * stride - g.padding_h + kernel);
-  const int64_t begin = (plane0 * h + top) * w;
-  const int count = max(0, planes > 1 ? planes * h * w : (bottom - top) * w);
-  const PlaneRuns<T> tile{reinterpret_cast<T*>(memory), static_cast<const T*>(a.x), all_planes * h * w, cut.pitch};
+  const Chunk chunk(g, cut, kernel, stride);
+  const auto [plane0, planes, y0, rows, top, bottom, begin, count] = chunk;
+  const PlaneRuns<T> tile{reinterpret_cast<T*>(memory), static_cast<const T*>(a.x), g.batch * g.channels * h * w,
+                          cut.pitch};
   float* filter = reinterpret_cast<float*>(tile.tile + cut.pitch);  // [plane][tap]
-
-  tile.load(begin, count, 1, 0, threadIdx.x, kThreads);
-  cp_async_commit();
-  for (int i = threadIdx.x; i < planes * kTaps; i += kThreads) {
-    const int tap = i % kTaps;
-    const int64_t c = (plane0 + i / kTaps) % g.channels;
-    filter[i] = to_float(static_cast<const T*>(a.weight)[c * kTaps + (a.flipped ? kTaps - 1 - tap : tap)]);
-  }
-  cp_async_wait<0>();
-  __syncthreads();
+  chunk.load<kTaps>(a, tile, filter);
 
   const int groups = (rows + S::kRows - 1) / S::kRows;
   const T* in = tile.run(0, begin);
@@ -102,6 +124,61 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_nchw_kernel(Depthwise a
 #pragma unroll
     for (int r = 0; r < S::kRows; ++r)
       if (row0 + r < y0 + rows) y[int64_t(r) * out_w] = from_float<T>(acc[r]);
+  }
+}
+
+// The data gradient at stride 2. Rows and columns of dx, counted with the padding, go by two: a pair's even one meets
+// the filter's even taps and its odd one the odd taps, with the same gradients. So it is a convolution of stride 1 of
+// the gradient, `pairs`, with a filter of half the size and four outputs, and a.y has the rows and columns of `image`.
+template <class T, int kernel>
+__global__ void __launch_bounds__(kThreads, 2) stride2_grad_nchw_kernel(Depthwise a, Conv2d image, Cut cut) {
+  constexpr int kTaps = kernel * kernel, kHalf = (kernel + 1) / 2, kInputs = kPairRows + kHalf - 1;
+  extern __shared__ __align__(16) unsigned char memory[];
+  const Conv2d& pairs = a.g;
+  const int h = int(pairs.in_h), w = int(pairs.in_w), across = int(pairs.out_w);
+  const Chunk chunk(pairs, cut, kHalf, 1);
+  const auto [plane0, planes, y0, rows, top, bottom, begin, count] = chunk;
+  const PlaneRuns<T> tile{reinterpret_cast<T*>(memory), static_cast<const T*>(a.x),
+                          pairs.batch * pairs.channels * h * w, cut.pitch};
+  float* filter = reinterpret_cast<float*>(tile.tile + cut.pitch);  // [plane][tap]
+  chunk.load<kTaps>(a, tile, filter);
+
+  const int groups = (rows + kPairRows - 1) / kPairRows;
+  const T* in = tile.run(0, begin);
+  for (int item = threadIdx.x; item < planes * groups * across; item += kThreads) {
+    const int x = item % across, group = item / across % groups, p = item / across / groups;
+    const int row0 = y0 + group * kPairRows, in_y = row0 - pairs.padding_h, in_x = x - pairs.padding_w;
+    float acc[kPairRows][2][2] = {};  // [pair of rows][odd row][odd column]
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) {  // from the window's left: the last taps come first
+      if (in_x + j < 0 || in_x + j >= w) continue;
+      const T* column = in + (p * h + in_y - top) * w + in_x + j;
+      float v[kInputs];
+#pragma unroll
+      for (int i = 0; i < kInputs; ++i) v[i] = in_y + i >= top && in_y + i < bottom ? to_float(column[i * w]) : 0.f;
+#pragma unroll
+      for (int kh = 0; kh < kernel; ++kh)
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const int kw = 2 * (kHalf - 1 - j) + odd;
+          if (kw >= kernel) continue;
+          const float weight = filter[p * kTaps + kh * kernel + kw];
+#pragma unroll
+          for (int r = 0; r < kPairRows; ++r) acc[r][kh % 2][odd] += v[r + kHalf - 1 - kh / 2] * weight;
+        }
+    }
+    T* plane = static_cast<T*>(a.y) + (plane0 + p) * image.in_h * image.in_w;
+#pragma unroll
+    for (int r = 0; r < 2 * kPairRows; ++r) {
+      const int y = 2 * (image.padding_h / 2 + row0) + r - image.padding_h;
+      if (y < 0 || y >= image.in_h || row0 + r / 2 >= y0 + rows) continue;
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int column = 2 * (image.padding_w / 2 + x) + odd - image.padding_w;
+        if (column >= 0 && column < image.in_w)
+          plane[int64_t(y) * image.in_w + column] = from_float<T>(acc[r / 2][r % 2][odd]);
+      }
+    }
   }
 }
 
@@ -190,6 +267,28 @@ bool launch(const Depthwise& a, cudaStream_t stream) {
   return true;
 }
 
+template <class T, int kernel>
+bool launch_stride2_grad(const Depthwise& a, cudaStream_t stream) {
+  constexpr int kHalf = (kernel + 1) / 2;
+  const Conv2d& g = a.g;
+  Conv2d pairs = g;
+  pairs.in_h = g.out_h;
+  pairs.in_w = g.out_w;
+  pairs.out_h = (g.in_h + g.padding_h + 1) / 2 - g.padding_h / 2;
+  pairs.out_w = (g.in_w + g.padding_w + 1) / 2 - g.padding_w / 2;
+  pairs.padding_h = kHalf - 1 - g.padding_h / 2;
+  pairs.padding_w = kHalf - 1 - g.padding_w / 2;
+  Cut c;
+  if (!cut(pairs, kPairRows, kHalf, 1, sizeof(T), c)) return false;
+  c.pitch = PlaneRuns<T>::pitch_for(c.planes * c.input_rows(pairs, kHalf, 1) * int(pairs.in_w));
+  const int bytes = c.pitch * int(sizeof(T)) + c.planes * kernel * kernel * int(sizeof(float));
+  allow_shared_memory(&stride2_grad_nchw_kernel<T, kernel>, bytes);
+  const unsigned blocks = unsigned(ceil_div(g.batch * g.channels, c.planes) * c.chunks);
+  stride2_grad_nchw_kernel<T, kernel>
+      <<<dim3(blocks), dim3(kThreads), bytes, stream>>>(Depthwise{pairs, a.x, a.weight, nullptr, a.y}, g, c);
+  return true;
+}
+
 template <class T, int kernel, int stride>
 bool launch(const WeightGrad& a, cudaStream_t stream) {
   const Conv2d& g = a.g;
@@ -222,6 +321,18 @@ bool depthwise_nchw(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
   if (a.g.nhwc || !aligned_16(a.x)) return false;
   bool served = false;
   by_type(dtype, [&](auto zero) { served = launch_any<decltype(zero)>(a, stream); });
+  return served;
+}
+
+bool depthwise_nchw_stride2_grad(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
+  if (a.g.nhwc || !aligned_16(a.x)) return false;
+  bool served = false;
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (is_plain(a.g, 3, 2)) served = launch_stride2_grad<T, 3>(a, stream);
+    if (is_plain(a.g, 5, 2)) served = launch_stride2_grad<T, 5>(a, stream);
+    if (is_plain(a.g, 7, 2)) served = launch_stride2_grad<T, 7>(a, stream);
+  });
   return served;
 }
 

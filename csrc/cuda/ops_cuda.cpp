@@ -115,8 +115,26 @@ struct CudaSeparable : CudaConv {
   }
 };
 
+// How a separable forward would be served, for rk.explain: 0 step by step, since the fused kernel does not serve it; 1
+// step by step, since that is cheaper by the counts; 2 fused. geometry: the numbers of Conv2d, in its order.
+int64_t separable_choice(std::vector<int64_t> geometry, int64_t c_out, int64_t dtype) {
+  STD_TORCH_CHECK(geometry.size() == 14, "geometry must have 14 numbers, got ", geometry.size());
+  const auto n = [&](int i) { return geometry[i]; };
+  const auto small = [&](int i) { return int(geometry[i]); };
+  const Conv2d g{n(0),     n(1),     n(2),      n(3),      n(4),      n(5),      small(6), small(7),
+                 small(8), small(9), small(10), small(11), small(12), small(13), true};
+  if (!cuda::fused_separable_serves(g, c_out, Dtype(dtype))) return 0;
+  return cuda::fused_separable_pays(g, c_out) ? 2 : 1;
+}
+
 }  // namespace
 }  // namespace rkl
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) { m.def("cuda_separable_choice(int[] geometry, int c_out, int dtype) -> int"); }
+
+STABLE_TORCH_LIBRARY_IMPL(rkl, CompositeExplicitAutograd, m) {
+  m.impl("cuda_separable_choice", TORCH_BOX(&rkl::separable_choice));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CUDA, m) {
   using Cuda = rkl::TReluOps<rkl::CudaTRelu>;

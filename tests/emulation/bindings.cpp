@@ -6,6 +6,7 @@
 #include "cuda/kernels.h"
 #include "emulator.h"
 #include "seeded_bugs.h"
+#include "warp_functions.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -98,4 +99,6 @@ PYBIND11_MODULE(emulated, m) {
   bind_kernels(m);
   auto bugs = m.def_submodule("seeded_bugs");
   for (const auto& [name, launch] : seeded_bugs()) define(bugs, name.c_str(), launch);
+  auto warps = m.def_submodule("warp_functions");
+  for (const auto& [name, launch] : warp_function_tests()) define(warps, name.c_str(), launch);
 }

@@ -196,9 +196,9 @@ NCHW = [
 @pytest.mark.parametrize("case", NCHW, ids=str)
 def test_nchw(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
     run = Run(gpu, case, dtype)
-    assert_right(run, "y", "dw")
-    assert set(gpu.traffic()) == {"depthwise_nchw_kernel", "weight_grad_nchw_kernel", "add_parts"}
-    assert_right(run, "dx")  # at stride 2 by the general kernel
+    assert_right(run, "y", "dx", "dw")
+    gradient = "depthwise_nchw_kernel" if case.stride == (1, 1) else "stride2_grad_nchw_kernel"
+    assert set(gpu.traffic()) == {"depthwise_nchw_kernel", gradient, "weight_grad_nchw_kernel", "add_parts"}
 
 
 def test_general_with_the_largest_filter(gpu: Gpu) -> None:
@@ -318,6 +318,7 @@ TRAFFIC = [
     (Case(batch=32, channels=64, size=(16, 32), stride=(2, 2)), (1.03, 1.08, 1.08)),
     (Case(batch=8, channels=64, size=(16, 16), nhwc=False), (1.05, 1.05, 1.12)),
     (Case(batch=2, channels=2, size=(128, 128), nhwc=False), (1.15, 1.15, 1.25)),
+    (Case(batch=8, channels=64, size=(16, 32), stride=(2, 2), nhwc=False), (1.05, 1.05, 1.12)),
 ]
 
 

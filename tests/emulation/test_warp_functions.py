@@ -1,0 +1,65 @@
+"""The emulator's shuffles, votes, ldmatrix and products, each on its own, against what the manuals say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .conftest import DTYPES, ORDERS, Gpu
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_shuffles_and_votes(gpu: Gpu, order: str) -> None:
+    gpu.schedule(order)
+    x = [(7 * lane) % 32 - 9 for lane in range(32)]  # every value once
+    out = gpu.empty(11, 32, dtype=torch.int32)
+    values = gpu.put(torch.tensor(x, dtype=torch.int32))
+    gpu.kernels.warp_functions.warp_functions(values.data_ptr(), 0, out.data_ptr())
+
+    def at(lane: int, source: int, reaches: bool = True) -> int:
+        return x[source] if reaches else x[lane]
+
+    lanes = range(32)
+    ballot = sum(1 << lane for lane in lanes if x[lane] > 0)
+    assert out.tolist() == [
+        [x[5]] * 32,
+        [x[lane // 8 * 8 + (lane + 1) % 8] for lane in lanes],
+        [x[lane ^ 3] for lane in lanes],
+        # A source in a group of 8 below is read, one above is not: then a lane keeps its own value.
+        [at(lane, lane ^ 9, (lane ^ 9) // 8 <= lane // 8) for lane in lanes],
+        [at(lane, min(lane + 4, 31), lane + 4 < 32) for lane in lanes],
+        [at(lane, min(lane + 3, 31), lane % 16 + 3 < 16) for lane in lanes],
+        [at(lane, max(lane - 3, 0), lane >= 3) for lane in lanes],
+        [at(lane, max(lane - 3, 0), lane % 8 >= 3) for lane in lanes],
+        [ballot - (ballot >> 31 << 32)] * 32,
+        [1] * 32,
+        [0] * 32,
+    ]
+
+
+NAMES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "name", ["bf16_16", "f16_16", "bf16_8", "f16_8", "f32_8", "ldmatrix_bf16_16", "ldmatrix_f16_16"]
+)
+def test_products(gpu: Gpu, name: str, order: str) -> None:
+    gpu.schedule(order)
+    torch.manual_seed(0)
+    *_, type_, k = name.split("_")
+    # Whole numbers up to 8, which every type has exactly, and whose products' sums are exact: a wrong place shows.
+    a, b = (torch.randint(-8, 9, size).to(NAMES[type_]) for size in ((16, int(k)), (int(k), 8)))
+    c = torch.randint(-8, 9, (16, 8)).float()
+    d = gpu.put(c)
+    kernel = getattr(gpu.kernels.warp_functions, f"product_{name}")
+    kernel(gpu.put(a).data_ptr(), gpu.put(b).data_ptr(), d.data_ptr())
+    assert torch.equal(d, c + a.float() @ b.float())
+
+
+def test_tf32_reads_ten_bits_of_the_fraction(gpu: Gpu) -> None:
+    a, b = torch.zeros(16, 8), torch.zeros(8, 8)
+    a[0, 0], b[0, 0] = 1 + 2**-10 + 2**-11, 1.0
+    d = gpu.put(torch.zeros(16, 8))
+    gpu.kernels.warp_functions.product_f32_8(gpu.put(a).data_ptr(), gpu.put(b).data_ptr(), d.data_ptr())
+    assert d[0, 0] == 1 + 2**-10
