@@ -46,16 +46,8 @@ class Run:
         torch.manual_seed(0)
         self.gpu, self.case, self.number = gpu, case, gpu.dtype(dtype)
         c, n = case.channels, case.batch
-        memory_format = torch.channels_last if case.nhwc else torch.contiguous_format
-
-        def image(*size: int) -> Tensor:
-            return gpu.put(torch.randn(n, c, *size, dtype=dtype).to(memory_format=memory_format))
-
-        self.x, self.grad = image(*case.size), image(*case.out_size)
-        self.weight, self.bias = (
-            gpu.put(torch.randn(c, 1, *case.kernel, dtype=dtype)),
-            gpu.put(torch.randn(c, dtype=dtype)),
-        )
+        self.x, self.grad = (self.random(n, c, *size, dtype=dtype) for size in (case.size, case.out_size))
+        self.weight, self.bias = self.random(c, 1, *case.kernel, dtype=dtype), self.random(c, dtype=dtype)
         names = (
             "in_h",
             "in_w",
@@ -74,11 +66,15 @@ class Run:
             **dict(zip(names, values, strict=True)),
         )  # fmt: skip
 
-    def _like(self, x: Tensor) -> Tensor:
-        return self.gpu.empty(*x.shape, dtype=x.dtype, nhwc=x.dim() == 4 and self.case.nhwc)
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for a result; an image has the case's layout."""
+        return self.gpu.empty(*shape, dtype=dtype, nhwc=len(shape) == 4 and shape[1] > 1 and self.case.nhwc)
+
+    def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self.empty(*shape, dtype=dtype).copy_(torch.randn(shape, dtype=dtype))
 
     def forward(self, with_bias: bool = True) -> Tensor:
-        y = self._like(self.grad)
+        y = self.empty(*self.grad.shape, dtype=self.x.dtype)
         bias = self.bias.data_ptr() if with_bias else 0
         self.gpu.kernels.depthwise(
             self.geometry, self.x.data_ptr(), self.weight.data_ptr(), bias, y.data_ptr(), self.number, 0
@@ -86,33 +82,34 @@ class Run:
         return y
 
     def input_grad(self) -> Tensor:
-        dx = self._like(self.x)
+        dx = self.empty(*self.x.shape, dtype=self.x.dtype)
         self.gpu.kernels.depthwise_input_grad(
             self.geometry, self.grad.data_ptr(), self.weight.data_ptr(), dx.data_ptr(), self.number, 0
         )
         return dx
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
-        dw, db = (
-            self.gpu.empty(*self.weight.shape, dtype=self.x.dtype),
-            self.gpu.empty(len(self.bias), dtype=self.x.dtype),
-        )
-        workspace = self.gpu.empty(self.gpu.kernels.weight_grad_workspace(self.geometry))
+        dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.weight, self.bias))
+        workspace = self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry))
         wanted = (dw.data_ptr() if weight else 0, db.data_ptr() if bias else 0)
         self.gpu.kernels.depthwise_weight_grad(
             self.geometry, self.grad.data_ptr(), self.x.data_ptr(), *wanted, workspace.data_ptr(), self.number, 0
         )
         return dw, db
 
+    def compared(self, x: Tensor) -> Tensor:
+        """The part of a tensor that is looked at."""
+        return x
+
     def reference(self, magnitudes: bool = False) -> tuple[Tensor, ...]:
         """y, dx, dw, db in fp64; of the tensors' magnitudes for the error bounds."""
-        x, w, b, grad = (t.double().clone() for t in (self.x, self.weight, self.bias, self.grad))
+        x, w, b, grad = (self.compared(t).double().clone() for t in (self.x, self.weight, self.bias, self.grad))
         if magnitudes:
             x, w, b, grad = (t.abs() for t in (x, w, b, grad))
         for t in (x, w, b):
             t.requires_grad_()
         case = self.case
-        y = F.conv2d(x, w, b, case.stride, case.padding, case.dilation, groups=case.channels)
+        y = F.conv2d(x, w, b, case.stride, case.padding, case.dilation, groups=len(w))
         return (y.detach(), *torch.autograd.grad(y, (x, w, b), grad))
 
 
@@ -126,7 +123,8 @@ def assert_right(run: Run, *names: str) -> None:
         results["dw"], results["db"] = run.weight_grad()
     expected = dict(zip(("y", "dx", "dw", "db"), run.reference(), strict=True))
     scales = dict(zip(("y", "dx", "dw", "db"), run.reference(magnitudes=True), strict=True))
-    for name, result in results.items():
+    for name, whole in results.items():
+        result = run.compared(whole)
         assert not result.isnan().any(), f"{name} has elements that were not written"
         info = torch.finfo(result.dtype)
         bound = TOLERANCE[result.dtype] * scales[name] + info.tiny * info.eps  # the last: a step of a subnormal number
@@ -355,3 +353,62 @@ def test_bytes_moved_by_wide_filters(gpu: Gpu, case: Case, bound: float) -> None
     run.input_grad()
     ratios = (forward / unavoidable, (gpu.moved() - forward) / unavoidable)
     assert all(ratio <= bound for ratio in ratios), ratios
+
+
+class LargeRun(Run):
+    """Tensors of more than 2^31 elements: zeros that take no memory until they are touched, but for the last image's
+    last channels, which are random; results NaN there. Only a grid's first and last blocks run."""
+
+    def __init__(self, gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+        super().__init__(gpu, case, dtype)
+        # The general kernel has 256 outputs of NCHW a block.
+        gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 8 if case.nhwc else 256
+
+    def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
+        """The parts' sums, added here: the last channels' taps are spread over the second stage's whole grid."""
+        workspace = self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry))
+        db = self.empty(len(self.bias), dtype=self.x.dtype)
+        arguments = (self.geometry, self.grad.data_ptr(), self.x.data_ptr(), 0, db.data_ptr())
+        self.gpu.kernels.depthwise_weight_grad(*arguments, workspace.data_ptr(), self.number, 0)
+        kh, kw = self.case.kernel
+        sums = workspace.view(-1, kh * kw + 1, self.case.channels)[..., -64:].sum(0)
+        return sums[:-1].t().reshape(-1, 1, kh, kw), sums[-1]
+
+    def compared(self, x: Tensor) -> Tensor:
+        return x[-1:, -64:] if x.dim() == 4 and x.shape[1] > 1 else x[-64:]
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        nhwc = len(shape) == 4 and shape[1] > 1 and self.case.nhwc
+        x = self.gpu.empty(*shape, dtype=dtype, nhwc=nhwc, fill=False)
+        self.compared(x).fill_(float("nan"))
+        return x
+
+    def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        x = self.empty(*shape, dtype=dtype)
+        self.compared(x).normal_()
+        return x
+
+
+MANY = Case(channels=64, size=(32, 32), batch=2**15 + 1)
+# With many images a block of the filter's gradient, and of wide filters, would walk through thousands of them.
+DEEP = Case(channels=2**31 // 25 // 64 * 64 + 128, size=(5, 5), batch=1)
+WIDE_AND_DEEP = replace(DEEP, kernel=(1, 9), padding=(0, 4))
+LARGE = [
+    (replace(case, nhwc=nhwc), name)
+    for nhwc in (True, False)
+    for case, names in (
+        (MANY, ("y", "dx")),
+        (replace(MANY, stride=(2, 2)), ("y", "dx")),
+        (replace(MANY, padding=(2, 2), dilation=(2, 2)), ("y",)),
+        (DEEP, ("dw",)),
+        (WIDE_AND_DEEP, ("y", "dx")),
+    )
+    for name in names
+]
+
+
+@pytest.mark.parametrize(("case", "name"), LARGE, ids=str)
+def test_more_than_two_to_the_31_elements(gpu: Gpu, case: Case, name: str) -> None:
+    run = LargeRun(gpu, case, torch.bfloat16)
+    assert run.x.numel() > 2**31
+    assert_right(run, name)
