@@ -7,6 +7,7 @@ import torch
 
 import rkl_kernels as rk
 from rkl_kernels import fusion
+from rkl_kernels.planner import Explanation
 
 
 def work(outputs: int, taps: int = 9, backward: bool = False, channels: int = 64) -> fusion.Separable:
@@ -71,21 +72,31 @@ def test_explanation_names_kernel_floor_and_fusion(backend):
     assert told.reason in text
 
 
-@pytest.mark.skipif("not built" in rk.backends()["cuda"].reason, reason="the CUDA extension is not built")
-@pytest.mark.parametrize(
-    ("outputs", "kernel", "dtype", "fused", "reason"),
-    [
-        (64, 3, torch.float16, True, "by the CUDA kernels' counts"),
-        (2048, 7, torch.bfloat16, False, "by the CUDA kernels' counts"),
-        (64, 3, torch.float32, False, "serves 16-bit images"),
-        (64, 4, torch.float16, False, "k = 3, 5 or 7"),
-    ],
-)
-def test_explanation_asks_the_cuda_kernels_own_rule(monkeypatch, outputs, kernel, dtype, fused, reason):
-    """Their counts without a GPU are an A100's; the tensors here only have the shapes."""
+def explain_as_cuda(monkeypatch, kernel: int, dtype: torch.dtype) -> Explanation:
+    """Of tensors that only have shapes."""
     monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x: "cuda")
-    shapes = ((8, 64, 32, 32), (64, 1, kernel, kernel), (outputs, 64, 1, 1))
-    told = rk.explain("separable_conv2d", *(torch.empty(s, dtype=dtype, device="meta") for s in shapes), padding=1)
+    shapes = ((8, 64, 32, 30), (64, 1, kernel, kernel), (48, 64, 1, 1))
+    tensors = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    return rk.explain("separable_conv2d", *tensors, stride=2, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "fused", "reason"), [(0, False, "serves 16-bit"), (1, False, "slower product"), (2, True, "writing")]
+)
+def test_explanation_says_what_the_cuda_rule_answers(monkeypatch, answer, fused, reason):
+    asked = []
+    monkeypatch.setattr(
+        torch.ops.rkl, "cuda_separable_choice", lambda *arguments: asked.append(arguments) or answer, raising=False
+    )
+    told = explain_as_cuda(monkeypatch, 3, torch.bfloat16)
+    assert asked == [([8, 64, 32, 30, 16, 15, 3, 3, 2, 2, 1, 1, 1, 1], 48, 1)]
     assert told.fused is fused
     assert reason in told.reason
-    assert f"{'fused' if fused else 'not fused'}: " in str(told)
+    assert f"{'fused' if fused else 'not fused'}: {told.reason}" in str(told)
+
+
+@pytest.mark.skipif("not built" in rk.backends()["cuda"].reason, reason="the CUDA extension is not built")
+@pytest.mark.parametrize(("kernel", "dtype"), [(3, torch.float32), (4, torch.float16)])
+def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
+    """Without a GPU too: that these are not served needs none."""
+    assert "serves 16-bit images, k = 3, 5 or 7" in explain_as_cuda(monkeypatch, kernel, dtype).reason
