@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import data as datasets
 from .checkpoint import open_run, write_text
 from .distill import LossWeights, training_losses
 from .model import Exits
-from .train import load_data
+from .train import load_data, training_batches
 
 BATCHES = 4
 
@@ -61,16 +60,6 @@ def record_gradients(folder: Path) -> None:
     and write gradients.json into its folder."""
     run = open_run(folder)
     config, data = run.config, load_data(run.config)
-    loader = datasets.batches(
-        data.train,
-        config.batch_size,
-        num_classes=data.num_classes,
-        augment=config.augment,
-        cutmix=config.cutmix,
-        cutout=config.cutout,
-        drop_last=True,
-        seed=config.seed,
-        epoch=config.epochs,
-    )
+    loader = training_batches(config, data.train, data, config.epochs, drop_last=True)
     norms = gradient_norms(run.model, (batch for batch, _ in zip(loader, range(BATCHES), strict=False)), config.loss)
     write_text(folder / "gradients.json", json.dumps({"norms": norms, "shares": shares(norms)}, indent=1))

@@ -180,19 +180,7 @@ def train_epoch(
     weights = datasets.class_weights(split, data.num_classes).to(fabric.device) if config.class_weights else None
     # The same number of steps on every process.
     steps = max(1, len(split) // fabric.world_size // config.batch_size)
-    batches = datasets.batches(
-        split,
-        config.batch_size,
-        num_classes=data.num_classes,
-        augment=config.augment,
-        cutmix=config.cutmix,
-        cutout=config.cutout,
-        sampling=config.sampling,
-        seed=config.seed,
-        epoch=epoch,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-    )
+    batches = training_batches(config, split, data, epoch, rank=fabric.global_rank, world_size=fabric.world_size)
     sums: dict[str, Tensor] = {}
     waited, seen, started = 0.0, 0, time.perf_counter()
     learner.model.train()
@@ -229,6 +217,24 @@ def train_epoch(
         "losses": terms | {"total": total},
         "data_share": waited / (time.perf_counter() - started),
     }
+
+
+def training_batches(
+    config: Config, split: Split, data: Dataset, epoch: int, **options: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An epoch's batches as the configuration mixes them; ``options`` go to :func:`rkl.data.batches`."""
+    return datasets.batches(
+        split,
+        config.batch_size,
+        num_classes=data.num_classes,
+        augment=config.augment,
+        cutmix=config.cutmix,
+        cutout=config.cutout,
+        sampling=config.sampling,
+        seed=config.seed,
+        epoch=epoch,
+        **options,
+    )
 
 
 def evaluation_batches(split: Split, data: Dataset, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
