@@ -259,8 +259,8 @@ class NhwcRows {
     if (!axis.taps()) return {nullptr, 1, 0};
     const int64_t row =
         tile.image * gather_.in_h + std::max<int64_t>(0, h / phases * axis.step + axis.offset.back() + 1);
-    const int64_t vectors = tile.last_vector - tile.first_vector;
-    return {images + row * gather_.in_w * channels + tile.first_vector * kLanes, vectors, channels - vectors * kLanes};
+    return {images + row * gather_.in_w * channels + tile.first_vector * kLanes,
+            (tile.last_vector - tile.first_vector) * kLanes, channels};
   }
 
   // Whether `width` outputs from `first` on exist and read no column outside the image.
