@@ -15,6 +15,22 @@ from .backends import KERNEL_TYPES, choose
 
 
 @dataclass(frozen=True)
+class _SeparableCall:
+    """The arguments of :func:`rkl_kernels.separable_conv2d`."""
+
+    x: Tensor
+    depthwise_weight: Tensor
+    pointwise_weight: Tensor
+    depthwise_bias: Tensor | None = None
+    pointwise_bias: Tensor | None = None
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    inner_activation: str | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
 class Explanation:
     """How a call would be served, and the work that cannot be avoided.
 
@@ -72,7 +88,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     moved *= x.element_size()
     backend = choose(operator, x)
     namespace = {"reference": "rkl_kernels.reference", "triton": "torch.ops.rkl_triton"}.get(backend, "torch.ops.rkl")
-    fused, reason = _fusion(backend, *args, **kwargs) if operator == "separable_conv2d" else (None, "")
+    fused, reason = _fusion(backend, _SeparableCall(*args, **kwargs)) if operator == "separable_conv2d" else (None, "")
     kernel, floor = f"{namespace}.{operator}", _floor(moved, operations, x)
     return Explanation(operator, backend, kernel, moved, operations, floor, fused, reason)
 
@@ -88,27 +104,16 @@ def _floor(moved: int, operations: int, x: Tensor) -> str:
     return f"{side}, with {intensity:.2g} FLOP a byte where {balance:.0f} are in balance"
 
 
-def _fusion(
-    backend: str,
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    depthwise_bias: Tensor | None = None,
-    pointwise_bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    inner_activation: str | None = None,
-    activation: str | None = None,
-) -> tuple[bool | None, str]:
+def _fusion(backend: str, call: _SeparableCall) -> tuple[bool | None, str]:
     """Whether the separable operator's forward would do both steps at once, and why."""
     if backend == "reference":
         return False, "the reference calls two convolutions"
     if backend == "cpu":
         return True, "the product takes each band of depthwise rows while it is in the cache"
-    window = _checks.window(x, depthwise_weight, stride, padding, dilation)
+    x, weight = call.x, call.depthwise_weight
+    window = _checks.window(x, weight, call.stride, call.padding, call.dilation)
     x = window.pad_extra(x if x.dim() == 4 else x[None])
-    kernel, outputs = depthwise_weight.shape[2:], pointwise_weight.shape[0]
+    kernel, outputs = weight.shape[2:], call.pointwise_weight.shape[0]
     size = ops.output_size(x, kernel, window.stride, window.padding, window.dilation)
     if backend == "cuda":
         geometry = [*x.shape, *size, *kernel, *window.stride, *window.padding, *window.dilation]
@@ -116,7 +121,7 @@ def _fusion(
             return _CUDA_CHOICES[torch.ops.rkl.cuda_separable_choice(geometry, outputs, KERNEL_TYPES.index(x.dtype))]
     from .triton.separable import plan
 
-    choice = plan(x, depthwise_weight, outputs, size, backward=False)
+    choice = plan(x, weight, outputs, size, backward=False)
     return choice.fused, choice.reason
 
 
@@ -153,19 +158,9 @@ def _depthwise(
     return x.numel() + weight.numel() + outputs, 2 * outputs * weight[0].numel(), x
 
 
-def _separable(
-    x: Tensor,
-    depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
-    depthwise_bias: Tensor | None = None,
-    pointwise_bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    inner_activation: str | None = None,
-    activation: str | None = None,
-) -> tuple[int, int, Tensor]:
-    pixels, x = _image(x, depthwise_weight, stride, padding, dilation, "depthwise_weight")
-    weights = depthwise_weight.numel() + pointwise_weight.numel()
-    moved = x.numel() + weights + pixels * pointwise_weight.shape[0]
+def _separable(*args: Any, **kwargs: Any) -> tuple[int, int, Tensor]:
+    call = _SeparableCall(*args, **kwargs)
+    pixels, x = _image(call.x, call.depthwise_weight, call.stride, call.padding, call.dilation, "depthwise_weight")
+    weights = call.depthwise_weight.numel() + call.pointwise_weight.numel()
+    moved = x.numel() + weights + pixels * call.pointwise_weight.shape[0]
     return moved, 2 * pixels * weights, x

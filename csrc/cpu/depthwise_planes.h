@@ -1,6 +1,7 @@
-// Rows of images whose channels lie apart (NCHW): kLanes planes go through a scratch image in the cache, where they are
-// turned into one image of kLanes channels and padded with zeros, and so meet the same blocks as NHWC images. Turning
-// costs about as much as a 3 x 3 filter and, unlike loading along rows, wastes nothing on narrow maps.
+// Rows of images whose channels lie apart and whose rows are too short, or strides too wide, for vectors along them
+// (depthwise_wide.h), and of NHWC images with less than a vector of channels: kLanes planes go through a scratch image
+// in the cache, where they are turned into one image of kLanes channels and padded with zeros, and so meet the same
+// blocks as NHWC images. Turning costs about as much as a 3 x 3 filter and wastes nothing on narrow maps.
 #pragma once
 #include "cpu/depthwise_rows.h"
 
@@ -176,7 +177,7 @@ class ScratchImage {
   int64_t first_row_ = 0, left_ = 0, pitch_ = 0;
 };
 
-// Rows of NCHW images, and of NHWC images with less than a vector of channels. One object a thread.
+// Their rows. One object a thread.
 template <class T>
 class PlaneRows {
  public:

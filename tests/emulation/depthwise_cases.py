@@ -1,0 +1,131 @@
+"""Depthwise convolutions on the emulated GPU: a case, its run, and the bound that each result is held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conftest import Gpu
+
+# One rounding to the element type, relative to the sum of magnitudes; fp32 has the sums' own error too.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A depthwise convolution; odd sizes by default, so that no tile is full."""
+
+    channels: int = 16
+    kernel: tuple[int, int] = (3, 3)
+    size: tuple[int, int] = (9, 11)
+    batch: int = 2
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    nhwc: bool = True
+
+    def __str__(self) -> str:
+        numbers = (self.channels, *self.kernel, *self.size, *self.stride, *self.padding, *self.dilation)
+        return f"{'nhwc' if self.nhwc else 'nchw'}-{self.batch}x" + "-".join(map(str, numbers))
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        zipped = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        h, w = ((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in zipped)
+        return h, w
+
+
+class Run:
+    """A case's tensors on the device, and what the kernels make of them."""
+
+    def __init__(self, gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.gpu, self.case, self.number = gpu, case, gpu.dtype(dtype)
+        c, n = case.channels, case.batch
+        self.x, self.grad = (self.random(n, c, *size, dtype=dtype) for size in (case.size, case.out_size))
+        self.weight, self.bias = self.random(c, 1, *case.kernel, dtype=dtype), self.random(c, dtype=dtype)
+        names = (
+            "in_h",
+            "in_w",
+            "out_h",
+            "out_w",
+            "kernel_h",
+            "kernel_w",
+            "stride_h",
+            "stride_w",
+            "padding_h",
+            "padding_w",
+        )
+        values = (*case.size, *case.out_size, *case.kernel, *case.stride, *case.padding)
+        self.geometry = gpu.kernels.Conv2d(
+            batch=n, channels=c, nhwc=case.nhwc, dilation_h=case.dilation[0], dilation_w=case.dilation[1],
+            **dict(zip(names, values, strict=True)),
+        )  # fmt: skip
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for a result; an image has the case's layout."""
+        return self.gpu.empty(*shape, dtype=dtype, nhwc=len(shape) == 4 and shape[1] > 1 and self.case.nhwc)
+
+    def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self.empty(*shape, dtype=dtype).copy_(torch.randn(shape, dtype=dtype))
+
+    def forward(self, with_bias: bool = True) -> Tensor:
+        y = self.empty(*self.grad.shape, dtype=self.x.dtype)
+        bias = self.bias.data_ptr() if with_bias else 0
+        self.gpu.kernels.depthwise(
+            self.geometry, self.x.data_ptr(), self.weight.data_ptr(), bias, y.data_ptr(), self.number, 0
+        )
+        return y
+
+    def input_grad(self) -> Tensor:
+        dx = self.empty(*self.x.shape, dtype=self.x.dtype)
+        self.gpu.kernels.depthwise_input_grad(
+            self.geometry, self.grad.data_ptr(), self.weight.data_ptr(), dx.data_ptr(), self.number, 0
+        )
+        return dx
+
+    def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
+        dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.weight, self.bias))
+        workspace = self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry))
+        wanted = (dw.data_ptr() if weight else 0, db.data_ptr() if bias else 0)
+        self.gpu.kernels.depthwise_weight_grad(
+            self.geometry, self.grad.data_ptr(), self.x.data_ptr(), *wanted, workspace.data_ptr(), self.number, 0
+        )
+        return dw, db
+
+    def compared(self, x: Tensor) -> Tensor:
+        """The part of a tensor that is looked at."""
+        return x
+
+    def reference(self, magnitudes: bool = False) -> tuple[Tensor, ...]:
+        """y, dx, dw, db in fp64; of the tensors' magnitudes for the error bounds."""
+        x, w, b, grad = (self.compared(t).double().clone() for t in (self.x, self.weight, self.bias, self.grad))
+        if magnitudes:
+            x, w, b, grad = (t.abs() for t in (x, w, b, grad))
+        for t in (x, w, b):
+            t.requires_grad_()
+        case = self.case
+        y = F.conv2d(x, w, b, case.stride, case.padding, case.dilation, groups=len(w))
+        return (y.detach(), *torch.autograd.grad(y, (x, w, b), grad))
+
+
+def assert_right(run: Run, *names: str) -> None:
+    results: dict[str, Tensor] = {}
+    if "y" in names:
+        results["y"] = run.forward()
+    if "dx" in names:
+        results["dx"] = run.input_grad()
+    if "dw" in names:
+        results["dw"], results["db"] = run.weight_grad()
+    expected = dict(zip(("y", "dx", "dw", "db"), run.reference(), strict=True))
+    scales = dict(zip(("y", "dx", "dw", "db"), run.reference(magnitudes=True), strict=True))
+    for name, whole in results.items():
+        result = run.compared(whole)
+        assert not result.isnan().any(), f"{name} has elements that were not written"
+        info = torch.finfo(result.dtype)
+        bound = TOLERANCE[result.dtype] * scales[name] + info.tiny * info.eps  # the last: a step of a subnormal number
+        excess = ((result.double() - expected[name]).abs() / bound).max()
+        assert excess <= 1, f"{name}: error {excess:.3g} times its bound"

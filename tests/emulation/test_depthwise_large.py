@@ -1,0 +1,71 @@
+"""The depthwise kernels' index arithmetic on tensors of more than 2^31 elements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from .conftest import Gpu
+from .depthwise_cases import Case, Run, assert_right
+
+
+class LargeRun(Run):
+    """Tensors of more than 2^31 elements: zeros that take no memory until they are touched, but for the last image's
+    last channels, which are random; results NaN there. Only a grid's first and last blocks run."""
+
+    def __init__(self, gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+        super().__init__(gpu, case, dtype)
+        # The general kernel has 256 outputs of NCHW a block.
+        gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 8 if case.nhwc else 256
+
+    def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
+        """The parts' sums, added here: the last channels' taps are spread over the second stage's whole grid."""
+        workspace = self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry))
+        db = self.empty(len(self.bias), dtype=self.x.dtype)
+        arguments = (self.geometry, self.grad.data_ptr(), self.x.data_ptr(), 0, db.data_ptr())
+        self.gpu.kernels.depthwise_weight_grad(*arguments, workspace.data_ptr(), self.number, 0)
+        kh, kw = self.case.kernel
+        sums = workspace.view(-1, kh * kw + 1, self.case.channels)[..., -64:].sum(0)
+        return sums[:-1].t().reshape(-1, 1, kh, kw), sums[-1]
+
+    def compared(self, x: Tensor) -> Tensor:
+        return x[-1:, -64:] if x.dim() == 4 and x.shape[1] > 1 else x[-64:]
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        nhwc = len(shape) == 4 and shape[1] > 1 and self.case.nhwc
+        x = self.gpu.empty(*shape, dtype=dtype, nhwc=nhwc, fill=False)
+        self.compared(x).fill_(float("nan"))
+        return x
+
+    def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        x = self.empty(*shape, dtype=dtype)
+        self.compared(x).normal_()
+        return x
+
+
+MANY = Case(channels=64, size=(32, 32), batch=2**15 + 1)
+# With many images a block of the filter's gradient, and of wide filters, would walk through thousands of them.
+DEEP = Case(channels=2**31 // 25 // 64 * 64 + 128, size=(5, 5), batch=1)
+WIDE_AND_DEEP = replace(DEEP, kernel=(1, 9), padding=(0, 4))
+LARGE = [
+    (replace(case, nhwc=nhwc), name)
+    for nhwc in (True, False)
+    for case, names in (
+        (MANY, ("y", "dx")),
+        (replace(MANY, stride=(2, 2)), ("y", "dx")),
+        (replace(MANY, padding=(2, 2), dilation=(2, 2)), ("y",)),
+        (DEEP, ("dw",)),
+        (WIDE_AND_DEEP, ("y", "dx")),
+    )
+    for name in names
+]
+
+
+@pytest.mark.parametrize(("case", "name"), LARGE, ids=str)
+def test_more_than_two_to_the_31_elements(gpu: Gpu, case: Case, name: str) -> None:
+    run = LargeRun(gpu, case, torch.bfloat16)
+    assert run.x.numel() > 2**31
+    assert_right(run, name)

@@ -1,0 +1,88 @@
+"""Wide filters on the emulated tensor cores, against PyTorch in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from .conftest import ORDERS, Gpu
+from .depthwise_cases import Case, Run, assert_right
+
+# The tensor cores' path: maps of several images to a tile and of several tiles each, tiles of every number of columns,
+# rows that begin at any address, paddings that are a multiple of 8 or not, wide, none; filters not square, even, and
+# the narrowest and widest; more channels than a block has, and fewer.
+WIDE = [
+    Case(channels=c, kernel=kernel, size=size, padding=padding, batch=n, nhwc=nhwc)
+    for nhwc, c in ((True, 24), (False, 9))
+    for kernel, padding, n, size in (
+        ((13, 13), (6, 6), 5, (7, 7)),
+        ((13, 13), (6, 6), 1, (35, 40)),
+        ((9, 9), (0, 0), 3, (12, 27)),
+        ((5, 17), (2, 8), 2, (14, 24)),
+        ((31, 31), (15, 15), 3, (9, 17)),
+        ((31, 31), (30, 30), 1, (3, 4)),
+        ((14, 25), (7, 12), 1, (10, 66)),
+        ((3, 33), (4, 24), 1, (6, 9)),
+    )
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_filters_on_tensor_cores(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+    assert_right(Run(gpu, case, dtype), "y", "dx")
+    assert set(gpu.traffic()) == {"depthwise_toeplitz_kernel"}
+
+
+def test_what_wide_filters_leave_to_the_general_kernel(gpu: Gpu) -> None:
+    wide = Case(channels=8, kernel=(13, 13), padding=(6, 6), size=(14, 15), batch=1)
+    for case, dtype in (
+        (wide, torch.float32),
+        (replace(wide, stride=(2, 2)), torch.bfloat16),
+        (replace(wide, dilation=(1, 2)), torch.bfloat16),
+        (replace(wide, channels=4), torch.bfloat16),
+    ):
+        assert_right(Run(gpu, case, dtype), "y")
+    assert "depthwise_toeplitz_kernel" not in gpu.traffic()
+
+
+# One case a kernel, several tiles or images each.
+EVERY_WIDE_KERNEL = [
+    Case(channels=16, kernel=(9, 9), padding=(4, 4), size=(5, 11), batch=9),
+    Case(channels=8, kernel=(3, 31), padding=(1, 15), size=(5, 11)),
+    Case(channels=2, kernel=(9, 9), padding=(4, 4), size=(5, 11), batch=9, nhwc=False),
+    Case(channels=2, kernel=(3, 31), padding=(1, 15), size=(5, 16), nhwc=False),
+]
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", EVERY_WIDE_KERNEL, ids=str)
+def test_orders_of_wide_filters(gpu: Gpu, case: Case, order: str) -> None:
+    gpu.schedule(order, late_copies=order != "reverse")
+    assert_right(Run(gpu, case, torch.bfloat16), "y", "dx")
+
+
+# The filters of 3 rows keep the test short; what exceeds 1 is the filter, read by each block, and of a map of several
+# tiles the rows and columns that neighbours share: here 68 of 64 rows and, by 8, 80 of 64 columns; by 16, 96, in NCHW,
+# where those make a sector.
+WIDE_TRAFFIC = [
+    (Case(batch=8, channels=16, size=(32, 32), kernel=(3, 13), padding=(1, 6)), 1.03),
+    (Case(batch=8, channels=8, size=(32, 32), kernel=(3, 13), padding=(1, 6), nhwc=False), 1.03),
+    (Case(batch=32, channels=16, size=(7, 7), kernel=(3, 13), padding=(1, 6)), 1.1),
+    (Case(batch=2, channels=16, size=(64, 64), kernel=(3, 13), padding=(1, 6)), 1.17),
+    (Case(batch=2, channels=8, size=(64, 64), kernel=(3, 13), padding=(1, 6), nhwc=False), 1.3),
+]
+
+
+@pytest.mark.parametrize(("case", "bound"), WIDE_TRAFFIC, ids=str)
+def test_bytes_moved_by_wide_filters(gpu: Gpu, case: Case, bound: float) -> None:
+    run = Run(gpu, case, torch.bfloat16)
+    unavoidable = run.x.nbytes + run.grad.nbytes + run.weight.nbytes
+    run.forward(with_bias=False)
+    forward = gpu.moved()
+    run.input_grad()
+    ratios = (forward / unavoidable, (gpu.moved() - forward) / unavoidable)
+    assert all(ratio <= bound for ratio in ratios), ratios
