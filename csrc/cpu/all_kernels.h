@@ -3,11 +3,12 @@
 #include "cpu/band_kernels.h"
 #include "cpu/depthwise.h"
 #include "cpu/elementwise.h"
+#include "cpu/transpose.h"
 
 namespace rkl::cpu::RKL_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {trelu,    trelu_backward, depthwise, pack_filter, depthwise_packed, depthwise_backward,
-                         epilogue, slope,          widen,     finish,      add_column_sums,  round};
+                         epilogue, slope,          widen,     finish,      add_column_sums,  transpose_matrix, round};
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -47,6 +47,7 @@ struct Kernels {
   void (*widen)(const void* in, float* out, int64_t n, Dtype dtype);
   void (*finish)(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dtype);
   void (*add_column_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype);
+  void (*transpose)(const float* in, float* out, int64_t rows, int64_t columns);  // out is (columns, rows)
   void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
 };
 

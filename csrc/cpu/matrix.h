@@ -1,9 +1,11 @@
 // Matrix products by the library that torch links, over raw memory.
 #pragma once
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "geometry.h"
 
@@ -49,10 +51,18 @@ void for_tasks(int64_t count, F&& f) {
   });
 }
 
-// out = a b and, where out is in fp32 and dense, out += a b. The sum is added here: addmm takes Scalar arguments, which
-// the dispatcher's stable entry does not.
-void multiply(const Matrix& a, const Matrix& b, const Matrix& out);
-void multiply_add(const Matrix& a, const Matrix& b, const Matrix& out);
+// A product and the memory that holds it: `wanted`, unless the library has only a slower way of writing there.
+class Product {
+ public:
+  // a b. `wanted` must have room for it; where the result lies elsewhere it is left unwritten.
+  Product(const Matrix& a, const Matrix& b, const Matrix& wanted);
+
+  const Matrix& matrix() const { return matrix_; }
+
+ private:
+  Matrix matrix_;
+  std::optional<torch::stable::Tensor> owner_;
+};
 
 // The type that factors of this type are multiplied in: their own, or fp32 where the library is slow at it (fp16
 // without instructions for it: 2 GFLOP/s where fp32 has 90).

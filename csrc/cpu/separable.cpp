@@ -23,9 +23,10 @@ class Pointwise {
     const void* in = widens() ? scratch : inner;
     const Matrix filter = filter_.rows(first, count);
     void* out = at(y_, band.first_pixel * s_.c_out + first, s_.dtype);
-    const Matrix z{widens() ? scratch + n * c : out, factor_, n, count, widens() ? count : s_.c_out, 1};
-    multiply(matrix(in, factor_, n, c), transposed(filter), z);
-    if (!widens() && !s_.pointwise_bias && s_.outer == Activation::none) return;
+    const Matrix wanted{widens() ? scratch + n * c : out, factor_, n, count, widens() ? count : s_.c_out, 1};
+    const Product product(matrix(in, factor_, n, c), transposed(filter), wanted);
+    const Matrix& z = product.matrix();
+    if (z.data == out && !s_.pointwise_bias && s_.outer == Activation::none) return;
     const void* bias = s_.pointwise_bias ? at(s_.pointwise_bias, first, s_.dtype) : nullptr;
     kernels().finish({z.data, bias, out, n, count, z.row_stride, s_.c_out}, s_.outer, factor_, s_.dtype);
   }

@@ -9,7 +9,7 @@ namespace {
 
 // What a task has at hand for its bands; fp32 copies of the factors where the library wants them widened.
 struct Workspace {
-  Scratch dz, before, inner, wide_dz, wide_inner, wide_d_inner;
+  Scratch dz, before, inner, filter, wide_dz, wide_inner, wide_d_inner;
 };
 
 class PointwiseBackward {
@@ -63,6 +63,7 @@ class PointwiseBackward {
     if (y_ && !dz_.as()) w.dz = Scratch(pixels * s_.c_out * size);
     if (activated) w.before = Scratch(pixels * c * size);
     if (has_inner() && !whole_) w.inner = Scratch(pixels * c * size);
+    if (wanted_.pointwise && !whole_) w.filter = Scratch(filter_size() * sizeof(float));
     if (!widens()) return w;
     w.wide_dz = Scratch(pixels * s_.c_out * sizeof(float));
     if (wanted_.pointwise) w.wide_inner = Scratch(pixels * c * sizeof(float));
@@ -98,14 +99,18 @@ class PointwiseBackward {
 
     const Matrix dz_factor = factor(dz, n, c_out, work.wide_dz);
     if (wanted_.pointwise && !whole_) {
-      const Matrix sums = matrix(sums_.as<float>() + task * filter_size(), Dtype::f32, c_out, c);
-      (first_of_task ? multiply : multiply_add)(transposed(dz_factor), factor(inner, n, c, work.wide_inner), sums);
+      const Matrix right = factor(inner, n, c, work.wide_inner);
+      const Product product(transposed(dz_factor), right, matrix(work.filter.as(), Dtype::f32, c_out, c));
+      const float* share = static_cast<const float*>(product.matrix().data);
+      float* sums = sums_.as<float>() + task * filter_size();
+      for (int64_t i = 0; i < filter_size(); ++i) sums[i] = first_of_task ? share[i] : sums[i] + share[i];
     }
     if (!wanted_.inner) return;
     void* d_inner = at(wanted_.inner, b.first_pixel * c, s_.dtype);
-    const Matrix product = matrix(widens() ? work.wide_d_inner.as() : d_inner, factor_, n, c);
-    multiply(dz_factor, pointwise_.matrix(), product);
-    if (widens()) kernels().finish({product.data, nullptr, d_inner, n, c, c, c}, Activation::none, factor_, s_.dtype);
+    const Matrix wanted = matrix(widens() ? work.wide_d_inner.as() : d_inner, factor_, n, c);
+    const Product product(dz_factor, pointwise_.matrix(), wanted);
+    const void* z = product.matrix().data;
+    if (z != d_inner) kernels().finish({z, nullptr, d_inner, n, c, c, c}, Activation::none, factor_, s_.dtype);
     if (activated) kernels().slope(d_inner, work.before.as(), s_.inner, false, d_inner, n * c, s_.dtype);
   }
 
@@ -136,8 +141,8 @@ class PointwiseBackward {
       for (int64_t first = begin * rows; first < end * rows && first < c_out; first += rows) {
         const int64_t count = std::min(rows, c_out - first);
         const Matrix left{const_cast<void*>(at(dz, first, s_.dtype)), factor_, count, pixels, 1, c_out};
-        multiply(left, matrix(inner_.as(), factor_, pixels, c),
-                 matrix(at(wanted_.pointwise, first * c, s_.dtype), factor_, count, c));
+        Product(left, matrix(inner_.as(), factor_, pixels, c),
+                matrix(at(wanted_.pointwise, first * c, s_.dtype), factor_, count, c));
       }
     });
   }
