@@ -11,29 +11,29 @@ namespace {
 
 struct CpuTRelu {
   static void forward(const void* x, void* y, int64_t n, Dtype dtype, const Tensor&) {
-    cpu::kernels().trelu(x, y, n, dtype);
+    cpu::kernels(dtype).trelu(x, y, n, dtype);
   }
   static void backward(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype, const Tensor&) {
-    cpu::kernels().trelu_backward(grad, y, dx, n, dtype);
+    cpu::kernels(dtype).trelu_backward(grad, y, dx, n, dtype);
   }
 };
 
 struct CpuConv {
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor&) {
-    cpu::kernels().depthwise(g, x, weight, bias, act, y, dtype);
+    cpu::kernels(dtype).depthwise(g, x, weight, bias, act, y, dtype);
   }
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor&) {
-    cpu::kernels().depthwise_backward(g, grad, x, weight, dx, dweight, dbias, dtype);
+    cpu::kernels(dtype).depthwise_backward(g, grad, x, weight, dx, dweight, dbias, dtype);
   }
   static void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
                        Dtype dtype, const Tensor&) {
-    cpu::kernels().epilogue(z, bias, act, out, rows, channels, dtype);
+    cpu::kernels(dtype).epilogue(z, bias, act, out, rows, channels, dtype);
   }
   static void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t rows,
                     int64_t channels, Dtype dtype, const Tensor&) {
-    cpu::kernels().slope(grad, values, act, from_output, out, rows * channels, dtype);
+    cpu::kernels(dtype).slope(grad, values, act, from_output, out, rows * channels, dtype);
   }
   static void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype, const Tensor&) {
     cpu::column_sums(matrix, out, rows, channels, dtype);

@@ -23,7 +23,7 @@ void convolve_all(const Conv2d& g, const Lanes& lanes, const T* x, const Finish&
   const int64_t tasks = tiles.units() * tiles.groups();
   const int64_t work = g.batch * g.channels * g.out_h * g.out_w * (g.kernel_h * g.kernel_w + 4) / tasks;
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    Rows rows(gather, g.kernel_w, lanes, g.batch);
+    Rows rows(gather, g, lanes);
     for (int64_t task = begin; task < end; ++task) {
       // Bands fastest: neighbours share rows.
       const int64_t band = task % tiles.bands(), group = task / tiles.bands() % tiles.groups();
@@ -47,11 +47,11 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   const int64_t pixels = g.batch * g.out_h * g.out_w;
   const int64_t most = std::min({tiles.units(), 32 / tiles.groups() + 1, pixels / (8 * taps) + 1});
   const int64_t slices = wants_sums ? most : tiles.units();
-  const int64_t slice_size = (taps + 1) * lanes.stride(), tasks = slices * tiles.groups();
+  const int64_t slice_size = Lanes::at(lanes.vectors(), 0, taps + 1), tasks = slices * tiles.groups();
   std::vector<float> sums(wants_sums ? slices * slice_size : 0);
   const int64_t work = 2 * pixels * g.channels * (taps + 4) / tasks;
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    Rows to_image(gradient, g.kernel_w, lanes, g.batch), to_filter(forward, g.kernel_w, lanes, g.batch);
+    Rows to_image(gradient, g, lanes), to_filter(forward, g, lanes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task % slices, group = task / slices;
       for (int64_t u = tiles.units() * slice / slices; u < tiles.units() * (slice + 1) / slices; ++u) {
@@ -113,7 +113,7 @@ inline void depthwise_backward(const Conv2d& g, const void* grad, const void* x,
     using T = decltype(zero);
     const Lanes lanes{g.channels, g.nhwc};
     const std::vector<float> weights = as_lanes(static_cast<const T*>(weight), g.kernel_h * g.kernel_w, lanes);
-    const std::vector<float> no_bias(lanes.stride());
+    const std::vector<float> no_bias(lanes.vectors() * kLanes);
     const T *from = static_cast<const T*>(grad), *image = static_cast<const T*>(x);
     T *to_x = static_cast<T*>(dx), *to_weight = static_cast<T*>(dweight), *to_bias = static_cast<T*>(dbias);
     const bool past_caches = dx && worth_streaming(to_x, lanes, g.batch * g.channels * g.in_h * g.in_w);

@@ -9,6 +9,7 @@ namespace rkl::cpu::RKL_ISA {
 // Where the block's input pixels lie, by the filter's row and the column from the block's leftmost.
 template <class T>
 struct Table {  // anywhere: pixels outside the image point to zeros, so that edges need no code of their own
+  using Element = T;
   const T* const* pixels;
   int columns;
 
@@ -23,6 +24,7 @@ struct Table {  // anywhere: pixels outside the image point to zeros, so that ed
 
 template <class T>
 struct Lines {  // at even distances: inside the image, or in a scratch image with zeros around it
+  using Element = T;
   const T* const* rows;
   int64_t column;  // elements from one column to the next
 
@@ -52,22 +54,23 @@ struct Sweep {
   int64_t blocks, block_input, block_output;  // and the elements from one to the next
   int64_t begin, end;                         // vectors
   int64_t last;                               // the furthest element that a vector may start at
-  int64_t weight;                             // floats from one vector's weights to the next's
-  int64_t tap;                                // floats from one tap's weights to the next's
 
   int64_t at(int64_t v) const { return std::min(v * kLanes, last); }
 };
 
-// A filter's weights as vectors: a value a channel, or one value for all lanes.
+// A filter's weights as vectors, a tap behind the other: a value a channel, or one value for all lanes.
 struct LaneFilter {
   const float *weights, *bias;
-  Vec weight(int64_t at) const { return load(weights + at); }
-  Vec first_sum(int64_t at) const { return load(bias + at); }
+  int64_t vector;  // floats from one vector's taps to the next's
+  LaneFilter at(int64_t v) const { return {weights + v * vector, bias + v * kLanes, vector}; }
+  static Vec weight(const float* tap) { return load(tap); }
+  Vec first_sum() const { return load(bias); }
 };
 struct PlaneFilter {
   const float *weights, *bias;
-  Vec weight(int64_t at) const { return broadcast(weights[at]); }
-  Vec first_sum(int64_t) const { return broadcast(*bias); }
+  PlaneFilter at(int64_t) const { return *this; }
+  static Vec weight(const float* tap) { return broadcast(*tap); }
+  Vec first_sum() const { return broadcast(*bias); }
 };
 
 template <class T>
@@ -89,184 +92,248 @@ struct Ahead {
   int64_t length, pitch;  // elements of a run, and from one run to the next
   int64_t asked = 0;      // of this run
 
-  void ask(int64_t elements) {
-    constexpr int64_t line = 64 / sizeof(T);
+  template <int elements>
+  void ask() {
+    constexpr int line = 64 / sizeof(T), count = (elements + line - 1) / line;
     if (!run) return;
-#pragma GCC unroll 1
-    for (int64_t i = 0; i < elements; i += line) {
-      __builtin_prefetch(run + asked);
-      asked += line;
-      if (asked >= length) asked = 0, run += pitch;
-    }
+    const T* next = run + asked;
+#pragma GCC unroll 32
+    for (int i = 0; i < count; ++i) __builtin_prefetch(next + i * line);
+    asked += elements;
+    if (asked >= length) asked = 0, run += pitch;
   }
 };
 
-// The code that a block runs: `kTaps` neighbouring taps of a row at once (0: each alone), kOutputs outputs, kStep input
-// columns apart. kWholeRow: the outputs are all of an image's row and the filter is centred on them, so that the
-// columns beyond the image, up to half of those of a wide filter on a narrow map, are left out.
-template <int taps, int outputs, int step = 1, bool whole_row = false>
+// Which of a block's columns may lie beyond the image. With a filter of `taps` centred on the outputs, half of it does
+// at the edges: those columns are left out, up to half of all of a wide filter's on a narrow map.
+enum class Edge { none, left, right, both };
+
+// The code that a block runs: `taps` neighbouring taps of a row at once (0: each alone), `outputs`, `step` input columns
+// apart. exact: a row has just so many taps.
+template <int taps, int outputs, int step = 1, bool exact = true, Edge edge = Edge::none>
 struct Block {
   static constexpr int kTaps = taps, kOutputs = outputs, kStep = step;
-  static constexpr int kFirst = whole_row ? taps / 2 : 0;
-  static constexpr int kEnd = whole_row ? taps / 2 + outputs : (outputs - 1) * step + taps;
+  static constexpr bool kExact = exact;
+  static constexpr int kFirst = edge == Edge::left || edge == Edge::both ? taps / 2 : 0;
+  static constexpr int kEnd = (outputs - 1) * step + taps - (edge == Edge::right || edge == Edge::both ? taps / 2 : 0);
 };
 
-// Not inlined: the blocks are unrolled, and most have no activation.
-__attribute__((noinline)) inline Vec activated(Activation act, Vec x) { return activate(act, x); }
+#define RKL_INLINE __attribute__((always_inline)) inline
 
-template <class B, class Filter, class Pixels, class T, class U>
-void convolve(B, const Pixels& pixels, const Taps& taps, const Filter& filter, const Sweep& sweep,
-              const Outputs<T>& out, Ahead<U>& ahead) {
-  constexpr int R = B::kOutputs, K = B::kTaps;
-  const int64_t to_next = K > 1 ? (taps.column[1] - taps.column[0]) * sweep.tap : 0;
-  for (int64_t block = 0; block < sweep.blocks; ++block) {
-    const int count = block + 1 == sweep.blocks ? out.count_at_end : out.count;
-    for (int64_t v = sweep.begin; v < sweep.end; ++v) {
-      const int64_t c = block * sweep.block_input + sweep.at(v), lanes = v * sweep.weight;
-      Vec sum[R];
+// kTaps taps of a row: tap k, at weights + k * to_next, adds the pixel k columns on to each sum.
+template <class B, class T, class Filter, class Walk>
+RKL_INLINE void add_taps(Walk pixel, int64_t c, const float* weights, int64_t to_next, Vec (&sum)[B::kOutputs]) {
+  constexpr int R = B::kOutputs, K = B::kTaps, S = B::kStep;
+  Vec weight[K];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r] = filter.first_sum(lanes);
-      ahead.ask(R * B::kStep * B::kStep * kLanes);
-      for (int i = 0; i < taps.rows; ++i) {
-        int next = 0;
-        if constexpr (K > 0) {
-          for (; next + K <= taps.columns; next += K) {
-            Vec weight[K];
-            int64_t tap = lanes + (taps.row[i] + taps.column[next]) * sweep.tap;
-#pragma GCC unroll 8
-            for (int k = 0; k < K; ++k, tap += to_next) weight[k] = filter.weight(tap);
-            auto pixel = pixels.from(i, next + B::kFirst);
+  for (int k = 0; k < K; ++k, weights += to_next) weight[k] = as_factor(Filter::weight(weights), T{});
 #pragma GCC unroll 24
-            for (int j = B::kFirst; j < B::kEnd; ++j, ++pixel) {
-              const Vec x = in_register(load(*pixel + c));
+  for (int j = B::kFirst; j < B::kEnd; ++j, ++pixel) {
+    const Vec x = in_register(factor(*pixel + c));
 #pragma GCC unroll 8
-              for (int k = 0; k < K; ++k)
-                if (const int r = j - k; r >= 0 && r % B::kStep == 0 && r / B::kStep < R)
-                  sum[r / B::kStep] += x * weight[k];
-            }
-          }
-        }
-        for (; next < taps.columns; ++next) {
-          const Vec weight = filter.weight(lanes + (taps.row[i] + taps.column[next]) * sweep.tap);
-          const int column = int(taps.at_column[next]);
+    for (int k = 0; k < K; ++k)
+      if (const int r = j - k; r >= 0 && r % S == 0 && r / S < R)
+        sum[r / S] = multiply_add(sum[r / S], x, weight[k], T{});
+  }
+}
+
+// A block's sums of one vector.
+template <class B, class Filter, class Pixels>
+RKL_INLINE void convolve_vector(const Pixels& pixels, const Taps& taps, const Filter& filter, int64_t c,
+                                Vec (&sum)[B::kOutputs]) {
+  using T = typename Pixels::Element;
+  constexpr int R = B::kOutputs, K = B::kTaps;
+  const int64_t to_next = K > 1 ? (taps.column[1] - taps.column[0]) * kLanes : 0;
+  const Vec first = filter.first_sum();
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) sum[r] += load(pixels.at(i, column + r * taps.step) + c) * weight;
-        }
-      }
-      T* first = out.first + block * sweep.block_output + sweep.at(v);
+  for (int r = 0; r < R; ++r) sum[r] = first;
+  for (int i = 0; i < taps.rows; ++i) {
+    const float* row = filter.weights + taps.row[i] * kLanes;
+    if constexpr (B::kExact) {
+      add_taps<B, T, Filter>(pixels.from(i, B::kFirst), c, row + taps.column[0] * kLanes, to_next, sum);
+      continue;
+    }
+    int next = 0;
+    if constexpr (K > 0)
+      for (; next + K <= taps.columns; next += K)
+        add_taps<B, T, Filter>(pixels.from(i, next), c, row + taps.column[next] * kLanes, to_next, sum);
+    for (; next < taps.columns; ++next) {
+      const Vec weight = as_factor(Filter::weight(row + taps.column[next] * kLanes), T{});
+      const int column = int(taps.at_column[next]);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        if (r >= count) break;
-        const Vec y = out.act == Activation::none ? sum[r] : activated(out.act, sum[r]);
-        if (out.past_caches)
-          stream(first + r * out.pixel, y);
-        else if (out.lanes < kLanes)
-          store_some(first + r * out.pixel, y, out.lanes);
-        else
-          store(first + r * out.pixel, y);
-      }
+      for (int r = 0; r < R; ++r)
+        sum[r] = multiply_add(sum[r], factor(pixels.at(i, column + r * taps.step) + c), weight, T{});
     }
   }
 }
 
-// Adds the blocks' share of the filter's gradient to `sums`, and the sum of their output gradients behind the last tap.
-// grads: the first block's output gradients, zeros where there is none.
+// The outputs of a block with an activation, or of which not all exist. Not inlined: its call would keep the sums of all
+// blocks in memory.
+template <class T>
+__attribute__((noinline)) void put_some(const Vec* sum, int count, const Outputs<T>& out, T* to) {
+  for (int r = 0; r < count; ++r, to += out.pixel) {
+    const Vec y = activate(out.act, sum[r]);
+    if (out.past_caches)
+      stream(to, y);
+    else if (out.lanes < kLanes)
+      store_some(to, y, out.lanes);
+    else
+      store(to, y);
+  }
+}
+
+template <class B, class Filter, class Pixels, class T, class U>
+void convolve(B, const Pixels& pixels, const Taps& taps, const Filter& filter, const Sweep& sweep,
+              const Outputs<T>& out, Ahead<U>& asking) {
+  constexpr int R = B::kOutputs;
+  const bool plain = out.act == Activation::none && out.lanes == kLanes;
+  // Copies, since a store could change what lies behind a reference.
+  const Sweep s = sweep;
+  const int64_t pixel = out.pixel;
+  Ahead<U> ahead = asking;
+  for (int64_t block = 0; block < s.blocks; ++block) {
+    const int count = block + 1 == s.blocks ? out.count_at_end : out.count;
+    for (int64_t v = s.begin; v < s.end; ++v) {
+      Vec sum[R];
+      ahead.template ask<R * B::kStep * B::kStep * kLanes>();
+      convolve_vector<B>(pixels, taps, filter.at(v), block * s.block_input + s.at(v), sum);
+      T* to = out.first + block * s.block_output + s.at(v);
+      if (!plain || count < R) {
+        Vec kept[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) kept[r] = sum[r];
+        put_some(kept, count, out, to);
+      } else if (out.past_caches) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r, to += pixel) stream(to, sum[r]);
+      } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r, to += pixel) store(to, sum[r]);
+      }
+    }
+  }
+  asking = ahead;
+}
+
+// kTaps taps of a row of the filter's gradient, at sums + k * to_next.
+template <class B, class T, class Walk>
+RKL_INLINE void correlate_taps(Walk pixel, int64_t c, const Vec (&grad)[B::kOutputs], float* sums, int64_t to_next) {
+  constexpr int R = B::kOutputs, K = B::kTaps, S = B::kStep;
+  Vec sum[K];
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) sum[k] = load(sums + k * to_next);
+#pragma GCC unroll 24
+  for (int j = B::kFirst; j < B::kEnd; ++j, ++pixel) {
+    const Vec x = in_register(factor(*pixel + c));
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k)
+      if (const int r = j - k; r >= 0 && r % S == 0 && r / S < R) sum[k] = multiply_add(sum[k], x, grad[r / S], T{});
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) store(sums + k * to_next, sum[k]);
+}
+
+// Adds the blocks' share of the filter's gradient to `sums`, a tap behind the other, and the sum of their output
+// gradients behind the last tap. grads: the first block's output gradients, zeros where there is none.
 template <class B, class Pixels, class T, class U>
-void correlate(B, const Pixels& pixels, const Taps& taps, const T* const* grads, float* sums, int bias_tap,
-               const Sweep& sweep, Ahead<U>& ahead) {
+void correlate(B, const Pixels& pixels, const Taps& taps, const T* const* grads, float* sums, int64_t vector,
+               int bias_tap, const Sweep& sweep, Ahead<U>& asking) {
   constexpr int R = B::kOutputs, K = B::kTaps;
-  const int64_t to_next = K > 1 ? (taps.column[1] - taps.column[0]) * sweep.tap : 0;
-  for (int64_t block = 0; block < sweep.blocks; ++block) {
-    for (int64_t v = sweep.begin; v < sweep.end; ++v) {
-      const int64_t c = block * sweep.block_input + sweep.at(v), g = block * sweep.block_output + sweep.at(v);
-      float* lane_sums = sums + v * sweep.weight;
+  const int64_t to_next = K > 1 ? (taps.column[1] - taps.column[0]) * kLanes : 0;
+  const Sweep s = sweep;
+  Ahead<U> ahead = asking;
+  for (int64_t block = 0; block < s.blocks; ++block) {
+    for (int64_t v = s.begin; v < s.end; ++v) {
+      const int64_t c = block * s.block_input + s.at(v), g = block * s.block_output + s.at(v);
+      float* lane_sums = sums + v * vector;
       Vec grad[R], total{};
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) total += grad[r] = load(grads[r] + g);
-      float* bias = lane_sums + bias_tap * sweep.tap;
+      for (int r = 0; r < R; ++r) total += widened(grad[r] = in_register(factor(grads[r] + g)), T{});
+      float* bias = lane_sums + bias_tap * kLanes;
       store(bias, load(bias) + total);
-      ahead.ask(R * B::kStep * B::kStep * kLanes);
+      ahead.template ask<R * B::kStep * B::kStep * kLanes>();
       for (int i = 0; i < taps.rows; ++i) {
-        float* row_sums = lane_sums + taps.row[i] * sweep.tap;
-        int next = 0;
-        if constexpr (K > 0) {
-          for (; next + K <= taps.columns; next += K) {
-            Vec sum[K];
-            float* tap = row_sums + taps.column[next] * sweep.tap;
-#pragma GCC unroll 8
-            for (int k = 0; k < K; ++k) sum[k] = load(tap + k * to_next);
-            auto pixel = pixels.from(i, next + B::kFirst);
-#pragma GCC unroll 24
-            for (int j = B::kFirst; j < B::kEnd; ++j, ++pixel) {
-              const Vec x = in_register(load(*pixel + c));
-#pragma GCC unroll 8
-              for (int k = 0; k < K; ++k)
-                if (const int r = j - k; r >= 0 && r % B::kStep == 0 && r / B::kStep < R)
-                  sum[k] += x * grad[r / B::kStep];
-            }
-#pragma GCC unroll 8
-            for (int k = 0; k < K; ++k) store(tap + k * to_next, sum[k]);
-          }
+        float* row = lane_sums + taps.row[i] * kLanes;
+        if constexpr (B::kExact) {
+          correlate_taps<B, T>(pixels.from(i, B::kFirst), c, grad, row + taps.column[0] * kLanes, to_next);
+          continue;
         }
+        int next = 0;
+        if constexpr (K > 0)
+          for (; next + K <= taps.columns; next += K)
+            correlate_taps<B, T>(pixels.from(i, next), c, grad, row + taps.column[next] * kLanes, to_next);
         for (; next < taps.columns; ++next) {
-          float* tap = row_sums + taps.column[next] * sweep.tap;
+          float* tap = row + taps.column[next] * kLanes;
           const int column = int(taps.at_column[next]);
           Vec sum = load(tap);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) sum += load(pixels.at(i, column + r * taps.step) + c) * grad[r];
+          for (int r = 0; r < R; ++r)
+            sum = multiply_add(sum, factor(pixels.at(i, column + r * taps.step) + c), grad[r], T{});
           store(tap, sum);
         }
       }
     }
   }
+  asking = ahead;
 }
 
-// Outputs of the next block of a row with `rest` left: 7 or 4, so that rows of 4, 8, 14, 16, 28, 56 and 112 have no
-// waste. 7 sums, 7 weights and a pixel fit into the 16 registers of AVX2.
-inline int block_width(int64_t rest) { return rest >= 18 || (rest % 4 && rest > 4) ? 7 : 4; }
-
-// The same for a row whose blocks all have one width: 4 only where it saves more than an eighth of the work.
-inline int row_block_width(int64_t row) {
-  const int64_t by_7 = (row + 6) / 7 * 7, by_4 = (row + 3) / 4 * 4;
-  return by_7 <= by_4 + row / 8 ? 7 : 4;
+// Outputs of the blocks of a row: those of 8 or 7 that make fewer in all, of 4 in short rows. 8 sums, 7 weights and a
+// pixel fit into the 16 registers of AVX2.
+inline int block_width(int64_t row) {
+  const int64_t by_8 = (row + 7) / 8 * 8, by_7 = (row + 6) / 7 * 7, by_4 = (row + 3) / 4 * 4;
+  if (row < 7 || by_4 + row / 8 < std::min(by_8, by_7)) return 4;
+  return by_8 <= by_7 ? 8 : 7;
 }
 
-// Calls f with the block that serves the taps: one of `width` (7 or 4) outputs, or for a whole row of `width` (4, 7 or
-// 8), which takes 3, 5 or 7 taps. Filters wider than 7 go by 7 taps and what remains.
-template <class F>
-inline void by_block(const Taps& taps, int width, bool whole_row, F&& f) {
-  using std::integral_constant;
-  const auto with_width = [&](auto k, auto step) {
-    if (width == 7)
-      f(Block<k(), 7, step()>{});
-    else
-      f(Block<k(), 4, step()>{});
-  };
-  const auto with_row = [&](auto k, auto) {
-    if (width == 8)
-      f(Block<k(), 8, 1, true>{});
-    else if (width == 7)
-      f(Block<k(), 7, 1, true>{});
-    else
-      f(Block<k(), 4, 1, true>{});
-  };
-  const auto with_taps = [&](auto step, auto&& g) {
-    if (taps.columns >= 7)
-      g(integral_constant<int, 7>{}, step);
-    else if (taps.columns >= 5)
-      g(integral_constant<int, 5>{}, step);
-    else
-      g(integral_constant<int, 3>{}, step);
-  };
-  const integral_constant<int, 1> one;
-  if (whole_row)
-    with_taps(one, with_row);
-  else if (!taps.consecutive || taps.columns < 3 || taps.step > 2)
-    with_width(integral_constant<int, 0>{}, one);
-  else if (taps.step == 1)
-    with_taps(one, with_width);
+// Calls g(width) for the width of a block.
+template <class G>
+inline void with_width(int width, G&& g) {
+  if (width == 8)
+    g(std::integral_constant<int, 8>{});
+  else if (width == 7)
+    g(std::integral_constant<int, 7>{});
   else
-    with_taps(integral_constant<int, 2>{}, with_width);
+    g(std::integral_constant<int, 4>{});
+}
+
+// Whether there are blocks for just so many neighbouring taps.
+inline bool is_exact(const Taps& taps) {
+  return taps.consecutive && (taps.columns == 3 || taps.columns == 5 || taps.columns == 7);
+}
+
+// Calls g(taps) for an exact number of them.
+template <class G>
+inline void with_exact(const Taps& taps, G&& g) {
+  if (taps.columns == 7)
+    g(std::integral_constant<int, 7>{});
+  else if (taps.columns == 5)
+    g(std::integral_constant<int, 5>{});
+  else
+    g(std::integral_constant<int, 3>{});
+}
+
+// Calls f with the block of `width` (8, 7 or 4) outputs that serves the taps. Other than 3, 5 and 7 taps go by 7 or by
+// 3 and what remains.
+template <class F>
+inline void by_block(const Taps& taps, int width, F&& f) {
+  with_width(width, [&](auto r) {
+    if (is_exact(taps) && taps.step == 1)
+      with_exact(taps, [&](auto k) { f(Block<k(), r()>{}); });
+    else if (is_exact(taps) && taps.step == 2)
+      with_exact(taps, [&](auto k) { f(Block<k(), r(), 2>{}); });
+    else if (!taps.consecutive || taps.columns < 3 || taps.step > 1)
+      f(Block<0, r(), 1, false>{});
+    else if (taps.columns > 7)
+      f(Block<7, r(), 1, false>{});
+    else
+      f(Block<3, r(), 1, false>{});
+  });
+}
+
+// The same at an edge of a row, or for all of it, with exact taps centred on their outputs.
+template <Edge edge, class F>
+inline void by_edge_block(const Taps& taps, int width, F&& f) {
+  with_width(width, [&](auto r) { with_exact(taps, [&](auto k) { f(Block<k(), r(), 1, true, edge>{}); }); });
 }
 
 }  // namespace rkl::cpu::RKL_ISA

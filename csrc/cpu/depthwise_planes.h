@@ -148,8 +148,8 @@ class ScratchImage {
 template <class T>
 class PlaneRows {
  public:
-  PlaneRows(const Gather& gather, int kernel_w, const Lanes& lanes, int64_t batch)
-      : gather_(gather), taps_(gather, kernel_w), lanes_(lanes), batch_(batch) {
+  PlaneRows(const Gather& gather, const Conv2d& g, const Lanes& lanes)
+      : gather_(gather), taps_(gather, g), lanes_(lanes), batch_(g.batch) {
     for (const Axis& axis : gather.horizontal) {
       if (!axis.taps()) continue;
       left_ = std::max(left_, -axis.offset.front());
@@ -170,9 +170,10 @@ class PlaneRows {
 
   // The tile's rows of the output.
   void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) {
-    const int64_t v = tile.first_vector * kLanes, phases = int64_t(gather_.horizontal.size());
+    const int64_t phases = int64_t(gather_.horizontal.size());
     Ahead<float> in_cache{nullptr, 1, 0};
-    const LaneFilter filter{finish.weights + v, finish.bias + v};
+    const LaneFilter filters{finish.weights, finish.bias, taps_.kernel_size() * kLanes};
+    const LaneFilter filter = filters.at(tile.first_vector);
     fill(in, tile);
     image_out_.resize(tile.first_row, tile.last_row, gather_.out_w);
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
@@ -182,14 +183,14 @@ class PlaneRows {
         const Taps taps = taps_.taps(phase);
         if (!axis.count) continue;
         const bool whole = taps_.whole_row(phase);
-        const int width = whole ? int(axis.count) : row_block_width(axis.count);
+        const int width = whole ? int(axis.count) : block_width(axis.count);
         const int64_t blocks = (axis.count + width - 1) / width, pixel = phases * kLanes;
-        const Sweep sweep{blocks, width * axis.step * kLanes, width * pixel, 0, 1, 0, 0, lanes_.stride()};
+        const Sweep sweep{blocks, width * axis.step * kLanes, width * pixel, 0, 1, 0};
         const Outputs<float> outputs{image_out_.at(h, axis.first),           pixel,      width,
                                      int(axis.count - (blocks - 1) * width), finish.act, false};
         const Lines<float> pixels = lines(phase);
-        by_block(taps, width, whole,
-                 [&](auto block) { convolve(block, pixels, taps, filter, sweep, outputs, in_cache); });
+        const auto run = [&](auto block) { convolve(block, pixels, taps, filter, sweep, outputs, in_cache); };
+        whole ? by_edge_block<Edge::both>(taps, width, run) : by_block(taps, width, run);
       }
     }
     image_out_.empty_into(planes(out, tile, gather_.out_h * gather_.out_w), gather_.out_w, tile.first_row,
@@ -207,22 +208,24 @@ class PlaneRows {
       taps_.set_row(h);
       const Taps taps = taps_.taps(0);
       const bool whole = taps_.whole_row(0);
-      const int width = whole ? int(axis.count) : row_block_width(axis.count);
+      const int width = whole ? int(axis.count) : block_width(axis.count);
       const int64_t blocks = (axis.count + width - 1) / width;
-      const Sweep sweep{blocks, width * axis.step * kLanes, width * kLanes, 0, 1, 0, 0, lanes_.stride()};
+      const Sweep sweep{blocks, width * axis.step * kLanes, width * kLanes, 0, 1, 0};
       const float* grads[8];
       for (int r = 0; r < width; ++r) grads[r] = image_out_.at(h, r);
       const Lines<float> pixels = lines(0);
-      by_block(taps, width, whole, [&](auto block) {
-        correlate(block, pixels, taps, grads, sums + tile.first_vector * kLanes, bias_tap, sweep, in_cache);
-      });
+      const auto run = [&](auto block) {
+        correlate(block, pixels, taps, grads, sums + Lanes::at(tile.first_vector, 0, bias_tap + 1), 0, bias_tap, sweep,
+                  in_cache);
+      };
+      whole ? by_edge_block<Edge::both>(taps, width, run) : by_block(taps, width, run);
     }
   }
 
   void flush(float*, int, int64_t) {}  // nothing is kept back
 
  private:
-  static constexpr int kOverhang = 6;  // outputs by which the last block of a row may reach over its end
+  static constexpr int kOverhang = 7;  // outputs by which the last block of a row may reach over its end
 
   template <class U>
   Planes<U> planes(U* images, const Tile& tile, int64_t pixels) const {

@@ -14,9 +14,8 @@ struct Lanes {
   // Whether blocks read and write the images where they lie: channels lie together and fill a vector.
   bool in_place() const { return nhwc && channels >= kLanes; }
   int64_t vectors() const { return (channels + kLanes - 1) / kLanes; }
-  // Of weights and sums, from one tap to the next: an odd number of vectors, as taps that lie a power of 2 apart would
-  // all compete for the same few lines of the cache.
-  int64_t stride() const { return (vectors() | 1) * kLanes; }
+  // Where lane 0 of a vector's tap lies among weights or sums: the taps of a vector follow each other.
+  static int64_t at(int64_t v, int64_t tap, int64_t taps) { return (v * taps + tap) * kLanes; }
   int64_t last() const { return in_place() ? channels - kLanes : 0; }
   // Images whose channels share a vector: more than one where NCHW images have few channels.
   int64_t images() const { return nhwc ? 1 : std::max<int64_t>(1, kLanes / channels); }
@@ -63,39 +62,44 @@ struct Finish {
   bool past_caches;
 };
 
-// Filters (C, taps) or a bias (C, 1) as (tap, lanes) in fp32.
+// Filters (C, taps) or a bias (C, 1) as (vector, tap, lane) in fp32.
 template <class T>
 std::vector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
-  std::vector<float> out(taps * lanes.stride());
+  std::vector<float> out(lanes.vectors() * taps * kLanes);
   for (int64_t v = 0; values && v < lanes.vectors(); ++v)
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t c = lanes.channel(v, lane);
-      for (int tap = 0; c >= 0 && tap < taps; ++tap)
-        out[tap * lanes.stride() + v * kLanes + lane] = float(values[c * taps + tap]);
+      for (int tap = 0; c >= 0 && tap < taps; ++tap) out[Lanes::at(v, tap, taps) + lane] = float(values[c * taps + tap]);
     }
   return out;
 }
 
-// The slices' sums (slice, tap, lanes) added in their order: the gradients (C, taps) and, of the last row, (C).
+// The slices' sums (slice, vector, tap, lane) added in their order: the gradients (C, taps) and, of the last row, (C).
 template <class T>
 void reduce_sums(const std::vector<float>& sums, int64_t slices, int taps, const Lanes& lanes, T* dweight, T* dbias) {
-  const int64_t stride = lanes.stride(), slice_size = (taps + 1) * stride;
-  torch::stable::parallel_for(0, taps + 1, kGrain / (slices * stride) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> total(stride), of_channel(lanes.channels);
-    for (int64_t tap = begin; tap < end; ++tap) {
+  const int64_t size = (taps + 1) * kLanes, slice_size = lanes.vectors() * size;
+  torch::stable::parallel_for(0, lanes.vectors(), kGrain / (slices * size) + 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> total(size);
+    for (int64_t v = begin; v < end; ++v) {
       std::fill(total.begin(), total.end(), 0.);
       for (int64_t slice = 0; slice < slices; ++slice) {
-        const float* from = sums.data() + slice * slice_size + tap * stride;
-        for (int64_t i = 0; i < stride; ++i) total[i] += from[i];
+        const float* from = sums.data() + slice * slice_size + v * size;
+        for (int64_t i = 0; i < size; ++i) total[i] += from[i];
       }
-      std::fill(of_channel.begin(), of_channel.end(), 0.);
-      for (int64_t i = 0; i < stride; ++i)
-        if (lanes.counts(i / kLanes, i % kLanes)) of_channel[lanes.channel(i / kLanes, i % kLanes)] += total[i];
-      for (int64_t c = 0; c < lanes.channels; ++c)
-        if (tap < taps && dweight)
-          dweight[c * taps + tap] = T(float(of_channel[c]));
-        else if (tap == taps && dbias)
-          dbias[c] = T(float(of_channel[c]));
+      for (int tap = 0; tap <= taps; ++tap) {
+        double* lane_total = total.data() + tap * kLanes;
+        // Where images share the vector, lane by lane of each channel.
+        for (int lane = int(lanes.channels); lanes.images() > 1 && lane < kLanes; ++lane)
+          if (lanes.counts(v, lane)) lane_total[lane % lanes.channels] += lane_total[lane];
+        for (int lane = 0; lane < std::min<int64_t>(kLanes, lanes.channels); ++lane) {
+          if (!lanes.counts(v, lane)) continue;
+          const int64_t c = lanes.channel(v, lane);
+          if (tap < taps && dweight)
+            dweight[c * taps + tap] = T(float(lane_total[lane]));
+          else if (tap == taps && dbias)
+            dbias[c] = T(float(lane_total[lane]));
+        }
+      }
     }
   });
 }
@@ -104,7 +108,8 @@ void reduce_sums(const std::vector<float>& sums, int64_t slices, int taps, const
 // each row, in buffers that are kept.
 class RowTaps {
  public:
-  RowTaps(const Gather& gather, int kernel_w) : gather_(gather), kernel_w_(kernel_w) {
+  RowTaps(const Gather& gather, const Conv2d& g)
+      : gather_(gather), kernel_w_(g.kernel_w), kernel_size_(g.kernel_h * g.kernel_w) {
     for (const Axis& axis : gather.horizontal) {
       columns_.emplace_back(axis.offset);
       for (int64_t& at : columns_.back()) at -= axis.offset.front();
@@ -125,6 +130,7 @@ class RowTaps {
   }
 
   int rows() const { return int(tap_.size()); }
+  int kernel_size() const { return kernel_size_; }
   int64_t in_row(int i) const { return in_row_[i]; }
 
   Taps taps(size_t phase) const {
@@ -132,13 +138,17 @@ class RowTaps {
     return {rows(), axis.taps(), axis.step, tap_.data(), axis.tap.data(), columns_[phase].data(), axis.consecutive()};
   }
 
+  // Whether the taps are centred on their outputs, which are as many as the inputs, so that there are blocks for edges.
+  bool centred(size_t phase) const {
+    const Axis& axis = gather_.horizontal[phase];
+    return gather_.horizontal.size() == 1 && axis.step == 1 && is_exact(taps(phase)) && axis.count == gather_.in_w &&
+           axis.offset.front() == -(axis.taps() / 2);
+  }
+
   // Whether there is a block for all of a row's outputs at once.
   bool whole_row(size_t phase) const {
-    const Axis& axis = gather_.horizontal[phase];
-    const bool centred = gather_.horizontal.size() == 1 && axis.step == 1 && axis.consecutive() &&
-                         axis.count == gather_.in_w && axis.offset.front() == -(axis.taps() / 2);
-    return centred && (axis.taps() == 3 || axis.taps() == 5 || axis.taps() == 7) &&
-           (axis.count == 4 || axis.count == 7 || axis.count == 8);
+    const int64_t count = gather_.horizontal[phase].count;
+    return (count == 4 || count == 7 || count == 8) && centred(phase);
   }
 
   // Input column of a block's first tap, and the columns that the block spans from there.
@@ -153,7 +163,7 @@ class RowTaps {
 
  private:
   const Gather& gather_;
-  const int kernel_w_;
+  const int kernel_w_, kernel_size_;
   std::vector<std::vector<int64_t>> columns_;  // a phase: input columns from the first tap's
   std::vector<int> tap_;
   std::vector<int64_t> in_row_;
@@ -163,8 +173,8 @@ class RowTaps {
 template <class T>
 class NhwcRows {
  public:
-  NhwcRows(const Gather& gather, int kernel_w, const Lanes& lanes, int64_t)
-      : gather_(gather), taps_(gather, kernel_w), lanes_(lanes), zeros_(lanes.channels) {}
+  NhwcRows(const Gather& gather, const Conv2d& g, const Lanes& lanes)
+      : gather_(gather), taps_(gather, g), lanes_(lanes), zeros_(lanes.channels) {}
 
   // A few rows a band, and channels in groups so narrow that the rows which a filter spans stay in the cache; yet not
   // so narrow that memory is read in short runs (33 px, 2048 channels, dilation 12: 28 ms in runs of 384 bytes, 20 ms
@@ -181,21 +191,22 @@ class NhwcRows {
   // The tile's rows of the output.
   void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) {
     const int64_t channels = lanes_.channels, phases = int64_t(gather_.horizontal.size());
-    const LaneFilter filter{finish.weights, finish.bias};
+    const LaneFilter filter{finish.weights, finish.bias, taps_.kernel_size() * kLanes};
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
       taps_.set_row(h);
       Ahead<T> ahead = next_rows(in, tile, h);
       T* row = out + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
       for (int64_t phase = 0; phase < phases; ++phase) {
         const int64_t first = gather_.horizontal[phase].first;
-        for_blocks(in, tile, phase, [&](auto block, const auto& pixels, const Sweep& sweep, int64_t o, int count) {
-          const Outputs<T> outputs{row + (first + o * phases) * channels,
+        const Taps taps = taps_.taps(phase);
+        for_blocks(in, tile, phase, [&](auto block, const auto& pixels, const Sweep& sweep, const Span& span) {
+          const Outputs<T> outputs{row + (first + span.first * phases) * channels,
                                    phases * channels,
                                    block.kOutputs,
-                                   count,
+                                   span.count,
                                    finish.act,
                                    finish.past_caches};
-          convolve(block, pixels, taps_.taps(phase), filter, sweep, outputs, ahead);
+          convolve(block, pixels, taps, filter, sweep, outputs, ahead);
         });
       }
     }
@@ -203,16 +214,18 @@ class NhwcRows {
 
   // Adds the tile's rows of the output's gradient to the filter's gradient.
   void correlate_rows(const T* in, const T* grad, float* sums, int bias_tap, const Tile& tile) {
-    const int64_t channels = lanes_.channels;
+    const int64_t channels = lanes_.channels, vector = (bias_tap + 1) * kLanes;
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
       taps_.set_row(h);
       Ahead<T> ahead = next_rows(in, tile, h);
       const T* row = grad + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
-      for_blocks(in, tile, 0, [&](auto block, const auto& pixels, const Sweep& sweep, int64_t o, int count) {
+      const Taps taps = taps_.taps(0);
+      for_blocks(in, tile, 0, [&](auto block, const auto& pixels, const Sweep& sweep, const Span& span) {
         const T* grads[block.kOutputs];
         for (int r = 0; r < block.kOutputs; ++r)
-          grads[r] = sweep.blocks > 1 || r < count ? row + (o + r) * channels : zeros_.data();
-        correlate(block, pixels, taps_.taps(0), grads, sums, bias_tap, sweep, ahead);
+          grads[r] = r >= span.done && (sweep.blocks > 1 || r < span.count) ? row + (span.first + r) * channels
+                                                                             : zeros_.data();
+        correlate(block, pixels, taps, grads, sums, vector, bias_tap, sweep, ahead);
       });
     }
   }
@@ -220,35 +233,59 @@ class NhwcRows {
   void flush(float*, int, int64_t) {}  // nothing is kept back
 
  private:
-  // Covers a row of outputs: calls f(block, pixels, sweep, first output, outputs of the last block). Blocks that read
-  // inside the image only take their pixels from where they lie, and follow each other in one sweep.
+  // Outputs of a sweep: the first one, those of the last block that exist, and those of the first that blocks before it
+  // have made: the last block of a row is moved back over its neighbour.
+  struct Span {
+    int64_t first;
+    int count, done;
+  };
+
+  // Covers a row of outputs: calls f(block, pixels, sweep, span). Blocks that read inside the image only follow each
+  // other in one sweep.
   template <class F>
   void for_blocks(const T* in, const Tile& tile, size_t phase, F&& f) {
     const Axis& axis = gather_.horizontal[phase];
     const Taps taps = taps_.taps(phase);
-    const int64_t channels = lanes_.channels;
-    Sweep sweep{1, 0, 0, tile.first_vector, tile.last_vector, lanes_.last(), kLanes, lanes_.stride()};
-    if (taps_.whole_row(phase)) {
-      by_block(taps, int(axis.count), true, [&](auto block) {
-        f(block, table(in, tile.image, phase, 0, block.kOutputs), sweep, 0, block.kOutputs);
-      });
-      return;
-    }
-    for (int64_t o = 0; o < axis.count;) {
-      const int width = block_width(axis.count - o);
+    const int64_t channels = lanes_.channels, count = axis.count;
+    Sweep sweep{1, 0, 0, tile.first_vector, tile.last_vector, lanes_.last()};
+    const auto at = [&](int64_t start, int64_t done) {
+      return [&f, &sweep, lines = lines(in, tile.image, phase, start), start, done](auto block) {
+        f(block, lines, sweep, Span{start, block.kOutputs, int(done)});
+      };
+    };
+    if (taps_.whole_row(phase)) return by_edge_block<Edge::both>(taps, int(count), at(0, 0));
+    const bool centred = taps_.centred(phase);
+    const int width = block_width(count);
+    for (int64_t o = 0; o < count;) {
       int64_t end = o;
-      while (block_width(axis.count - end) == width && inside(axis, end, width)) end += width;
-      const bool in_lines = end > o;
-      sweep.blocks = in_lines ? (end - o) / width : 1;
-      sweep.block_input = width * axis.step * channels;
-      sweep.block_output = width * int64_t(gather_.horizontal.size()) * channels;
-      by_block(taps, width, false, [&](auto block) {
-        if (in_lines)
-          f(block, lines(in, tile.image, phase, o), sweep, o, width);
-        else
-          f(block, table(in, tile.image, phase, o, width), sweep, o, int(std::min<int64_t>(width, axis.count - o)));
-      });
-      o += sweep.blocks * width;
+      while (inside(axis, end, width)) end += width;
+      if (end > o) {
+        sweep.blocks = (end - o) / width;
+        sweep.block_input = width * axis.step * channels;
+        sweep.block_output = width * int64_t(gather_.horizontal.size()) * channels;
+        by_block(taps, width, at(o, 0));
+        sweep.blocks = 1;
+        o = end;
+        continue;
+      }
+      const int64_t start = std::max<int64_t>(0, std::min(o, count - width));
+      const int half = taps.columns / 2;
+      if (inside(axis, start, width)) {
+        by_block(taps, width, at(start, o - start));
+      } else if (centred && start == 0 && width + half <= count) {
+        by_edge_block<Edge::left>(taps, width, at(start, 0));
+      } else if (centred && start + width == count && start >= half) {
+        by_edge_block<Edge::right>(taps, width, at(start, o - start));
+      } else {
+        const auto pixels = table(in, tile.image, phase, o, 4);
+        by_block(taps, 4, [&](auto block) {
+          if constexpr (block.kOutputs == 4)
+            f(block, pixels, sweep, Span{o, int(std::min<int64_t>(4, count - o)), 0});
+        });
+        o += 4;
+        continue;
+      }
+      o = start + width;
     }
   }
 
@@ -259,8 +296,9 @@ class NhwcRows {
     if (!axis.taps()) return {nullptr, 1, 0};
     const int64_t row =
         tile.image * gather_.in_h + std::max<int64_t>(0, h / phases * axis.step + axis.offset.back() + 1);
-    return {images + row * gather_.in_w * channels + tile.first_vector * kLanes,
-            (tile.last_vector - tile.first_vector) * kLanes, channels};
+    const int64_t run = (tile.last_vector - tile.first_vector) * kLanes;
+    return {images + row * gather_.in_w * channels + tile.first_vector * kLanes, run < channels ? run : INT64_MAX,
+            channels};
   }
 
   // Whether `width` outputs from `first` on exist and read no column outside the image.

@@ -81,16 +81,17 @@ class WideRows {
     return {g.batch, g.channels, group, g.out_h, band};
   }
 
-  WideRows(const Gather& gather, int kernel_w, const Lanes& lanes, int64_t)
+  WideRows(const Gather& gather, const Conv2d& g, const Lanes& lanes)
       : gather_(gather),
         lanes_(lanes),
+        kernel_size_(g.kernel_h * g.kernel_w),
         across_(gather.horizontal[0]),
         down_(gather.vertical[0]),
         in_(gather.in_w, std::max<int64_t>(0, -across_.offset.front()),
             in_whole_vectors(gather.out_w) + std::max<int64_t>(0, across_.offset.back())),
         grad_(gather.out_w, 0, 0) {
     for (int t = 0; t < down_.taps(); ++t) {
-      tap_.push_back(down_.tap[t] * kernel_w);
+      tap_.push_back(down_.tap[t] * g.kernel_w);
       at_.push_back(down_.offset[t] - down_.offset.front());
     }
   }
@@ -106,15 +107,13 @@ class WideRows {
       const bool staged = finish.past_caches && width > kLanes && (width % kLanes || !aligned_for_stream(to));
       const int64_t at_once = staged ? 1 : rows.blocks, pixels = rows.block * width;
       if (staged && staged_.size() < size_t(rows.blocks * pixels)) staged_.resize(rows.blocks * pixels);
-      const PlaneFilter filter{finish.weights + channel, finish.bias + channel};
+      const PlaneFilter filter{finish.weights + at(channel, 0, kernel_size_), finish.bias + channel};
       const Sweep sweep{at_once,
                         rows.block * in_.pitch(),
                         pixels,
                         0,
                         (width + kLanes - 1) / kLanes,
-                        std::max<int64_t>(0, width - kLanes),
-                        0,
-                        lanes_.stride()};
+                        std::max<int64_t>(0, width - kLanes)};
       int64_t written = 0;
       for (int64_t b = 0; b < rows.blocks; b += at_once) {
         const int in_last = b + at_once == rows.blocks ? rows.in_last_block : rows.block;
@@ -125,7 +124,7 @@ class WideRows {
                                  finish.act,
                                  finish.past_caches && !staged && width >= kLanes,
                                  int(std::min<int64_t>(width, kLanes))};
-        by_block(taps(), rows.block, false,
+        by_block(taps(), rows.block,
                  [&](auto block) { convolve(block, lines(b * rows.block), taps(), filter, sweep, outputs, ahead); });
         if (staged) written = copy_out(to, written, (b * rows.block + in_last) * width);
       }
@@ -150,20 +149,18 @@ class WideRows {
                         rows.block * grad_.pitch(),
                         0,
                         (gather_.out_w + kLanes - 1) / kLanes,
-                        INT64_MAX,
-                        0,
-                        kLanes};
+                        INT64_MAX};
       float* sums = sums_.data() + (channel - tile.first_vector) * size;
-      by_block(taps(), rows.block, false,
-               [&](auto block) { correlate(block, lines(), taps(), grads, sums, bias_tap, sweep, ahead); });
+      by_block(taps(), rows.block,
+               [&](auto block) { correlate(block, lines(), taps(), grads, sums, 0, bias_tap, sweep, ahead); });
     }
   }
 
-  // Adds what correlate_rows has summed of the channels from `first` on to sums (tap, lanes), and begins anew.
+  // Adds what correlate_rows has summed of the channels from `first` on to sums (vector, tap, lane), and begins anew.
   void flush(float* sums, int bias_tap, int64_t first) {
     for (size_t i = 0; i < sums_.size(); i += kLanes) {
       const int64_t channel = first + int64_t(i / kLanes) / (bias_tap + 1), tap = i / kLanes % (bias_tap + 1);
-      sums[tap * lanes_.stride() + channel] += sum_of_lanes(load(sums_.data() + i));
+      sums[at(channel, tap, bias_tap + 1)] += sum_of_lanes(load(sums_.data() + i));
     }
     sums_.clear();
   }
@@ -177,12 +174,17 @@ class WideRows {
     int in_last_block;
   };
 
+  // Of a channel's tap among weights or sums.
+  static int64_t at(int64_t channel, int64_t tap, int64_t taps) {
+    return Lanes::at(channel / kLanes, tap, taps) + channel % kLanes;
+  }
+
   int64_t plane(const Tile& tile, int64_t channel) const { return tile.image * lanes_.channels + channel; }
 
   // The input rows that the tile's output rows read.
   Rows fill(const T* in, const Tile& tile, int64_t channel) {
     const int64_t rows = tile.last_row - tile.first_row;
-    const int block = row_block_width(rows);
+    const int block = block_width(rows);
     const int64_t blocks = (rows + block - 1) / block, first = tile.first_row + down_.offset.front();
     in_.fill(in + plane(tile, channel) * gather_.in_h * gather_.in_w, gather_.in_h, first,
              tile.last_row + down_.offset.back(), blocks * block + at_.back());
@@ -215,6 +217,7 @@ class WideRows {
 
   const Gather& gather_;
   const Lanes lanes_;
+  const int kernel_size_;
   const Axis &across_, &down_;
   std::vector<int> tap_;
   std::vector<int64_t> at_;  // rows from the first tap's

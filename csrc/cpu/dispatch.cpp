@@ -17,9 +17,18 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
-static const Kernels& choose() {
+namespace {
+
+struct Chosen {
+  const Kernels *any, *bf16;
+};
+
+Chosen choose() {
 #if defined(__x86_64__)
   const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
   const auto allowed = [&](const char* name) { return !limit || !std::strcmp(limit, name); };
@@ -28,15 +37,18 @@ static const Kernels& choose() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && allowed("avx512")) return avx512::kernels;
-  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return avx2::kernels;
+  if (has_avx512 && allowed("avx512"))
+    return {&avx512::kernels, __builtin_cpu_supports("avx512bf16") ? &avx512_bf16::kernels : &avx512::kernels};
+  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return {&avx2::kernels, &avx2::kernels};
 #endif
-  return baseline::kernels;
+  return {&baseline::kernels, &baseline::kernels};
 }
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+}  // namespace
+
+const Kernels& kernels(Dtype dtype) {
+  static const Chosen chosen = choose();
+  return dtype == Dtype::bf16 ? *chosen.bf16 : *chosen.any;
 }
 
 }  // namespace rkl::cpu

@@ -51,9 +51,9 @@ struct Kernels {
   void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
 };
 
-// The widest instruction set that this machine has, or that ATEN_CPU_CAPABILITY (PyTorch's own variable: default, avx2
-// or avx512) allows.
-const Kernels& kernels();
+// Those for elements of this type, of the widest instruction set that this machine has, or that ATEN_CPU_CAPABILITY
+// (PyTorch's own variable: default, avx2 or avx512) allows.
+const Kernels& kernels(Dtype dtype);
 
 void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype);
 

@@ -80,7 +80,7 @@ Product::Product(const Matrix& a, const Matrix& b, const Matrix& wanted) : matri
   // It wants the left factor's rows dense, else torch would copy them, an element at a time.
   const bool dense = a.column_stride == 1 && a.row_stride == a.columns;
   const Scratch rows(dense ? 0 : a.rows * a.columns * sizeof(float));
-  if (!dense) kernels().transpose(static_cast<const float*>(a.data), rows.as<float>(), a.columns, a.rows);
+  if (!dense) kernels(Dtype::f32).transpose(static_cast<const float*>(a.data), rows.as<float>(), a.columns, a.rows);
   const Matrix left = dense ? a : rkl::cpu::matrix(rows.as(), a.dtype, a.rows, a.columns);
   owner_ = linear(view(left), view(transposed(b)));
   matrix_ = rkl::cpu::matrix(owner_->const_data_ptr(), a.dtype, a.rows, b.columns);

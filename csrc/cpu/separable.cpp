@@ -19,7 +19,7 @@ class Pointwise {
   // The output channels from `first` on, `count` of them.
   void operator()(const Band& band, const void* inner, int64_t first, int64_t count, float* scratch) const {
     const int64_t c = s_.g.channels, n = band.pixels;
-    if (widens()) kernels().widen(inner, scratch, n * c, s_.dtype);
+    if (widens()) kernels(s_.dtype).widen(inner, scratch, n * c, s_.dtype);
     const void* in = widens() ? scratch : inner;
     const Matrix filter = filter_.rows(first, count);
     void* out = at(y_, band.first_pixel * s_.c_out + first, s_.dtype);
@@ -28,7 +28,7 @@ class Pointwise {
     const Matrix& z = product.matrix();
     if (z.data == out && !s_.pointwise_bias && s_.outer == Activation::none) return;
     const void* bias = s_.pointwise_bias ? at(s_.pointwise_bias, first, s_.dtype) : nullptr;
-    kernels().finish({z.data, bias, out, n, count, z.row_stride, s_.c_out}, s_.outer, factor_, s_.dtype);
+    kernels(s_.dtype).finish({z.data, bias, out, n, count, z.row_stride, s_.c_out}, s_.outer, factor_, s_.dtype);
   }
 
  private:
@@ -40,7 +40,7 @@ class Pointwise {
 
 void by_bands(const Separable& s, const Pointwise& pointwise, const Bands& bands) {
   const int64_t pixels = bands.most_pixels();
-  const PackedFilter filter = kernels().pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
+  const PackedFilter filter = kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
   for_tasks(bands.count(), [&](int64_t begin, int64_t end) {
     const Scratch inner(pixels * s.g.channels * size_of(s.dtype)), wide(pointwise.scratch(pixels) * sizeof(float));
     for (int64_t i = begin; i < end; ++i) {
@@ -53,7 +53,7 @@ void by_bands(const Separable& s, const Pointwise& pointwise, const Bands& bands
 void step_by_step(const Separable& s, const Pointwise& pointwise, const Bands& bands, int64_t columns) {
   const int64_t c = s.g.channels, tiles = (s.c_out + columns - 1) / columns;
   const Scratch inner(s.g.batch * s.g.out_h * s.g.out_w * c * size_of(s.dtype));
-  kernels().depthwise(s.g, s.x, s.depthwise, s.depthwise_bias, s.inner, inner.as(), s.dtype);
+  kernels(s.dtype).depthwise(s.g, s.x, s.depthwise, s.depthwise_bias, s.inner, inner.as(), s.dtype);
   for_tasks(bands.count() * tiles, [&](int64_t begin, int64_t end) {
     const Scratch wide(pointwise.scratch(bands.most_pixels()) * sizeof(float));
     for (int64_t i = begin; i < end; ++i) {

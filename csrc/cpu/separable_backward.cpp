@@ -23,7 +23,7 @@ class PointwiseBackward {
         whole_(wanted.pointwise && s.dtype != Dtype::f32 && factor_ == s.dtype),
         bands_(s, backward_pixels(s, factor_)),
         tasks_(std::min(bands_.count(), backward_tasks(s))),
-        depthwise_(kernels().pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype)),
+        depthwise_(kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype)),
         pointwise_(s, factor_),
         bias_sums_(wanted.pointwise_bias ? tasks_ * s.c_out : 0) {
     const int64_t pixels = s.g.batch * s.g.out_h * s.g.out_w, size = size_of(s.dtype);
@@ -47,7 +47,7 @@ class PointwiseBackward {
     if (wanted_.pointwise_bias) {
       std::vector<double> total(s_.c_out);
       for (int64_t i = 0; i < tasks_ * s_.c_out; ++i) total[i % s_.c_out] += bias_sums_[i];
-      kernels().round(total.data(), wanted_.pointwise_bias, s_.c_out, s_.dtype);
+      kernels(s_.dtype).round(total.data(), wanted_.pointwise_bias, s_.c_out, s_.dtype);
     }
   }
 
@@ -74,7 +74,7 @@ class PointwiseBackward {
   // The factor as the library is to have it.
   Matrix factor(const void* values, int64_t rows, int64_t columns, const Scratch& wide) const {
     if (!widens()) return matrix(values, factor_, rows, columns);
-    kernels().widen(values, wide.as<float>(), rows * columns, s_.dtype);
+    kernels(s_.dtype).widen(values, wide.as<float>(), rows * columns, s_.dtype);
     return matrix(wide.as(), factor_, rows, columns);
   }
 
@@ -83,17 +83,17 @@ class PointwiseBackward {
     const void* dz = at(grad_, b.first_pixel * c_out, s_.dtype);
     if (y_) {
       void* to = dz_.as() ? at(dz_.as(), b.first_pixel * c_out, s_.dtype) : work.dz.as();
-      kernels().slope(dz, at(y_, b.first_pixel * c_out, s_.dtype), s_.outer, true, to, n * c_out, s_.dtype);
+      kernels(s_.dtype).slope(dz, at(y_, b.first_pixel * c_out, s_.dtype), s_.outer, true, to, n * c_out, s_.dtype);
       dz = to;
     }
-    if (wanted_.pointwise_bias) kernels().add_column_sums(dz, bias_sums_.data() + task * c_out, n, c_out, s_.dtype);
+    if (wanted_.pointwise_bias) kernels(s_.dtype).add_column_sums(dz, bias_sums_.data() + task * c_out, n, c_out, s_.dtype);
 
     const bool activated = s_.inner != Activation::none;
     void* inner = whole_ ? at(inner_.as(), b.first_pixel * c, s_.dtype) : work.inner.as();
     if (has_inner()) {
       void* before = activated ? work.before.as() : inner;
       depthwise_band(s_, b, depthwise_, Activation::none, before);
-      if (activated) kernels().finish({before, nullptr, inner, n, c, c, c}, s_.inner, s_.dtype, s_.dtype);
+      if (activated) kernels(s_.dtype).finish({before, nullptr, inner, n, c, c, c}, s_.inner, s_.dtype, s_.dtype);
     }
     if (!wanted_.inner && (!wanted_.pointwise || whole_)) return;
 
@@ -110,8 +110,8 @@ class PointwiseBackward {
     const Matrix wanted = matrix(widens() ? work.wide_d_inner.as() : d_inner, factor_, n, c);
     const Product product(dz_factor, pointwise_.matrix(), wanted);
     const void* z = product.matrix().data;
-    if (z != d_inner) kernels().finish({z, nullptr, d_inner, n, c, c, c}, Activation::none, factor_, s_.dtype);
-    if (activated) kernels().slope(d_inner, work.before.as(), s_.inner, false, d_inner, n * c, s_.dtype);
+    if (z != d_inner) kernels(s_.dtype).finish({z, nullptr, d_inner, n, c, c, c}, Activation::none, factor_, s_.dtype);
+    if (activated) kernels(s_.dtype).slope(d_inner, work.before.as(), s_.inner, false, d_inner, n * c, s_.dtype);
   }
 
   // The tasks' sums, in their order.
@@ -126,7 +126,7 @@ class PointwiseBackward {
           const float* from = sums_.as<float>() + task * size + at_part;
           for (int64_t i = 0; i < count; ++i) total[i] += from[i];
         }
-        kernels().round(total.data(), at(wanted_.pointwise, at_part, s_.dtype), count, s_.dtype);
+        kernels(s_.dtype).round(total.data(), at(wanted_.pointwise, at_part, s_.dtype), count, s_.dtype);
       }
     });
   }

@@ -11,7 +11,7 @@ namespace rkl::cpu {
 inline void depthwise_band(const Separable& s, const Band& band, const PackedFilter& filter, Activation act,
                            void* out) {
   const int64_t first = (band.image * s.g.in_h + band.first_in_row) * s.g.in_w * s.g.channels;
-  kernels().depthwise_packed(band.g, at(s.x, first, s.dtype), filter, act, out, s.dtype);
+  kernels(s.dtype).depthwise_packed(band.g, at(s.x, first, s.dtype), filter, act, out, s.dtype);
 }
 
 // The pointwise filter in the type that the library multiplies.
@@ -21,7 +21,7 @@ class PointwiseFilter {
       : all_(rkl::cpu::matrix(s.pointwise, factor, s.c_out, s.g.channels)) {
     if (factor == s.dtype) return;
     wide_ = Scratch(all_.rows * all_.columns * sizeof(float));
-    kernels().widen(s.pointwise, wide_.as<float>(), all_.rows * all_.columns, s.dtype);
+    kernels(s.dtype).widen(s.pointwise, wide_.as<float>(), all_.rows * all_.columns, s.dtype);
     all_.data = wide_.as();
   }
 

@@ -1,5 +1,5 @@
 // Vectors of floats in the compiler's own vector types, as wide as the instruction set that this header is compiled
-// for. cpu/avx512.cpp, cpu/avx2.cpp and cpu/baseline.cpp each set RKL_ISA and RKL_LANES and include the kernels once,
+// for. cpu/avx512.cpp, cpu/avx512_bf16.cpp, cpu/avx2.cpp and cpu/baseline.cpp each set RKL_ISA and RKL_LANES and include the kernels once,
 // so that all of them stand here in one form, under the namespace rkl::cpu::RKL_ISA.
 #pragma once
 #include "cpu/element.h"
@@ -16,6 +16,14 @@ typedef float Vec __attribute__((vector_size(4 * RKL_LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * RKL_LANES)));
 typedef uint32_t VecBits __attribute__((vector_size(4 * RKL_LANES)));
 typedef uint16_t VecHalf __attribute__((vector_size(2 * RKL_LANES)));
+
+#ifdef RKL_BF16_ONLY
+// In place of rkl::cpu::by_type: this instruction set's kernels are compiled for one type.
+template <class F>
+void by_type(Dtype, F&& f) {
+  f(bf16{});
+}
+#endif
 
 inline Vec broadcast(float x) { return Vec{} + x; }
 
@@ -40,11 +48,34 @@ inline Vec in_register(Vec v) {
   return v;
 }
 
+// ---- 16-bit integers to 32 bits and back. By name where there is an instruction: GCC 12 makes five out of a conversion
+// of a whole vector.
+
+inline VecBits wide_bits(VecHalf v) {
+#if RKL_LANES == 16
+  return (VecBits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif RKL_LANES == 8
+  return (VecBits)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, VecBits);
+#endif
+}
+
+inline VecHalf narrow_bits(VecBits v) {
+#if RKL_LANES == 16
+  return (VecHalf)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#elif RKL_LANES == 8
+  return (VecHalf)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, VecHalf);
+#endif
+}
+
 // ---- kLanes elements at p, as floats
 
 inline Vec load(const float* p) { return read<Vec>(p); }
 
-inline Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(read<VecHalf>(p), VecBits) << 16); }
+inline Vec load(const bf16* p) { return (Vec)(wide_bits(read<VecHalf>(p)) << 16); }
 
 inline Vec load(const f16* p) {
 #if RKL_LANES == 16
@@ -58,15 +89,50 @@ inline Vec load(const f16* p) {
 #endif
 }
 
+// ---- factors: kLanes elements at p in the form in which multiply_add takes them
+
+inline Vec factor(const float* p) { return load(p); }
+inline Vec factor(const f16* p) { return load(p); }
+
+#ifdef RKL_BF16_ONLY
+// Pairs of bf16 whose second is 0: what _mm512_dpbf16_ps multiplies and adds in fp32 without a shift to widen them. It
+// takes denormal numbers for zero.
+inline Vec factor(const bf16* p) { return (Vec)wide_bits(read<VecHalf>(p)); }
+inline Vec widened(Vec factor, bf16) { return (Vec)((VecBits)factor << 16); }
+inline Vec as_factor(Vec v, bf16) { return (Vec)((VecBits)v >> 16); }
+inline Vec multiply_add(Vec sum, Vec a, Vec b, bf16) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+inline Vec factor(const bf16* p) { return load(p); }
+#endif
+
+// Of factors that came from elements of type T: as floats; a float that such an element can hold; sum + a * b.
+template <class T>
+inline Vec widened(Vec factor, T) {
+  return factor;
+}
+template <class T>
+inline Vec as_factor(Vec v, T) {
+  return v;
+}
+template <class T>
+inline Vec multiply_add(Vec sum, Vec a, Vec b, T) {
+  return sum + a * b;
+}
+
 // ---- floats rounded to the element type (to nearest, ties to even), as they lie in memory
 
 inline Vec packed(Vec v, float) { return v; }
 
 inline VecHalf packed(Vec v, bf16) {
+#ifdef RKL_BF16_ONLY
+  return (VecHalf)_mm512_cvtneps_pbh((__m512)v);  // denormal numbers become zero
+#endif
   const VecBits bits = (VecBits)v;
   const VecBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const VecBits number = (VecBits)(v == v);  // NaN must not round up into infinity
-  return __builtin_convertvector(((rounded & number) | (0x7fc00000 & ~number)) >> 16, VecHalf);
+  return narrow_bits(((rounded & number) | (0x7fc00000 & ~number)) >> 16);
 }
 
 inline VecHalf packed(Vec v, f16) {
