@@ -17,8 +17,8 @@ struct Table {  // anywhere: pixels outside the image point to zeros, so that ed
     const T* const* pixel;
     const T* operator*() const { return *pixel; }
     void operator++() { ++pixel; }
+    void skip(int columns) { pixel += columns; }
   };
-  const T* at(int row, int column) const { return pixels[row * columns + column]; }
   Walk from(int row, int column) const { return {pixels + row * columns + column}; }
 };
 
@@ -33,9 +33,9 @@ struct Lines {  // at even distances: inside the image, or in a scratch image wi
     const int64_t column;
     const T* operator*() const { return pixel; }
     void operator++() { pixel += column; }
+    void skip(int columns) { pixel += columns * column; }
   };
-  const T* at(int row, int64_t i) const { return rows[row] + i * column; }
-  Walk from(int row, int64_t i) const { return {at(row, i), column}; }
+  Walk from(int row, int64_t i) const { return {rows[row] + i * column, column}; }
 };
 
 // The taps that the block's outputs use: rows x columns of the filter.
@@ -91,6 +91,7 @@ struct Ahead {
   const T* run;           // null where all is in the cache
   int64_t length, pitch;  // elements of a run, and from one run to the next
   int64_t asked = 0;      // of this run
+  int64_t second = 0;     // elements to a second run that is read at the same time, 0 for none
 
   template <int elements>
   void ask() {
@@ -99,8 +100,12 @@ struct Ahead {
     const T* next = run + asked;
 #pragma GCC unroll 32
     for (int i = 0; i < count; ++i) __builtin_prefetch(next + i * line);
+    if (second) {
+#pragma GCC unroll 32
+      for (int i = 0; i < count; ++i) __builtin_prefetch(next + second + i * line);
+    }
     asked += elements;
-    if (asked >= length) asked = 0, run += pitch;
+    if (asked >= length) asked -= length, run += pitch;
   }
 };
 
@@ -159,10 +164,9 @@ RKL_INLINE void convolve_vector(const Pixels& pixels, const Taps& taps, const Fi
         add_taps<B, T, Filter>(pixels.from(i, next), c, row + taps.column[next] * kLanes, to_next, sum);
     for (; next < taps.columns; ++next) {
       const Vec weight = as_factor(Filter::weight(row + taps.column[next] * kLanes), T{});
-      const int column = int(taps.at_column[next]);
+      auto pixel = pixels.from(i, int(taps.at_column[next]));
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        sum[r] = multiply_add(sum[r], factor(pixels.at(i, column + r * taps.step) + c), weight, T{});
+      for (int r = 0; r < R; ++r, pixel.skip(taps.step)) sum[r] = multiply_add(sum[r], factor(*pixel + c), weight, T{});
     }
   }
 }
@@ -195,7 +199,7 @@ void convolve(B, const Pixels& pixels, const Taps& taps, const Filter& filter, c
     const int count = block + 1 == s.blocks ? out.count_at_end : out.count;
     for (int64_t v = s.begin; v < s.end; ++v) {
       Vec sum[R];
-      ahead.template ask<R * B::kStep * B::kStep * kLanes>();
+      ahead.template ask<R * B::kStep * kLanes>();
       convolve_vector<B>(pixels, taps, filter.at(v), block * s.block_input + s.at(v), sum);
       T* to = out.first + block * s.block_output + s.at(v);
       if (!plain || count < R) {
@@ -251,7 +255,7 @@ void correlate(B, const Pixels& pixels, const Taps& taps, const T* const* grads,
       for (int r = 0; r < R; ++r) total += widened(grad[r] = in_register(factor(grads[r] + g)), T{});
       float* bias = lane_sums + bias_tap * kLanes;
       store(bias, load(bias) + total);
-      ahead.template ask<R * B::kStep * B::kStep * kLanes>();
+      ahead.template ask<R * B::kStep * kLanes>();
       for (int i = 0; i < taps.rows; ++i) {
         float* row = lane_sums + taps.row[i] * kLanes;
         if constexpr (B::kExact) {
@@ -264,11 +268,10 @@ void correlate(B, const Pixels& pixels, const Taps& taps, const T* const* grads,
             correlate_taps<B, T>(pixels.from(i, next), c, grad, row + taps.column[next] * kLanes, to_next);
         for (; next < taps.columns; ++next) {
           float* tap = row + taps.column[next] * kLanes;
-          const int column = int(taps.at_column[next]);
+          auto pixel = pixels.from(i, int(taps.at_column[next]));
           Vec sum = load(tap);
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r)
-            sum = multiply_add(sum, factor(pixels.at(i, column + r * taps.step) + c), grad[r], T{});
+          for (int r = 0; r < R; ++r, pixel.skip(taps.step)) sum = multiply_add(sum, factor(*pixel + c), grad[r], T{});
           store(tap, sum);
         }
       }
@@ -312,17 +315,32 @@ inline void with_exact(const Taps& taps, G&& g) {
     g(std::integral_constant<int, 3>{});
 }
 
+// Calls f with the block of `width` (8, 7, 4, 2 or 1) outputs that takes taps one by one.
+template <class F>
+inline void by_single_taps(int width, F&& f) {
+  if (width == 1)
+    f(Block<0, 1, 1, false>{});
+  else if (width == 2)
+    f(Block<0, 2, 1, false>{});
+  else
+    with_width(width, [&](auto r) { f(Block<0, r(), 1, false>{}); });
+}
+
+// Whether a row's taps go one by one.
+inline bool goes_singly(const Taps& taps) {
+  return !taps.consecutive || taps.columns < 3 || (taps.step > 1 && !(taps.step == 2 && is_exact(taps)));
+}
+
 // Calls f with the block of `width` (8, 7 or 4) outputs that serves the taps. Other than 3, 5 and 7 taps go by 7 or by
 // 3 and what remains.
 template <class F>
 inline void by_block(const Taps& taps, int width, F&& f) {
+  if (goes_singly(taps)) return by_single_taps(width, f);
   with_width(width, [&](auto r) {
     if (is_exact(taps) && taps.step == 1)
       with_exact(taps, [&](auto k) { f(Block<k(), r()>{}); });
-    else if (is_exact(taps) && taps.step == 2)
+    else if (is_exact(taps))
       with_exact(taps, [&](auto k) { f(Block<k(), r(), 2>{}); });
-    else if (!taps.consecutive || taps.columns < 3 || taps.step > 1)
-      f(Block<0, r(), 1, false>{});
     else if (taps.columns > 7)
       f(Block<7, r(), 1, false>{});
     else
@@ -331,9 +349,9 @@ inline void by_block(const Taps& taps, int width, F&& f) {
 }
 
 // The same at an edge of a row, or for all of it, with exact taps centred on their outputs.
-template <Edge edge, class F>
+template <Edge edge, int step = 1, class F>
 inline void by_edge_block(const Taps& taps, int width, F&& f) {
-  with_width(width, [&](auto r) { with_exact(taps, [&](auto k) { f(Block<k(), r(), 1, true, edge>{}); }); });
+  with_width(width, [&](auto r) { with_exact(taps, [&](auto k) { f(Block<k(), r(), step, true, edge>{}); }); });
 }
 
 }  // namespace rkl::cpu::RKL_ISA

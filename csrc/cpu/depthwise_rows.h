@@ -198,8 +198,8 @@ class NhwcRows {
       T* row = out + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
       for (int64_t phase = 0; phase < phases; ++phase) {
         const int64_t first = gather_.horizontal[phase].first;
-        const Taps taps = taps_.taps(phase);
-        for_blocks(in, tile, phase, [&](auto block, const auto& pixels, const Sweep& sweep, const Span& span) {
+        for_blocks(in, tile, phase, [&](auto block, const auto& pixels, const Taps& taps, const Sweep& sweep,
+                                        const Span& span) {
           const Outputs<T> outputs{row + (first + span.first * phases) * channels,
                                    phases * channels,
                                    block.kOutputs,
@@ -219,8 +219,8 @@ class NhwcRows {
       taps_.set_row(h);
       Ahead<T> ahead = next_rows(in, tile, h);
       const T* row = grad + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
-      const Taps taps = taps_.taps(0);
-      for_blocks(in, tile, 0, [&](auto block, const auto& pixels, const Sweep& sweep, const Span& span) {
+      for_blocks(in, tile, 0, [&](auto block, const auto& pixels, const Taps& taps, const Sweep& sweep,
+                                  const Span& span) {
         const T* grads[block.kOutputs];
         for (int r = 0; r < block.kOutputs; ++r)
           grads[r] = r >= span.done && (sweep.blocks > 1 || r < span.count) ? row + (span.first + r) * channels
@@ -240,72 +240,116 @@ class NhwcRows {
     int count, done;
   };
 
-  // Covers a row of outputs: calls f(block, pixels, sweep, span). Blocks that read inside the image only follow each
-  // other in one sweep.
+  // Covers a row of outputs: calls f(block, pixels, taps, sweep, span). Blocks that read inside the image only follow
+  // each other in one sweep.
   template <class F>
   void for_blocks(const T* in, const Tile& tile, size_t phase, F&& f) {
     const Axis& axis = gather_.horizontal[phase];
     const Taps taps = taps_.taps(phase);
     const int64_t channels = lanes_.channels, count = axis.count;
+    const int64_t phases = int64_t(gather_.horizontal.size());
     Sweep sweep{1, 0, 0, tile.first_vector, tile.last_vector, lanes_.last()};
-    const auto at = [&](int64_t start, int64_t done) {
-      return [&f, &sweep, lines = lines(in, tile.image, phase, start), start, done](auto block) {
-        f(block, lines, sweep, Span{start, block.kOutputs, int(done)});
-      };
+    // Calls by(width, g) for blocks from output `start` on, of which the first `done` were made before.
+    const auto run = [&](const Taps& some, int64_t start, int64_t blocks, int width, int64_t done, auto&& by) {
+      sweep.blocks = blocks;
+      sweep.block_input = width * axis.step * channels;
+      sweep.block_output = width * phases * channels;
+      const Lines<T> pixels = lines(in, tile.image, phase, start);
+      by(width, [&](auto block) { f(block, pixels, some, sweep, Span{start, block.kOutputs, int(done)}); });
     };
-    if (taps_.whole_row(phase)) return by_edge_block<Edge::both>(taps, int(count), at(0, 0));
-    const bool centred = taps_.centred(phase);
-    const int width = block_width(count);
+    const auto by_whole = [&](int width, auto&& g) { by_edge_block<Edge::both>(taps, width, g); };
+    const auto by_left = [&](int width, auto&& g) { by_edge_block<Edge::left>(taps, width, g); };
+    const auto by_right = [&](int width, auto&& g) { by_edge_block<Edge::right>(taps, width, g); };
+    const auto by_taps = [&](int width, auto&& g) { by_block(taps, width, g); };
+    const auto singly = [&](int width, auto&& g) { by_single_taps(width, g); };
+
+    if (taps_.whole_row(phase)) return run(taps, 0, 1, int(count), 0, by_whole);
+    const bool centred = taps_.centred(phase), single = goes_singly(taps);
+    const int width = block_width(count), half = taps.columns / 2;
+    const auto by_left_of_2 = [&](int width, auto&& g) { by_edge_block<Edge::left, 2>(taps, width, g); };
+    const bool left_of_2 = !single && phases == 1 && taps.step == 2 && axis.offset.front() == -half;
     for (int64_t o = 0; o < count;) {
-      int64_t end = o;
-      while (inside(axis, end, width)) end += width;
-      if (end > o) {
-        sweep.blocks = (end - o) / width;
-        sweep.block_input = width * axis.step * channels;
-        sweep.block_output = width * int64_t(gather_.horizontal.size()) * channels;
-        by_block(taps, width, at(o, 0));
-        sweep.blocks = 1;
-        o = end;
-        continue;
-      }
       const int64_t start = std::max<int64_t>(0, std::min(o, count - width));
-      const int half = taps.columns / 2;
-      if (inside(axis, start, width)) {
-        by_block(taps, width, at(start, o - start));
+      int64_t end = o;
+      while (!single && inside(axis, end, width)) end += width;
+      if (end > o) {
+        run(taps, o, (end - o) / width, width, 0, by_taps);
+        o = end;
+      } else if (!single && inside(axis, start, width)) {
+        run(taps, start, 1, width, o - start, by_taps);
+        o = start + width;
       } else if (centred && start == 0 && width + half <= count) {
-        by_edge_block<Edge::left>(taps, width, at(start, 0));
+        run(taps, 0, 1, width, 0, by_left);
+        o = width;
       } else if (centred && start + width == count && start >= half) {
-        by_edge_block<Edge::right>(taps, width, at(start, o - start));
-      } else {
-        const auto pixels = table(in, tile.image, phase, o, 4);
-        by_block(taps, 4, [&](auto block) {
-          if constexpr (block.kOutputs == 4)
-            f(block, pixels, sweep, Span{o, int(std::min<int64_t>(4, count - o)), 0});
+        run(taps, start, 1, width, o - start, by_right);
+        o = count;
+      } else if (left_of_2 && o == 0 && ends_inside(axis, 0, width)) {
+        run(taps, 0, 1, width, 0, by_left_of_2);
+        o = width;
+      } else if (!single && taps.step == 1) {
+        const Table<T> pixels = table(in, tile.image, phase, o, width);
+        sweep.blocks = 1;
+        by_block(taps, width, [&](auto block) {
+          f(block, pixels, taps, sweep, Span{o, int(std::min<int64_t>(width, count - o)), 0});
         });
-        o += 4;
-        continue;
+        o += width;
+      } else {  // with only those taps that lie inside, as far as they are the same
+        const Stretch s = stretch(axis, o);
+        Taps some = taps;
+        some.columns = s.taps;
+        some.column += s.first_tap;
+        some.at_column += s.first_tap;
+        const int64_t size = s.end - o;
+        const int fitting = block_width(size) <= size ? block_width(size) : size > 1 ? 2 : 1;
+        if (const int64_t blocks = size / fitting) run(some, o, blocks, fitting, 0, singly);
+        if (size % fitting) run(some, s.end - fitting, 1, fitting, fitting - size % fitting, singly);
+        o = s.end;
       }
-      o = start + width;
     }
   }
 
-  // What the row of outputs below will read and this one did not. Past the image's last row the next image begins.
+  // Outputs from `o` to `end` whose taps inside the image are the same ones.
+  struct Stretch {
+    int64_t end;
+    int first_tap, taps;
+  };
+  Stretch stretch(const Axis& axis, int64_t o) const {
+    const auto taps_inside = [&](int64_t output) {
+      const auto& at = axis.offset;
+      const auto first = std::lower_bound(at.begin(), at.end(), -output * axis.step);
+      const auto last = std::lower_bound(first, at.end(), gather_.in_w - output * axis.step);
+      return std::pair(int(first - at.begin()), int(last - first));
+    };
+    const auto [first, count] = taps_inside(o);
+    int64_t end = o + 1;
+    while (end < axis.count && taps_inside(end) == std::pair(first, count)) ++end;
+    return {end, first, count};
+  }
+
+  // What is new to this row of outputs, some way ahead of its blocks, and then to the one below. Past the image's last
+  // row the next image begins. So far ahead that memory answers in time, yet not so far that the first-level cache has
+  // thrown it out again.
   Ahead<T> next_rows(const T* images, const Tile& tile, int64_t h) const {
+    constexpr int64_t lead = (int64_t(16) << 10) / sizeof(T);
     const int64_t phases = int64_t(gather_.vertical.size()), channels = lanes_.channels;
     const Axis& axis = gather_.vertical[h % phases];
     if (!axis.taps()) return {nullptr, 1, 0};
-    const int64_t row =
-        tile.image * gather_.in_h + std::max<int64_t>(0, h / phases * axis.step + axis.offset.back() + 1);
-    const int64_t run = (tile.last_vector - tile.first_vector) * kLanes;
-    return {images + row * gather_.in_w * channels + tile.first_vector * kLanes, run < channels ? run : INT64_MAX,
-            channels};
+    const int64_t row = gather_.in_w * channels, run = (tile.last_vector - tile.first_vector) * kLanes;
+    const int64_t newest = std::max<int64_t>(0, h / phases * axis.step + axis.offset.back() + 1 - axis.step);
+    const T* first = images + (tile.image * gather_.in_h + newest) * row + tile.first_vector * kLanes;
+    const int64_t pitch = axis.step * row, second = axis.step > 1 ? row : 0;
+    if (run < channels) return {first + pitch, run, channels, 0, second};
+    if (row <= lead) return {first + pitch, row, pitch, 0, second};
+    return {first, row, pitch, lead, second};
   }
 
   // Whether `width` outputs from `first` on exist and read no column outside the image.
   bool inside(const Axis& axis, int64_t first, int width) const {
-    if (first + width > axis.count || !axis.taps()) return false;
-    return first * axis.step + axis.offset.front() >= 0 &&
-           (first + width - 1) * axis.step + axis.offset.back() < gather_.in_w;
+    return axis.taps() && first * axis.step + axis.offset.front() >= 0 && ends_inside(axis, first, width);
+  }
+  bool ends_inside(const Axis& axis, int64_t first, int width) const {
+    return first + width <= axis.count && (first + width - 1) * axis.step + axis.offset.back() < gather_.in_w;
   }
 
   const T* pixel_row(const T* images, int64_t image, int i) const {

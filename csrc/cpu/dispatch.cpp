@@ -28,6 +28,19 @@ struct Chosen {
   const Kernels *any, *bf16;
 };
 
+#if defined(__x86_64__)
+// The instructions for bf16 make zeros of denormal numbers: fine after a sum, but T-ReLU gives back what is positive.
+const Kernels& with_bf16() {
+  static const Kernels merged = [] {
+    Kernels merged = avx512_bf16::kernels;
+    merged.trelu = avx512::kernels.trelu;
+    merged.trelu_backward = avx512::kernels.trelu_backward;
+    return merged;
+  }();
+  return merged;
+}
+#endif
+
 Chosen choose() {
 #if defined(__x86_64__)
   const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
@@ -38,7 +51,7 @@ Chosen choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (has_avx512 && allowed("avx512"))
-    return {&avx512::kernels, __builtin_cpu_supports("avx512bf16") ? &avx512_bf16::kernels : &avx512::kernels};
+    return {&avx512::kernels, __builtin_cpu_supports("avx512bf16") ? &with_bf16() : &avx512::kernels};
   if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return {&avx2::kernels, &avx2::kernels};
 #endif
   return {&baseline::kernels, &baseline::kernels};
