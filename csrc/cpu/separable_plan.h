@@ -56,12 +56,16 @@ class Bands {
 // at 500 GFLOP/s in bf16 (measured on a Zen 5 core).
 inline int64_t call_operations(Dtype dtype) { return dtype == Dtype::bf16 ? 6000000 : 2000000; }
 
-// Of depthwise output: in fp32 a band stays in a core's own cache; in bf16, where a call costs more than fetching the
-// band from the shared cache, it may be larger.
-inline int64_t band_bytes(Dtype factor) { return int64_t(factor == Dtype::bf16 ? 2048 : 512) << 10; }
+// Of depthwise output. Larger bands than a core's own cache holds cost less than more calls: the product reads a band at
+// the rate of the shared cache while it multiplies (128 channels, 16 px: 1.39 ms in bands of 512 KiB, 1.33 of 2 MiB).
+constexpr int64_t kBandBytes = int64_t(2) << 20;
 
-constexpr int64_t kLeastPixels = 128;  // the library packs the whole filter anew for each band
-constexpr int64_t kTasks = 8;          // where there is enough work
+// The library packs the whole filter anew for each band, which takes as long as some 25 pixels do.
+constexpr int64_t kLeastPixels = 128, kGoodPixels = 1024;
+constexpr int64_t kTasks = 8;  // where there is enough work
+
+// Operations that make a task worth while.
+inline int64_t task_operations(Dtype factor) { return 32 * call_operations(factor); }
 
 struct ForwardPlan {
   bool fused;       // depthwise and pointwise band by band; else the depthwise step whole, then the pointwise
@@ -72,11 +76,10 @@ struct ForwardPlan {
 // `factor`: the type that the library multiplies.
 inline ForwardPlan forward_plan(const Separable& s, Dtype factor) {
   const int64_t all = s.g.batch * s.g.out_h * s.g.out_w, per_pixel = 2 * s.g.channels * s.c_out;
-  const int64_t call = call_operations(factor);
-  int64_t pixels = std::max(20 * call / per_pixel, kLeastPixels);  // a call's overhead is 5% of a band at most
-  pixels = std::clamp<int64_t>(band_bytes(factor) / (s.g.channels * size_of(s.dtype)), kLeastPixels, pixels);
-  // Little work is shared out in smaller pieces, as long as the overhead stays below an eighth.
-  const int64_t tasks = std::clamp<int64_t>(all * per_pixel / (8 * call), 1, kTasks);
+  int64_t pixels = std::max(40 * call_operations(factor) / per_pixel, kGoodPixels);
+  pixels = std::clamp<int64_t>(kBandBytes / (s.g.channels * size_of(s.dtype)), kLeastPixels, pixels);
+  // Little work is shared out in smaller pieces.
+  const int64_t tasks = std::clamp<int64_t>(all * per_pixel / task_operations(factor), 1, kTasks);
   pixels = std::min(pixels, std::max(all / tasks, kLeastPixels));
   const int64_t bands = Bands(s, pixels).count();
   if (bands >= tasks) return {true, pixels, s.c_out};
@@ -85,14 +88,14 @@ inline ForwardPlan forward_plan(const Separable& s, Dtype factor) {
 }
 
 // Backward: pixels a band, and tasks, each of which has sums of its own for the filter's gradient. Each band's share is
-// written and added to those sums, which takes as long as 27 of its pixels do in the product (20 GB/s, 90 GFLOP/s):
-// many pixels a band, as long as every task has one.
+// written and added to those sums, which takes as long as some 60 of its pixels do in the product (20 GB/s, 250
+// GFLOP/s): many pixels a band, as long as every task has one.
 inline int64_t backward_pixels(const Separable& s, Dtype factor) {
-  const int64_t all = s.g.batch * s.g.out_h * s.g.out_w;
-  const int64_t least = std::clamp<int64_t>(all / kTasks, kLeastPixels, 4 * kLeastPixels);
-  const int64_t preferred = 20 * call_operations(factor) / (2 * s.g.channels * s.c_out);
-  const int64_t fitting = band_bytes(factor) / ((s.g.channels + s.c_out) * size_of(s.dtype));
-  return std::clamp<int64_t>(fitting, least, std::max(preferred, least));
+  const int64_t all = s.g.batch * s.g.out_h * s.g.out_w, per_pixel = 2 * s.g.channels * s.c_out;
+  const int64_t fitting = kBandBytes / ((s.g.channels + s.c_out) * size_of(s.dtype));
+  const int64_t good = std::max(20 * call_operations(factor) / per_pixel, kGoodPixels);
+  const int64_t tasks = std::clamp<int64_t>(2 * all * per_pixel / task_operations(factor), 1, kTasks);
+  return std::max(std::min({fitting, good, all / tasks}), kLeastPixels);
 }
 
 inline int64_t backward_tasks(const Separable& s) {
