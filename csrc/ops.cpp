@@ -39,6 +39,9 @@ struct CpuConv {
     cpu::column_sums(matrix, out, rows, channels, dtype);
   }
 
+  static bool takes_planes(const Conv2d& g, Dtype dtype, bool backward) {
+    return cpu::takes_planes(g, dtype, backward);
+  }
   static cpu::Separable raw(const SeparableCall& call, const void* pointwise_bias) {
     return {call.g,
             call.c_out,

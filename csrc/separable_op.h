@@ -19,7 +19,7 @@ inline void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out) 
 // One call's arguments, checked against each other, dense, and images as NHWC.
 struct SeparableCall {
   Dtype dtype;
-  Conv2d g;
+  Conv2d g;   // g.nhwc: the format that is computed in
   bool nhwc;  // the output's format: what F.conv2d would give
   int64_t c_out, rows;
   Activation inner_act, act;
@@ -31,7 +31,10 @@ struct SeparableCall {
 //   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like): out = act(z + bias)
 //   static slope(grad, values, activation, from_output, out, rows, channels, dtype, like): out = grad * act'(...)
 //   static column_sums(matrix, out, rows, channels, dtype, like)
-// where out may be the first argument; and, for devices with kernels that do more at once,
+// where out may be the first argument;
+//   static takes_planes(Conv2d, dtype, backward)
+// says whether NCHW images are taken where they lie, else they are turned; and, for devices with kernels that do more
+// at once,
 //   static fused_forward(call, pointwise bias or null, y)
 //   static fused_backward(call, grad, y if activated, d_inner, d_pointwise, d_pointwise_bias), as pointwise_backward
 //   below
@@ -63,11 +66,11 @@ struct SeparableOps {
 
   static Call checked(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise, const Maybe& depthwise_bias,
                       const Ints& stride, const Ints& padding, const Ints& dilation, int64_t inner_activation,
-                      int64_t activation) {
+                      int64_t activation, bool backward) {
     const Dtype dtype = dtype_of(x, "x");
     Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
     const bool nhwc = g.nhwc;
-    g.nhwc = true;
+    g.nhwc = nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, dtype, backward);
     check_pointwise(pointwise, x);
     check_bias(depthwise_bias, x, g.channels);
     return {dtype,
@@ -77,7 +80,7 @@ struct SeparableOps {
             g.batch * g.out_h * g.out_w,
             activation_of(inner_activation),
             activation_of(activation),
-            dense(x, true),
+            dense(x, g.nhwc),
             torch::stable::contiguous(depthwise),
             torch::stable::contiguous(as_matrix(pointwise)),
             contiguous(depthwise_bias)};
@@ -95,9 +98,9 @@ struct SeparableOps {
                         const Maybe& depthwise_bias, const Maybe& pointwise_bias, const Ints& stride,
                         const Ints& padding, const Ints& dilation, int64_t inner_activation, int64_t activation) {
     const Call call = checked(x, depthwise_weight, pointwise_weight, depthwise_bias, stride, padding, dilation,
-                              inner_activation, activation);
+                              inner_activation, activation, false);
     check_bias(pointwise_bias, x, call.c_out);
-    Tensor y = empty_image(x, call.g.batch, call.c_out, call.g.out_h, call.g.out_w, true);
+    Tensor y = empty_image(x, call.g.batch, call.c_out, call.g.out_h, call.g.out_w, call.g.nhwc);
     if (!y.numel()) return in_format(y, call.nhwc);
     const Maybe bias = contiguous(pointwise_bias);
     if (!Kernels::fused_forward(call, data_or_null(bias), y.mutable_data_ptr())) {
@@ -148,7 +151,7 @@ struct SeparableOps {
       const Tensor& pointwise_weight, const Maybe& depthwise_bias, const Ints& stride, const Ints& padding,
       const Ints& dilation, int64_t inner_activation, int64_t activation, const Bools& mask) {
     const Call call = checked(x, depthwise_weight, pointwise_weight, depthwise_bias, stride, padding, dilation,
-                              inner_activation, activation);
+                              inner_activation, activation, true);
     const Conv2d& g = call.g;
     check_grad(grad, x, g, call.c_out);
     STD_TORCH_CHECK(mask.size() == 5, "mask must have 5 values");
@@ -157,7 +160,7 @@ struct SeparableOps {
     const bool activated = call.act != Activation::none, nhwc = suggests_nhwc(x);
     STD_TORCH_CHECK(!activated || y, "y must be given where there is an activation");
     if (activated) check_grad(*y, x, g, call.c_out);
-    Tensor dx = mask[0] ? empty_image(x, g.batch, g.channels, g.in_h, g.in_w, true) : empty_vector(x, 0);
+    Tensor dx = mask[0] ? empty_image(x, g.batch, g.channels, g.in_h, g.in_w, g.nhwc) : empty_vector(x, 0);
     Tensor d_depthwise = mask[1] ? empty_filter(depthwise_weight) : empty_vector(x, 0);
     Tensor d_pointwise = mask[2] ? empty_filter(pointwise_weight) : empty_vector(x, 0);
     Tensor d_depthwise_bias = empty_vector(x, mask[3] ? g.channels : 0);
@@ -168,10 +171,10 @@ struct SeparableOps {
       return {mask[0] ? in_format(dx, nhwc) : dx, d_depthwise, d_pointwise, d_depthwise_bias, d_pointwise_bias};
     }
 
-    const Tensor grad_in = dense(grad, true);
-    const Maybe y_in = activated ? Maybe(dense(*y, true)) : std::nullopt;
+    const Tensor grad_in = dense(grad, g.nhwc);
+    const Maybe y_in = activated ? Maybe(dense(*y, g.nhwc)) : std::nullopt;
     const bool wants_inner = mask[0] || mask[1] || mask[3];
-    Tensor d_inner = wants_inner ? empty_image(x, g.batch, g.channels, g.out_h, g.out_w, true) : empty_vector(x, 0);
+    Tensor d_inner = wants_inner ? empty_image(x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc) : empty_vector(x, 0);
     Tensor *const to_inner = wants_inner ? &d_inner : nullptr, *const to_pointwise = mask[2] ? &d_pointwise : nullptr,
                   *const to_bias = mask[4] ? &d_pointwise_bias : nullptr;
     if (!Kernels::fused_backward(call, grad_in, y_in, to_inner, to_pointwise, to_bias))

@@ -8,7 +8,8 @@
 namespace rkl::cpu::RKL_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {trelu,    trelu_backward, depthwise, pack_filter, depthwise_packed, depthwise_backward,
-                         epilogue, slope,          widen,     finish,      add_column_sums,  transpose_matrix, round};
+const Kernels kernels = {
+    trelu, trelu_backward, depthwise, pack_filter,     depthwise_packed, depthwise_backward, epilogue,
+    slope, widen,          finish,    add_column_sums, add_row_sums,     transpose_matrix,   round};
 
 }  // namespace rkl::cpu::RKL_ISA

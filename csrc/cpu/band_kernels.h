@@ -35,11 +35,14 @@ void finish_rows(const BandEpilogue& f, Activation act) {
   const Z* z = static_cast<const Z*>(f.z);
   const T* bias = static_cast<const T*>(f.bias);
   T* out = static_cast<T*>(f.out);
-  for (int64_t r = 0; r < f.rows; ++r)
+  for (int64_t r = 0; r < f.rows; ++r) {
+    const Vec of_row = bias && f.bias_by_row ? broadcast(float(bias[r])) : Vec{};
     for_vectors(f.columns, [&](int64_t c, int64_t count) {
+      const Vec b = bias && !f.bias_by_row ? load_up_to(bias + c, count) : of_row;
       const Vec v = load_up_to(z + r * f.z_stride + c, count);
-      store_up_to(out + r * f.out_stride + c, activate(act, bias ? v + load_up_to(bias + c, count) : v), count);
+      store_up_to(out + r * f.out_stride + c, activate(act, v + b), count);
     });
+  }
 }
 
 inline void finish(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dtype) {
@@ -58,6 +61,18 @@ inline void add_column_sums(const void* matrix, double* sums, int64_t rows, int6
       for (int64_t r = 0; r < rows; ++r) sum += load_up_to(in + r * columns + c, count);
       for (int64_t i = 0; i < count; ++i) sums[c + i] += double(sum[i]);
     });
+  });
+}
+
+// The same for each row's sum, of its lanes in their order.
+inline void add_row_sums(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    const auto* in = static_cast<const decltype(zero)*>(matrix);
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec sum{};
+      for_vectors(columns, [&](int64_t c, int64_t count) { sum += load_up_to(in + r * columns + c, count); });
+      for (int i = 0; i < kLanes; ++i) sums[r] += double(sum[i]);
+    }
   });
 }
 

@@ -113,8 +113,8 @@ struct Ahead {
 // at the edges: those columns are left out, up to half of all of a wide filter's on a narrow map.
 enum class Edge { none, left, right, both };
 
-// The code that a block runs: `taps` neighbouring taps of a row at once (0: each alone), `outputs`, `step` input columns
-// apart. exact: a row has just so many taps.
+// The code that a block runs: `taps` neighbouring taps of a row at once (0: each alone), `outputs`, `step` input
+// columns apart. exact: a row has just so many taps.
 template <int taps, int outputs, int step = 1, bool exact = true, Edge edge = Edge::none>
 struct Block {
   static constexpr int kTaps = taps, kOutputs = outputs, kStep = step;
@@ -171,8 +171,8 @@ RKL_INLINE void convolve_vector(const Pixels& pixels, const Taps& taps, const Fi
   }
 }
 
-// The outputs of a block with an activation, or of which not all exist. Not inlined: its call would keep the sums of all
-// blocks in memory.
+// The outputs of a block with an activation, or of which not all exist. Not inlined: its call would keep the sums of
+// all blocks in memory.
 template <class T>
 __attribute__((noinline)) void put_some(const Vec* sum, int count, const Outputs<T>& out, T* to) {
   for (int r = 0; r < count; ++r, to += out.pixel) {

@@ -69,7 +69,8 @@ std::vector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
   for (int64_t v = 0; values && v < lanes.vectors(); ++v)
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t c = lanes.channel(v, lane);
-      for (int tap = 0; c >= 0 && tap < taps; ++tap) out[Lanes::at(v, tap, taps) + lane] = float(values[c * taps + tap]);
+      for (int tap = 0; c >= 0 && tap < taps; ++tap)
+        out[Lanes::at(v, tap, taps) + lane] = float(values[c * taps + tap]);
     }
   return out;
 }
@@ -198,16 +199,16 @@ class NhwcRows {
       T* row = out + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
       for (int64_t phase = 0; phase < phases; ++phase) {
         const int64_t first = gather_.horizontal[phase].first;
-        for_blocks(in, tile, phase, [&](auto block, const auto& pixels, const Taps& taps, const Sweep& sweep,
-                                        const Span& span) {
-          const Outputs<T> outputs{row + (first + span.first * phases) * channels,
-                                   phases * channels,
-                                   block.kOutputs,
-                                   span.count,
-                                   finish.act,
-                                   finish.past_caches};
-          convolve(block, pixels, taps, filter, sweep, outputs, ahead);
-        });
+        for_blocks(in, tile, phase,
+                   [&](auto block, const auto& pixels, const Taps& taps, const Sweep& sweep, const Span& span) {
+                     const Outputs<T> outputs{row + (first + span.first * phases) * channels,
+                                              phases * channels,
+                                              block.kOutputs,
+                                              span.count,
+                                              finish.act,
+                                              finish.past_caches};
+                     convolve(block, pixels, taps, filter, sweep, outputs, ahead);
+                   });
       }
     }
   }
@@ -219,14 +220,14 @@ class NhwcRows {
       taps_.set_row(h);
       Ahead<T> ahead = next_rows(in, tile, h);
       const T* row = grad + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
-      for_blocks(in, tile, 0, [&](auto block, const auto& pixels, const Taps& taps, const Sweep& sweep,
-                                  const Span& span) {
-        const T* grads[block.kOutputs];
-        for (int r = 0; r < block.kOutputs; ++r)
-          grads[r] = r >= span.done && (sweep.blocks > 1 || r < span.count) ? row + (span.first + r) * channels
-                                                                             : zeros_.data();
-        correlate(block, pixels, taps, grads, sums, vector, bias_tap, sweep, ahead);
-      });
+      for_blocks(
+          in, tile, 0, [&](auto block, const auto& pixels, const Taps& taps, const Sweep& sweep, const Span& span) {
+            const T* grads[block.kOutputs];
+            for (int r = 0; r < block.kOutputs; ++r)
+              grads[r] = r >= span.done && (sweep.blocks > 1 || r < span.count) ? row + (span.first + r) * channels
+                                                                                : zeros_.data();
+            correlate(block, pixels, taps, grads, sums, vector, bias_tap, sweep, ahead);
+          });
     }
   }
 

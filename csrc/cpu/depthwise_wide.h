@@ -108,12 +108,8 @@ class WideRows {
       const int64_t at_once = staged ? 1 : rows.blocks, pixels = rows.block * width;
       if (staged && staged_.size() < size_t(rows.blocks * pixels)) staged_.resize(rows.blocks * pixels);
       const PlaneFilter filter{finish.weights + at(channel, 0, kernel_size_), finish.bias + channel};
-      const Sweep sweep{at_once,
-                        rows.block * in_.pitch(),
-                        pixels,
-                        0,
-                        (width + kLanes - 1) / kLanes,
-                        std::max<int64_t>(0, width - kLanes)};
+      const Sweep sweep{at_once, rows.block * in_.pitch(),      pixels,
+                        0,       (width + kLanes - 1) / kLanes, std::max<int64_t>(0, width - kLanes)};
       int64_t written = 0;
       for (int64_t b = 0; b < rows.blocks; b += at_once) {
         const int in_last = b + at_once == rows.blocks ? rows.in_last_block : rows.block;
@@ -144,12 +140,9 @@ class WideRows {
                  tile.last_row, rows.blocks * rows.block);
       const float* grads[8];
       for (int r = 0; r < rows.block; ++r) grads[r] = grad_.at(r, 0);
-      const Sweep sweep{rows.blocks,
-                        rows.block * in_.pitch(),
-                        rows.block * grad_.pitch(),
-                        0,
-                        (gather_.out_w + kLanes - 1) / kLanes,
-                        INT64_MAX};
+      const Sweep sweep{
+          rows.blocks, rows.block * in_.pitch(), rows.block * grad_.pitch(), 0, (gather_.out_w + kLanes - 1) / kLanes,
+          INT64_MAX};
       float* sums = sums_.data() + (channel - tile.first_vector) * size;
       by_block(taps(), rows.block,
                [&](auto block) { correlate(block, lines(), taps(), grads, sums, 0, bias_tap, sweep, ahead); });

@@ -10,9 +10,10 @@ namespace rkl::cpu {
 
 // A matrix product's result z made into the output: out = act(z + bias), element by element. z and out may be the same.
 struct BandEpilogue {
-  const void *z, *bias;  // bias: a value a column; may be null
+  const void *z, *bias;  // bias: a value a column, or a row; may be null
   void* out;
   int64_t rows, columns, z_stride, out_stride;  // strides: from row to row
+  bool bias_by_row = false;
 };
 
 // A depthwise step's filter and bias, widened and in the order that the kernels read them in.
@@ -47,6 +48,7 @@ struct Kernels {
   void (*widen)(const void* in, float* out, int64_t n, Dtype dtype);
   void (*finish)(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dtype);
   void (*add_column_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype);
+  void (*add_row_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype);
   void (*transpose)(const float* in, float* out, int64_t rows, int64_t columns);  // out is (columns, rows)
   void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
 };

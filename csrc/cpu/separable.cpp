@@ -67,6 +67,7 @@ void step_by_step(const Separable& s, const Pointwise& pointwise, const Bands& b
 }  // namespace
 
 void separable(const Separable& s, void* y) {
+  if (!s.g.nhwc) return separable_planes(s, y);
   const Pointwise pointwise(s, y);
   const ForwardPlan plan = forward_plan(s, factor_type(s.dtype));
   const Bands bands(s, plan.pixels);

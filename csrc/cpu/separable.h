@@ -6,8 +6,8 @@
 namespace rkl::cpu {
 
 // A separable convolution over dense memory: z = pointwise * inner(depthwise(x) + depthwise_bias) + pointwise_bias,
-// y = outer(z). The pointwise filter is (C_out, C). The biases may be
-// null. Images are NHWC.
+// y = outer(z). The pointwise filter is (C_out, C). The biases may be null. All images are NHWC, or NCHW where
+// g.nhwc is not set and takes_planes() agrees.
 struct Separable {
   Conv2d g;
   int64_t c_out;
@@ -16,7 +16,11 @@ struct Separable {
   const void *x, *depthwise, *depthwise_bias, *pointwise, *pointwise_bias;
 };
 
+// Whether NCHW images are best taken where they lie; else they are to be turned into NHWC.
+bool takes_planes(const Conv2d& g, Dtype dtype, bool backward);
+
 void separable(const Separable& s, void* y);
+void separable_planes(const Separable& s, void* y);
 
 // The gradients of the pointwise step and of the depthwise step's output (before its activation), each null where it is
 // not wanted. y may be null where there is no outer activation.
@@ -24,5 +28,6 @@ struct PointwiseGradients {
   void *inner, *pointwise, *pointwise_bias;
 };
 void pointwise_backward(const Separable& s, const void* grad, const void* y, const PointwiseGradients& wanted);
+void pointwise_backward_planes(const Separable& s, const void* grad, const void* y, const PointwiseGradients& wanted);
 
 }  // namespace rkl::cpu

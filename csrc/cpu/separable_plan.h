@@ -52,12 +52,13 @@ class Bands {
   int64_t images_, rows_, per_image_;
 };
 
-// Operations in the time that a call of the library takes before it multiplies: about 8 us at 255 GFLOP/s in fp32, 12 us
-// at 500 GFLOP/s in bf16 (measured on a Zen 5 core).
+// Operations in the time that a call of the library takes before it multiplies: about 8 us at 255 GFLOP/s in fp32, 12
+// us at 500 GFLOP/s in bf16 (measured on a Zen 5 core).
 inline int64_t call_operations(Dtype dtype) { return dtype == Dtype::bf16 ? 6000000 : 2000000; }
 
-// Of depthwise output. Larger bands than a core's own cache holds cost less than more calls: the product reads a band at
-// the rate of the shared cache while it multiplies (128 channels, 16 px: 1.39 ms in bands of 512 KiB, 1.33 of 2 MiB).
+// Of depthwise output. Larger bands than a core's own cache holds cost less than more calls: the product reads a band
+// at the rate of the shared cache while it multiplies (128 channels, 16 px: 1.39 ms in bands of 512 KiB, 1.33 of 2
+// MiB).
 constexpr int64_t kBandBytes = int64_t(2) << 20;
 
 // The library packs the whole filter anew for each band, which takes as long as some 25 pixels do.

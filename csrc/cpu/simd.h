@@ -1,6 +1,6 @@
 // Vectors of floats in the compiler's own vector types, as wide as the instruction set that this header is compiled
-// for. cpu/avx512.cpp, cpu/avx512_bf16.cpp, cpu/avx2.cpp and cpu/baseline.cpp each set RKL_ISA and RKL_LANES and include the kernels once,
-// so that all of them stand here in one form, under the namespace rkl::cpu::RKL_ISA.
+// for. cpu/avx512.cpp, cpu/avx512_bf16.cpp, cpu/avx2.cpp and cpu/baseline.cpp each set RKL_ISA and RKL_LANES and
+// include the kernels once, so that all of them stand here in one form, under the namespace rkl::cpu::RKL_ISA.
 #pragma once
 #include "cpu/element.h"
 
@@ -48,8 +48,8 @@ inline Vec in_register(Vec v) {
   return v;
 }
 
-// ---- 16-bit integers to 32 bits and back. By name where there is an instruction: GCC 12 makes five out of a conversion
-// of a whole vector.
+// ---- 16-bit integers to 32 bits and back. By name where there is an instruction: GCC 12 makes five out of a
+// conversion of a whole vector.
 
 inline VecBits wide_bits(VecHalf v) {
 #if RKL_LANES == 16

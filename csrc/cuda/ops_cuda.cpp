@@ -63,6 +63,7 @@ struct CudaConv {
 // And those around a library's matrix product, or in place of it: fused where the kernels serve the shape and the
 // counts are for it.
 struct CudaSeparable : CudaConv {
+  static bool takes_planes(const Conv2d&, Dtype, bool) { return false; }
   static void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
                        Dtype dtype, const Tensor& like) {
     cuda::epilogue(z, bias, act, out, rows, channels, dtype, OnDeviceOf(like).stream);
