@@ -1,6 +1,7 @@
 // Depthwise convolution: tensors cut into tasks by their shapes alone, so that every sum has one order whatever the
 // number of threads.
 #pragma once
+#include "cpu/depthwise_flat.h"
 #include "cpu/depthwise_planes.h"
 #include "cpu/depthwise_wide.h"
 #include "cpu/elementwise.h"
@@ -70,8 +71,11 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
 template <class T, class F>
 void with_rows(const Conv2d& g, const Lanes& lanes, F&& f) {
   if (lanes.in_place())
-    f(static_cast<NhwcRows<T>*>(nullptr));
-  else if (WideRows<T>::serves(g))
+    return f(static_cast<NhwcRows<T>*>(nullptr));
+#if RKL_LANES == 16
+  if (FlatRows<T>::serves(g)) return f(static_cast<FlatRows<T>*>(nullptr));
+#endif
+  if (WideRows<T>::serves(g))
     f(static_cast<WideRows<T>*>(nullptr));
   else
     f(static_cast<PlaneRows<T>*>(nullptr));

@@ -158,6 +158,11 @@ class WideRows {
     sums_.clear();
   }
 
+  // Of a channel's tap among weights or sums.
+  static int64_t at(int64_t channel, int64_t tap, int64_t taps) {
+    return Lanes::at(channel / kLanes, tap, taps) + channel % kLanes;
+  }
+
  private:
   static constexpr int64_t kBandFloats = 8192;
 
@@ -166,11 +171,6 @@ class WideRows {
     int64_t blocks;
     int in_last_block;
   };
-
-  // Of a channel's tap among weights or sums.
-  static int64_t at(int64_t channel, int64_t tap, int64_t taps) {
-    return Lanes::at(channel / kLanes, tap, taps) + channel % kLanes;
-  }
 
   int64_t plane(const Tile& tile, int64_t channel) const { return tile.image * lanes_.channels + channel; }
 

@@ -222,6 +222,16 @@ inline void store_some(T* p, Vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
 }
 
+#if RKL_LANES == 16
+// The factors at p of the lanes that the mask names, zero elsewhere; no other memory is touched.
+inline Vec factor_masked(const float* p, uint16_t mask) { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
+template <class T>
+inline Vec factor_masked(const T* p, uint16_t mask) {
+  const VecHalf some = (VecHalf)_mm256_maskz_loadu_epi16(mask, p);
+  return factor(reinterpret_cast<const T*>(&some));
+}
+#endif
+
 // Lane by lane: a where the condition's lanes are set, else b.
 inline Vec select(VecInt condition, Vec a, Vec b) { return (Vec)(((VecInt)a & condition) | ((VecInt)b & ~condition)); }
 

@@ -1,0 +1,147 @@
+// NCHW planes under a 3 x 3 filter at stride 1, taken as they lie: a vector is any 16 pixels in a row of memory, across
+// the ends of rows. The rows above and below lie at a fixed distance, the columns to the left and right are taken from
+// neighbouring vectors, with a mask where the row ends: three loads a vector, nothing is copied, padded or turned, and
+// narrow maps waste no lanes. Masks are those of AVX-512.
+#pragma once
+#include "cpu/depthwise_wide.h"
+
+#if RKL_LANES == 16
+namespace rkl::cpu::RKL_ISA {
+
+template <class T>
+class FlatRows {
+ public:
+  static bool serves(const Conv2d& g) {
+    const bool same = g.padding_h == 1 && g.padding_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+    return !g.nhwc && same && g.stride_h == 1 && g.stride_w == 1 && g.kernel_h == 3 && g.kernel_w == 3 &&
+           g.in_h * g.in_w <= kMostPixels;
+  }
+
+  // Whole planes, of so many channels that a task is worth its while.
+  static Tiling tiling(const Conv2d& g, const Lanes&) {
+    const int64_t group = std::clamp<int64_t>(kGroupPixels / (g.in_h * g.in_w), 1, g.channels);
+    return {g.batch, g.channels, group, g.out_h, g.out_h};
+  }
+
+  FlatRows(const Gather& gather, const Conv2d&, const Lanes& lanes)
+      : lanes_(lanes), width_(gather.out_w), pixels_(gather.out_h * gather.out_w) {
+    const Axis &down = gather.vertical[0], &across = gather.horizontal[0];
+    for (int i = 0; i < kTaps; ++i) tap_[i] = down.tap[i / 3] * 3 + across.tap[i % 3];
+    masks_.resize((pixels_ + kLanes - 1) / kLanes);
+    for (int64_t p = 0, column = 0; p < pixels_; ++p, column = column + 1 == width_ ? 0 : column + 1) {
+      Masks& m = masks_[p / kLanes];
+      m.left |= uint16_t(column > 0) << (p % kLanes);
+      m.right |= uint16_t(column + 1 < width_) << (p % kLanes);
+    }
+  }
+
+  void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) {
+    for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
+      const int64_t plane = (tile.image * lanes_.channels + channel) * pixels_;
+      convolve(in + plane, finish, channel, out + plane);
+    }
+  }
+
+  // Adds the tile's share of the filter's gradient, of which flush() gives the sums.
+  void correlate_rows(const T* in, const T* grad, float*, int, const Tile& tile) {
+    sums_.resize((tile.last_vector - tile.first_vector) * kRows * kLanes);
+    for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
+      const int64_t plane = (tile.image * lanes_.channels + channel) * pixels_;
+      correlate(in + plane, grad + plane, sums_.data() + (channel - tile.first_vector) * kRows * kLanes);
+    }
+  }
+
+  // Adds what correlate_rows has summed of the channels from `first` on to sums (vector, tap, lane), and begins anew.
+  void flush(float* sums, int, int64_t first) {
+    for (size_t i = 0; i < sums_.size() / kLanes; ++i) {
+      const int64_t channel = first + int64_t(i) / kRows;
+      const int row = int(i) % kRows;
+      sums[WideRows<T>::at(channel, row < kTaps ? tap_[row] : kTaps, kRows)] +=
+          sum_of_lanes(load(sums_.data() + i * kLanes));
+    }
+    sums_.clear();
+  }
+
+ private:
+  static constexpr int kTaps = 9, kRows = kTaps + 1;  // the last row of sums is the bias's
+  static constexpr int64_t kMostPixels = 32768, kGroupPixels = 8192;
+
+  struct Masks {  // of the lanes that have a pixel beside them in their row
+    uint16_t left = 0, right = 0;
+  };
+
+  // kLanes pixels of the plane from `at` on, zeros outside it.
+  Vec take(const T* plane, int64_t at) const {
+    if (at >= 0 && at + kLanes <= pixels_) return factor(plane + at);
+    const int64_t first = std::clamp<int64_t>(-at, 0, kLanes), last = std::clamp<int64_t>(pixels_ - at, first, kLanes);
+    return factor_masked(plane + at, uint16_t((1u << last) - (1u << first)));
+  }
+
+  // f(v, the pixels of the nine taps of vector v) for each vector of a plane.
+  template <class F>
+  RKL_INLINE void for_windows(const T* plane, F&& f) const {
+    Vec before[3], here[3];
+    for (int i = 0; i < 3; ++i) {
+      before[i] = take(plane, (i - 1) * width_ - kLanes);
+      here[i] = take(plane, (i - 1) * width_);
+    }
+    for (int64_t v = 0; v < int64_t(masks_.size()); ++v) {
+      const Masks m = masks_[v];
+      Vec x[kTaps];
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const Vec after = take(plane, (v + 1) * kLanes + (i - 1) * width_);
+        x[3 * i] = (Vec)_mm512_maskz_alignr_epi32(m.left, (__m512i)here[i], (__m512i)before[i], kLanes - 1);
+        x[3 * i + 1] = here[i];
+        x[3 * i + 2] = (Vec)_mm512_maskz_alignr_epi32(m.right, (__m512i)after, (__m512i)here[i], 1);
+        before[i] = here[i];
+        here[i] = after;
+      }
+      f(v, x);
+    }
+  }
+
+  void convolve(const T* in, const Finish& finish, int64_t channel, T* out) const {
+    Vec weight[kTaps];
+    for (int i = 0; i < kTaps; ++i)
+      weight[i] = as_factor(broadcast(finish.weights[WideRows<T>::at(channel, tap_[i], kTaps)]), T{});
+    const Vec bias = broadcast(finish.bias[channel]);
+    // Planes of whole vectors lie in whole lines.
+    const bool past_caches = finish.past_caches && pixels_ % kLanes == 0;
+    for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
+      Vec row[3] = {bias, Vec{}, Vec{}};  // a sum each: one after the other, the nine would wait for each other
+#pragma GCC unroll 9
+      for (int i = 0; i < kTaps; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
+      Vec sum = row[0] + (row[1] + row[2]);
+      if (finish.act != Activation::none) sum = activate(finish.act, sum);
+      T* to = out + v * kLanes;
+      if (past_caches)
+        stream(to, sum);
+      else if (const int64_t lanes = pixels_ - v * kLanes; lanes >= kLanes)
+        store(to, sum);
+      else
+        store_some(to, sum, lanes);
+    });
+  }
+
+  void correlate(const T* in, const T* grad, float* sums) const {
+    Vec sum[kRows];
+    for (int i = 0; i < kRows; ++i) sum[i] = load(sums + i * kLanes);
+    for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
+      const Vec g = take(grad, v * kLanes);
+      sum[kTaps] += widened(g, T{});
+#pragma GCC unroll 9
+      for (int i = 0; i < kTaps; ++i) sum[i] = multiply_add(sum[i], x[i], g, T{});
+    });
+    for (int i = 0; i < kRows; ++i) store(sums + i * kLanes, sum[i]);
+  }
+
+  const Lanes lanes_;
+  const int64_t width_, pixels_;  // of a plane
+  int tap_[kTaps];
+  std::vector<Masks> masks_;  // a vector
+  std::vector<float> sums_;   // (channel, kRows, kLanes)
+};
+
+}  // namespace rkl::cpu::RKL_ISA
+#endif
