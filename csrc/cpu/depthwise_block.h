@@ -351,6 +351,8 @@ inline void by_block(const Taps& taps, int width, F&& f) {
 // The same at an edge of a row, or for all of it, with exact taps centred on their outputs.
 template <Edge edge, int step = 1, class F>
 inline void by_edge_block(const Taps& taps, int width, F&& f) {
+  if constexpr (step == 2)
+    if (width == 2) return with_exact(taps, [&](auto k) { f(Block<k(), 2, step, true, edge>{}); });
   with_width(width, [&](auto r) { with_exact(taps, [&](auto k) { f(Block<k(), r(), step, true, edge>{}); }); });
 }
 

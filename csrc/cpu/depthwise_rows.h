@@ -266,9 +266,10 @@ class NhwcRows {
 
     if (taps_.whole_row(phase)) return run(taps, 0, 1, int(count), 0, by_whole);
     const bool centred = taps_.centred(phase), single = goes_singly(taps);
-    const int width = block_width(count), half = taps.columns / 2;
+    const int half = taps.columns / 2;
     const auto by_left_of_2 = [&](int width, auto&& g) { by_edge_block<Edge::left, 2>(taps, width, g); };
     const bool left_of_2 = !single && phases == 1 && taps.step == 2 && axis.offset.front() == -half;
+    const int width = left_of_2 && count == 2 ? 2 : block_width(count);
     for (int64_t o = 0; o < count;) {
       const int64_t start = std::max<int64_t>(0, std::min(o, count - width));
       int64_t end = o;
