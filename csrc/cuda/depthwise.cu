@@ -12,25 +12,29 @@ constexpr int kThreads = 256;
 
 // Adds the parts' sums in their order, so that the result is the same at every run.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    add_parts(const float* partial, int parts, int taps, int64_t channels, T* dweight, T* dbias) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, size = (taps + 1) * channels;
-  if (i >= size) return;
-  const int64_t tap = i / channels, c = i - tap * channels;
+__global__ void __launch_bounds__(kThreads) add_parts(WeightGrad a, T* dweight, T* dbias) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, channels = a.g.channels;
+  const int taps = a.g.kernel_h * a.g.kernel_w;
+  if (i >= (taps + 1) * channels) return;
+  const int64_t inside = a.channels_inside ? channels : taps + 1, outer = i / inside, inner = i - outer * inside;
+  const int tap = int(a.channels_inside ? outer : inner);
+  const int64_t c = a.channels_inside ? inner : outer;
   if (tap < taps ? !dweight : !dbias) return;
   float sum = 0.f;
 #pragma unroll 8
-  for (int s = 0; s < parts; ++s) sum += partial[s * size + i];
+  for (int part = 0; part < a.parts; ++part) sum += a.sum(part, tap, c);
   (tap < taps ? dweight[c * taps + tap] : dbias[c]) = from_float<T>(sum);
 }
 
 // Parts of the batch whose sums are made apart: enough to fill the GPU, few enough for their sums to be small beside
 // the images, and a multiple of the strips that an NHWC map is cut into.
-int parts_of(const Conv2d& g) {
+int parts_of(const Conv2d& g, Dtype dtype) {
+  if (const int parts = weight_grad_toeplitz_parts(g, dtype)) return parts;
   constexpr int64_t kLeastPixels = 256;  // of a part
+  const int64_t taps = g.kernel_h * g.kernel_w, least = kLeastPixels < 8 * taps ? 8 * taps : kLeastPixels;
   const int64_t strips = g.nhwc ? ceil_div(g.out_w, kStripWidth) : 1;
   const int64_t channel_blocks = g.nhwc ? ceil_div(g.channels, 64) : g.channels;
-  const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, kLeastPixels);
+  const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, least);
   const int64_t parts = ceil_div(blocks_wanted(), channel_blocks);
   return int(ceil_div(parts < most ? parts : most, strips) * strips);
 }
@@ -66,19 +70,23 @@ void depthwise_input_grad(const Conv2d& g, const void* grad, const void* weight,
     depthwise_general(a, true, dtype, stream);
 }
 
-int64_t weight_grad_workspace(const Conv2d& g) {
-  return int64_t(parts_of(g)) * (g.kernel_h * g.kernel_w + 1) * g.channels;
+int64_t weight_grad_workspace(const Conv2d& g, Dtype dtype) {
+  return int64_t(parts_of(g, dtype)) * (g.kernel_h * g.kernel_w + 1) * g.channels;
 }
 
 void depthwise_weight_grad(const Conv2d& g, const void* grad, const void* x, void* dweight, void* dbias,
                            float* workspace, Dtype dtype, cudaStream_t stream) {
-  const WeightGrad a{g, grad, x, workspace, parts_of(g), dbias != nullptr};
-  if (!weight_grad_nhwc(a, dtype, stream) && !weight_grad_nchw(a, dtype, stream)) weight_grad_general(a, dtype, stream);
-  const int taps = g.kernel_h * g.kernel_w;
+  // A warp of the tensor cores' kernel has one channel in either layout.
+  const bool channels_inside = g.nhwc && !weight_grad_toeplitz_parts(g, dtype);
+  const WeightGrad a{g, grad, x, workspace, parts_of(g, dtype), dbias != nullptr, channels_inside};
+  if (!weight_grad_nhwc(a, dtype, stream) && !weight_grad_nchw(a, dtype, stream) &&
+      !weight_grad_toeplitz(a, dtype, stream))
+    weight_grad_general(a, dtype, stream);
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    add_parts<T><<<dim3(unsigned(ceil_div((taps + 1) * g.channels, kThreads))), dim3(kThreads), 0, stream>>>(
-        workspace, a.parts, taps, g.channels, static_cast<T*>(dweight), static_cast<T*>(dbias));
+    const int64_t sums = (g.kernel_h * g.kernel_w + 1) * g.channels;
+    add_parts<T><<<dim3(unsigned(ceil_div(sums, kThreads))), dim3(kThreads), 0, stream>>>(a, static_cast<T*>(dweight),
+                                                                                          static_cast<T*>(dbias));
   });
 }
 

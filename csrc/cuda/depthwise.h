@@ -23,9 +23,15 @@ struct Depthwise {
 struct WeightGrad {
   Conv2d g;
   const void *grad, *x;
-  float* partial;  // (parts, taps + 1, channels)
+  float* partial;  // (parts, channels, taps + 1), or with channels_inside (parts, taps + 1, channels)
   int parts;
   bool with_bias;
+  bool channels_inside;  // which of the two the kernel's threads write side by side
+
+  __host__ __device__ float& sum(int part, int tap, int64_t channel) const {
+    const int64_t taps = g.kernel_h * g.kernel_w + 1;
+    return partial[part * taps * g.channels + (channels_inside ? tap * g.channels + channel : channel * taps + tap)];
+  }
 };
 
 // Columns of outputs that a block of the NHWC kernels has; parts are a multiple of the strips that a map has of them.
@@ -38,6 +44,8 @@ bool depthwise_nchw(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_nchw_stride2_grad(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_toeplitz(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool weight_grad_nchw(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
+bool weight_grad_toeplitz(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
+int weight_grad_toeplitz_parts(const Conv2d& g, Dtype dtype);  // 0 where it does not cover the case
 void depthwise_general(const Depthwise& a, bool transposed, Dtype dtype, cudaStream_t stream);
 void weight_grad_general(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
 

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_grad_nchw_kernel(WeightGra
   for (int tap = threadIdx.x; tap <= kTaps; tap += kThreads) {
     float sum = 0.f;
     for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp][tap];
-    a.partial[(int64_t(part) * (kTaps + 1) + tap) * g.channels + c] = sum;
+    a.sum(part, tap, c) = sum;
   }
 }
 

@@ -49,7 +49,7 @@ void depthwise_input_grad(const Conv2d& g, const void* grad, const void* weight,
                           cudaStream_t stream);
 // The gradients of filter and bias; either may be null where it is not wanted. workspace: so many floats as
 // weight_grad_workspace tells.
-int64_t weight_grad_workspace(const Conv2d& g);
+int64_t weight_grad_workspace(const Conv2d& g, Dtype dtype);
 void depthwise_weight_grad(const Conv2d& g, const void* grad, const void* x, void* dweight, void* dbias,
                            float* workspace, Dtype dtype, cudaStream_t stream);
 

@@ -55,7 +55,7 @@ struct CudaConv {
     const OnDeviceOf device(like);
     if (dx) cuda::depthwise_input_grad(g, grad, weight, dx, dtype, device.stream);
     if (!dweight && !dbias) return;
-    const Tensor sums = workspace(like, cuda::weight_grad_workspace(g));
+    const Tensor sums = workspace(like, cuda::weight_grad_workspace(g, dtype));
     cuda::depthwise_weight_grad(g, grad, x, dweight, dbias, floats(sums), dtype, device.stream);
   }
 };

@@ -88,7 +88,7 @@ void bind_kernels(py::module_& m) {
 
   define(m, "depthwise", cuda::depthwise);
   define(m, "depthwise_input_grad", cuda::depthwise_input_grad);
-  m.def("weight_grad_workspace", cuda::weight_grad_workspace);
+  define(m, "weight_grad_workspace", cuda::weight_grad_workspace);
   define(m, "depthwise_weight_grad", cuda::depthwise_weight_grad);
 }
 

@@ -89,7 +89,7 @@ class Run:
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
         dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.weight, self.bias))
-        workspace = self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry))
+        workspace = self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry, self.number))
         wanted = (dw.data_ptr() if weight else 0, db.data_ptr() if bias else 0)
         self.gpu.kernels.depthwise_weight_grad(
             self.geometry, self.grad.data_ptr(), self.x.data_ptr(), *wanted, workspace.data_ptr(), self.number, 0

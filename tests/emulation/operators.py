@@ -103,7 +103,7 @@ class Operators:
         if mask[1] or mask[2]:
             dw = self.gpu.empty(*weight.shape, dtype=x.dtype) if mask[1] else None
             db = self.gpu.empty(x.shape[1], dtype=x.dtype) if mask[2] else None
-            workspace = self.gpu.empty(self.gpu.kernels.weight_grad_workspace(g))
+            workspace = self.gpu.empty(self.gpu.kernels.weight_grad_workspace(g, number))
             self._call("depthwise_weight_grad", g, grad, x, dw, db, workspace, number, 0)
         return dx, nothing if dw is None else dw, nothing if db is None else db
 
