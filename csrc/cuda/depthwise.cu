@@ -39,9 +39,14 @@ int parts_of(const Conv2d& g, Dtype dtype) {
   return int(ceil_div(parts < most ? parts : most, strips) * strips);
 }
 
-void convolve(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
-  if (!depthwise_nhwc(a, dtype, stream) && !depthwise_nchw(a, dtype, stream) && !depthwise_toeplitz(a, dtype, stream))
-    depthwise_general(a, false, dtype, stream);
+using K = DepthwiseKernel;
+
+K convolve(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
+  if (depthwise_nhwc(a, dtype, stream)) return K::nhwc;
+  if (depthwise_nchw(a, dtype, stream)) return K::nchw;
+  if (depthwise_toeplitz(a, dtype, stream)) return K::tensor_cores;
+  if (!a.only_asked) depthwise_general(a, false, dtype, stream);
+  return K::general;
 }
 
 // At stride 1 the gradient by the input is itself a convolution, of the gradient with the flipped filter.
@@ -54,6 +59,36 @@ Depthwise stride1_grad(Conv2d g, const void* grad, const void* weight, void* dx)
   return {g, grad, weight, nullptr, dx, true};
 }
 
+K input_grad(const Conv2d& g, const void* grad, const void* weight, void* dx, bool only_asked, Dtype dtype,
+             cudaStream_t stream) {
+  if (g.stride_h == 1 && g.stride_w == 1) {
+    Depthwise a = stride1_grad(g, grad, weight, dx);
+    a.only_asked = only_asked;
+    return convolve(a, dtype, stream);
+  }
+  const Depthwise a{g, grad, weight, nullptr, dx, false, only_asked};
+  if (depthwise_nhwc_stride2_grad(a, dtype, stream)) return K::nhwc;
+  if (depthwise_nchw_stride2_grad(a, dtype, stream)) return K::nchw;
+  if (!only_asked) depthwise_general(a, true, dtype, stream);
+  return K::general;
+}
+
+// The first stage of the filter's gradient.
+K weight_grad(const WeightGrad& a, Dtype dtype, cudaStream_t stream) {
+  if (weight_grad_nhwc(a, dtype, stream)) return K::nhwc;
+  if (weight_grad_nchw(a, dtype, stream)) return K::nchw;
+  if (weight_grad_toeplitz(a, dtype, stream)) return K::tensor_cores;
+  if (!a.only_asked) weight_grad_general(a, dtype, stream);
+  return K::general;
+}
+
+WeightGrad weight_grad_of(const Conv2d& g, const void* grad, const void* x, float* workspace, bool with_bias,
+                          Dtype dtype) {
+  // A warp of the tensor cores' kernel has one channel in either layout.
+  const bool channels_inside = g.nhwc && !weight_grad_toeplitz_parts(g, dtype);
+  return {g, grad, x, workspace, parts_of(g, dtype), with_bias, channels_inside};
+}
+
 }  // namespace
 
 void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, void* y, Dtype dtype,
@@ -61,33 +96,35 @@ void depthwise(const Conv2d& g, const void* x, const void* weight, const void* b
   convolve({g, x, weight, bias, y}, dtype, stream);
 }
 
-void depthwise_input_grad(const Conv2d& g, const void* grad, const void* weight, void* dx, Dtype dtype,
-                          cudaStream_t stream) {
-  if (g.stride_h == 1 && g.stride_w == 1)
-    convolve(stride1_grad(g, grad, weight, dx), dtype, stream);
-  else if (const Depthwise a{g, grad, weight, nullptr, dx};
-           !depthwise_nhwc_stride2_grad(a, dtype, stream) && !depthwise_nchw_stride2_grad(a, dtype, stream))
-    depthwise_general(a, true, dtype, stream);
-}
-
 int64_t weight_grad_workspace(const Conv2d& g, Dtype dtype) {
   return int64_t(parts_of(g, dtype)) * (g.kernel_h * g.kernel_w + 1) * g.channels;
 }
 
-void depthwise_weight_grad(const Conv2d& g, const void* grad, const void* x, void* dweight, void* dbias,
-                           float* workspace, Dtype dtype, cudaStream_t stream) {
-  // A warp of the tensor cores' kernel has one channel in either layout.
-  const bool channels_inside = g.nhwc && !weight_grad_toeplitz_parts(g, dtype);
-  const WeightGrad a{g, grad, x, workspace, parts_of(g, dtype), dbias != nullptr, channels_inside};
-  if (!weight_grad_nhwc(a, dtype, stream) && !weight_grad_nchw(a, dtype, stream) &&
-      !weight_grad_toeplitz(a, dtype, stream))
-    weight_grad_general(a, dtype, stream);
+void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
+                        void* dbias, float* workspace, Dtype dtype, cudaStream_t stream) {
+  const bool of_filter = dweight || dbias;
+  const WeightGrad a = of_filter ? weight_grad_of(g, grad, x, workspace, dbias != nullptr, dtype) : WeightGrad{};
+  if (!dx || !dweight || !backward_nhwc(a, weight, dx, dtype, stream)) {
+    if (dx) input_grad(g, grad, weight, dx, false, dtype, stream);
+    if (of_filter) weight_grad(a, dtype, stream);
+  }
+  if (!of_filter) return;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t sums = (g.kernel_h * g.kernel_w + 1) * g.channels;
     add_parts<T><<<dim3(unsigned(ceil_div(sums, kThreads))), dim3(kThreads), 0, stream>>>(a, static_cast<T*>(dweight),
                                                                                           static_cast<T*>(dbias));
   });
+}
+
+DepthwiseKernels depthwise_kernels(const Conv2d& g, Dtype dtype) {
+  Depthwise forward{g};
+  WeightGrad backward{g};
+  forward.only_asked = backward.only_asked = true;
+  const K of_forward = convolve(forward, dtype, nullptr);
+  if (backward_nhwc(backward, nullptr, nullptr, dtype, nullptr)) return {of_forward, K::one_pass, K::one_pass};
+  return {of_forward, input_grad(g, nullptr, nullptr, nullptr, true, dtype, nullptr),
+          weight_grad(backward, dtype, nullptr)};
 }
 
 }  // namespace rkl::cuda

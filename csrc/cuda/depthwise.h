@@ -1,6 +1,6 @@
 // Between the files of the depthwise family: what a launch is told, and the launches by layout. Each fast launch
 // returns false, having done nothing, where it does not cover the case; depthwise.cu tries them in turn and ends with
-// the general one, which covers all.
+// the general one, which covers all. Where it is only asked whether it covers the case, it launches nothing either.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -15,7 +15,7 @@ struct Depthwise {
   Conv2d g;
   const void *x, *weight, *bias;
   void* y;
-  bool flipped = false;
+  bool flipped = false, only_asked = false;
 };
 
 // The gradient of the filter and, as one tap more, of the bias: a sum for each part of the batch into the workspace.
@@ -27,6 +27,7 @@ struct WeightGrad {
   int parts;
   bool with_bias;
   bool channels_inside;  // which of the two the kernel's threads write side by side
+  bool only_asked = false;
 
   __host__ __device__ float& sum(int part, int tap, int64_t channel) const {
     const int64_t taps = g.kernel_h * g.kernel_w + 1;
@@ -44,6 +45,7 @@ bool depthwise_nchw(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_nchw_stride2_grad(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_toeplitz(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool weight_grad_nchw(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
+bool backward_nhwc(const WeightGrad& a, const void* weight, void* dx, Dtype dtype, cudaStream_t stream);
 bool weight_grad_toeplitz(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
 int weight_grad_toeplitz_parts(const Conv2d& g, Dtype dtype);  // 0 where it does not cover the case
 void depthwise_general(const Depthwise& a, bool transposed, Dtype dtype, cudaStream_t stream);
@@ -56,7 +58,7 @@ inline bool is_plain(const Conv2d& g, int kernel, int stride) {
 }
 
 template <class... P>
-bool aligned_16(const P*... pointers) {
+bool aligned_16(P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
 }
 

@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(Step<kernel, stride>::kMaxThreads, Step<kernel
 template <class T, int kernel, int stride>
 void launch(const WeightGrad& a, cudaStream_t stream) {
   using S = Step<kernel, stride>;
+  if (a.only_asked) return;
   const Conv2d& g = a.g;
   Grid grid;
   grid.strips = int(ceil_div(g.out_w, kStripWidth));

@@ -23,10 +23,8 @@ class LargeRun(Run):
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
         """The parts' sums, added here: the last channels' taps are spread over the second stage's whole grid."""
-        workspace = self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry, self.number))
-        db = self.empty(len(self.bias), dtype=self.x.dtype)
-        arguments = (self.geometry, self.grad.data_ptr(), self.x.data_ptr(), 0, db.data_ptr())
-        self.gpu.kernels.depthwise_weight_grad(*arguments, workspace.data_ptr(), self.number, 0)
+        workspace = self.workspace()
+        self.backward(None, None, self.empty(len(self.bias), dtype=self.x.dtype), workspace)
         kh, kw = self.case.kernel
         taps = kh * kw + 1
         if self.case.nhwc and kw < 9:
