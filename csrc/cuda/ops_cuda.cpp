@@ -1,6 +1,7 @@
 // The operators on a GPU: guards, outputs, layouts and the stream here, kernels in the .cu files.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -18,7 +19,7 @@ namespace {
 struct OnDeviceOf {
   explicit OnDeviceOf(const Tensor& x) : guard(x.get_device_index()) {
     void* raw = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &raw));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &raw));
     stream = static_cast<cudaStream_t>(raw);
   }
   ~OnDeviceOf() noexcept(false) { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
