@@ -141,3 +141,16 @@ def assert_right(run: Run, *names: str) -> None:
         bound = TOLERANCE[result.dtype] * scales[name] + info.tiny * info.eps  # the last: a step of a subnormal number
         excess = ((result.double() - expected[name]).abs() / bound).max()
         assert excess <= 1, f"{name}: error {excess:.3g} times its bound"
+
+
+def moved_over_unavoidable(gpu: Gpu, case: Case) -> list[float]:
+    """Bytes of the sectors that forward, data gradient and filter gradient touch in bf16, each over image, output and
+    filter once."""
+    run = Run(gpu, case, torch.bfloat16)
+    unavoidable = run.x.nbytes + run.grad.nbytes + run.weight.nbytes
+    ratios = []
+    for call in (lambda: run.forward(with_bias=False), run.input_grad, lambda: run.weight_grad(bias=False)):
+        before = gpu.moved()
+        call()
+        ratios.append((gpu.moved() - before) / unavoidable)
+    return ratios

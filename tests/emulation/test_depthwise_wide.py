@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .conftest import ORDERS, Gpu
-from .depthwise_cases import Case, Run, assert_right
+from .depthwise_cases import Case, Run, assert_right, moved_over_unavoidable
 
 # The tensor cores' path: maps of several images to a tile and of several tiles each, tiles of every number of columns,
 # rows that begin at any address, paddings that are a multiple of 8 or not, wide, none; filters not square, even, and
@@ -107,11 +107,5 @@ WIDE_TRAFFIC = [
 
 @pytest.mark.parametrize(("case", "bounds"), WIDE_TRAFFIC, ids=str)
 def test_bytes_moved_by_wide_filters(gpu: Gpu, case: Case, bounds: tuple[float, float, float]) -> None:
-    run = Run(gpu, case, torch.bfloat16)
-    unavoidable = run.x.nbytes + run.grad.nbytes + run.weight.nbytes
-    moved = []
-    for call in (lambda: run.forward(with_bias=False), run.input_grad, lambda: run.weight_grad(bias=False)):
-        before = gpu.moved()
-        call()
-        moved.append((gpu.moved() - before) / unavoidable)
+    moved = moved_over_unavoidable(gpu, case)
     assert all(ratio <= bound for ratio, bound in zip(moved, bounds, strict=True)), moved
