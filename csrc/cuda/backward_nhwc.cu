@@ -64,6 +64,40 @@ __device__ inline void add_groups(float (&sums)[kSums][4], float* memory, int gr
   }
 }
 
+// Row r of kAcross pixels from `column` on with the gradients around them: adds to their own gradients, and to the
+// sums.
+template <class T>
+__device__ inline void meet(const Vec<T>* filter, const typename Step<T>::Grads& grads,
+                            const typename Step<T>::Image& image, int r, int column, int share,
+                            float (&out)[kAcross][4], float (&sums)[kSums][4]) {
+  const auto quad = [&](const Vec<T>* v) { return reinterpret_cast<const typename Step<T>::Quad*>(v) + share; };
+  float pixels[kAcross][4];
+#pragma unroll
+  for (int p = 0; p < kAcross; ++p) to_floats<T>(*quad(image.at(r, column + p)), pixels[p]);
+#pragma unroll
+  for (int i = 0; i < kKernel; ++i) {
+    float taps[kKernel][4];
+#pragma unroll
+    for (int j = 0; j < kKernel; ++j) to_floats<T>(*quad(filter + (i * kKernel + j) * kVectors + threadIdx.x), taps[j]);
+#pragma unroll
+    for (int b = 0; b < kAcross + kKernel - 1; ++b) {
+      float d[4];
+      to_floats<T>(*quad(grads.at(r + i, column + b)), d);
+#pragma unroll
+      for (int p = 0; p < kAcross; ++p) {
+        const int j = b - p;
+        if (j < 0 || j >= kKernel) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          out[p][e] += d[e] * taps[j][e];
+          sums[i * kKernel + j][e] += d[e] * pixels[p][e];
+          if (i == 1 && j == 1) sums[kTaps][e] += d[e];
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(Step<T>::kThreads, Step<T>::kBlocks)
     backward_nhwc_kernel(WeightGrad a, const T* weight, T* dx, Grid grid) {
@@ -82,7 +116,6 @@ __global__ void __launch_bounds__(Step<T>::kThreads, Step<T>::kBlocks)
   const bool live = vector < g.channels;
   const int c = vector + share * Quad::size, x0 = strip * grid.columns * kAcross;
   const int h = int(g.in_h), w = int(g.in_w);
-  const auto quad = [&](const V* v) { return reinterpret_cast<const Quad*>(v) + share; };
   typename S::Grads grads{filter + kTaps * kVectors, nullptr, live,   h,         w,
                           ring_width(grid.columns),  0,       x0 - 1, g.channels};
   typename S::Image image{grads.slots + (kWindow + kRows) * grads.width * kVectors,
@@ -107,6 +140,7 @@ __global__ void __launch_bounds__(Step<T>::kThreads, Step<T>::kBlocks)
     image.image = static_cast<const T*>(a.x) + start;
     grads.top = y0 - 1;
     image.top = y0;
+    image.h = y0 + rows;  // the next slice's rows are not read
     grads.load(0, kWindow);
     image.load(0, kRows);
     cp_async_commit();
@@ -120,32 +154,8 @@ __global__ void __launch_bounds__(Step<T>::kThreads, Step<T>::kBlocks)
       __syncthreads();
       const int r = step * kRows + int(threadIdx.z);
       if (r < rows) {
-        float pixels[kAcross][4], out[kAcross][4] = {};
-#pragma unroll
-        for (int p = 0; p < kAcross; ++p) to_floats<T>(*quad(image.at(r, column + p)), pixels[p]);
-#pragma unroll
-        for (int i = 0; i < kKernel; ++i) {
-          float taps[kKernel][4];
-#pragma unroll
-          for (int j = 0; j < kKernel; ++j)
-            to_floats<T>(*quad(filter + (i * kKernel + j) * kVectors + threadIdx.x), taps[j]);
-#pragma unroll
-          for (int b = 0; b < kAcross + kKernel - 1; ++b) {
-            float d[4];
-            to_floats<T>(*quad(grads.at(r + i, column + b)), d);
-#pragma unroll
-            for (int p = 0; p < kAcross; ++p) {
-              const int j = b - p;
-              if (j < 0 || j >= kKernel) continue;
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                out[p][e] += d[e] * taps[j][e];
-                sums[i * kKernel + j][e] += d[e] * pixels[p][e];
-                if (i == 1 && j == 1) sums[kTaps][e] += d[e];
-              }
-            }
-          }
-        }
+        float out[kAcross][4] = {};
+        meet<T>(filter, grads, image, r, column, share, out, sums);
         T* to = dx + ((int64_t(n) * h + y0 + r) * w + x0 + column) * g.channels + c;
 #pragma unroll
         for (int p = 0; p < kAcross; ++p) {

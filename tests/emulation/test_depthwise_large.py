@@ -22,9 +22,18 @@ class LargeRun(Run):
         gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 8 if case.nhwc else 256
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
-        """The parts' sums, added here: the last channels' taps are spread over the second stage's whole grid."""
         workspace = self.workspace()
         self.backward(None, None, self.empty(len(self.bias), dtype=self.x.dtype), workspace)
+        return self.sums(workspace)
+
+    def both_grads(self, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        workspace = self.workspace()
+        dx, dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.x, self.weight, self.bias))
+        self.backward(dx, dw, db, workspace)
+        return dx, *self.sums(workspace)
+
+    def sums(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts' sums, added here: the last channels' taps are spread over the second stage's whole grid."""
         kh, kw = self.case.kernel
         taps = kh * kw + 1
         if self.case.nhwc and kw < 9:
@@ -59,7 +68,7 @@ LARGE = [
         (MANY, ("y", "dx")),
         (replace(MANY, stride=(2, 2)), ("y", "dx")),
         (replace(MANY, padding=(2, 2), dilation=(2, 2)), ("y",)),
-        (DEEP, ("dw",)),
+        (DEEP, ("dw", "both")),
         (WIDE_AND_DEEP, ("y", "dx", "dw")),
     )
     for name in names
