@@ -27,16 +27,22 @@ __global__ void __launch_bounds__(kThreads) add_parts(WeightGrad a, T* dweight, 
 }
 
 // Parts of the batch whose sums are made apart: enough to fill the GPU, few enough for their sums to be small beside
-// the images, and a multiple of the strips that an NHWC map is cut into.
-int parts_of(const Conv2d& g, Dtype dtype) {
-  if (const int parts = weight_grad_toeplitz_parts(g, dtype)) return parts;
+// the images, and a multiple of the strips that an NHWC map is cut into. And whether a part's sums have the channels
+// side by side: in NHWC, but for the tensor cores' kernel, where a warp has one channel.
+struct Parts {
+  int count;
+  bool channels_inside;
+};
+
+Parts parts_of(const Conv2d& g, Dtype dtype) {
+  if (const int parts = weight_grad_toeplitz_parts(g, dtype)) return {parts, false};
   constexpr int64_t kLeastPixels = 256;  // of a part
   const int64_t taps = g.kernel_h * g.kernel_w, least = kLeastPixels < 8 * taps ? 8 * taps : kLeastPixels;
   const int64_t strips = g.nhwc ? ceil_div(g.out_w, kStripWidth) : 1;
   const int64_t channel_blocks = g.nhwc ? ceil_div(g.channels, 64) : g.channels;
   const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, least);
   const int64_t parts = ceil_div(blocks_wanted(), channel_blocks);
-  return int(ceil_div(parts < most ? parts : most, strips) * strips);
+  return {int(ceil_div(parts < most ? parts : most, strips) * strips), g.nhwc};
 }
 
 using K = DepthwiseKernel;
@@ -84,9 +90,8 @@ K weight_grad(const WeightGrad& a, Dtype dtype, cudaStream_t stream) {
 
 WeightGrad weight_grad_of(const Conv2d& g, const void* grad, const void* x, float* workspace, bool with_bias,
                           Dtype dtype) {
-  // A warp of the tensor cores' kernel has one channel in either layout.
-  const bool channels_inside = g.nhwc && !weight_grad_toeplitz_parts(g, dtype);
-  return {g, grad, x, workspace, parts_of(g, dtype), with_bias, channels_inside};
+  const Parts parts = parts_of(g, dtype);
+  return {g, grad, x, workspace, parts.count, with_bias, parts.channels_inside};
 }
 
 }  // namespace
@@ -97,7 +102,7 @@ void depthwise(const Conv2d& g, const void* x, const void* weight, const void* b
 }
 
 int64_t weight_grad_workspace(const Conv2d& g, Dtype dtype) {
-  return int64_t(parts_of(g, dtype)) * (g.kernel_h * g.kernel_w + 1) * g.channels;
+  return int64_t(parts_of(g, dtype).count) * (g.kernel_h * g.kernel_w + 1) * g.channels;
 }
 
 void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
