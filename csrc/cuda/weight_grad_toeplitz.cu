@@ -109,6 +109,7 @@ struct Place {
   int64_t image;
   int images, y, x;  // the first gradient
   int rows, width;   // of the gradient
+  int taps_down;     // of the piece
   int top, bottom;   // rows of the image
   Span span;
   int row, band;  // the image's row, of those, that meets kh and row y; the gradient, from x on, that left and kw meet
@@ -121,8 +122,9 @@ struct Place {
         x(int(tile % c.across) * c.width),
         rows(min(c.height, int(g.out_h) - y)),
         width(min(c.width, int(g.out_w) - x)),
+        taps_down(min(V::kRows, g.kernel_h - kh)),
         top(max(0, y - g.padding_h + kh)),
-        bottom(max(top, min(int(g.in_h), y - g.padding_h + kh + rows + min(V::kRows, g.kernel_h - kh) - 1))),
+        bottom(max(top, min(int(g.in_h), y - g.padding_h + kh + rows + taps_down - 1))),
         span(g, x, width, kw, min(V::kColumns, g.kernel_w - kw), c.align),
         row(y - g.padding_h + kh - top),
         band(span.left - x + g.padding_w - kw) {}
@@ -198,6 +200,7 @@ __device__ inline void multiply(const Cut& c, const Place& at, int image, int co
       }
 #pragma unroll
       for (int h = 0; h < V::kRowTiles; ++h) {
+        if (16 * h >= at.taps_down) break;
         const unsigned row = lane_row + r + q + 16 * h;
         uint32_t x[4];
         ldmatrix_x4(x, row < unsigned(stored) ? plane + swizzled(c, (image * 2 + row % 2) * c.group + row / 2, unit)
