@@ -1,6 +1,7 @@
 """Everything that wants a GPU, in one command, ``make gpu``: tests, then measurements.
 
-Needs torch, Triton, NumPy, matplotlib and pytest, no network. Whatever fails is reported and the rest goes on. Writes
+Needs torch, Triton, NumPy, matplotlib and pytest, no network. Whatever fails is reported and the rest goes on: what
+runs on the device has a process of its own, which is replaced when a kernel breaks it or hangs. Writes
 benchmarks/results/<device>.json, .md and .png, and the planner's table, which the package takes from
 rkl_kernels/planner_table.json. ``--device cpu`` tries all of it on tiny shapes without a GPU.
 """
@@ -34,12 +35,15 @@ from rkl_kernels.bench.timing import copier, interleave, multiplier, timer_for
 from . import models, report
 from .shapes import SHAPES, Shape
 from .suite import RESULTS, Run
+from .worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("mnv1-112", "xcep-147", "cnx-56", "rep-32-k13", "kb-82", "one-112", "rkl-16-k7")
 TRELU = ("mnv1-112", "kb-82", "one-112")
 MOST_BUDGET = 0.6
 """Seconds of timing a row at most: a hundred samples of a kernel of a millisecond, for eight contestants."""
+ROW_SECONDS, COMPILER_SECONDS = 60.0, 150.0
+"""What takes longer hangs; the second where the compiler takes part."""
 LAYOUTS = ("nhwc", "nchw")
 
 
@@ -140,40 +144,71 @@ def contestants(case: Case, device: str, compile_too: bool) -> list[Rival]:
     return chosen
 
 
-def measure_machine(run: Run, device: str, budget: float) -> None:
+def measure_machine(device: str, budget: float) -> tuple[dict[int, float], dict[str, float]]:
     """Copy bandwidth from 1 MB to 2 GB moved, and the matrix rate of each type."""
     sizes = [2**n * 1_000_000 for n in range(12 if device == "cuda" else 5)]
     timer = timer_for(device)
     times = interleave({str(size): copier(size, device) for size in sizes}, timer, budget)
-    run.copy_rates = {size: size / times[str(size)].seconds for size in sizes}
+    copy_rates = {size: size / times[str(size)].seconds for size in sizes}
+    matrix_rates = {}
     for dtype in ("fp32", "bf16"):
         product, operations = multiplier(TYPES[dtype], device)
-        run.matrix_rates[dtype] = operations / interleave({dtype: product}, timer, budget / 2)[dtype].seconds
+        matrix_rates[dtype] = operations / interleave({dtype: product}, timer, budget / 2)[dtype].seconds
+    return copy_rates, matrix_rates
 
 
-def measure_rows(run: Run, device: str, quick: bool, deadline: Deadline) -> None:
-    """Every row that the time reaches; the compiler, whose tuning is slow, where two steps can fuse and for T-ReLU."""
-    chosen = list(cases(device, quick))
-    for number, case in enumerate(chosen):
-        if deadline.left() < 0:
-            run.left_out.append(case.id)
-            continue
-        compile_too = case.dtype == "bf16" and case.operator in ("separable", "trelu") and case.name in QUICK
-        budget = min(MOST_BUDGET, deadline.left() / (len(chosen) - number) / 2)
-        rivals = contestants(case, device, compile_too)
-        row = attempt(case.id, partial(measure, case, rivals, device, budget))
-        if row is None:
-            continue
-        run.rows.append(row)
-        share, times = row.of_floor() or 0.0, row.over_best() or 0.0
-        print(f"{case.id:<40} {times:5.2f}x the best rival, {share:4.0%} of the floor", flush=True)
-        for name, why in row.rejected.items():
-            print(f"    {name} {why}", flush=True)
-        if device == "cuda":
+def compiler_may_win(case: Case) -> bool:
+    """Where two steps can fuse, and T-ReLU: a convolution alone is a black box to the compiler."""
+    return case.dtype == "bf16" and case.operator in ("separable", "trelu") and case.name in QUICK
+
+
+def measure_row(case: Case, device: str, compile_too: bool, budget: float) -> tuple[Row, bool]:
+    """A row, and whether the device still answers after it."""
+    row = measure(case, contestants(case, device, compile_too), device, budget)
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
+        except RuntimeError:
+            return row, False
+    return row, True
 
 
-def measure_step(run: Run, device: str, budget: float) -> None:
+def measure_rows(run: Run, device: str, quick: bool, deadline: Deadline, worker: Worker) -> None:
+    """Every row that the time reaches; with what is left some of them again, beside the compiler, whose tuning is
+    slow."""
+    chosen = [(case, False) for case in cases(device, quick)]
+    chosen += [(case, True) for case, _ in chosen if compiler_may_win(case)]
+    rows: dict[str, Row] = {}
+    slowest = 0.0  # seconds of a row with the compiler: another one may take as long
+    for number, (case, compile_too) in enumerate(chosen):
+        left = deadline.left()
+        if left < 0 or (compile_too and left < slowest):
+            run.left_out += [] if compile_too else [case.id]
+            continue
+        budget = min(MOST_BUDGET, left / (len(chosen) - number) / 2)
+        limit = COMPILER_SECONDS if compile_too else ROW_SECONDS
+        answer = attempt(case.id, partial(worker.call, limit, measure_row, case, device, compile_too, budget))
+        if compile_too:
+            slowest = max(slowest, left - deadline.left())
+        if answer is None:
+            continue
+        rows[case.id], answers = answer
+        run.rows[:] = rows.values()
+        print_row(rows[case.id])
+        if not answers:
+            print("    the device does not answer any more: going on in a new process", flush=True)
+            worker.stop()
+
+
+def print_row(row: Row) -> None:
+    share, times = row.of_floor() or 0.0, row.over_best() or 0.0
+    print(f"{row.case.id:<40} {times:5.2f}x the best rival, {share:4.0%} of the floor", flush=True)
+    for name, why in row.rejected.items():
+        print(f"    {name} {why}", flush=True)
+
+
+def measure_step(device: str, budget: float) -> models.ModelRow:
     """One ResNet-KL training step and its peak memory, on this package and on PyTorch."""
     model = replace(models.MODELS[0], batch=256 if device == "cuda" else 1)
     start = model.build()
@@ -187,7 +222,7 @@ def measure_step(run: Run, device: str, budget: float) -> None:
     row.times = interleave(runs, timer_for(device), budget)
     if device == "cuda":
         row.memory = {variant: _peak(step) for variant, step in runs.items()}
-    run.models.append(row)
+    return row
 
 
 def _prepared(model: models.Model, variant: str, start: Any, device: str) -> models.Prepared:
@@ -260,9 +295,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {name:<10} {'yes' if status.available else 'no ':<4} {status.reason}")
     if not options.no_tests:
         print(attempt("tests", lambda: run_tests(options.device, within / 4)), flush=True)
-    attempt("copy bandwidth and matrix rate", lambda: measure_machine(run, options.device, within / 100))
-    attempt("ResNet-KL training step", lambda: measure_step(run, options.device, within / 40))
-    measure_rows(run, options.device, options.quick, deadline)
+    worker = Worker()
+    measured = partial(worker.call, ROW_SECONDS, measure_machine, options.device, within / 100)
+    rates = attempt("copy bandwidth and matrix rate", measured)
+    if rates:
+        run.copy_rates, run.matrix_rates = rates
+    step = partial(worker.call, ROW_SECONDS, measure_step, options.device, within / 40)
+    row = attempt("ResNet-KL training step", step)
+    run.models += [row] if row else []
+    measure_rows(run, options.device, options.quick, deadline, worker)
+    worker.stop()
     run.seconds = time.perf_counter() - start
     path = options.out / f"{slug(run.machine)}.json"
     run.save(path)

@@ -148,7 +148,11 @@ def plot(run: Run, path: Path) -> None:
 
 
 def _roofs(axis, run: Run, dtype: str) -> None:  # type: ignore[no-untyped-def]
-    """The matrix rate, under it the copy bandwidth of the largest and of the best size."""
+    """The matrix rate, under it the copy bandwidth of the largest and of the best size; none where they were not
+    measured."""
+    axis.loglog()
+    if not run.copy_rates:
+        return
     peak, low, high = run.matrix_rates[dtype], 0.06, 1000.0
     for rate, style in ((run.copy_rates[max(run.copy_rates)], "-"), (max(run.copy_rates.values()), ":")):
         heights = [low * rate / 1e9, peak / 1e9, peak / 1e9]
@@ -172,6 +176,7 @@ def _legend(figure, axis, run: Run) -> None:  # type: ignore[no-untyped-def]
     handles = [axis.plot([], [], marker, color="0.4", label=operator)[0] for operator, marker in MARKERS.items()]
     for color, label in (("tab:blue", "this package, better layout"), ("tab:orange", "best rival, any layout")):
         handles.append(axis.plot([], [], "D", color=color, label=label)[0])
-    for style, label in (("-", f"copy of {max(run.copy_rates) // 1_000_000} MB"), (":", "copy in cache")):
+    roofs = (("-", f"copy of {max(run.copy_rates) // 1_000_000} MB"), (":", "copy in cache")) if run.copy_rates else ()
+    for style, label in roofs:
         handles.append(axis.plot([], [], style, color="0.35", label=label)[0])
     figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False)

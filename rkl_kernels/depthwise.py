@@ -22,8 +22,8 @@ def depthwise_conv2d(
 
     Equivalent to ``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, forward, backward and double
     backward, with sums in float32. Deterministic on every backend. On a GPU, filters of 9 columns and more in 16 bits
-    (stride and dilation 1) go to the tensor cores, where an infinity or NaN of ``x`` may make outputs NaN beside those
-    whose windows it is in.
+    (stride and dilation 1) go to the tensor cores, where an infinity or NaN of ``x`` may make outputs, and taps of the
+    filter's gradient, NaN beside those that it has a part in.
 
     Args:
         x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.

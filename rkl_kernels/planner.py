@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Explanation:
         fused: for a separable convolution, whether both steps are done at once, so that the depthwise output is not
             written to memory; None for the other operators.
         reason: why fused or not.
+        kernels: for a depthwise convolution by the CUDA extension, the kernels of output and gradients.
     """
 
     operator: str
@@ -54,6 +55,7 @@ class Explanation:
     floor: str
     fused: bool | None = None
     reason: str = ""
+    kernels: str = ""
 
     def __str__(self) -> str:
         lines = [
@@ -63,6 +65,8 @@ class Explanation:
         if self.reason:
             choice = {True: "fused", False: "not fused", None: "fused or not"}[self.fused]
             lines.append(f"  {choice}: {self.reason}")
+        if self.kernels:
+            lines.append(f"  {self.kernels}")
         return "\n".join(lines)
 
 
@@ -90,7 +94,8 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     namespace = {"reference": "rkl_kernels.reference", "triton": "torch.ops.rkl_triton"}.get(backend, "torch.ops.rkl")
     fused, reason = _fusion(backend, _SeparableCall(*args, **kwargs)) if operator == "separable_conv2d" else (None, "")
     kernel, floor = f"{namespace}.{operator}", _floor(moved, operations, x)
-    return Explanation(operator, backend, kernel, moved, operations, floor, fused, reason)
+    kernels = _cuda_kernels(*args, **kwargs) if (operator, backend) == ("depthwise_conv2d", "cuda") else ""
+    return Explanation(operator, backend, kernel, moved, operations, floor, fused, reason, kernels)
 
 
 def _floor(moved: int, operations: int, x: Tensor) -> str:
@@ -110,18 +115,14 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool | None, str]:
         return False, "the reference calls two convolutions"
     if backend == "cpu":
         return True, "the product takes each band of depthwise rows while it is in the cache"
-    x, weight = call.x, call.depthwise_weight
-    window = _checks.window(x, weight, call.stride, call.padding, call.dilation)
-    x = window.pad_extra(x if x.dim() == 4 else x[None])
-    kernel, outputs = weight.shape[2:], call.pointwise_weight.shape[0]
-    size = ops.output_size(x, kernel, window.stride, window.padding, window.dilation)
+    weight, outputs = call.depthwise_weight, call.pointwise_weight.shape[0]
+    geometry, x = _geometry(call.x, weight, call.stride, call.padding, call.dilation, "depthwise_weight")
     if backend == "cuda":
-        geometry = [*x.shape, *size, *kernel, *window.stride, *window.padding, *window.dilation]
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        with _device_of(x):
             return _CUDA_CHOICES[torch.ops.rkl.cuda_separable_choice(geometry, outputs, KERNEL_TYPES.index(x.dtype))]
     from .triton.separable import plan
 
-    choice = plan(x, weight, outputs, size, backward=False)
+    choice = plan(x, weight, outputs, geometry[4:6], backward=False)
     return choice.fused, choice.reason
 
 
@@ -136,18 +137,56 @@ _CUDA_CHOICES = (
 )
 
 
+# By DepthwiseKernel in csrc/cuda/kernels.h.
+_CUDA_KERNELS = (
+    "the general kernel",
+    "the NHWC kernel (k = 3, 5 or 7)",
+    "the NCHW kernel (k = 3, 5 or 7)",
+    "the tensor cores (filters of 9 columns and more, 16 bits)",
+    "one pass, since 3 tensors are moved instead of 4 (k = 3)",
+)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _cuda_kernels(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1
+) -> str:
+    """Which kernels of the CUDA extension make a depthwise convolution's output and gradients."""
+    geometry, x = _geometry(x, weight, stride, padding, dilation)
+
+    def kernel(result: int, layout: torch.memory_format) -> str:
+        nhwc = layout == torch.channels_last
+        return _CUDA_KERNELS[torch.ops.rkl.cuda_depthwise_choice(geometry, nhwc, KERNEL_TYPES.index(x.dtype), result)]
+
+    with _device_of(x):
+        forward = kernel(0, ops.output_format(x, weight))
+        data, filter_ = (kernel(result, ops.output_format(x, x)) for result in (1, 2))
+    if data == filter_:
+        return f"output: {forward}; gradients of image and filter: {data}"
+    return f"output: {forward}; image's gradient: {data}; filter's gradient: {filter_}"
+
+
 def _trelu(x: Tensor, inplace: bool = False) -> tuple[int, int, Tensor]:
     return 2 * x.numel(), x.numel(), x
 
 
-def _image(
+def _geometry(
     x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, name: str = "weight"
-) -> tuple[int, Tensor]:
-    """Output pixels of the whole batch, and the batched image."""
+) -> tuple[list[int], Tensor]:
+    """The numbers of csrc/geometry.h's Conv2d, in its order, and the batched image."""
     window = _checks.window(x, weight, stride, padding, dilation, name)
     x = window.pad_extra(x if x.dim() == 4 else x[None])
-    height, width = ops.output_size(x, weight.shape[2:], window.stride, window.padding, window.dilation)
-    return x.shape[0] * height * width, x
+    size = ops.output_size(x, weight.shape[2:], window.stride, window.padding, window.dilation)
+    return [*x.shape, *size, *weight.shape[2:], *window.stride, *window.padding, *window.dilation], x
+
+
+def _image(*args: Any) -> tuple[int, Tensor]:
+    """Output pixels of the whole batch, and the batched image."""
+    (n, _, _, _, height, width, *_), x = _geometry(*args)
+    return n * height * width, x
 
 
 def _depthwise(

@@ -80,6 +80,32 @@ def explain_as_cuda(monkeypatch, kernel: int, dtype: torch.dtype) -> Explanation
     return rk.explain("separable_conv2d", *tensors, stride=2, padding=1)
 
 
+def explain_depthwise_as_cuda(monkeypatch, kernel: int, nhwc: bool = True, **window: int) -> str:
+    monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x: "cuda")
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    x = torch.empty(8, 64, 32, 30, dtype=torch.bfloat16, device="meta").contiguous(memory_format=layout)
+    weight = torch.empty(64, 1, kernel, kernel, dtype=torch.bfloat16, device="meta")
+    told = rk.explain("depthwise_conv2d", x, weight, **window)
+    assert told.kernels in str(told)
+    return told.kernels
+
+
+def test_explanation_names_each_depthwise_kernel(monkeypatch):
+    asked = []
+
+    def choice(geometry, nhwc, dtype, result):
+        asked.append((geometry, nhwc, dtype, result))
+        return (1, 1, 3)[result]
+
+    monkeypatch.setattr(torch.ops.rkl, "cuda_depthwise_choice", choice, raising=False)
+    told = explain_depthwise_as_cuda(monkeypatch, 5, padding=2)
+    assert told.startswith("output: the NHWC kernel")
+    assert "image's gradient: the NHWC kernel" in told
+    assert "filter's gradient: the tensor cores" in told
+    geometry = [8, 64, 32, 30, 32, 30, 5, 5, 1, 1, 2, 2, 1, 1]
+    assert asked == [(geometry, True, 1, result) for result in range(3)]
+
+
 @pytest.mark.parametrize(
     ("answer", "fused", "reason"), [(0, False, "serves 16-bit"), (1, False, "slower product"), (2, True, "writing")]
 )
@@ -95,8 +121,26 @@ def test_explanation_says_what_the_cuda_rule_answers(monkeypatch, answer, fused,
     assert f"{'fused' if fused else 'not fused'}: {told.reason}" in str(told)
 
 
-@pytest.mark.skipif("not built" in rk.backends()["cuda"].reason, reason="the CUDA extension is not built")
+needs_cuda_extension = pytest.mark.skipif(
+    "not built" in rk.backends()["cuda"].reason, reason="the CUDA extension is not built"
+)
+
+
+@needs_cuda_extension
 @pytest.mark.parametrize(("kernel", "dtype"), [(3, torch.float32), (4, torch.float16)])
 def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
     """Without a GPU too: that these are not served needs none."""
     assert "serves 16-bit images, k = 3, 5 or 7" in explain_as_cuda(monkeypatch, kernel, dtype).reason
+
+
+@needs_cuda_extension
+def test_depthwise_explanation_asks_the_cuda_extension(monkeypatch):
+    told = explain_depthwise_as_cuda(monkeypatch, 3, padding=1)
+    assert told == (
+        "output: the NHWC kernel (k = 3, 5 or 7); gradients of image and filter: "
+        "one pass, since 3 tensors are moved instead of 4 (k = 3)"
+    )
+    told = explain_depthwise_as_cuda(monkeypatch, 3, padding=0)
+    assert told.endswith("gradients of image and filter: the NHWC kernel (k = 3, 5 or 7)")
+    assert "output: the NCHW kernel" in explain_depthwise_as_cuda(monkeypatch, 7, nhwc=False, stride=2)
+    assert "output: the general kernel" in explain_depthwise_as_cuda(monkeypatch, 4)

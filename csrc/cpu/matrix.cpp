@@ -62,7 +62,7 @@ bool by_linear(const Matrix& a, const Matrix& b) {
 
 bool ask(const char* name) {
   StableIValue answer = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", &answer, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", &answer, TORCH_ABI_VERSION));
   return torch::stable::detail::to<bool>(answer);
 }
 

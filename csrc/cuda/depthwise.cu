@@ -12,32 +12,47 @@ constexpr int kThreads = 256;
 
 // Adds the parts' sums in their order, so that the result is the same at every run.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    add_parts(const float* partial, int parts, int taps, int64_t channels, T* dweight, T* dbias) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, size = (taps + 1) * channels;
-  if (i >= size) return;
-  const int64_t tap = i / channels, c = i - tap * channels;
+__global__ void __launch_bounds__(kThreads) add_parts(WeightGrad a, T* dweight, T* dbias) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, channels = a.g.channels;
+  const int taps = a.g.kernel_h * a.g.kernel_w;
+  if (i >= (taps + 1) * channels) return;
+  const int64_t inside = a.channels_inside ? channels : taps + 1, outer = i / inside, inner = i - outer * inside;
+  const int tap = int(a.channels_inside ? outer : inner);
+  const int64_t c = a.channels_inside ? inner : outer;
   if (tap < taps ? !dweight : !dbias) return;
   float sum = 0.f;
 #pragma unroll 8
-  for (int s = 0; s < parts; ++s) sum += partial[s * size + i];
+  for (int part = 0; part < a.parts; ++part) sum += a.sum(part, tap, c);
   (tap < taps ? dweight[c * taps + tap] : dbias[c]) = from_float<T>(sum);
 }
 
 // Parts of the batch whose sums are made apart: enough to fill the GPU, few enough for their sums to be small beside
-// the images, and a multiple of the strips that an NHWC map is cut into.
-int parts_of(const Conv2d& g) {
+// the images, and a multiple of the strips that an NHWC map is cut into. And whether a part's sums have the channels
+// side by side: in NHWC, but for the tensor cores' kernel, where a warp has one channel.
+struct Parts {
+  int count;
+  bool channels_inside;
+};
+
+Parts parts_of(const Conv2d& g, Dtype dtype) {
+  if (const int parts = weight_grad_toeplitz_parts(g, dtype)) return {parts, false};
   constexpr int64_t kLeastPixels = 256;  // of a part
+  const int64_t taps = g.kernel_h * g.kernel_w, least = kLeastPixels < 8 * taps ? 8 * taps : kLeastPixels;
   const int64_t strips = g.nhwc ? ceil_div(g.out_w, kStripWidth) : 1;
   const int64_t channel_blocks = g.nhwc ? ceil_div(g.channels, 64) : g.channels;
-  const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, kLeastPixels);
+  const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, least);
   const int64_t parts = ceil_div(blocks_wanted(), channel_blocks);
-  return int(ceil_div(parts < most ? parts : most, strips) * strips);
+  return {int(ceil_div(parts < most ? parts : most, strips) * strips), g.nhwc};
 }
 
-void convolve(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
-  if (!depthwise_nhwc(a, dtype, stream) && !depthwise_nchw(a, dtype, stream) && !depthwise_toeplitz(a, dtype, stream))
-    depthwise_general(a, false, dtype, stream);
+using K = DepthwiseKernel;
+
+K convolve(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
+  if (depthwise_nhwc(a, dtype, stream)) return K::nhwc;
+  if (depthwise_nchw(a, dtype, stream)) return K::nchw;
+  if (depthwise_toeplitz(a, dtype, stream)) return K::tensor_cores;
+  if (!a.only_asked) depthwise_general(a, false, dtype, stream);
+  return K::general;
 }
 
 // At stride 1 the gradient by the input is itself a convolution, of the gradient with the flipped filter.
@@ -50,6 +65,35 @@ Depthwise stride1_grad(Conv2d g, const void* grad, const void* weight, void* dx)
   return {g, grad, weight, nullptr, dx, true};
 }
 
+K input_grad(const Conv2d& g, const void* grad, const void* weight, void* dx, bool only_asked, Dtype dtype,
+             cudaStream_t stream) {
+  if (g.stride_h == 1 && g.stride_w == 1) {
+    Depthwise a = stride1_grad(g, grad, weight, dx);
+    a.only_asked = only_asked;
+    return convolve(a, dtype, stream);
+  }
+  const Depthwise a{g, grad, weight, nullptr, dx, false, only_asked};
+  if (depthwise_nhwc_stride2_grad(a, dtype, stream)) return K::nhwc;
+  if (depthwise_nchw_stride2_grad(a, dtype, stream)) return K::nchw;
+  if (!only_asked) depthwise_general(a, true, dtype, stream);
+  return K::general;
+}
+
+// The first stage of the filter's gradient.
+K weight_grad(const WeightGrad& a, Dtype dtype, cudaStream_t stream) {
+  if (weight_grad_nhwc(a, dtype, stream)) return K::nhwc;
+  if (weight_grad_nchw(a, dtype, stream)) return K::nchw;
+  if (weight_grad_toeplitz(a, dtype, stream)) return K::tensor_cores;
+  if (!a.only_asked) weight_grad_general(a, dtype, stream);
+  return K::general;
+}
+
+WeightGrad weight_grad_of(const Conv2d& g, const void* grad, const void* x, float* workspace, bool with_bias,
+                          Dtype dtype) {
+  const Parts parts = parts_of(g, dtype);
+  return {g, grad, x, workspace, parts.count, with_bias, parts.channels_inside};
+}
+
 }  // namespace
 
 void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, void* y, Dtype dtype,
@@ -57,29 +101,35 @@ void depthwise(const Conv2d& g, const void* x, const void* weight, const void* b
   convolve({g, x, weight, bias, y}, dtype, stream);
 }
 
-void depthwise_input_grad(const Conv2d& g, const void* grad, const void* weight, void* dx, Dtype dtype,
-                          cudaStream_t stream) {
-  if (g.stride_h == 1 && g.stride_w == 1)
-    convolve(stride1_grad(g, grad, weight, dx), dtype, stream);
-  else if (const Depthwise a{g, grad, weight, nullptr, dx};
-           !depthwise_nhwc_stride2_grad(a, dtype, stream) && !depthwise_nchw_stride2_grad(a, dtype, stream))
-    depthwise_general(a, true, dtype, stream);
+int64_t weight_grad_workspace(const Conv2d& g, Dtype dtype) {
+  return int64_t(parts_of(g, dtype).count) * (g.kernel_h * g.kernel_w + 1) * g.channels;
 }
 
-int64_t weight_grad_workspace(const Conv2d& g) {
-  return int64_t(parts_of(g)) * (g.kernel_h * g.kernel_w + 1) * g.channels;
-}
-
-void depthwise_weight_grad(const Conv2d& g, const void* grad, const void* x, void* dweight, void* dbias,
-                           float* workspace, Dtype dtype, cudaStream_t stream) {
-  const WeightGrad a{g, grad, x, workspace, parts_of(g), dbias != nullptr};
-  if (!weight_grad_nhwc(a, dtype, stream) && !weight_grad_nchw(a, dtype, stream)) weight_grad_general(a, dtype, stream);
-  const int taps = g.kernel_h * g.kernel_w;
+void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
+                        void* dbias, float* workspace, Dtype dtype, cudaStream_t stream) {
+  const bool of_filter = dweight || dbias;
+  const WeightGrad a = of_filter ? weight_grad_of(g, grad, x, workspace, dbias != nullptr, dtype) : WeightGrad{};
+  if (!dx || !dweight || !backward_nhwc(a, weight, dx, dtype, stream)) {
+    if (dx) input_grad(g, grad, weight, dx, false, dtype, stream);
+    if (of_filter) weight_grad(a, dtype, stream);
+  }
+  if (!of_filter) return;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    add_parts<T><<<dim3(unsigned(ceil_div((taps + 1) * g.channels, kThreads))), dim3(kThreads), 0, stream>>>(
-        workspace, a.parts, taps, g.channels, static_cast<T*>(dweight), static_cast<T*>(dbias));
+    const int64_t sums = (g.kernel_h * g.kernel_w + 1) * g.channels;
+    add_parts<T><<<dim3(unsigned(ceil_div(sums, kThreads))), dim3(kThreads), 0, stream>>>(a, static_cast<T*>(dweight),
+                                                                                          static_cast<T*>(dbias));
   });
+}
+
+DepthwiseKernels depthwise_kernels(const Conv2d& g, Dtype dtype) {
+  Depthwise forward{g};
+  WeightGrad backward{g};
+  forward.only_asked = backward.only_asked = true;
+  const K of_forward = convolve(forward, dtype, nullptr);
+  if (backward_nhwc(backward, nullptr, nullptr, dtype, nullptr)) return {of_forward, K::one_pass, K::one_pass};
+  return {of_forward, input_grad(g, nullptr, nullptr, nullptr, true, dtype, nullptr),
+          weight_grad(backward, dtype, nullptr)};
 }
 
 }  // namespace rkl::cuda

@@ -1,6 +1,6 @@
 // Between the files of the depthwise family: what a launch is told, and the launches by layout. Each fast launch
 // returns false, having done nothing, where it does not cover the case; depthwise.cu tries them in turn and ends with
-// the general one, which covers all.
+// the general one, which covers all. Where it is only asked whether it covers the case, it launches nothing either.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -15,7 +15,7 @@ struct Depthwise {
   Conv2d g;
   const void *x, *weight, *bias;
   void* y;
-  bool flipped = false;
+  bool flipped = false, only_asked = false;
 };
 
 // The gradient of the filter and, as one tap more, of the bias: a sum for each part of the batch into the workspace.
@@ -23,9 +23,16 @@ struct Depthwise {
 struct WeightGrad {
   Conv2d g;
   const void *grad, *x;
-  float* partial;  // (parts, taps + 1, channels)
+  float* partial;  // (parts, channels, taps + 1), or with channels_inside (parts, taps + 1, channels)
   int parts;
   bool with_bias;
+  bool channels_inside;  // which of the two the kernel's threads write side by side
+  bool only_asked = false;
+
+  __host__ __device__ float& sum(int part, int tap, int64_t channel) const {
+    const int64_t taps = g.kernel_h * g.kernel_w + 1;
+    return partial[part * taps * g.channels + (channels_inside ? tap * g.channels + channel : channel * taps + tap)];
+  }
 };
 
 // Columns of outputs that a block of the NHWC kernels has; parts are a multiple of the strips that a map has of them.
@@ -38,6 +45,9 @@ bool depthwise_nchw(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_nchw_stride2_grad(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool depthwise_toeplitz(const Depthwise& a, Dtype dtype, cudaStream_t stream);
 bool weight_grad_nchw(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
+bool backward_nhwc(const WeightGrad& a, const void* weight, void* dx, Dtype dtype, cudaStream_t stream);
+bool weight_grad_toeplitz(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
+int weight_grad_toeplitz_parts(const Conv2d& g, Dtype dtype);  // 0 where it does not cover the case
 void depthwise_general(const Depthwise& a, bool transposed, Dtype dtype, cudaStream_t stream);
 void weight_grad_general(const WeightGrad& a, Dtype dtype, cudaStream_t stream);
 
@@ -48,7 +58,7 @@ inline bool is_plain(const Conv2d& g, int kernel, int stride) {
 }
 
 template <class... P>
-bool aligned_16(const P*... pointers) {
+bool aligned_16(P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
 }
 

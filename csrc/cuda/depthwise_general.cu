@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (other < half) sums[threadIdx.x] += sums[threadIdx.x + half * lanes];
   }
-  if (other == 0 && c < g.channels) a.partial[(int64_t(part) * (taps + 1) + tap) * g.channels + c] = sums[threadIdx.x];
+  if (other == 0 && c < g.channels) a.sum(part, tap, c) = sums[threadIdx.x];
 }
 
 }  // namespace

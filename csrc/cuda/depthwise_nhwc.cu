@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(PatchStep<kernel>::kThreads) stride2_grad_nhwc
 template <class T, int kernel, int stride>
 void launch(const Depthwise& a, cudaStream_t stream) {
   using S = Step<kernel, stride>;
+  if (a.only_asked) return;
   const Grid grid = Grid::over(a.g, a.g.out_h, a.g.out_w, S::kAcross, S::kRows, kVectors * Vec<T>::size);
   const int bytes = RowRing<T, S::kCapacity>::bytes(S::width(grid.columns)) + kernel * kernel * kVectors * 16;
   allow_shared_memory(&depthwise_nhwc_kernel<T, kernel, stride>, bytes);
@@ -242,6 +243,7 @@ void launch(const Depthwise& a, cudaStream_t stream) {
 template <class T, int kernel>
 void launch_stride2_grad(const Depthwise& a, cudaStream_t stream) {
   using S = PatchStep<kernel>;
+  if (a.only_asked) return;
   const Conv2d& g = a.g;
   const int64_t rows = (g.in_h + g.padding_h + 1) / 2 - g.padding_h / 2;
   const int64_t width = (g.in_w + g.padding_w + 1) / 2 - g.padding_w / 2;

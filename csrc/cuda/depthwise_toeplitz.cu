@@ -13,9 +13,8 @@
 // rows are one mma and its odd rows another: what an odd row meets with filter row kh, the even one before it meets
 // with kh + 1, so that inputs are read from shared memory once for both. Else that reading would take longer than the
 // mmas.
+#include "cuda/channel_planes.cuh"
 #include "cuda/depthwise.h"
-#include "cuda/element.cuh"
-#include "cuda/ptx.cuh"
 
 namespace rkl::cuda {
 namespace {
@@ -85,41 +84,7 @@ struct Place {
         bottom(min(int(g.in_h), y - g.padding_h + c.height + g.kernel_h - 1)) {}
 };
 
-union Word {  // two neighbouring columns
-  uint32_t bits;
-  uint16_t half[2];
-};
-union Pixel {  // 8 neighbouring channels
-  uint4 bits;
-  uint16_t half[8];
-};
-
-// The inputs of an NHWC tile, from memory in vectors of 8 channels to planes of words.
-template <class T>
-__device__ void load_nhwc(const Conv2d& g, const Cut& c, const Place& at, const void* x, int c0, T* planes) {
-  const int vectors = c.channels / 8, pairs = c.columns / 2, rows = at.bottom - at.top;
-  for (int i = threadIdx.x; i < at.images * rows * pairs * vectors; i += blockDim.x) {
-    const int vector = i % vectors, pair = i / vectors % pairs, row = i / vectors / pairs % rows;
-    const int image = i / vectors / pairs / rows, channel = c0 + vector * 8, ix = at.x - c.left + 2 * pair;
-    Pixel in[2] = {};
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      if (channel < g.channels && ix + e >= 0 && ix + e < g.in_w)
-        in[e].bits = *reinterpret_cast<const uint4*>(
-            static_cast<const T*>(x) + (((at.image + image) * g.in_h + at.top + row) * g.in_w + ix + e) * g.channels +
-            channel);
-    T* to = planes + vector * 8 * c.plane + swizzled(image * c.stored + row, 2 * pair);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      Word word;
-      word.half[0] = in[0].half[e];
-      word.half[1] = in[1].half[e];
-      *reinterpret_cast<uint32_t*>(to + e * c.plane) = word.bits;
-    }
-  }
-}
-
-// And its outputs back.
+// An NHWC tile's outputs, from planes of words to memory in vectors of 8 channels.
 template <class T>
 __device__ void store_nhwc(const Conv2d& g, const Cut& c, const Place& at, const T* planes, int c0, void* y) {
   const int vectors = c.channels / 8, pairs = c.width / 2, rows = min(c.height, int(g.out_h) - at.y);
@@ -145,26 +110,7 @@ __device__ void store_nhwc(const Conv2d& g, const Cut& c, const Place& at, const
   }
 }
 
-// The inputs of an NCHW tile's one channel, by its warp. The caller waits for the copies.
-template <class T>
-__device__ void load_nchw(const Conv2d& g, const Cut& c, const Place& at, const void* x, int64_t channel, T* plane) {
-  const int lane = threadIdx.x % 32, rows = at.bottom - at.top;
-  const int step = c.vectors ? 8 : 1, across = c.columns / step;
-  for (int i = lane; i < at.images * rows * across; i += 32) {
-    const int column = i % across * step, row = i / across % rows, image = i / across / rows;
-    const int ix = at.x - c.left + column;
-    const bool inside = ix >= 0 && ix < g.in_w;
-    const T* from = static_cast<const T*>(x) +
-                    (((at.image + image) * g.channels + channel) * g.in_h + at.top + row) * g.in_w + (inside ? ix : 0);
-    T* to = plane + swizzled(image * c.stored + row, column);
-    if (c.vectors)
-      cp_async_16(to, from, inside ? 16 : 0);
-    else
-      *to = inside ? *from : from_float<T>(0.f);
-  }
-}
-
-// And its outputs.
+// The outputs of an NCHW tile's one channel, by its warp.
 template <class T>
 __device__ void store_nchw(const Conv2d& g, const Cut& c, const Place& at, const T* plane, int64_t channel, void* y) {
   const int lane = threadIdx.x % 32, rows = min(c.height, int(g.out_h) - at.y);
@@ -276,7 +222,7 @@ __global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
     depthwise_toeplitz_kernel(Depthwise a, Cut c, int channel_blocks) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Conv2d& g = a.g;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c0 = int(blockIdx.x % channel_blocks) * c.channels;
+  const int warp = threadIdx.x / 32, c0 = int(blockIdx.x % channel_blocks) * c.channels;
   const int channel = c0 + warp;
   const bool live = channel < g.channels;
   T* planes = reinterpret_cast<T*>(memory);
@@ -288,10 +234,14 @@ __global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
 
   for (int64_t tile = blockIdx.x / channel_blocks; tile < c.tiles; tile += gridDim.x / channel_blocks) {
     const Place at(g, c, tile);
+    const Window<T> inputs{
+        static_cast<const T*>(a.x), g.channels,    g.in_h,    g.in_w,     at.image, at.images, at.top,
+        at.bottom - at.top,         at.x - c.left, c.columns, int(g.in_w)};
+    const auto place = [&](int image, int row, int column) { return swizzled(image * c.stored + row, column); };
     if (nhwc)
-      load_nhwc(g, c, at, a.x, c0, planes);
+      inputs.load_nhwc(c0, c.channels, planes, c.plane, place);
     else if (live)
-      load_nchw(g, c, at, a.x, channel, plane);
+      inputs.load_nchw(channel, c.vectors, plane, place);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -323,6 +273,7 @@ bool launch(const Depthwise& a, cudaStream_t stream) {
   // Half of the channels where all do not fit: NHWC then moves half of each 32 bytes in vain, but the caches keep them.
   for (c.channels = most_channels(nhwc); bytes() > most; c.channels /= 2)
     if (c.channels == 8) return false;
+  if (a.only_asked) return true;
   allow_shared_memory(kernel, bytes());
   const int64_t channel_blocks = ceil_div(a.g.channels, c.channels);
   // A block goes through many tiles with its filters, but there must be blocks for the whole GPU.

@@ -45,12 +45,18 @@ void fused_separable_backward(const Conv2d& g, int64_t c_out, const void* grad, 
 // y = x * weight + bias; bias may be null.
 void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, void* y, Dtype dtype,
                cudaStream_t stream);
-void depthwise_input_grad(const Conv2d& g, const void* grad, const void* weight, void* dx, Dtype dtype,
-                          cudaStream_t stream);
-// The gradients of filter and bias; either may be null where it is not wanted. workspace: so many floats as
-// weight_grad_workspace tells.
-int64_t weight_grad_workspace(const Conv2d& g);
-void depthwise_weight_grad(const Conv2d& g, const void* grad, const void* x, void* dweight, void* dbias,
-                           float* workspace, Dtype dtype, cudaStream_t stream);
+// The gradients of image, filter and bias; each may be null where it is not wanted, and so may be what only the others
+// are made of. workspace: so many floats as weight_grad_workspace tells, for filter and bias.
+int64_t weight_grad_workspace(const Conv2d& g, Dtype dtype);
+void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
+                        void* dbias, float* workspace, Dtype dtype, cudaStream_t stream);
+
+// Which kernels serve a call whose tensors begin at multiples of 16 bytes: of the forward, and of a backward that makes
+// both gradients, the image's and the filter's.
+enum class DepthwiseKernel : int { general, nhwc, nchw, tensor_cores, one_pass };
+struct DepthwiseKernels {
+  DepthwiseKernel forward, input_grad, weight_grad;
+};
+DepthwiseKernels depthwise_kernels(const Conv2d& g, Dtype dtype);
 
 }  // namespace rkl::cuda

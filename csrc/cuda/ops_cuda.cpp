@@ -1,6 +1,7 @@
 // The operators on a GPU: guards, outputs, layouts and the stream here, kernels in the .cu files.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -18,7 +19,7 @@ namespace {
 struct OnDeviceOf {
   explicit OnDeviceOf(const Tensor& x) : guard(x.get_device_index()) {
     void* raw = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &raw));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &raw));
     stream = static_cast<cudaStream_t>(raw);
   }
   ~OnDeviceOf() noexcept(false) { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
@@ -53,10 +54,8 @@ struct CudaConv {
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor& like) {
     const OnDeviceOf device(like);
-    if (dx) cuda::depthwise_input_grad(g, grad, weight, dx, dtype, device.stream);
-    if (!dweight && !dbias) return;
-    const Tensor sums = workspace(like, cuda::weight_grad_workspace(g));
-    cuda::depthwise_weight_grad(g, grad, x, dweight, dbias, floats(sums), dtype, device.stream);
+    const Tensor sums = workspace(like, dweight || dbias ? cuda::weight_grad_workspace(g, dtype) : 0);
+    cuda::depthwise_backward(g, grad, x, weight, dx, dweight, dbias, floats(sums), dtype, device.stream);
   }
 };
 
@@ -116,25 +115,41 @@ struct CudaSeparable : CudaConv {
   }
 };
 
-// How a separable forward would be served, for rk.explain: 0 step by step, since the fused kernel does not serve it; 1
-// step by step, since that is cheaper by the counts; 2 fused. geometry: the numbers of Conv2d, in its order.
-int64_t separable_choice(std::vector<int64_t> geometry, int64_t c_out, int64_t dtype) {
+// The numbers of a Conv2d, in its order.
+Conv2d conv2d_of(const std::vector<int64_t>& geometry, bool nhwc) {
   STD_TORCH_CHECK(geometry.size() == 14, "geometry must have 14 numbers, got ", geometry.size());
   const auto n = [&](int i) { return geometry[i]; };
   const auto small = [&](int i) { return int(geometry[i]); };
-  const Conv2d g{n(0),     n(1),     n(2),      n(3),      n(4),      n(5),      small(6), small(7),
-                 small(8), small(9), small(10), small(11), small(12), small(13), true};
+  return {n(0),     n(1),     n(2),      n(3),      n(4),      n(5),      small(6), small(7),
+          small(8), small(9), small(10), small(11), small(12), small(13), nhwc};
+}
+
+// How a separable forward would be served, for rk.explain: 0 step by step, since the fused kernel does not serve it; 1
+// step by step, since that is cheaper by the counts; 2 fused.
+int64_t separable_choice(std::vector<int64_t> geometry, int64_t c_out, int64_t dtype) {
+  const Conv2d g = conv2d_of(geometry, true);
   if (!cuda::fused_separable_serves(g, c_out, Dtype(dtype))) return 0;
   return cuda::fused_separable_pays(g, c_out) ? 2 : 1;
+}
+
+// Which kernel makes a depthwise convolution's result, for rk.explain: 0 its output, 1 the image's gradient, 2 the
+// filter's. The number is DepthwiseKernel's.
+int64_t depthwise_choice(std::vector<int64_t> geometry, bool nhwc, int64_t dtype, int64_t result) {
+  const cuda::DepthwiseKernels kernels = cuda::depthwise_kernels(conv2d_of(geometry, nhwc), Dtype(dtype));
+  return int64_t(result == 0 ? kernels.forward : result == 1 ? kernels.input_grad : kernels.weight_grad);
 }
 
 }  // namespace
 }  // namespace rkl
 
-STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) { m.def("cuda_separable_choice(int[] geometry, int c_out, int dtype) -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) {
+  m.def("cuda_separable_choice(int[] geometry, int c_out, int dtype) -> int");
+  m.def("cuda_depthwise_choice(int[] geometry, bool nhwc, int dtype, int result) -> int");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CompositeExplicitAutograd, m) {
   m.impl("cuda_separable_choice", TORCH_BOX(&rkl::separable_choice));
+  m.impl("cuda_depthwise_choice", TORCH_BOX(&rkl::depthwise_choice));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CUDA, m) {

@@ -129,17 +129,17 @@ __global__ void __launch_bounds__(Step<kernel, stride>::kMaxThreads, Step<kernel
   __syncthreads();
   constexpr int kChannels = kVectors * V::size;
   const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-  float* partial = a.partial + (int64_t(slice) * grid.strips + strip) * kTaps * g.channels;
   for (int i = thread; i < kTaps * kChannels; i += blockDim.x * blockDim.y * blockDim.z) {
     const int channel = channel_block * kChannels + i % kChannels;
     if (channel < g.channels && (i < kernel * kernel * kChannels || a.with_bias))
-      partial[i / kChannels * g.channels + channel] = total[i];
+      a.sum(slice * grid.strips + strip, i / kChannels, channel) = total[i];
   }
 }
 
 template <class T, int kernel, int stride>
 void launch(const WeightGrad& a, cudaStream_t stream) {
   using S = Step<kernel, stride>;
+  if (a.only_asked) return;
   const Conv2d& g = a.g;
   Grid grid;
   grid.strips = int(ceil_div(g.out_w, kStripWidth));

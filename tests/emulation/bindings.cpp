@@ -87,9 +87,19 @@ void bind_kernels(py::module_& m) {
   define(m, "fused_separable_backward", cuda::fused_separable_backward);
 
   define(m, "depthwise", cuda::depthwise);
-  define(m, "depthwise_input_grad", cuda::depthwise_input_grad);
-  m.def("weight_grad_workspace", cuda::weight_grad_workspace);
-  define(m, "depthwise_weight_grad", cuda::depthwise_weight_grad);
+  define(m, "weight_grad_workspace", cuda::weight_grad_workspace);
+  define(m, "depthwise_backward", cuda::depthwise_backward);
+  py::enum_<cuda::DepthwiseKernel>(m, "DepthwiseKernel")
+      .value("general", cuda::DepthwiseKernel::general)
+      .value("nhwc", cuda::DepthwiseKernel::nhwc)
+      .value("nchw", cuda::DepthwiseKernel::nchw)
+      .value("tensor_cores", cuda::DepthwiseKernel::tensor_cores)
+      .value("one_pass", cuda::DepthwiseKernel::one_pass);
+  py::class_<cuda::DepthwiseKernels>(m, "DepthwiseKernels")
+      .def_readonly("forward", &cuda::DepthwiseKernels::forward)
+      .def_readonly("input_grad", &cuda::DepthwiseKernels::input_grad)
+      .def_readonly("weight_grad", &cuda::DepthwiseKernels::weight_grad);
+  define(m, "depthwise_kernels", cuda::depthwise_kernels);
 }
 
 }  // namespace

@@ -80,21 +80,30 @@ class Run:
         )
         return y
 
+    def workspace(self) -> Tensor:
+        return self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry, self.number))
+
+    def backward(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, workspace: Tensor | None) -> None:
+        """Into the tensors that are given."""
+        gradients = (0 if t is None else t.data_ptr() for t in (dx, dw, db, workspace))
+        tensors = (self.grad.data_ptr(), self.x.data_ptr(), self.weight.data_ptr())
+        self.gpu.kernels.depthwise_backward(self.geometry, *tensors, *gradients, self.number, 0)
+
     def input_grad(self) -> Tensor:
         dx = self.empty(*self.x.shape, dtype=self.x.dtype)
-        self.gpu.kernels.depthwise_input_grad(
-            self.geometry, self.grad.data_ptr(), self.weight.data_ptr(), dx.data_ptr(), self.number, 0
-        )
+        self.backward(dx, None, None, None)
         return dx
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
         dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.weight, self.bias))
-        workspace = self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry))
-        wanted = (dw.data_ptr() if weight else 0, db.data_ptr() if bias else 0)
-        self.gpu.kernels.depthwise_weight_grad(
-            self.geometry, self.grad.data_ptr(), self.x.data_ptr(), *wanted, workspace.data_ptr(), self.number, 0
-        )
+        self.backward(None, dw if weight else None, db if bias else None, self.workspace())
         return dw, db
+
+    def both_grads(self, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Of image, filter and bias, in one call."""
+        dx, dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.x, self.weight, self.bias))
+        self.backward(dx, dw, db if bias else None, self.workspace())
+        return dx, dw, db
 
     def compared(self, x: Tensor) -> Tensor:
         """The part of a tensor that is looked at."""
@@ -113,6 +122,7 @@ class Run:
 
 
 def assert_right(run: Run, *names: str) -> None:
+    """names: of the results y, dx and dw (with db), each made by itself; "both": dx, dw and db in one call."""
     results: dict[str, Tensor] = {}
     if "y" in names:
         results["y"] = run.forward()
@@ -120,6 +130,8 @@ def assert_right(run: Run, *names: str) -> None:
         results["dx"] = run.input_grad()
     if "dw" in names:
         results["dw"], results["db"] = run.weight_grad()
+    if "both" in names:
+        results["dx"], results["dw"], results["db"] = run.both_grads()
     expected = dict(zip(("y", "dx", "dw", "db"), run.reference(), strict=True))
     scales = dict(zip(("y", "dx", "dw", "db"), run.reference(magnitudes=True), strict=True))
     for name, whole in results.items():
@@ -129,3 +141,16 @@ def assert_right(run: Run, *names: str) -> None:
         bound = TOLERANCE[result.dtype] * scales[name] + info.tiny * info.eps  # the last: a step of a subnormal number
         excess = ((result.double() - expected[name]).abs() / bound).max()
         assert excess <= 1, f"{name}: error {excess:.3g} times its bound"
+
+
+def moved_over_unavoidable(gpu: Gpu, case: Case) -> list[float]:
+    """Bytes of the sectors that forward, data gradient and filter gradient touch in bf16, each over image, output and
+    filter once."""
+    run = Run(gpu, case, torch.bfloat16)
+    unavoidable = run.x.nbytes + run.grad.nbytes + run.weight.nbytes
+    ratios = []
+    for call in (lambda: run.forward(with_bias=False), run.input_grad, lambda: run.weight_grad(bias=False)):
+        before = gpu.moved()
+        call()
+        ratios.append((gpu.moved() - before) / unavoidable)
+    return ratios

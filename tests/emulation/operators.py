@@ -93,19 +93,15 @@ class Operators:
 
     def _depthwise_backward(
         self, g: Any, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], nhwc: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """The gradients of tensors that are on the device already; empty where not wanted."""
         number, nothing = self.gpu.dtype(x.dtype), x.new_empty(0)
-        dx = dw = db = nothing
-        if mask[0]:
-            dx = self._image(x, *x.shape[1:], nhwc=nhwc)
-            self._call("depthwise_input_grad", g, grad, weight, dx, number, 0)
-        if mask[1] or mask[2]:
-            dw = self.gpu.empty(*weight.shape, dtype=x.dtype) if mask[1] else None
-            db = self.gpu.empty(x.shape[1], dtype=x.dtype) if mask[2] else None
-            workspace = self.gpu.empty(self.gpu.kernels.weight_grad_workspace(g))
-            self._call("depthwise_weight_grad", g, grad, x, dw, db, workspace, number, 0)
-        return dx, nothing if dw is None else dw, nothing if db is None else db
+        dx = self._image(x, *x.shape[1:], nhwc=nhwc) if mask[0] else None
+        dw = self.gpu.empty(*weight.shape, dtype=x.dtype) if mask[1] else None
+        db = self.gpu.empty(x.shape[1], dtype=x.dtype) if mask[2] else None
+        workspace = self.gpu.empty(self.gpu.kernels.weight_grad_workspace(g, number)) if mask[1] or mask[2] else None
+        self._call("depthwise_backward", g, grad, x, weight, dx, dw, db, workspace, number, 0)
+        return tuple(nothing if t is None else t for t in (dx, dw, db))
 
     def depthwise_conv2d_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, mask: list[bool]

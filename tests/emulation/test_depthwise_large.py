@@ -22,14 +22,25 @@ class LargeRun(Run):
         gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 8 if case.nhwc else 256
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
+        workspace = self.workspace()
+        self.backward(None, None, self.empty(len(self.bias), dtype=self.x.dtype), workspace)
+        return self.sums(workspace)
+
+    def both_grads(self, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        workspace = self.workspace()
+        dx, dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.x, self.weight, self.bias))
+        self.backward(dx, dw, db, workspace)
+        return dx, *self.sums(workspace)
+
+    def sums(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
         """The parts' sums, added here: the last channels' taps are spread over the second stage's whole grid."""
-        workspace = self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry))
-        db = self.empty(len(self.bias), dtype=self.x.dtype)
-        arguments = (self.geometry, self.grad.data_ptr(), self.x.data_ptr(), 0, db.data_ptr())
-        self.gpu.kernels.depthwise_weight_grad(*arguments, workspace.data_ptr(), self.number, 0)
         kh, kw = self.case.kernel
-        sums = workspace.view(-1, kh * kw + 1, self.case.channels)[..., -64:].sum(0)
-        return sums[:-1].t().reshape(-1, 1, kh, kw), sums[-1]
+        taps = kh * kw + 1
+        if self.case.nhwc and kw < 9:
+            sums = workspace.view(-1, taps, self.case.channels)[..., -64:].sum(0).t()
+        else:
+            sums = workspace.view(-1, self.case.channels, taps)[:, -64:].sum(0)
+        return sums[:, :-1].reshape(-1, 1, kh, kw), sums[:, -1]
 
     def compared(self, x: Tensor) -> Tensor:
         return x[-1:, -64:] if x.dim() == 4 and x.shape[1] > 1 else x[-64:]
@@ -57,8 +68,8 @@ LARGE = [
         (MANY, ("y", "dx")),
         (replace(MANY, stride=(2, 2)), ("y", "dx")),
         (replace(MANY, padding=(2, 2), dilation=(2, 2)), ("y",)),
-        (DEEP, ("dw",)),
-        (WIDE_AND_DEEP, ("y", "dx")),
+        (DEEP, ("dw", "both")),
+        (WIDE_AND_DEEP, ("y", "dx", "dw")),
     )
     for name in names
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from rkl_kernels import reference
 from rkl_kernels._checks import ACTIVATIONS
 
-from .conftest import DTYPES, Gpu
+from .conftest import DTYPES, ORDERS, Gpu
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # Whole vectors of 16 bytes, and rows that have none.
@@ -36,6 +36,7 @@ def test_bias_and_activation(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int
     torch.testing.assert_close(z.double(), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slope(gpu: Gpu, dtype: torch.dtype, activation: str) -> None:
@@ -55,15 +56,47 @@ def test_slope(gpu: Gpu, dtype: torch.dtype, activation: str) -> None:
     torch.testing.assert_close(out.double(), grad.double() * slope, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
 
+def column_sums(gpu: Gpu, matrix: Tensor) -> Tensor:
+    out = gpu.empty(matrix.shape[1], dtype=matrix.dtype)
+    workspace = gpu.empty(gpu.kernels.column_sums_workspace(*matrix.shape))
+    pointers = matrix.data_ptr(), out.data_ptr()
+    gpu.kernels.column_sums(*pointers, *matrix.shape, workspace.data_ptr(), gpu.dtype(matrix.dtype), 0)
+    return out
+
+
 @pytest.mark.sanitized
 @pytest.mark.parametrize("shape", [(1, 1), (1300, 40)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_column_sums(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    matrix, out = put(gpu, *shape, dtype=dtype), gpu.empty(shape[1], dtype=dtype)
-    workspace = gpu.empty(gpu.kernels.column_sums_workspace(*shape))
-    gpu.kernels.column_sums(
-        matrix.data_ptr(), out.data_ptr(), *shape, workspace.data_ptr(), gpu.dtype(dtype), 0
-    )  # fmt: skip
+    matrix = put(gpu, *shape, dtype=dtype)
+    out = column_sums(gpu, matrix)
     exact = matrix.double().sum(0)
     allowed = ROUNDING[dtype] * exact.abs() + 1e-6 * matrix.double().abs().sum(0)
     assert ((out.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.sanitized
+def test_column_sums_are_the_same_in_any_order(gpu: Gpu) -> None:
+    matrix = put(gpu, 1300, 40, dtype=torch.float32)
+    results = []
+    for order in ORDERS:
+        gpu.schedule(order)
+        results.append(column_sums(gpu, matrix))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+# 2048 elements a block in 16 bits: whole sectors, so that no byte is moved twice but the bias, read by each block.
+def test_bytes_moved(gpu: Gpu) -> None:
+    z, bias = put(gpu, 1024, 64, dtype=torch.bfloat16), put(gpu, 64, dtype=torch.bfloat16)
+    values, number = put(gpu, 1024, 64, dtype=torch.bfloat16), gpu.dtype(torch.bfloat16)
+    gpu.kernels.epilogue(z.data_ptr(), bias.data_ptr(), 1, z.data_ptr(), *z.shape, number, 0)
+    blocks = z.numel() // 2048
+    assert gpu.moved() == 2 * z.nbytes + blocks * bias.nbytes
+    before = gpu.moved()
+    gpu.kernels.slope(z.data_ptr(), values.data_ptr(), 1, True, z.data_ptr(), z.numel(), number, 0)
+    assert gpu.moved() - before == 3 * z.nbytes
+    before = gpu.moved()
+    column_sums(gpu, z)
+    sums = gpu.kernels.column_sums_workspace(*z.shape) * 4
+    assert gpu.moved() - before == z.nbytes + 2 * sums + bias.nbytes

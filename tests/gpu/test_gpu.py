@@ -69,6 +69,17 @@ def test_depthwise_kernel_31(backend, device):
     check(depthwise(31), ((2, 8, 32, 32), (8, 1, 31, 31), (8,)), device, torch.bfloat16, 2e-2, backend)
 
 
+@pytest.mark.parametrize(("k", "names"), [(3, "one pass"), (7, "the NHWC kernel"), (31, "the tensor cores")])
+def test_explain_names_the_kernels(device, k, names):
+    if device == "cpu":
+        pytest.skip("the CPU's kernels are not named")
+    x = torch.empty(4, 64, 32, 32, device=device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight = x.new_empty(64, 1, k, k)
+    with rk.use_backend("cuda"):
+        told = rk.explain("depthwise_conv2d", x, weight, padding=k // 2)
+    assert f"gradients of image and filter: {names}" in told.kernels
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fused", [True, False, None], ids=["fused", "composed", "planned"])
 @pytest.mark.parametrize(("channels", "outputs", "size", "k"), [(32, 64, 20, 3), (72, 40, 13, 5), (64, 256, 8, 7)])

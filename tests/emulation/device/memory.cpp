@@ -24,7 +24,7 @@ namespace {
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kArena = size_t(256) << 20;  // all of it is poisoned at the start
 #else
-constexpr size_t kArena = size_t(16) << 30;  // address space only: pages appear when touched
+constexpr size_t kArena = size_t(24) << 30;  // address space only: pages appear when touched
 #endif
 constexpr size_t kPage = 4096, kGap = 16 * kPage;  // the gap is wider than any row of the tests' images
 constexpr size_t kSharedArena = 4 << 20;           // the arena's end is shared memory

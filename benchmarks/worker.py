@@ -1,0 +1,68 @@
+"""A process of its own for what runs on a device: a kernel that touches memory where it must not takes the CUDA context
+of its process with it, and one that hangs the process. Then the next call gets a fresh process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+# Not a copy of this process: a CUDA context does not survive a fork.
+_context = multiprocessing.get_context("spawn")
+
+
+def _serve(connection: Connection) -> None:
+    while True:
+        function, arguments = connection.recv()
+        try:
+            answer = (function(*arguments), "")
+        except Exception:
+            answer = (None, traceback.format_exc())
+        connection.send(answer)
+
+
+class Worker:
+    """Calls functions of importable modules in its process, which starts with the first call."""
+
+    def __init__(self) -> None:
+        self._process: BaseProcess | None = None
+
+    def call(self, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``. After an error the next call has a new process.
+
+        Raises:
+            TimeoutError: no answer within so many seconds.
+            RuntimeError: the function raised, which the message tells in full, or the process ended.
+        """
+        if self._process is None:
+            self._connection, theirs = _context.Pipe()
+            self._process = _context.Process(target=_serve, args=(theirs,))
+            self._process.start()
+            theirs.close()  # so that the process's end is an end of file here
+        try:
+            self._connection.send((function, arguments))
+            if not self._connection.poll(seconds):
+                raise TimeoutError(f"no answer after {seconds:.0f} s")
+            value, error = self._connection.recv()
+        except TimeoutError:
+            self.stop()
+            raise
+        except (EOFError, OSError):
+            process = self._process
+            self.stop()
+            raise RuntimeError(f"the process ended with code {process.exitcode}") from None
+        if error:
+            self.stop()
+            raise RuntimeError(error)
+        return value
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
