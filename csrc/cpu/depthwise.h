@@ -70,8 +70,7 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
 // Calls f with the kind of rows that serves, as a null pointer.
 template <class T, class F>
 void with_rows(const Conv2d& g, const Lanes& lanes, F&& f) {
-  if (lanes.in_place())
-    return f(static_cast<NhwcRows<T>*>(nullptr));
+  if (lanes.in_place()) return f(static_cast<NhwcRows<T>*>(nullptr));
 #if RKL_LANES == 16
   if (FlatRows<T>::serves(g)) return f(static_cast<FlatRows<T>*>(nullptr));
 #endif
