@@ -233,6 +233,6 @@ inline Vec factor_masked(const T* p, uint16_t mask) {
 #endif
 
 // Lane by lane: a where the condition's lanes are set, else b.
-inline Vec select(VecInt condition, Vec a, Vec b) { return (Vec)(((VecInt)a & condition) | ((VecInt)b & ~condition)); }
+inline Vec select(VecInt condition, Vec a, Vec b) { return condition ? a : b; }
 
 }  // namespace rkl::cpu::RKL_ISA
