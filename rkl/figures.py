@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -55,20 +56,20 @@ COSTS: dict[str, Callable[[Run], float]] = {
 
 
 def accuracy_against_cost(results: Results, path: Path) -> None:
-    """Test accuracy against parameters, multiply-accumulates and latency, one numbered point a row."""
-    figure, panels = new_figure(13, 4.6, columns=3)
+    """Test accuracy against parameters, multiply-accumulates and latency, one numbered point a row; rows of nearly
+    equal cost stand side by side, so that each has its bar and number to itself."""
+    figure, panels = new_figure(15, 5, columns=3)
     colours = _colours(len(results.rows))
+    accuracies = [results.over_seeds(row, lambda run: 100 * run.deepest["accuracy"]) for row in results.rows]
     for panel, (name, cost) in zip(panels, COSTS.items(), strict=True):
-        for number, (row, runs) in enumerate(results.rows.items(), 1):
-            accuracy = results.over_seeds(row, lambda run: 100 * run.deepest["accuracy"])
-            x = statistics.fmean(cost(run) for run in runs)
+        costs = [statistics.fmean(cost(run) for run in runs) for runs in results.rows.values()]
+        for number, (row, x, accuracy) in enumerate(zip(results.rows, _apart(costs), accuracies, strict=True), 1):
+            label, half = f"{number} {row}", accuracy.half or 0.0
             panel.errorbar(
-                x, accuracy.mean, accuracy.half, fmt="o", color=colours[number - 1], capsize=3, label=f"{number} {row}"
+                x, accuracy.mean, accuracy.half, fmt="o", ms=5, color=colours[number - 1], capsize=3, label=label
             )
-            around = LABEL_OFFSETS[number % len(LABEL_OFFSETS)]
-            panel.annotate(
-                *(str(number), (x, accuracy.mean)), textcoords="offset points", xytext=around, fontsize=9, ha="center"
-            )
+            above = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 9, "ha": "center"}
+            panel.annotate(str(number), (x, accuracy.mean + half), **above)
         panel.set(xlabel=name)
         _plain_log_axis(panel)
         _grid(panel)
@@ -78,8 +79,25 @@ def accuracy_against_cost(results: Results, path: Path) -> None:
     figure.savefig(path)
 
 
-LABEL_OFFSETS = ((9, 4), (-9, 4), (9, -11), (-9, -11))
-"""Where a point's number stands, in turns: rows of one architecture share their place on the axis."""
+def _apart(costs: list[float]) -> list[float]:
+    """Places on a logarithmic axis, moved no further than keeps neighbours a fraction of the axis apart."""
+    logs = [math.log10(cost) for cost in costs]
+    return [10**place for place in spread(logs, 0.042 * max(max(logs) - min(logs), 0.3))]
+
+
+def spread(values: list[float], gap: float) -> list[float]:
+    """Values moved apart, as little as possible in the square, until neighbours are ``gap`` apart; the order stays."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    blocks: list[list[float]] = []  # of values that touch: the sum of their places less their distance, and their count
+    for position, index in enumerate(order):
+        blocks.append([values[index] - position * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] >= blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += count
+    places = [total / count for total, count in blocks for _ in range(int(count))]
+    moved = {index: place + position * gap for position, (index, place) in enumerate(zip(order, places, strict=True))}
+    return [moved[index] for index in range(len(values))]
 
 
 def _plain_log_axis(axes: Any) -> None:

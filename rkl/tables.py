@@ -73,6 +73,7 @@ def _section(results: Results, others: dict[str, Any], folder: Path) -> list[str
         "### Plots",
         f"![Figure 4.1: validation accuracy by epoch](plots/{name}-curves.png)",
         f"![accuracy against parameters, MACs and latency](plots/{name}-cost.png)",
+        "Rows of nearly equal cost are moved apart, to stand side by side; the table above has the figures.",
         f"![confusion matrix of {shown}](plots/{name}-confusion.png)",
     ]
     return parts

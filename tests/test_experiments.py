@@ -13,6 +13,7 @@ from rkl.cli import main
 from rkl.comparison import estimate
 from rkl.distill import LossWeights
 from rkl.experiments import FACTORS, ROWS, TABLES, experiment
+from rkl.figures import spread
 from rkl.gradients import gradient_norms, shares
 from rkl.model import ResNetKL
 
@@ -96,6 +97,14 @@ def test_rows_differ_in_what_they_say_alone(tmp_path):
         own = experiments.to_plain(plan.config(row, 1))
         assert {key for key in own if own[key] != base[key]} - {"out"} == changed
     assert plan.config("ResNet", 0).seed == plan.config("ResNet-KL", 0).seed
+
+
+def test_points_of_equal_cost_stand_side_by_side():
+    values = [5.0, 1.0, 5.0, 5.1, 9.0]
+    places = spread(values, 0.5)
+    assert places == pytest.approx([4.5333, 1.0, 5.0333, 5.5333, 9.0], abs=1e-3)
+    assert spread([2.0], 0.5) == [2.0]
+    assert spread([3.0, 1.0], 0.5) == [3.0, 1.0]
 
 
 def test_a_failing_cell_is_named_and_the_others_finish(tmp_path, monkeypatch):
