@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}")
         COMMANDS[name](rest)
     except KeyboardInterrupt:
-        print("stopped; a training run goes on from its last whole epoch with --resume", file=sys.stderr)
+        print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         if debug:
