@@ -144,6 +144,8 @@ class Experiments:
     """smoke, cpu or full."""
     seeds: int | None = None
     """Runs a row; the scale's number by default."""
+    rows: tuple[str, ...] | None = None
+    """Train these rows only, the others another time; all of the table's by default."""
     jobs: int | None = None
     """Runs at once; by default one a GPU or, without one, one a core."""
     config: Path | None = None
@@ -156,7 +158,7 @@ class Experiments:
         if self.data_root:
             overrides["data_root"] = self.data_root
         plan = experiments.experiment(self.table, self.scale, self.out, self.data, self.seeds, **overrides)
-        experiments.run(plan, self.jobs, announce=console.print)
+        experiments.run(plan, self.jobs, announce=console.print, only=self.rows)
         console.print(f"report: {tables.write(self.out)}")
 
 

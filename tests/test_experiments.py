@@ -41,6 +41,16 @@ def test_every_row_of_every_table_is_trained(finished):
     assert sum(line.endswith("done") for line in said) == len(ROWS)
 
 
+def test_rows_may_be_trained_apart(finished):
+    plan = experiment("table5", "smoke", finished[0], data="digits", image_size=16)
+    said = []
+    experiments.run(plan, announce=said.append, only=["ResNet", "ResNet-KL"])
+    assert said == ["Table V on digits: 2 runs, 2 done before"]
+    assert list(json.loads(plan.record.read_text())["rows"]) == list(TABLES["table5"].rows)
+    with pytest.raises(ValueError, match="rows must be of table5's: ResNet, .*; got 'VGG'"):
+        experiments.run(plan, only=["VGG"])
+
+
 def test_finished_cells_are_not_trained_again(finished):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")}
@@ -92,7 +102,7 @@ def test_rows_differ_in_what_they_say_alone(tmp_path):
         "ResNet without CutMix": {"cutmix"},
         "ResNet + feature": {"exits", "loss"},
         "ResNet-KL": {"model", "prune_at"},
-        "ResNet-KL wide": {"model", "prune_at", "width"},
+        "ResNet-KL at half MACs": {"model", "prune_at", "prune_macs", "scale_mode", "width"},
     }.items():
         own = experiments.to_plain(plan.config(row, 1))
         assert {key for key in own if own[key] != base[key]} - {"out"} == changed
