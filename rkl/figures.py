@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .records import Results, Run
-from .report import new_figure
+from .report import new_figure, plot_confusion, tidy
 
 
 def _colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["tab10"](i) if count <= 10 else colormaps["tab20"](i % 20) for i in range(count)]
-
-
-def _grid(axes: Any) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def accuracy_curves(results: Results, path: Path) -> None:
@@ -37,9 +32,16 @@ def accuracy_curves(results: Results, path: Path) -> None:
         axes.plot(epochs, [statistics.fmean(v) for v in values], linewidth=1.6, label=row, **style)
         axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
     axes.set(xlabel="epoch", ylabel="validation accuracy of the deepest head (%)", title=_title(results))
+    # From a third of the way on; the first epochs' climb would press the lines together.
+    shown = [
+        100 * entry["val"][-1]["accuracy"]
+        for runs in results.rows.values()
+        for run in runs
+        for entry in run.epochs[len(run.epochs) // 3 :]
+    ]
+    axes.set_ylim(min(shown) - 3, max(shown) + 2)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _grid(axes)
+    tidy(axes)
     figure.savefig(path)
 
 
@@ -72,7 +74,7 @@ def accuracy_against_cost(results: Results, path: Path) -> None:
             panel.annotate(str(number), (x, accuracy.mean + half), **above)
         panel.set(xlabel=name)
         _plain_log_axis(panel)
-        _grid(panel)
+        tidy(panel, legend=False)
     panels[0].set_ylabel("test accuracy (%), 95% interval")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
@@ -117,18 +119,4 @@ def confusion(results: Results, row: str, path: Path) -> None:
     runs = results.rows[row]
     matrices = [run.metrics["confusion"] for run in runs]
     counts = [[sum(values) for values in zip(*lines, strict=True)] for lines in zip(*matrices, strict=True)]
-    classes = runs[0].metrics["classes"]
-    shares = [[value / max(1, sum(line)) for value in line] for line in counts]
-    side = min(12.0, max(5.0, 0.5 * len(classes) + 2))
-    figure, axes = new_figure(side, side)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{row}: share of each true class (%)")
-    if len(classes) <= 25:
-        axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
-        for i, line in enumerate(shares):
-            for j, share in enumerate(line):
-                if round(100 * share):
-                    colour = "white" if share > 0.5 else "black"
-                    axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path)
+    plot_confusion(counts, runs[0].metrics["classes"], f"{row}: share of each true class (%)", path, shares=True)
