@@ -163,13 +163,13 @@ def _verdicts(results: Results) -> str:
         words = f"not decided by {change.n} seed{'s' if change.n > 1 else ''}" if found == "not decided" else found
         interval = "" if change.half is None else f", 95% interval {change.low:+.2f} to {change.high:+.2f}"
         ratios = [
-            f"{key} x {results.over_seeds(factor.row, COSTS[key][0]).mean / base.mean:.2f}"
-            for key in ("deployed", "MACs an image")
+            f"{results.over_seeds(factor.row, COSTS[key][0]).mean / base.mean:.2f} times the {noun}"
+            for key, noun in (("deployed", "deployed parameters"), ("MACs an image", "multiply-accumulates"))
             if (base := results.over_seeds(factor.against, COSTS[key][0])).mean
         ]
         lines.append(
-            f"- **{factor.name}**: {words}. {change.mean:+.2f} points{interval}, n = {change.n} "
-            f"({factor.row} - {factor.against}; {', '.join(ratios)})."
+            f"- **{factor.name}**: {words}. ({factor.row}) - ({factor.against}): {change.mean:+.2f} points{interval}, "
+            f"n = {change.n}, with {' and '.join(ratios)}."
         )
     if not lines:
         return ""
