@@ -67,6 +67,7 @@ ROWS: dict[str, Row] = {
     "ResNet + gate": Row({"model": "resnet", "gate": "spatial"}),
     "ResNet-KL": Row({"model": "resnet-kl", **PRUNED}),
     "ResNet-KL unpruned": Row({"model": "resnet-kl"}),
+    "ResNet-KL with ReLU": Row({"model": "resnet-kl", "activation": "relu"}),
     "ResNet-KL without exits": Row({"model": "resnet-kl", "exits": False}),
     # Separable convolutions free most of the parameters and multiply-accumulates; this row spends them on width, down
     # to half of what ResNet takes at width 16. One kernel size a stage: the sum of three costs most in the first stage,
@@ -89,6 +90,7 @@ class Factor:
 
 FACTORS = (
     Factor("T-ReLU for ReLU", "ResNet + T-ReLU", "ResNet"),
+    Factor("T-ReLU for ReLU in ResNet-KL", "ResNet-KL unpruned", "ResNet-KL with ReLU"),
     Factor("separable for dense convolutions", "ResNet + separable", "ResNet"),
     Factor("multi-scale 3 + 5 + 7 for 3", "ResNet + multi-scale", "ResNet + separable"),
     Factor("the gate", "ResNet + gate", "ResNet"),

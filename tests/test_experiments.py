@@ -102,6 +102,7 @@ def test_rows_differ_in_what_they_say_alone(tmp_path):
         "ResNet without CutMix": {"cutmix"},
         "ResNet + feature": {"exits", "loss"},
         "ResNet-KL": {"model", "prune_at"},
+        "ResNet-KL with ReLU": {"model", "activation"},
         "ResNet-KL at half MACs": {"model", "prune_at", "prune_macs", "scale_mode", "width"},
     }.items():
         own = experiments.to_plain(plan.config(row, 1))
