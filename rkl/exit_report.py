@@ -88,7 +88,7 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ("early exit", record["test"], record["images_a_second"], shares),
         ("deepest exit", record["deepest"], record["deepest_images_a_second"], [0.0] * (len(shares) - 1) + [1.0]),
     ):
-        row = [name, f"{part['accuracy']:.2%}", f"{part['macs']:,.0f}", f"{speed:,.0f}"]
+        row = [name, f"{part['accuracy']:.2%}", f"{part['macs'] / 1e6:.3g} M", f"{speed:,.0f}"]
         table.append(row + [f"{share:.1%}" for share in own])
     return header, table
 
