@@ -69,9 +69,10 @@ class MultiScaleDepthwise(nn.Module):
         # Channel c has size scales[c % len]: interleaved, so that pruning thins all sizes alike.
         taps = torch.tensor(self.scales)[torch.arange(channels) % len(scales)] if mixed else torch.empty(0)
         self.register_buffer("mask", self._mask(taps) if mixed else None)
+        # Together they have the variance of torch's own initial values, a third of the number of taps' inverse.
         for weight in self.filters:
-            gain = self.mask.sum((2, 3), keepdim=True) if mixed else weight.new_tensor(len(sizes) * weight[0].numel())
-            nn.init.normal_(weight).data.mul_(gain.rsqrt())
+            taken = self.mask.sum((2, 3), keepdim=True) if mixed else weight.new_tensor(len(sizes) * weight[0].numel())
+            nn.init.normal_(weight).data.mul_((3 * taken).rsqrt())
 
     def _mask(self, taps: Tensor) -> Tensor:
         distance = (torch.arange(self.kernel_size) - self.kernel_size // 2).abs()

@@ -144,6 +144,8 @@ class Experiments:
     """smoke, cpu or full."""
     seeds: int | None = None
     """Runs a row; the scale's number by default."""
+    rows: tuple[str, ...] | None = None
+    """Train these rows only, the others another time; all of the table's by default."""
     jobs: int | None = None
     """Runs at once; by default one a GPU or, without one, one a core."""
     config: Path | None = None
@@ -156,7 +158,7 @@ class Experiments:
         if self.data_root:
             overrides["data_root"] = self.data_root
         plan = experiments.experiment(self.table, self.scale, self.out, self.data, self.seeds, **overrides)
-        experiments.run(plan, self.jobs, announce=console.print)
+        experiments.run(plan, self.jobs, announce=console.print, only=self.rows)
         console.print(f"report: {tables.write(self.out)}")
 
 
@@ -328,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}")
         COMMANDS[name](rest)
     except KeyboardInterrupt:
-        print("stopped; a training run goes on from its last whole epoch with --resume", file=sys.stderr)
+        print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         if debug:

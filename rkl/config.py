@@ -94,6 +94,9 @@ class Config:
     """Shares of the epochs after which channels are cut."""
     prune_ratio: float = 0.2
     """Largest share of a group's channels that one cut takes."""
+    prune_macs: float | None = None
+    """Share of the first model's multiply-accumulates that the last cut leaves at most, each cut taking the same part
+    of what there is; it decides in prune_ratio's place."""
 
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """As Lightning Fabric names it."""
@@ -110,6 +113,7 @@ class Config:
             "val_fraction": 0 < self.val_fraction < 1,
             "ema": 0 <= self.ema < 1,
             "prune_ratio": 0 < self.prune_ratio < 1,
+            "prune_macs": self.prune_macs is None or 0 < self.prune_macs < 1,
             "prune_at": all(0 < share < 1 for share in self.prune_at),
             "devices": self.devices >= 1,
         }
@@ -120,6 +124,7 @@ class Config:
             "val_fraction": "between 0 and 1",
             "ema": "at least 0 and below 1",
             "prune_ratio": "between 0 and 1",
+            "prune_macs": "between 0 and 1",
             "prune_at": "shares of the epochs, between 0 and 1",
             "devices": "at least 1",
         }

@@ -112,7 +112,7 @@ def frontier(exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[i
     """The points no other beats in both accuracy and compute, cheapest first: every choice of which shallow exits to
     use, with one confidence threshold for those in use. A threshold for each exit would fit validation noise."""
     points = []
-    confidences = [*(i / 50 for i in range(15, 50)), 0.99, 0.995, 0.999]
+    confidences = [*(i / 50 for i in range(50)), 0.99, 0.995, 0.999]
     for used in itertools.product((False, True), repeat=len(exits) - 1):
         for confidence in confidences if any(used) else confidences[:1]:
             points.append(operate(exits, labels, costs, [confidence if use else NEVER for use in used]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import metrics, report
 from .checkpoint import Run, RunError, example_image, write_text
-from .early_exit import OperatingPoint, calibrate, early_exit, exit_costs, frontier, operate
+from .early_exit import NEVER, OperatingPoint, calibrate, early_exit, exit_costs, frontier, operate
 from .model import ResNetKL
 from .train import evaluation_batches, load_data
 
@@ -37,7 +37,7 @@ def evaluate_early_exit(run: Run, accuracy: float | None = None, macs_share: flo
     full = sum(costs[0]) + costs[1][-1]
     exits, labels = metrics.collect_exits(model, evaluation_batches(data.val, data))
     if accuracy is None and macs_share is None:
-        accuracy = metrics.exit_metrics(exits[-1], labels)["accuracy"]
+        accuracy = operate(exits, labels, costs, [NEVER] * (len(exits) - 1)).accuracy
     chosen = calibrate(exits, labels, costs, accuracy, None if macs_share is None else macs_share * full)
     candidates = frontier(exits, labels, costs)
 
@@ -88,7 +88,7 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ("early exit", record["test"], record["images_a_second"], shares),
         ("deepest exit", record["deepest"], record["deepest_images_a_second"], [0.0] * (len(shares) - 1) + [1.0]),
     ):
-        row = [name, f"{part['accuracy']:.2%}", f"{part['macs']:,.0f}", f"{speed:,.0f}"]
+        row = [name, f"{part['accuracy']:.2%}", f"{part['macs'] / 1e6:.3g} M", f"{speed:,.0f}"]
         table.append(row + [f"{share:.1%}" for share in own])
     return header, table
 

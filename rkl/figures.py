@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .records import Results, Run
-from .report import new_figure
+from .report import new_figure, plot_confusion, tidy
 
 
 def _colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["tab10"](i) if count <= 10 else colormaps["tab20"](i % 20) for i in range(count)]
-
-
-def _grid(axes: Any) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def accuracy_curves(results: Results, path: Path) -> None:
@@ -36,9 +32,16 @@ def accuracy_curves(results: Results, path: Path) -> None:
         axes.plot(epochs, [statistics.fmean(v) for v in values], linewidth=1.6, label=row, **style)
         axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
     axes.set(xlabel="epoch", ylabel="validation accuracy of the deepest head (%)", title=_title(results))
+    # From a third of the way on; the first epochs' climb would press the lines together.
+    shown = [
+        100 * entry["val"][-1]["accuracy"]
+        for runs in results.rows.values()
+        for run in runs
+        for entry in run.epochs[len(run.epochs) // 3 :]
+    ]
+    axes.set_ylim(min(shown) - 3, max(shown) + 2)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _grid(axes)
+    tidy(axes)
     figure.savefig(path)
 
 
@@ -55,31 +58,48 @@ COSTS: dict[str, Callable[[Run], float]] = {
 
 
 def accuracy_against_cost(results: Results, path: Path) -> None:
-    """Test accuracy against parameters, multiply-accumulates and latency, one numbered point a row."""
-    figure, panels = new_figure(13, 4.6, columns=3)
+    """Test accuracy against parameters, multiply-accumulates and latency, one numbered point a row; rows of nearly
+    equal cost stand side by side, so that each has its bar and number to itself."""
+    figure, panels = new_figure(15, 5, columns=3)
     colours = _colours(len(results.rows))
+    accuracies = [results.over_seeds(row, lambda run: 100 * run.deepest["accuracy"]) for row in results.rows]
     for panel, (name, cost) in zip(panels, COSTS.items(), strict=True):
-        for number, (row, runs) in enumerate(results.rows.items(), 1):
-            accuracy = results.over_seeds(row, lambda run: 100 * run.deepest["accuracy"])
-            x = statistics.fmean(cost(run) for run in runs)
+        costs = [statistics.fmean(cost(run) for run in runs) for runs in results.rows.values()]
+        for number, (row, x, accuracy) in enumerate(zip(results.rows, _apart(costs), accuracies, strict=True), 1):
+            label, half = f"{number} {row}", accuracy.half or 0.0
             panel.errorbar(
-                x, accuracy.mean, accuracy.half, fmt="o", color=colours[number - 1], capsize=3, label=f"{number} {row}"
+                x, accuracy.mean, accuracy.half, fmt="o", ms=5, color=colours[number - 1], capsize=3, label=label
             )
-            around = LABEL_OFFSETS[number % len(LABEL_OFFSETS)]
-            panel.annotate(
-                *(str(number), (x, accuracy.mean)), textcoords="offset points", xytext=around, fontsize=9, ha="center"
-            )
+            above = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 9, "ha": "center"}
+            panel.annotate(str(number), (x, accuracy.mean + half), **above)
         panel.set(xlabel=name)
         _plain_log_axis(panel)
-        _grid(panel)
+        tidy(panel, legend=False)
     panels[0].set_ylabel("test accuracy (%), 95% interval")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path)
 
 
-LABEL_OFFSETS = ((9, 4), (-9, 4), (9, -11), (-9, -11))
-"""Where a point's number stands, in turns: rows of one architecture share their place on the axis."""
+def _apart(costs: list[float]) -> list[float]:
+    """Places on a logarithmic axis, moved no further than keeps neighbours a fraction of the axis apart."""
+    logs = [math.log10(cost) for cost in costs]
+    return [10**place for place in spread(logs, 0.042 * max(max(logs) - min(logs), 0.3))]
+
+
+def spread(values: list[float], gap: float) -> list[float]:
+    """Values moved apart, as little as possible in the square, until neighbours are ``gap`` apart; the order stays."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    blocks: list[list[float]] = []  # of values that touch: the sum of their places less their distance, and their count
+    for position, index in enumerate(order):
+        blocks.append([values[index] - position * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] >= blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += count
+    places = [total / count for total, count in blocks for _ in range(int(count))]
+    moved = {index: place + position * gap for position, (index, place) in enumerate(zip(order, places, strict=True))}
+    return [moved[index] for index in range(len(values))]
 
 
 def _plain_log_axis(axes: Any) -> None:
@@ -99,18 +119,4 @@ def confusion(results: Results, row: str, path: Path) -> None:
     runs = results.rows[row]
     matrices = [run.metrics["confusion"] for run in runs]
     counts = [[sum(values) for values in zip(*lines, strict=True)] for lines in zip(*matrices, strict=True)]
-    classes = runs[0].metrics["classes"]
-    shares = [[value / max(1, sum(line)) for value in line] for line in counts]
-    side = min(12.0, max(5.0, 0.5 * len(classes) + 2))
-    figure, axes = new_figure(side, side)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{row}: share of each true class (%)")
-    if len(classes) <= 25:
-        axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
-        for i, line in enumerate(shares):
-            for j, share in enumerate(line):
-                if round(100 * share):
-                    colour = "white" if share > 0.5 else "black"
-                    axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path)
+    plot_confusion(counts, runs[0].metrics["classes"], f"{row}: share of each true class (%)", path, shares=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Block, BlockOptions, Bottleneck, ConvUnit, ExitHead, GateKind
+from .blocks import SEPARABLE, Block, BlockOptions, Bottleneck, ConvUnit, ExitHead, GateKind
 
 DEPTHS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
     18: (Block, (2, 2, 2, 2)),
@@ -85,11 +85,16 @@ class ResNet(nn.Module):
         return unit if image_size <= 128 else nn.Sequential(unit, nn.MaxPool2d(3, 2, 1))
 
     def _initialise(self) -> None:
-        """He's normal initial values for the dense and pointwise filters, and unit gain for the depthwise ones, after
-        which no activation stands."""
+        """He's normal initial values for the dense filters; the separable layers keep their own, of torch's smaller
+        variance 1 / (3 * fan-in).
+
+        A batch norm follows each, so the scale changes no output: it decides how far one step turns a filter.
+        """
+        separable = [module for module in self.modules() if isinstance(module, SEPARABLE)]
+        own = {part for module in separable for part in module.modules()}
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu" if module.groups == 1 else "linear")
+            if isinstance(module, nn.Conv2d) and module not in own:
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def head(self, stage: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and feature map of the exit after a stage; the plain network has one, after the last."""

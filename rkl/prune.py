@@ -8,6 +8,7 @@ been there.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -286,10 +287,28 @@ def prune(
     return cut
 
 
-def bisect_ratio(fits: Callable[[float], bool], steps: int = 7) -> float:
-    """The smallest ratio up to 0.95 (to 1 part in 2^steps) for which ``fits`` holds, if for all larger ones."""
+def smallest_ratio(
+    model: nn.Module, example: Tensor, fits: Callable[[nn.Module], bool], target: str, steps: int = 7
+) -> float:
+    """The smallest ratio up to 0.95 (to 1 part in 2^steps) whose cut leaves a model that ``fits``.
+
+    Args:
+        fits: holds for every larger cut, where it holds for one.
+        target: what an error calls the aim.
+
+    Raises:
+        ValueError: not even the largest cut fits.
+    """
+
+    def cut_fits(ratio: float) -> bool:
+        slim = copy.deepcopy(model)
+        prune(slim, example, ratio)
+        return fits(slim)
+
     low, high = 0.0, 0.95
     for _ in range(steps):
         middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
+        low, high = (low, middle) if cut_fits(middle) else (middle, high)
+    if high == 0.95 and not cut_fits(high):
+        raise ValueError(f"{target} must be within reach of a cut of 95% of the channels, got one that is not")
     return high

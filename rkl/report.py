@@ -88,7 +88,8 @@ def write_report(folder: Path) -> Path:
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     _plot_curves(rows, record, plots / "curves.png")
-    _plot_confusion(record["confusion"], record["classes"], plots / "confusion.png")
+    title = "Confusion matrix, deepest head"
+    plot_confusion(record["confusion"], record["classes"], title, plots / "confusion.png")
     loss = record["training_loss"]
     best = record["best"]
     page = f"""# {record["model"]} on {record["data"]}, seed {record["seed"]}
@@ -129,11 +130,12 @@ def new_figure(width: float, height: float, columns: int = 1):  # type: ignore[n
     return figure, figure.subplots(1, columns)
 
 
-def tidy(axes) -> None:  # type: ignore[no-untyped-def]
+def tidy(axes, legend: bool = True) -> None:  # type: ignore[no-untyped-def]
     """A light grid, no box, the legend beside the plot rather than over its lines."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if legend:
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path) -> None:
@@ -160,18 +162,22 @@ def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
     figure.savefig(path)
 
 
-def _plot_confusion(counts: list[list[int]], classes: list[str], path: Path) -> None:
-    side = min(12.0, max(4.5, 0.42 * len(classes) + 2))
+def plot_confusion(counts: list[list[int]], classes: list[str], title: str, path: Path, shares: bool = False) -> None:
+    """A confusion matrix, true classes down, coloured by each true class's share; ``shares`` prints those, in percent,
+    in place of the counts. From 26 classes on the colours alone."""
+    side = min(12.0, max(5.0, 0.5 * len(classes) + 2))
     figure, axes = new_figure(side, side)
-    shares = [[value / max(1, sum(row)) for value in row] for row in counts]
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix, deepest head")
+    share = [[value / max(1, sum(row)) for value in row] for row in counts]
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     if len(classes) <= 25:
-        axes.set_xticks(range(len(classes)), classes, rotation=45 if max(map(len, classes)) > 2 else 0, ha="center")
+        long = max(map(len, classes)) > 2
+        axes.set_xticks(range(len(classes)), classes, rotation=40 if long else 0, ha="right" if long else "center")
         axes.set_yticks(range(len(classes)), classes)
         for i, row in enumerate(counts):
-            for j, value in enumerate(row):
+            for j, count in enumerate(row):
+                value = round(100 * share[i][j]) if shares else count
                 if value:
-                    colour = "white" if shares[i][j] > 0.5 else "black"
-                    axes.text(j, i, str(value), ha="center", va="center", color=colour, fontsize=9)
+                    colour = "white" if share[i][j] > 0.5 else "black"
+                    axes.text(j, i, str(value), ha="center", va="center", color=colour, fontsize=8)
     figure.savefig(path)

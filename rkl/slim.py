@@ -57,14 +57,8 @@ def _deployed(model: nn.Module) -> nn.Module:
 
 
 def _smallest_cut(model: nn.Module, image: Tensor, fits: Callable[[nn.Module], bool], target: str) -> nn.Module:
-    def cut(ratio: float) -> nn.Module:
-        slim = copy.deepcopy(model)
-        prune.prune(slim, image, ratio)
-        return slim
-
-    slim = cut(prune.bisect_ratio(lambda ratio: fits(cut(ratio))))
-    if not fits(slim):
-        raise ValueError(f"{target} must be within reach of a cut of 95% of the channels, got one that is not")
+    slim = copy.deepcopy(model)
+    prune.prune(slim, image, prune.smallest_ratio(model, image, fits, target))
     return slim
 
 

@@ -73,6 +73,7 @@ def _section(results: Results, others: dict[str, Any], folder: Path) -> list[str
         "### Plots",
         f"![Figure 4.1: validation accuracy by epoch](plots/{name}-curves.png)",
         f"![accuracy against parameters, MACs and latency](plots/{name}-cost.png)",
+        "Rows of nearly equal cost are moved apart, to stand side by side; the table above has the figures.",
         f"![confusion matrix of {shown}](plots/{name}-confusion.png)",
     ]
     return parts
@@ -83,11 +84,13 @@ def _setting(results: Results) -> str:
     config, metrics = runs[0].config, runs[0].metrics
     images = "all" if config["train_size"] is None else f"a fixed {config['train_size']:,}"
     devices = ", ".join(sorted({run.metrics["device"] for run in runs}))
+    augmented = "no other augmentation" if config["augment"] == "none" else "random crops and mirrors"
     return (
         f"Scale `{results.scale}`: width {config['width']}, {images} training images ({config['val_fraction']:.0%} of "
         f"them for validation), {metrics['test_images']:,} test images, epochs: {config['epochs']}, batch "
-        f"{config['batch_size']}, lr {config['lr']:g} ({config['schedule']}), the same for every row. Trained on "
-        f"{devices}; {results.finished} of {results.planned} runs finished."
+        f"{config['batch_size']}, lr {config['lr']:g} ({config['schedule']}), CutMix, {augmented}: the "
+        f"same for every row but for what its name says. Trained on {devices}; {results.finished} of {results.planned} "
+        "runs finished."
     )
 
 
@@ -160,13 +163,13 @@ def _verdicts(results: Results) -> str:
         words = f"not decided by {change.n} seed{'s' if change.n > 1 else ''}" if found == "not decided" else found
         interval = "" if change.half is None else f", 95% interval {change.low:+.2f} to {change.high:+.2f}"
         ratios = [
-            f"{key} x {results.over_seeds(factor.row, COSTS[key][0]).mean / base.mean:.2f}"
-            for key in ("deployed", "MACs an image")
+            f"{results.over_seeds(factor.row, COSTS[key][0]).mean / base.mean:.2f} times the {noun}"
+            for key, noun in (("deployed", "deployed parameters"), ("MACs an image", "multiply-accumulates"))
             if (base := results.over_seeds(factor.against, COSTS[key][0])).mean
         ]
         lines.append(
-            f"- **{factor.name}**: {words}. {change.mean:+.2f} points{interval}, n = {change.n} "
-            f"({factor.row} - {factor.against}; {', '.join(ratios)})."
+            f"- **{factor.name}**: {words}. ({factor.row}) - ({factor.against}): {change.mean:+.2f} points{interval}, "
+            f"n = {change.n}, with {' and '.join(ratios)}."
         )
     if not lines:
         return ""

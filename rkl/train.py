@@ -123,7 +123,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
             started = time.perf_counter()
             if epoch in config.cut_epochs:
                 before = state_at_cut(learner.evaluated, example, splits["val"], data, fabric)
-                learner.prune(example, config.prune_ratio)
+                learner.prune(example, cut_ratio(config, learner.model, example[:1], facts["cuts"], before["macs"]))
                 after = state_at_cut(learner.evaluated, example, splits["val"], data, fabric)
                 facts["cuts"].append({"epoch": epoch, "before": before, "after": after})
                 facts["best"] = None  # an epoch before the cut was of another, larger model
@@ -161,6 +161,17 @@ def first_facts(config: Config, data: Dataset) -> dict[str, Any]:
         "cuts": [],
         "best": None,
     }
+
+
+def cut_ratio(config: Config, model: nn.Module, image: Tensor, cuts: list[dict[str, Any]], macs: float) -> float:
+    """The ratio of the cut that follows ``cuts``, on a model of so many multiply-accumulates: prune_ratio, or the least
+    that takes this cut's part of the way to prune_macs."""
+    if config.prune_macs is None:
+        return config.prune_ratio
+    first = cuts[0]["before"]["macs"] if cuts else macs
+    limit = first * config.prune_macs ** ((len(cuts) + 1) / len(config.cut_epochs))
+    target = f"prune_macs {config.prune_macs}"
+    return prune.smallest_ratio(model, image, lambda slim: metrics.count_macs(slim, image) <= limit, target)
 
 
 def train_epoch(

@@ -13,6 +13,7 @@ from rkl.cli import main
 from rkl.comparison import estimate
 from rkl.distill import LossWeights
 from rkl.experiments import FACTORS, ROWS, TABLES, experiment
+from rkl.figures import spread
 from rkl.gradients import gradient_norms, shares
 from rkl.model import ResNetKL
 
@@ -38,6 +39,16 @@ def test_every_row_of_every_table_is_trained(finished):
             metrics = json.loads((out / runs[0] / "metrics.json").read_text())
             assert metrics["test_images"] == 30
     assert sum(line.endswith("done") for line in said) == len(ROWS)
+
+
+def test_rows_may_be_trained_apart(finished):
+    plan = experiment("table5", "smoke", finished[0], data="digits", image_size=16)
+    said = []
+    experiments.run(plan, announce=said.append, only=["ResNet", "ResNet-KL"])
+    assert said == ["Table V on digits: 2 runs, 2 done before"]
+    assert list(json.loads(plan.record.read_text())["rows"]) == list(TABLES["table5"].rows)
+    with pytest.raises(ValueError, match="rows must be of table5's: ResNet, .*; got 'VGG'"):
+        experiments.run(plan, only=["VGG"])
 
 
 def test_finished_cells_are_not_trained_again(finished):
@@ -91,11 +102,20 @@ def test_rows_differ_in_what_they_say_alone(tmp_path):
         "ResNet without CutMix": {"cutmix"},
         "ResNet + feature": {"exits", "loss"},
         "ResNet-KL": {"model", "prune_at"},
-        "ResNet-KL wide": {"model", "prune_at", "width"},
+        "ResNet-KL with ReLU": {"model", "activation"},
+        "ResNet-KL at half MACs": {"model", "prune_at", "prune_macs", "scale_mode", "width"},
     }.items():
         own = experiments.to_plain(plan.config(row, 1))
         assert {key for key in own if own[key] != base[key]} - {"out"} == changed
     assert plan.config("ResNet", 0).seed == plan.config("ResNet-KL", 0).seed
+
+
+def test_points_of_equal_cost_stand_side_by_side():
+    values = [5.0, 1.0, 5.0, 5.1, 9.0]
+    places = spread(values, 0.5)
+    assert places == pytest.approx([4.5333, 1.0, 5.0333, 5.5333, 9.0], abs=1e-3)
+    assert spread([2.0], 0.5) == [2.0]
+    assert spread([3.0, 1.0], 0.5) == [3.0, 1.0]
 
 
 def test_a_failing_cell_is_named_and_the_others_finish(tmp_path, monkeypatch):

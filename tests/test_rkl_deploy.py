@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rkl import early_exit, metrics, prune, slim
+from rkl import early_exit, exit_report, metrics, prune, slim
 from rkl import train as trainer
 from rkl.checkpoint import open_run
 from rkl.cli import main
@@ -100,6 +100,15 @@ def test_calibration_meets_its_target() -> None:
         early_exit.calibrate(exits, labels, costs, accuracy=1.1)
     with pytest.raises(ValueError, match="target macs must be at least"):
         early_exit.calibrate(exits, labels, costs, macs=5)
+
+
+def test_the_deepest_exits_own_accuracy_is_within_reach(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the target where none is given, also where rounding to single precision would put it out of reach."""
+    labels = torch.zeros(20, dtype=torch.int64)
+    logits = torch.eye(10)[[0] * 11 + [1] * 9]
+    monkeypatch.setattr(metrics, "collect_exits", lambda model, batches: ([logits] * 4, labels))
+    record = exit_report.evaluate_early_exit(open_run(run))
+    assert record["validation"]["accuracy"] == 11 / 20
 
 
 def test_early_exit_command(run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -33,6 +33,20 @@ def settled(model: torch.nn.Module, x: torch.Tensor) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.mark.parametrize("scale_mode", ["sum", "stage", "mixed"])
+def test_initial_scales(scale_mode: str) -> None:
+    """Sums of squares a filter: 2 for dense ones, 1/3 for depthwise (all scales together) and pointwise ones."""
+    torch.manual_seed(0)
+    model = ResNetKL(10, 18, 64, 3, 8, BlockOptions(scale_mode=scale_mode))
+    conv = model.stages[2][1].branch[0].conv
+    for weight, expected in (
+        (conv.depthwise.weight, 1 / 3),
+        (conv.pointwise.weight, 1 / 3),
+        (model.stages[3][0].shortcut.conv.weight, 2),
+    ):
+        assert weight.detach().square().flatten(1).sum(1).mean().item() == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize(("size", "deepest"), [(8, 1), (32, 4), (65, 5)])
 def test_outputs_in_training_and_eval_mode(depth: int, size: int, deepest: int) -> None:

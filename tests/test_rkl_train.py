@@ -101,6 +101,27 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_cuts_reach_their_share_of_the_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cuts to half the multiply-accumulates; stopped between them, the second one still knows where it started."""
+    config, train_epoch = tiny(tmp_path / "run", width=8, prune_at=(0.3, 0.7), prune_macs=0.5), trainer.train_epoch
+
+    def interrupted(*arguments: object) -> dict:
+        row = train_epoch(*arguments)
+        if row["epoch"] > 2:
+            raise KeyboardInterrupt
+        return row
+
+    monkeypatch.setattr(trainer, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(config)
+    monkeypatch.undo()
+    trainer.train(config, resume=True)
+    _, record = comparable(config.out)
+    whole = record["cuts"][0]["before"]["macs"]
+    assert [cut["after"]["macs"] <= whole * 0.5 ** (i / 2) for i, cut in enumerate(record["cuts"], 1)] == [True, True]
+    assert record["size"]["macs"] > 0.35 * whole, "cut much further than it needs"
+
+
 def test_evaluate_gives_what_the_run_recorded(run: Path, capsys: pytest.CaptureFixture) -> None:
     main(["evaluate", str(run)])
     printed = capsys.readouterr().out
