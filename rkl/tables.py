@@ -51,7 +51,7 @@ def _section(results: Results, others: dict[str, Any], folder: Path) -> list[str
     plots.mkdir(exist_ok=True)
     figures.accuracy_curves(results, plots / f"{name}-curves.png")
     figures.accuracy_against_cost(results, plots / f"{name}-cost.png")
-    shown = next((row for row in ("ResNet-KL", *results.rows) if row in results.rows), "")
+    shown = min(results.rows, key=lambda row: (row != "ResNet-KL", not row.startswith("ResNet-KL")), default="")
     figures.confusion(results, shown, plots / f"{name}-confusion.png")
     parts = [
         f"## {TABLES[results.table].title} on {results.data}",

@@ -9,6 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from .fold import fold, foldable
 from .layers import DepthwiseConv2d, TReLU, separable_layers
 
 
@@ -18,14 +19,16 @@ class Conversion:
 
     depthwise: list[str] = field(default_factory=list)
     separable: list[tuple[str, str]] = field(default_factory=list)
+    folded: list[tuple[str, ...]] = field(default_factory=list)
     activations: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
             (
-                f"{len(self.separable)} depthwise + pointwise pairs fused, {len(self.depthwise)} other depthwise "
-                f"convolutions swapped, {len(self.activations)} activations replaced"
+                f"{len(self.separable)} depthwise + pointwise pairs fused, {len(self.folded)} more in inference with "
+                f"the batch norm between them, {len(self.depthwise)} other depthwise convolutions swapped, "
+                f"{len(self.activations)} activations replaced"
             )
         ]
         return "\n".join(lines + [f"left {name}: {why}" for name, why in self.left.items()])
@@ -56,7 +59,8 @@ def convert(model: nn.Module, activation: str | None = None) -> Conversion:
 
     Weights, hooks, training mode and state_dict keys stay as they are: a swapped layer is the same object with another
     class. A pair is fused where one forward passes the depthwise output to the pointwise convolution and to nothing
-    else (next to each other in an ``nn.Sequential``, say); with a batch norm between, the depthwise is swapped alone.
+    else (next to each other in an ``nn.Sequential``, say). With a batch norm, and perhaps an activation, between them
+    they are one call in inference on a CPU (``eval()`` under ``no_grad()`` or ``inference_mode()``), else separate.
 
     Args:
         model: any module; its children are searched, at every depth.
@@ -73,22 +77,25 @@ def convert(model: nn.Module, activation: str | None = None) -> Conversion:
     if activation not in (None, "trelu"):
         raise ValueError(f"activation must be None or 'trelu', got {activation!r}")
     report = Conversion()
+    for name, module in model.named_modules():
+        if activation and type(module) is nn.ReLU:
+            module.__class__ = TReLU  # type: ignore[assignment]
+            report.activations.append(name)
     for prefix, parent in model.named_modules():
-        _fuse_children(prefix, parent, report)
+        readers = dict(_sole_readers(parent))
+        _fuse_children(prefix, parent, readers, report)
+        _fold_children(prefix, parent, readers, report)
     for name, module in model.named_modules():
         if type(module) is nn.Conv2d and _is_depthwise(name, module, report):
             module.__class__ = DepthwiseConv2d
             report.depthwise.append(name)
-        elif activation and type(module) is nn.ReLU:
-            module.__class__ = TReLU  # type: ignore[assignment]
-            report.activations.append(name)
     return report
 
 
-def _fuse_children(prefix: str, parent: nn.Module, report: Conversion) -> None:
+def _fuse_children(prefix: str, parent: nn.Module, readers: dict[str, str], report: Conversion) -> None:
     """Fuse every pair of convolutions among the children where the second is all that reads the first."""
     children = dict(parent.named_children())
-    for first_name, second_name in _sole_readers(parent):
+    for first_name, second_name in readers.items():
         first, second = children[first_name], children[second_name]
         if not (type(first) is nn.Conv2d and type(second) is nn.Conv2d and _is_pointwise(second)):
             continue
@@ -98,6 +105,38 @@ def _fuse_children(prefix: str, parent: nn.Module, report: Conversion) -> None:
         first.__class__, second.__class__ = _FusedPair, _Absorbed
         first.partner = (second,)  # type: ignore[assignment]
         report.separable.append(names)
+
+
+def _fold_children(prefix: str, parent: nn.Module, readers: dict[str, str], report: Conversion) -> None:
+    """Fold every chain among the children of depthwise, batch norm, perhaps an activation, and pointwise; what comes
+    before the pointwise may stand in an ``nn.Sequential`` of its own."""
+    for start in readers:
+        chain = _chain(parent, start, readers)
+        modules = [module for _, module in chain]
+        if not foldable(modules) or any(_has_hooks(module) for module in [*modules, parent.get_submodule(start)]):
+            continue
+        first, last = modules[0], modules[-1]
+        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)  # noqa: PT018  for mypy; foldable() asked
+        names = tuple(_join(prefix, name) for name, _ in chain)
+        if _is_pointwise(last) and _is_depthwise(names[0], first, report):
+            fold(modules)
+            report.folded.append(names)
+
+
+def _chain(parent: nn.Module, start: str, readers: dict[str, str]) -> list[tuple[str, nn.Module]]:
+    """The modules from child ``start`` to the next convolution after it, each the only reader of the one before."""
+    chain: list[tuple[str, nn.Module]] = []
+    name: str | None = start
+    while name is not None and len(chain) < 4:
+        child = parent.get_submodule(name)
+        if type(child).forward is nn.Sequential.forward:
+            chain += [(_join(name, inner), module) for inner, module in child.named_children()]
+        else:
+            chain.append((name, child))
+        if len(chain) > 1 and type(chain[-1][1]) is nn.Conv2d:
+            break
+        name = readers.get(name)
+    return chain
 
 
 class _Shallow(torch.fx.Tracer):
@@ -112,7 +151,8 @@ def _sole_readers(parent: nn.Module) -> list[tuple[str, str]]:
 
     A forward that cannot be traced (control flow on data, say) yields none: its layers are then swapped one by one.
     """
-    if not any(type(child) is nn.Conv2d and child.groups > 1 for child in parent.children()):
+    near = [module for child in parent.children() for module in (child, *child.children())]
+    if not any(type(module) is nn.Conv2d and module.groups > 1 for module in near):
         return []
     try:
         nodes = list(_Shallow().trace(parent).nodes)

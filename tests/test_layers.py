@@ -74,7 +74,7 @@ def test_convert_keeps_results_and_keys():
     before, keys, weights = model(x), list(model.state_dict()), [p.data_ptr() for p in model.parameters()]
     report = rk.convert(model)
     assert report.separable == [("a", "b")]
-    assert report.depthwise == ["c", "e.0"]
+    assert (report.depthwise, report.folded) == (["c"], [("e.0", "e.1", "e.2")])
     assert list(model.state_dict()) == keys
     assert [p.data_ptr() for p in model.parameters()] == weights
     torch.testing.assert_close(model(x), before)
@@ -140,6 +140,6 @@ def test_convert_of_known_models(name):
     x = torch.randn(1, 3, 64, 64)
     expected = model(x)
     report = rk.convert(model)
-    assert len(report.depthwise) == {"mobilenet_v2": 17, "convnext_tiny": 18}[name]
+    assert (len(report.depthwise), len(report.folded)) == {"mobilenet_v2": (0, 17), "convnext_tiny": (18, 0)}[name]
     assert not report.left
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

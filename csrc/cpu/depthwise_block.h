@@ -237,6 +237,45 @@ RKL_INLINE void correlate_taps(Walk pixel, int64_t c, const Vec (&grad)[B::kOutp
   for (int k = 0; k < K; ++k) store(sums + k * to_next, sum[k]);
 }
 
+// A sweep's share of a 3 x 3 filter's gradient where all its rows lie inside the image: vector by vector, so that the
+// ten sums stay in registers for all of the row's blocks.
+template <class B, class Pixels, class T, class U>
+RKL_INLINE void correlate_3_by_3(const Pixels& pixels, const Taps& taps, const T* const* grads, float* sums,
+                                 int64_t vector, int bias_tap, const Sweep& s, Ahead<U>& ahead) {
+  constexpr int R = B::kOutputs, S = B::kStep;
+  const int64_t to_next = (taps.column[1] - taps.column[0]) * kLanes;
+  for (int64_t v = s.begin; v < s.end; ++v) {
+    float *of_vector = sums + v * vector, *bias = of_vector + bias_tap * kLanes, *row[3];
+    Vec sum[3][3], total = load(bias);
+    for (int i = 0; i < 3; ++i) {
+      row[i] = of_vector + (taps.row[i] + taps.column[0]) * kLanes;
+      for (int k = 0; k < 3; ++k) sum[i][k] = load(row[i] + k * to_next);
+    }
+    for (int64_t block = 0; block < s.blocks; ++block) {
+      const int64_t c = block * s.block_input + s.at(v), g = block * s.block_output + s.at(v);
+      Vec grad[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) total += widened(grad[r] = in_register(factor(grads[r] + g)), T{});
+      ahead.template ask<R * S * kLanes>();
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        auto pixel = pixels.from(i, B::kFirst);
+#pragma GCC unroll 24
+        for (int j = B::kFirst; j < B::kEnd; ++j, ++pixel) {
+          const Vec x = in_register(factor(*pixel + c));
+#pragma GCC unroll 3
+          for (int k = 0; k < 3; ++k)
+            if (const int r = j - k; r >= 0 && r % S == 0 && r / S < R)
+              sum[i][k] = multiply_add(sum[i][k], x, grad[r / S], T{});
+        }
+      }
+    }
+    store(bias, total);
+    for (int i = 0; i < 3; ++i)
+      for (int k = 0; k < 3; ++k) store(row[i] + k * to_next, sum[i][k]);
+  }
+}
+
 // Adds the blocks' share of the filter's gradient to `sums`, a tap behind the other, and the sum of their output
 // gradients behind the last tap. grads: the first block's output gradients, zeros where there is none.
 template <class B, class Pixels, class T, class U>
@@ -246,6 +285,12 @@ void correlate(B, const Pixels& pixels, const Taps& taps, const T* const* grads,
   const int64_t to_next = K > 1 ? (taps.column[1] - taps.column[0]) * kLanes : 0;
   const Sweep s = sweep;
   Ahead<U> ahead = asking;
+  if constexpr (B::kExact && K == 3 && kLanes == 16)  // fewer registers would not hold them
+    if (taps.rows == 3 && s.blocks > 1) {
+      correlate_3_by_3<B>(pixels, taps, grads, sums, vector, bias_tap, s, ahead);
+      asking = ahead;
+      return;
+    }
   for (int64_t block = 0; block < s.blocks; ++block) {
     for (int64_t v = s.begin; v < s.end; ++v) {
       const int64_t c = block * s.block_input + s.at(v), g = block * s.block_output + s.at(v);
@@ -278,82 +323,6 @@ void correlate(B, const Pixels& pixels, const Taps& taps, const T* const* grads,
     }
   }
   asking = ahead;
-}
-
-// Outputs of the blocks of a row: those of 8 or 7 that make fewer in all, of 4 in short rows. 8 sums, 7 weights and a
-// pixel fit into the 16 registers of AVX2.
-inline int block_width(int64_t row) {
-  const int64_t by_8 = (row + 7) / 8 * 8, by_7 = (row + 6) / 7 * 7, by_4 = (row + 3) / 4 * 4;
-  if (row < 7 || by_4 + row / 8 < std::min(by_8, by_7)) return 4;
-  return by_8 <= by_7 ? 8 : 7;
-}
-
-// Calls g(width) for the width of a block.
-template <class G>
-inline void with_width(int width, G&& g) {
-  if (width == 8)
-    g(std::integral_constant<int, 8>{});
-  else if (width == 7)
-    g(std::integral_constant<int, 7>{});
-  else
-    g(std::integral_constant<int, 4>{});
-}
-
-// Whether there are blocks for just so many neighbouring taps.
-inline bool is_exact(const Taps& taps) {
-  return taps.consecutive && (taps.columns == 3 || taps.columns == 5 || taps.columns == 7);
-}
-
-// Calls g(taps) for an exact number of them.
-template <class G>
-inline void with_exact(const Taps& taps, G&& g) {
-  if (taps.columns == 7)
-    g(std::integral_constant<int, 7>{});
-  else if (taps.columns == 5)
-    g(std::integral_constant<int, 5>{});
-  else
-    g(std::integral_constant<int, 3>{});
-}
-
-// Calls f with the block of `width` (8, 7, 4, 2 or 1) outputs that takes taps one by one.
-template <class F>
-inline void by_single_taps(int width, F&& f) {
-  if (width == 1)
-    f(Block<0, 1, 1, false>{});
-  else if (width == 2)
-    f(Block<0, 2, 1, false>{});
-  else
-    with_width(width, [&](auto r) { f(Block<0, r(), 1, false>{}); });
-}
-
-// Whether a row's taps go one by one.
-inline bool goes_singly(const Taps& taps) {
-  return !taps.consecutive || taps.columns < 3 || (taps.step > 1 && !(taps.step == 2 && is_exact(taps)));
-}
-
-// Calls f with the block of `width` (8, 7 or 4) outputs that serves the taps. Other than 3, 5 and 7 taps go by 7 or by
-// 3 and what remains.
-template <class F>
-inline void by_block(const Taps& taps, int width, F&& f) {
-  if (goes_singly(taps)) return by_single_taps(width, f);
-  with_width(width, [&](auto r) {
-    if (is_exact(taps) && taps.step == 1)
-      with_exact(taps, [&](auto k) { f(Block<k(), r()>{}); });
-    else if (is_exact(taps))
-      with_exact(taps, [&](auto k) { f(Block<k(), r(), 2>{}); });
-    else if (taps.columns > 7)
-      f(Block<7, r(), 1, false>{});
-    else
-      f(Block<3, r(), 1, false>{});
-  });
-}
-
-// The same at an edge of a row, or for all of it, with exact taps centred on their outputs.
-template <Edge edge, int step = 1, class F>
-inline void by_edge_block(const Taps& taps, int width, F&& f) {
-  if constexpr (step == 2)
-    if (width == 2) return with_exact(taps, [&](auto k) { f(Block<k(), 2, step, true, edge>{}); });
-  with_width(width, [&](auto r) { with_exact(taps, [&](auto k) { f(Block<k(), r(), step, true, edge>{}); }); });
 }
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -1,7 +1,7 @@
 // Rows of outputs out of blocks of them, for images whose channels lie together (NHWC), and what both layouts need:
 // the taps of a row, the filters and their gradients as vectors.
 #pragma once
-#include "cpu/depthwise_block.h"
+#include "cpu/depthwise_select.h"
 #include "cpu/gather.h"
 
 namespace rkl::cpu::RKL_ISA {
@@ -218,8 +218,8 @@ class NhwcRows {
     const int64_t channels = lanes_.channels, vector = (bias_tap + 1) * kLanes;
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
       taps_.set_row(h);
-      Ahead<T> ahead = next_rows(in, tile, h);
       const T* row = grad + (tile.image * gather_.out_h + h) * gather_.out_w * channels;
+      Ahead<T> ahead = next_rows(in, tile, h, gather_.in_w == gather_.out_w ? row : nullptr);
       for_blocks(
           in, tile, 0, [&](auto block, const auto& pixels, const Taps& taps, const Sweep& sweep, const Span& span) {
             const T* grads[block.kOutputs];
@@ -329,10 +329,10 @@ class NhwcRows {
     return {end, first, count};
   }
 
-  // What is new to this row of outputs, some way ahead of its blocks, and then to the one below. Past the image's last
-  // row the next image begins. So far ahead that memory answers in time, yet not so far that the first-level cache has
-  // thrown it out again.
-  Ahead<T> next_rows(const T* images, const Tile& tile, int64_t h) const {
+  // What is new to this row of outputs, some way ahead of its blocks, and then to the one below, and the same of an
+  // image whose row `beside` is read at the same time, or null. Past the image's last row the next image begins. So far
+  // ahead that memory answers in time, yet not so far that the first-level cache has thrown it out again.
+  Ahead<T> next_rows(const T* images, const Tile& tile, int64_t h, const T* beside = nullptr) const {
     constexpr int64_t lead = (int64_t(16) << 10) / sizeof(T);
     const int64_t phases = int64_t(gather_.vertical.size()), channels = lanes_.channels;
     const Axis& axis = gather_.vertical[h % phases];
@@ -340,7 +340,8 @@ class NhwcRows {
     const int64_t row = gather_.in_w * channels, run = (tile.last_vector - tile.first_vector) * kLanes;
     const int64_t newest = std::max<int64_t>(0, h / phases * axis.step + axis.offset.back() + 1 - axis.step);
     const T* first = images + (tile.image * gather_.in_h + newest) * row + tile.first_vector * kLanes;
-    const int64_t pitch = axis.step * row, second = axis.step > 1 ? row : 0;
+    const int64_t pitch = axis.step * row;
+    const int64_t second = axis.step > 1 ? row : beside ? beside + tile.first_vector * kLanes - first : 0;
     if (run < channels) return {first + pitch, run, channels, 0, second};
     if (row <= lead) return {first + pitch, row, pitch, 0, second};
     return {first, row, pitch, lead, second};

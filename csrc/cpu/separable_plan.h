@@ -62,11 +62,22 @@ inline int64_t call_operations(Dtype dtype) { return dtype == Dtype::bf16 ? 6000
 constexpr int64_t kBandBytes = int64_t(2) << 20;
 
 // The library packs the whole filter anew for each band, which takes as long as some 25 pixels do.
-constexpr int64_t kLeastPixels = 128, kGoodPixels = 1024;
+constexpr int64_t kLeastPixels = 128, kFairPixels = 512, kGoodPixels = 1024;
 constexpr int64_t kTasks = 8;  // where there is enough work
 
-// Operations that make a task worth while.
-inline int64_t task_operations(Dtype factor) { return 32 * call_operations(factor); }
+// A power of 2, so that as many threads, or half as many, have equal shares.
+inline int64_t tasks_for(int64_t operations, Dtype factor) {
+  int64_t tasks = 1;
+  while (tasks < kTasks && operations >= 2 * tasks * 12 * call_operations(factor)) tasks *= 2;
+  return tasks;
+}
+
+// Pixels a band when `all` are cut into bands of at most so many: a multiple of `tasks` bands, if they do not get
+// smaller than `least`.
+inline int64_t even_pixels(int64_t all, int64_t most, int64_t tasks, int64_t least) {
+  const int64_t bands = ((all + most - 1) / most + tasks - 1) / tasks * tasks;
+  return std::min(most, std::max((all + bands - 1) / bands, least));
+}
 
 struct ForwardPlan {
   bool fused;       // depthwise and pointwise band by band; else the depthwise step whole, then the pointwise
@@ -77,13 +88,13 @@ struct ForwardPlan {
 // `factor`: the type that the library multiplies.
 inline ForwardPlan forward_plan(const Separable& s, Dtype factor) {
   const int64_t all = s.g.batch * s.g.out_h * s.g.out_w, per_pixel = 2 * s.g.channels * s.c_out;
-  int64_t pixels = std::max(40 * call_operations(factor) / per_pixel, kGoodPixels);
-  pixels = std::clamp<int64_t>(kBandBytes / (s.g.channels * size_of(s.dtype)), kLeastPixels, pixels);
-  // Little work is shared out in smaller pieces.
-  const int64_t tasks = std::clamp<int64_t>(all * per_pixel / task_operations(factor), 1, kTasks);
-  pixels = std::min(pixels, std::max(all / tasks, kLeastPixels));
+  const int64_t good = std::max(40 * call_operations(factor) / per_pixel, kGoodPixels);
+  const int64_t most = std::clamp<int64_t>(kBandBytes / (s.g.channels * size_of(s.dtype)), kLeastPixels, good);
+  const int64_t tasks = tasks_for(all * per_pixel, factor);
+  const int64_t pixels = even_pixels(all, most, tasks, std::min(kFairPixels, most));
   const int64_t bands = Bands(s, pixels).count();
   if (bands >= tasks) return {true, pixels, s.c_out};
+  // Little work is shared out by output channels: each task packs its own part of the filter.
   const int64_t tiles = (tasks + bands - 1) / bands;
   return {false, pixels, ((s.c_out + tiles - 1) / tiles + 15) / 16 * 16};
 }
@@ -93,10 +104,10 @@ inline ForwardPlan forward_plan(const Separable& s, Dtype factor) {
 // GFLOP/s): many pixels a band, as long as every task has one.
 inline int64_t backward_pixels(const Separable& s, Dtype factor) {
   const int64_t all = s.g.batch * s.g.out_h * s.g.out_w, per_pixel = 2 * s.g.channels * s.c_out;
-  const int64_t fitting = kBandBytes / ((s.g.channels + s.c_out) * size_of(s.dtype));
   const int64_t good = std::max(20 * call_operations(factor) / per_pixel, kGoodPixels);
-  const int64_t tasks = std::clamp<int64_t>(2 * all * per_pixel / task_operations(factor), 1, kTasks);
-  return std::max(std::min({fitting, good, all / tasks}), kLeastPixels);
+  const int64_t fitting = kBandBytes / ((s.g.channels + s.c_out) * size_of(s.dtype));
+  const int64_t most = std::clamp(fitting, kLeastPixels, good);
+  return even_pixels(all, most, tasks_for(2 * all * per_pixel, factor), std::min(kFairPixels / 2, most));
 }
 
 inline int64_t backward_tasks(const Separable& s) {
