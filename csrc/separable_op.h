@@ -1,5 +1,6 @@
 // The separable operators as a depthwise step, a library's matrix product and an epilogue: what serves every shape on
-// every device. Images are taken as NHWC, where the pointwise step is one matrix product over all pixels.
+// every device. Images are taken as NHWC, where the pointwise step is one matrix product over all pixels, unless the
+// device's kernels take NCHW ones where they lie.
 #pragma once
 #include "aten.h"
 #include "depthwise_op.h"
@@ -16,7 +17,7 @@ inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose
 
 inline void matrix_product(const Tensor& a, const Tensor& b, const Tensor& out) { aten("aten::mm", "out", a, b, out); }
 
-// One call's arguments, checked against each other, dense, and images as NHWC.
+// One call's arguments, checked against each other, and dense in the format that is computed in.
 struct SeparableCall {
   Dtype dtype;
   Conv2d g;   // g.nhwc: the format that is computed in

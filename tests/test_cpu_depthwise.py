@@ -37,6 +37,12 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (1, 8, 6, 6, (1, 1), 1, 0, 1),
     (1, 8, 6, 6, (3, 3), 1, 5, 1),
     (1, 32, 3, 40, (3, 7), 1, (1, 3), (1, 2)),
+    (2, 32, 4, 4, (3, 3), 2, 1, 1),  # rows of two outputs
+    (2, 32, 4, 3, (3, 3), 2, 1, 1),
+    (2, 17, 5, 64, (3, 3), 1, 1, 1),  # several blocks inside the image
+    (1, 24, 6, 57, (5, 5), 1, 2, 1),
+    (1, 20, 7, 90, (3, 3), 2, 1, 1),
+    (2, 21, 33, 31, (3, 3), 1, 1, 1),  # planes of many vectors, the last one short
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
 

@@ -26,6 +26,7 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (1, 160, 200, 7, 7, 3, 1, 1, 1),  # little work, shared out by output channels
     (5, 256, 130, 2, 2, 3, 2, 1, 1),
     (35, 128, 124, 12, 12, 3, 1, 1, 1),  # in backward, several bands a task
+    (19, 24, 40, 15, 14, 3, 1, 1, 1),  # planes where they lie: several images a task
 ]
 
 

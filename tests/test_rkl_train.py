@@ -76,12 +76,9 @@ def test_a_run_leaves_its_records(run: Path) -> None:
     assert not list(run.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("stop_after", [1, 2])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
-) -> None:
-    """Stopped in the epoch after ``stop_after``, before and after the cut."""
-    config, train_epoch = tiny(tmp_path / "run"), trainer.train_epoch
+def train_interrupted(config: Config, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
+    """Train until Ctrl-C in the epoch after ``stop_after``."""
+    train_epoch = trainer.train_epoch
 
     def interrupted(*arguments: object) -> dict:
         row = train_epoch(*arguments)
@@ -93,6 +90,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
     with pytest.raises(KeyboardInterrupt):
         trainer.train(config)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    """Stopped in the epoch after ``stop_after``, before and after the cut."""
+    config = tiny(tmp_path / "run")
+    train_interrupted(config, monkeypatch, stop_after)
     trainer.train(config, resume=True)
     assert comparable(config.out) == comparable(run)
     for name in ("last", "best"):
@@ -103,18 +109,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
 def test_cuts_reach_their_share_of_the_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cuts to half the multiply-accumulates; stopped between them, the second one still knows where it started."""
-    config, train_epoch = tiny(tmp_path / "run", width=8, prune_at=(0.3, 0.7), prune_macs=0.5), trainer.train_epoch
-
-    def interrupted(*arguments: object) -> dict:
-        row = train_epoch(*arguments)
-        if row["epoch"] > 2:
-            raise KeyboardInterrupt
-        return row
-
-    monkeypatch.setattr(trainer, "train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train(config)
-    monkeypatch.undo()
+    config = tiny(tmp_path / "run", width=8, prune_at=(0.3, 0.7), prune_macs=0.5)
+    train_interrupted(config, monkeypatch, stop_after=2)
     trainer.train(config, resume=True)
     _, record = comparable(config.out)
     whole = record["cuts"][0]["before"]["macs"]

@@ -88,10 +88,10 @@ struct Outputs {
 // long. In the order of addresses, since that is a third faster than in the order of use.
 template <class T>
 struct Ahead {
-  const T* run;           // null where all is in the cache
-  int64_t length, pitch;  // elements of a run, and from one run to the next
-  int64_t asked = 0;      // of this run
-  int64_t second = 0;     // elements to a second run that is read at the same time, 0 for none
+  const T* run;               // null where all is in the cache
+  int64_t length, pitch;      // elements of a run, and from one run to the next
+  int64_t asked = 0;          // of this run
+  const T* beside = nullptr;  // another run that is read at the same time
 
   template <int elements>
   void ask() {
@@ -100,12 +100,15 @@ struct Ahead {
     const T* next = run + asked;
 #pragma GCC unroll 32
     for (int i = 0; i < count; ++i) __builtin_prefetch(next + i * line);
-    if (second) {
+    if (beside) {
 #pragma GCC unroll 32
-      for (int i = 0; i < count; ++i) __builtin_prefetch(next + second + i * line);
+      for (int i = 0; i < count; ++i) __builtin_prefetch(beside + asked + i * line);
     }
     asked += elements;
-    if (asked >= length) asked -= length, run += pitch;
+    if (asked < length) return;
+    asked -= length;
+    run += pitch;
+    if (beside) beside += pitch;
   }
 };
 

@@ -340,11 +340,11 @@ class NhwcRows {
     const int64_t row = gather_.in_w * channels, run = (tile.last_vector - tile.first_vector) * kLanes;
     const int64_t newest = std::max<int64_t>(0, h / phases * axis.step + axis.offset.back() + 1 - axis.step);
     const T* first = images + (tile.image * gather_.in_h + newest) * row + tile.first_vector * kLanes;
+    const T* also = axis.step > 1 ? first + row : beside ? beside + tile.first_vector * kLanes : nullptr;
     const int64_t pitch = axis.step * row;
-    const int64_t second = axis.step > 1 ? row : beside ? beside + tile.first_vector * kLanes - first : 0;
-    if (run < channels) return {first + pitch, run, channels, 0, second};
-    if (row <= lead) return {first + pitch, row, pitch, 0, second};
-    return {first, row, pitch, lead, second};
+    if (run >= channels && row > lead) return {first, row, pitch, lead, also};
+    if (also) also += pitch;
+    return {first + pitch, run < channels ? run : row, run < channels ? channels : pitch, 0, also};
   }
 
   // Whether `width` outputs from `first` on exist and read no column outside the image.

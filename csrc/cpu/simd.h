@@ -128,11 +128,12 @@ inline Vec packed(Vec v, float) { return v; }
 inline VecHalf packed(Vec v, bf16) {
 #ifdef RKL_BF16_ONLY
   return (VecHalf)_mm512_cvtneps_pbh((__m512)v);  // denormal numbers become zero
-#endif
+#else
   const VecBits bits = (VecBits)v;
   const VecBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const VecBits number = (VecBits)(v == v);  // NaN must not round up into infinity
   return narrow_bits(((rounded & number) | (0x7fc00000 & ~number)) >> 16);
+#endif
 }
 
 inline VecHalf packed(Vec v, f16) {
