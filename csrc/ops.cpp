@@ -1,5 +1,6 @@
 // The operators on the CPU: guards, outputs and layouts here, arithmetic in cpu/. Schemas: rkl_kernels/ops.py.
 #include "cpu/kernels.h"
+#include "cpu/pointwise.h"
 #include "cpu/separable.h"
 #include "depthwise_op.h"
 #include "module.h"
@@ -35,13 +36,49 @@ struct CpuConv {
                     int64_t channels, Dtype dtype, const Tensor&) {
     cpu::kernels(dtype).slope(grad, values, act, from_output, out, rows * channels, dtype);
   }
-  static void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype, const Tensor&) {
-    cpu::column_sums(matrix, out, rows, channels, dtype);
+  static bool takes_planes(const Conv2d& g, Dtype dtype) { return cpu::takes_planes(g, dtype); }
+  static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,
+                          const std::optional<Tensor>& bias, Activation act) {
+    if (!cpu::convolves_images(call.g)) return pointwise_by_matrix<CpuConv>(call, image, filter, bias, act);
+    Tensor out = cpu::pointwise(image, filter, bias, call.g.nhwc);
+    if (act != Activation::none)
+      epilogue(out.const_data_ptr(), nullptr, act, out.mutable_data_ptr(), call.rows, filter.size(0), call.dtype, out);
+    return out;
+  }
+  static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& inner, const Tensor& out) {
+    if (!cpu::convolves_images(call.g)) return filter_gradient_by_matrix(dz, inner, out);
+    cpu::filter_gradient(dz, inner, call.g.nhwc, out.mutable_data_ptr());
+  }
+  static bool filter_gradient_from_image(const SeparableCall& call, const Tensor& dz, const Tensor& out) {
+    return cpu::convolves_images(call.g) &&
+           cpu::filter_gradient_by_bands(raw(call, nullptr), dz, out.mutable_data_ptr());
+  }
+  static void channel_sums(const SeparableCall& call, const Tensor& image, const Tensor& out) {
+    const Conv2d& g = call.g;
+    cpu::channel_sums(image.const_data_ptr(), out.mutable_data_ptr(), g.batch, g.out_h * g.out_w, call.c_out, g.nhwc,
+                      call.dtype);
   }
 
-  static bool takes_planes(const Conv2d& g, Dtype dtype, bool backward) {
-    return cpu::takes_planes(g, dtype, backward);
+  static std::optional<Tensor> fused_forward(const SeparableCall& call, const std::optional<Tensor>& pointwise_bias) {
+    const cpu::Separable s = raw(call, data_or_null(pointwise_bias));
+    if (!cpu::fuses(s)) return std::nullopt;
+    Tensor y = empty_image(call.x, call.g.batch, call.c_out, call.g.out_h, call.g.out_w, call.g.nhwc);
+    cpu::separable(s, y.mutable_data_ptr());
+    return y;
   }
+  static bool fused_backward(const SeparableCall& call, const Tensor& grad, const std::optional<Tensor>& y,
+                             const PointwiseGradients& wanted) {
+    const cpu::Separable s = raw(call, nullptr);
+    if (!cpu::fuses_backward(s)) return false;
+    const Conv2d& g = call.g;
+    if (wanted.inner) *wanted.inner = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
+    const auto pointer = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
+    cpu::pointwise_backward_planes(s, grad.const_data_ptr(), data_or_null(y),
+                                   {pointer(wanted.inner), pointer(wanted.pointwise), pointer(wanted.bias)});
+    return true;
+  }
+
+ private:
   static cpu::Separable raw(const SeparableCall& call, const void* pointwise_bias) {
     return {call.g,
             call.c_out,
@@ -53,17 +90,6 @@ struct CpuConv {
             data_or_null(call.depthwise_bias),
             call.pointwise.const_data_ptr(),
             pointwise_bias};
-  }
-  static bool fused_forward(const SeparableCall& call, const void* pointwise_bias, void* y) {
-    cpu::separable(raw(call, pointwise_bias), y);
-    return true;
-  }
-  static bool fused_backward(const SeparableCall& call, const Tensor& grad, const std::optional<Tensor>& y,
-                             Tensor* d_inner, Tensor* d_pointwise, Tensor* d_pointwise_bias) {
-    const auto pointer = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
-    cpu::pointwise_backward(raw(call, nullptr), grad.const_data_ptr(), data_or_null(y),
-                            {pointer(d_inner), pointer(d_pointwise), pointer(d_pointwise_bias)});
-    return true;
   }
 };
 

@@ -2,16 +2,9 @@
 // every device. Images are taken as NHWC, where the pointwise step is one matrix product over all pixels, unless the
 // device's kernels take NCHW ones where they lie.
 #pragma once
-#include "aten.h"
 #include "depthwise_op.h"
 
 namespace rkl {
-
-// A dense NHWC image as a matrix of pixels by channels: a view.
-inline Tensor pixel_rows(const Tensor& x) {
-  const std::vector<int64_t> nhwc{0, 2, 3, 1}, rows{x.size(0) * x.size(2) * x.size(3), x.size(1)};
-  return torch::stable::view(aten("aten::permute", "", x, nhwc), rows);
-}
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
@@ -28,18 +21,46 @@ struct SeparableCall {
   std::optional<Tensor> depthwise_bias;
 };
 
-// Kernels: as DepthwiseOps takes them, and over a dense matrix of pixels by channels
+// The gradients that a pointwise step is asked for, null where they are not wanted: of its filter and its bias, to be
+// written, and of the depthwise output, whose memory is whoever's serves.
+struct PointwiseGradients {
+  Tensor *inner, *pointwise, *bias;
+};
+
+// The pointwise step as one matrix product over all pixels of NHWC images, for devices without a better way:
+// act(filter (C', C) times image + bias).
+template <class Kernels>
+Tensor pointwise_by_matrix(const SeparableCall& call, const Tensor& image, const Tensor& filter,
+                           const std::optional<Tensor>& bias, Activation act) {
+  const Conv2d& g = call.g;
+  Tensor out = empty_image(image, g.batch, filter.size(0), g.out_h, g.out_w, true);
+  matrix_product(pixel_rows(image), transposed(filter), pixel_rows(out));
+  if (bias || act != Activation::none)
+    Kernels::epilogue(out.const_data_ptr(), data_or_null(bias), act, out.mutable_data_ptr(), call.rows, filter.size(0),
+                      call.dtype, image);
+  return out;
+}
+
+// And its filter's gradient, dz times inner summed over all pixels, into `out`, (C', C).
+inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& inner, const Tensor& out) {
+  matrix_product(transposed(pixel_rows(dz)), pixel_rows(inner), out);
+}
+
+// Kernels: as DepthwiseOps takes them, and over a dense matrix of rows by channels, or of any elements where there is
+// no bias,
 //   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like): out = act(z + bias)
 //   static slope(grad, values, activation, from_output, out, rows, channels, dtype, like): out = grad * act'(...)
-//   static column_sums(matrix, out, rows, channels, dtype, like)
-// where out may be the first argument;
-//   static takes_planes(Conv2d, dtype, backward)
-// says whether NCHW images are taken where they lie, else they are turned; and, for devices with kernels that do more
-// at once,
-//   static fused_forward(call, pointwise bias or null, y)
-//   static fused_backward(call, grad, y if activated, d_inner, d_pointwise, d_pointwise_bias), as pointwise_backward
-//   below
-// which return false, nothing done, where the steps one by one are to serve.
+// where out may be the first argument; over images in the format that is computed in,
+//   static pointwise(call, image, filter, bias or none, activation) -> image, as pointwise_by_matrix above
+//   static filter_gradient(call, dz, inner, out), as filter_gradient_by_matrix above
+//   static filter_gradient_from_image(call, dz, out) -> bool: without the depthwise output, which is made again in
+//   parts; false, nothing done, where the whole of it is wanted static channel_sums(call, image, out): each channel's
+//   sum, the pointwise bias's gradient static takes_planes(Conv2d, dtype)
+// where the last says whether NCHW images are taken where they lie, else they are turned; and, for devices with kernels
+// that do more at once,
+//   static fused_forward(call, pointwise bias or none) -> image or none
+//   static fused_backward(call, grad, y if activated, PointwiseGradients)
+// which give none and false, nothing done, where the steps one by one are to serve.
 template <class Kernels>
 struct SeparableOps {
   using Ints = std::vector<int64_t>;
@@ -67,11 +88,11 @@ struct SeparableOps {
 
   static Call checked(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise, const Maybe& depthwise_bias,
                       const Ints& stride, const Ints& padding, const Ints& dilation, int64_t inner_activation,
-                      int64_t activation, bool backward) {
+                      int64_t activation) {
     const Dtype dtype = dtype_of(x, "x");
     Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
     const bool nhwc = g.nhwc;
-    g.nhwc = nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, dtype, backward);
+    g.nhwc = nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, dtype);
     check_pointwise(pointwise, x);
     check_bias(depthwise_bias, x, g.channels);
     return {dtype,
@@ -89,7 +110,7 @@ struct SeparableOps {
 
   static Tensor depthwise(const Call& call, Activation act) {
     const Conv2d& g = call.g;
-    Tensor out = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, true);
+    Tensor out = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
     Kernels::forward(g, call.x.const_data_ptr(), call.depthwise.const_data_ptr(), data_or_null(call.depthwise_bias),
                      act, out.mutable_data_ptr(), call.dtype, call.x);
     return out;
@@ -99,24 +120,19 @@ struct SeparableOps {
                         const Maybe& depthwise_bias, const Maybe& pointwise_bias, const Ints& stride,
                         const Ints& padding, const Ints& dilation, int64_t inner_activation, int64_t activation) {
     const Call call = checked(x, depthwise_weight, pointwise_weight, depthwise_bias, stride, padding, dilation,
-                              inner_activation, activation, false);
+                              inner_activation, activation);
     check_bias(pointwise_bias, x, call.c_out);
-    Tensor y = empty_image(x, call.g.batch, call.c_out, call.g.out_h, call.g.out_w, call.g.nhwc);
-    if (!y.numel()) return in_format(y, call.nhwc);
+    if (!call.rows || !call.c_out)
+      return empty_image(x, call.g.batch, call.c_out, call.g.out_h, call.g.out_w, call.nhwc);
     const Maybe bias = contiguous(pointwise_bias);
-    if (!Kernels::fused_forward(call, data_or_null(bias), y.mutable_data_ptr())) {
-      matrix_product(pixel_rows(depthwise(call, call.inner_act)), transposed(call.pointwise), pixel_rows(y));
-      if (bias || call.act != Activation::none)
-        Kernels::epilogue(y.const_data_ptr(), data_or_null(bias), call.act, y.mutable_data_ptr(), call.rows, call.c_out,
-                          call.dtype, x);
-    }
-    return in_format(y, call.nhwc);
+    Maybe y = Kernels::fused_forward(call, bias);
+    if (!y) y = Kernels::pointwise(call, depthwise(call, call.inner_act), call.pointwise, bias, call.act);
+    return in_format(*y, call.nhwc);
   }
 
-  // The pointwise step's gradients, and d_inner, that of the depthwise output, one step after the other. Each may be
-  // null where it is not wanted.
-  static void pointwise_backward(const Call& call, const Tensor& grad, const Maybe& y, Tensor* d_inner,
-                                 Tensor* d_pointwise, Tensor* d_pointwise_bias) {
+  // The pointwise step's gradients, one step after the other.
+  static void pointwise_backward(const Call& call, const Tensor& grad, const Maybe& y,
+                                 const PointwiseGradients& wanted) {
     const int64_t c = call.g.channels, rows = call.rows;
     Tensor dz = grad;
     if (y) {
@@ -124,26 +140,25 @@ struct SeparableOps {
       Kernels::slope(grad.const_data_ptr(), y->const_data_ptr(), call.act, true, dz.mutable_data_ptr(), rows,
                      call.c_out, call.dtype, call.x);
     }
-    if (d_pointwise_bias)
-      Kernels::column_sums(dz.const_data_ptr(), d_pointwise_bias->mutable_data_ptr(), rows, call.c_out, call.dtype,
-                           call.x);
+    if (wanted.bias) Kernels::channel_sums(call, dz, *wanted.bias);
     const bool activated = call.inner_act != Activation::none;
+    const bool made = wanted.pointwise && Kernels::filter_gradient_from_image(call, dz, as_matrix(*wanted.pointwise));
     Tensor inner;  // the depthwise output before its activation, made again
-    if (d_pointwise || activated) inner = depthwise(call, Activation::none);
-    if (d_pointwise) {
+    if ((wanted.pointwise && !made) || activated) inner = depthwise(call, Activation::none);
+    if (wanted.pointwise && !made) {
       Tensor left = inner;
       if (activated) {
         left = torch::stable::empty_like(inner);
         Kernels::epilogue(inner.const_data_ptr(), nullptr, call.inner_act, left.mutable_data_ptr(), rows, c, call.dtype,
                           call.x);
       }
-      matrix_product(transposed(pixel_rows(dz)), pixel_rows(left), as_matrix(*d_pointwise));
+      Kernels::filter_gradient(call, dz, left, as_matrix(*wanted.pointwise));
     }
-    if (!d_inner) return;
-    matrix_product(pixel_rows(dz), call.pointwise, pixel_rows(*d_inner));
+    if (!wanted.inner) return;
+    *wanted.inner = Kernels::pointwise(call, dz, transposed(call.pointwise), std::nullopt, Activation::none);
     if (activated)
-      Kernels::slope(d_inner->const_data_ptr(), inner.const_data_ptr(), call.inner_act, false,
-                     d_inner->mutable_data_ptr(), rows, c, call.dtype, call.x);
+      Kernels::slope(wanted.inner->const_data_ptr(), inner.const_data_ptr(), call.inner_act, false,
+                     wanted.inner->mutable_data_ptr(), rows, c, call.dtype, call.x);
   }
 
   // mask: which of the gradients of (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias).
@@ -152,7 +167,7 @@ struct SeparableOps {
       const Tensor& pointwise_weight, const Maybe& depthwise_bias, const Ints& stride, const Ints& padding,
       const Ints& dilation, int64_t inner_activation, int64_t activation, const Bools& mask) {
     const Call call = checked(x, depthwise_weight, pointwise_weight, depthwise_bias, stride, padding, dilation,
-                              inner_activation, activation, true);
+                              inner_activation, activation);
     const Conv2d& g = call.g;
     check_grad(grad, x, g, call.c_out);
     STD_TORCH_CHECK(mask.size() == 5, "mask must have 5 values");
@@ -175,11 +190,10 @@ struct SeparableOps {
     const Tensor grad_in = dense(grad, g.nhwc);
     const Maybe y_in = activated ? Maybe(dense(*y, g.nhwc)) : std::nullopt;
     const bool wants_inner = mask[0] || mask[1] || mask[3];
-    Tensor d_inner = wants_inner ? empty_image(x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc) : empty_vector(x, 0);
-    Tensor *const to_inner = wants_inner ? &d_inner : nullptr, *const to_pointwise = mask[2] ? &d_pointwise : nullptr,
-                  *const to_bias = mask[4] ? &d_pointwise_bias : nullptr;
-    if (!Kernels::fused_backward(call, grad_in, y_in, to_inner, to_pointwise, to_bias))
-      pointwise_backward(call, grad_in, y_in, to_inner, to_pointwise, to_bias);
+    Tensor d_inner;
+    const PointwiseGradients wanted{wants_inner ? &d_inner : nullptr, mask[2] ? &d_pointwise : nullptr,
+                                    mask[4] ? &d_pointwise_bias : nullptr};
+    if (!Kernels::fused_backward(call, grad_in, y_in, wanted)) pointwise_backward(call, grad_in, y_in, wanted);
     const auto pointer_if = [](bool wanted, Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; };
     if (wants_inner)
       Kernels::backward(g, d_inner.const_data_ptr(), call.x.const_data_ptr(), call.depthwise.const_data_ptr(),

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "aten.h"
 #include "geometry.h"
 
 namespace rkl {
@@ -53,6 +54,12 @@ inline Tensor empty_image(const Tensor& like, int64_t n, int64_t c, int64_t h, i
   const std::array<int64_t, 4> size{n, c, h, w};
   return torch::stable::empty(IntList(size.data(), 4), like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               format_of(nhwc));
+}
+
+// A dense NHWC image as a matrix of pixels by channels: a view.
+inline Tensor pixel_rows(const Tensor& x) {
+  const std::vector<int64_t> nhwc{0, 2, 3, 1}, rows{x.size(0) * x.size(2) * x.size(3), x.size(1)};
+  return torch::stable::view(aten("aten::permute", "", x, nhwc), rows);
 }
 
 // x with the strides of the given format, whatever its sizes of 1; x itself where it has them.

@@ -1,4 +1,4 @@
-"""Separable convolutions that the CPU cuts into bands: their edges, the layouts, and any number of threads."""
+"""Separable convolutions on the CPU: every way that shapes take, bands' edges, the layouts, any number of threads."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 CASES = [  # N, C, C', H, W, k, stride, padding, dilation
-    (2, 40, 48, 31, 33, 3, 1, 1, 1),  # several bands an image, the last one short
+    (2, 40, 48, 31, 33, 3, 1, 1, 1),  # in backward, several bands an image, the last one short
     (2, 39, 50, 35, 36, 5, 2, 2, 1),
+    (2, 96, 24, 77, 78, 3, 1, 1, 1),  # few output channels: forward in bands; planes where they lie, few images
     (1, 33, 57, 20, 40, 3, 1, 12, 12),  # bands whose padding is higher than they are
     (1, 47, 48, 3, 50, 1, 1, 9, 1),  # bands that lie wholly in the padding
     (1, 32, 64, 40, 33, 7, 1, 0, 1),
     (23, 48, 33, 7, 7, 3, 1, 1, 1),  # several images a band
-    (1, 160, 200, 7, 7, 3, 1, 1, 1),  # little work, shared out by output channels
+    (1, 160, 200, 7, 7, 3, 1, 1, 1),  # few pixels
+    (3, 64, 272, 5, 5, 3, 1, 1, 1),  # in backward, shared out by output channels, the last part short
     (5, 256, 130, 2, 2, 3, 2, 1, 1),
     (35, 128, 124, 12, 12, 3, 1, 1, 1),  # in backward, several bands a task
-    (19, 24, 40, 15, 14, 3, 1, 1, 1),  # planes where they lie: several images a task
+    (19, 24, 40, 33, 32, 3, 1, 1, 1),  # planes where they lie: several images a task
 ]
 
 
@@ -65,10 +67,11 @@ def test_forward(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool) -> None:
     assert_rounded(finished, exact, magnitude, terms(case), roundings=3)
 
 
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_threads_change_nothing(case: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensors, window = make(case, dtype, True)
+def test_threads_change_nothing(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool) -> None:
+    tensors, window = make(case, dtype, nhwc)
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -115,12 +118,14 @@ def test_gradients_through_activations(case: tuple[int, ...], inner: int, activa
         torch.testing.assert_close(g.double(), e, rtol=0, atol=1e-5 * float(e.abs().max()))
 
 
+@pytest.mark.parametrize("inner", [0, 3], ids=["plain", "activated"])
+@pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_threads_change_no_gradient(case: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_threads_change_no_gradient(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool, inner: int) -> None:
     results = []
     for threads in (1, 2, 3, 5, 8):
         torch.set_num_threads(threads)
-        results.append(gradients(case, dtype, True, 3, 3)[3])
+        results.append(gradients(case, dtype, nhwc, inner, 3)[3])
     for other in results[1:]:
         assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))

@@ -57,6 +57,4 @@ struct Kernels {
 // (PyTorch's own variable: default, avx2 or avx512) allows.
 const Kernels& kernels(Dtype dtype);
 
-void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype);
-
 }  // namespace rkl::cpu

@@ -7,6 +7,9 @@
 // MKL's, where torch links it: the calling thread's own number of threads, 0 for the global one; gives the one before.
 // Null where torch has another library.
 extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
+// OpenMP's, for the calling thread alone while in a parallel region. Null where torch has other threads.
+extern "C" __attribute__((weak)) void omp_set_num_threads(int threads);
+extern "C" __attribute__((weak)) int omp_get_max_threads();
 
 namespace rkl::cpu {
 namespace {
@@ -24,14 +27,6 @@ Tensor view(const Matrix& m) {
   const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.row_stride, m.column_stride};
   return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2}, torch::stable::Device(DeviceType::CPU),
                                   scalar_type(m.dtype));
-}
-
-// x w^T by oneDNN's inner product, into memory of its own.
-Tensor linear(const Tensor& x, const Tensor& w) {
-  const std::optional<Tensor> no_bias;
-  const std::optional<std::string> no_algorithm;
-  const std::vector<double> no_scalars;
-  return aten("mkldnn::_linear_pointwise", "", x, w, no_bias, std::string("none"), no_scalars, no_algorithm);
 }
 
 // Whether torch has that operator: one of oneDNN's, so not in every build.
@@ -68,11 +63,25 @@ bool ask(const char* name) {
 
 }  // namespace
 
-OneThread::OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+Tensor linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  const std::optional<std::string> no_algorithm;
+  return aten("mkldnn::_linear_pointwise", "", x, w, bias, std::string("none"), std::vector<double>{}, no_algorithm);
+}
+
+OneThread::OneThread()
+    : mkl_before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0),
+      openmp_before_(holds() ? omp_get_max_threads() : 0) {
+  if (!holds()) return;
+  torch::stable::get_num_threads();  // when a thread first asks, torch sets its own number: that must be done before
+  omp_set_num_threads(1);
+}
 
 OneThread::~OneThread() {
-  if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(mkl_before_);
+  if (holds()) omp_set_num_threads(openmp_before_);
 }
+
+bool OneThread::holds() { return omp_set_num_threads && omp_get_max_threads; }
 
 Product::Product(const Matrix& a, const Matrix& b, const Matrix& wanted) : matrix_(wanted) {
   if (!by_linear(a, b)) {

@@ -27,29 +27,35 @@ inline Matrix transposed(const Matrix& m) {
   return {m.data, m.dtype, m.columns, m.rows, m.column_stride, m.row_stride};
 }
 
-// While one of these lives, the library keeps to the calling thread, and cuts its products into blocks as it does for
-// one thread: MKL chooses blocks, and so the order of its sums, by torch.set_num_threads even where it runs on one
-// thread.
+// While one of these lives, the library keeps to the calling thread, and plans its work for one: MKL chooses blocks,
+// and so the order of its sums, by torch.set_num_threads even where it runs on one thread, and oneDNN's gradient of a
+// convolution waits for as many threads as it was told of.
 class OneThread {
  public:
   OneThread();
   ~OneThread();
   OneThread(const OneThread&) = delete;
 
+  // Whether the libraries' threads are OpenMP's, so that this is sure to hold.
+  static bool holds();
+
  private:
-  int before_;
+  int mkl_before_, openmp_before_;
 };
 
 // Calls f(begin, end) for parts of the tasks [0, count) on torch's threads, where the library keeps to the calling
-// thread. A single task has an empty one beside it: outside a parallel region oneDNN would split it among threads and
-// add its sums in another order.
+// thread.
 template <class F>
 void for_tasks(int64_t count, F&& f) {
-  torch::stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     const OneThread here;
-    if (begin < count) f(begin, std::min(end, count));
+    f(begin, end);
   });
 }
+
+// x w^T plus the bias by oneDNN's inner product.
+torch::stable::Tensor linear(const torch::stable::Tensor& x, const torch::stable::Tensor& w,
+                             const std::optional<torch::stable::Tensor>& bias = std::nullopt);
 
 // A product and the memory that holds it: `wanted`, unless the library has only a slower way of writing there.
 class Product {

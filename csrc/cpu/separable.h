@@ -1,4 +1,5 @@
-// Separable convolution on the CPU: depthwise rows that stay in cache feed a library's matrix product.
+// Separable convolution on the CPU, both steps in one: depthwise rows that stay in cache feed a library's matrix
+// product.
 #pragma once
 #include "activation.h"
 #include "geometry.h"
@@ -16,18 +17,23 @@ struct Separable {
   const void *x, *depthwise, *depthwise_bias, *pointwise, *pointwise_bias;
 };
 
-// Whether NCHW images are best taken where they lie; else they are to be turned into NHWC.
-bool takes_planes(const Conv2d& g, Dtype dtype, bool backward);
+// Whether NCHW images are taken where they lie; else they are to be turned into NHWC.
+bool takes_planes(const Conv2d& g, Dtype dtype);
+
+// Whether separable() and pointwise_backward_planes() serve, which keep the depthwise output in cache: large images
+// whose planes lie apart and, forward, NHWC images with few output channels. Elsewhere the steps one after the other
+// are faster, as the library writes a whole image's product where it stays, but a band's to memory of its own.
+bool fuses(const Separable& s);
+bool fuses_backward(const Separable& s);
 
 void separable(const Separable& s, void* y);
 void separable_planes(const Separable& s, void* y);
 
 // The gradients of the pointwise step and of the depthwise step's output (before its activation), each null where it is
 // not wanted. y may be null where there is no outer activation.
-struct PointwiseGradients {
+struct Gradients {
   void *inner, *pointwise, *pointwise_bias;
 };
-void pointwise_backward(const Separable& s, const void* grad, const void* y, const PointwiseGradients& wanted);
-void pointwise_backward_planes(const Separable& s, const void* grad, const void* y, const PointwiseGradients& wanted);
+void pointwise_backward_planes(const Separable& s, const void* grad, const void* y, const Gradients& wanted);
 
 }  // namespace rkl::cpu

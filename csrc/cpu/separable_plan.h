@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/matrix.h"
 #include "cpu/scratch.h"
 #include "cpu/separable.h"
 #include "geometry.h"
@@ -79,40 +80,17 @@ inline int64_t even_pixels(int64_t all, int64_t most, int64_t tasks, int64_t lea
   return std::min(most, std::max((all + bands - 1) / bands, least));
 }
 
-struct ForwardPlan {
-  bool fused;       // depthwise and pointwise band by band; else the depthwise step whole, then the pointwise
-  int64_t pixels;   // a band
-  int64_t columns;  // output channels a product; all of them where fused
-};
-
-// `factor`: the type that the library multiplies.
-inline ForwardPlan forward_plan(const Separable& s, Dtype factor) {
+// Pixels a band.
+inline int64_t band_pixels(const Separable& s) {
   const int64_t all = s.g.batch * s.g.out_h * s.g.out_w, per_pixel = 2 * s.g.channels * s.c_out;
-  const int64_t good = std::max(40 * call_operations(factor) / per_pixel, kGoodPixels);
+  const int64_t good = std::max(40 * call_operations(s.dtype) / per_pixel, kGoodPixels);
   const int64_t most = std::clamp<int64_t>(kBandBytes / (s.g.channels * size_of(s.dtype)), kLeastPixels, good);
-  const int64_t tasks = tasks_for(all * per_pixel, factor);
-  const int64_t pixels = even_pixels(all, most, tasks, std::min(kFairPixels, most));
-  const int64_t bands = Bands(s, pixels).count();
-  if (bands >= tasks) return {true, pixels, s.c_out};
-  // Little work is shared out by output channels: each task packs its own part of the filter.
-  const int64_t tiles = (tasks + bands - 1) / bands;
-  return {false, pixels, ((s.c_out + tiles - 1) / tiles + 15) / 16 * 16};
+  return even_pixels(all, most, tasks_for(all * per_pixel, s.dtype), std::min(kFairPixels, most));
 }
 
-// Backward: pixels a band, and tasks, each of which has sums of its own for the filter's gradient. Each band's share is
-// written and added to those sums, which takes as long as some 60 of its pixels do in the product (20 GB/s, 250
-// GFLOP/s): many pixels a band, as long as every task has one.
-inline int64_t backward_pixels(const Separable& s, Dtype factor) {
-  const int64_t all = s.g.batch * s.g.out_h * s.g.out_w, per_pixel = 2 * s.g.channels * s.c_out;
-  const int64_t good = std::max(20 * call_operations(factor) / per_pixel, kGoodPixels);
-  const int64_t fitting = kBandBytes / ((s.g.channels + s.c_out) * size_of(s.dtype));
-  const int64_t most = std::clamp(fitting, kLeastPixels, good);
-  return even_pixels(all, most, tasks_for(2 * all * per_pixel, factor), std::min(kFairPixels / 2, most));
-}
-
-inline int64_t backward_tasks(const Separable& s) {
-  const int64_t fitting = (int64_t(32) << 20) / (s.c_out * s.g.channels * int64_t(sizeof(float)));
-  return std::clamp<int64_t>(fitting, kTasks, 4 * kTasks);
+// Planes of so many outputs are worth a product of their own, an image at a time.
+inline bool planes_serve(const Conv2d& g, Dtype dtype) {
+  return !g.nhwc && factor_type(dtype) == dtype && g.out_h * g.out_w >= 1024;
 }
 
 }  // namespace rkl::cpu

@@ -3,6 +3,7 @@
 // d_out image^T.
 #include <cstring>
 
+#include "cpu/pointwise.h"
 #include "cpu/separable_sums.h"
 
 namespace rkl::cpu {
@@ -50,7 +51,7 @@ void by_parts(const Separable& s, void* y) {
 
 class PlanesBackward {
  public:
-  PlanesBackward(const Separable& s, const void* grad, const void* y, const PointwiseGradients& wanted)
+  PlanesBackward(const Separable& s, const void* grad, const void* y, const Gradients& wanted)
       : s_(s),
         grad_(grad),
         y_(y),
@@ -73,7 +74,7 @@ class PlanesBackward {
       }
     });
     if (wanted_.pointwise) sums_.round_into(wanted_.pointwise, s_.dtype);
-    if (wanted_.pointwise_bias) round_bias(bias_sums_, s_, wanted_.pointwise_bias);
+    if (wanted_.pointwise_bias) round_bias(bias_sums_, s_.c_out, wanted_.pointwise_bias, s_.dtype);
   }
 
  private:
@@ -135,7 +136,7 @@ class PlanesBackward {
 
   const Separable& s_;
   const void *grad_, *y_;
-  const PointwiseGradients wanted_;
+  const Gradients wanted_;
   const int64_t tasks_;
   const PackedFilter depthwise_;
   std::vector<double> bias_sums_;  // (task, C')
@@ -145,10 +146,9 @@ class PlanesBackward {
 
 }  // namespace
 
-bool takes_planes(const Conv2d& g, Dtype dtype, bool backward) {
-  // Backward adds a share of the filter's gradient for each image, which takes as long as some 60 pixels do.
-  return factor_type(dtype) == dtype && g.out_h * g.out_w >= (backward ? 196 : 16);
-}
+bool takes_planes(const Conv2d& g, Dtype dtype) { return convolves_images(g) || planes_serve(g, dtype); }
+
+bool fuses_backward(const Separable& s) { return planes_serve(s.g, s.dtype); }
 
 void separable_planes(const Separable& s, void* y) {
   if (s.g.batch < kTasks) return by_parts(s, y);
@@ -162,7 +162,7 @@ void separable_planes(const Separable& s, void* y) {
   });
 }
 
-void pointwise_backward_planes(const Separable& s, const void* grad, const void* y, const PointwiseGradients& wanted) {
+void pointwise_backward_planes(const Separable& s, const void* grad, const void* y, const Gradients& wanted) {
   PlanesBackward(s, grad, y, wanted)();
 }
 

@@ -41,11 +41,11 @@ class TaskSums {
   Scratch sums_;
 };
 
-// The pointwise bias's gradient from the tasks' sums (task, C').
-inline void round_bias(const std::vector<double>& sums, const Separable& s, void* out) {
-  std::vector<double> total(s.c_out);
-  for (size_t i = 0; i < sums.size(); ++i) total[i % s.c_out] += sums[i];
-  kernels(s.dtype).round(total.data(), out, s.c_out, s.dtype);
+// The pointwise bias's gradient from the tasks' sums (task, channel).
+inline void round_bias(const std::vector<double>& sums, int64_t channels, void* out, Dtype dtype) {
+  std::vector<double> total(channels);
+  for (size_t i = 0; i < sums.size(); ++i) total[i % channels] += sums[i];
+  kernels(dtype).round(total.data(), out, channels, dtype);
 }
 
 }  // namespace rkl::cpu

@@ -62,7 +62,7 @@ struct CudaConv {
 // And those around a library's matrix product, or in place of it: fused where the kernels serve the shape and the
 // counts are for it.
 struct CudaSeparable : CudaConv {
-  static bool takes_planes(const Conv2d&, Dtype, bool) { return false; }
+  static bool takes_planes(const Conv2d&, Dtype) { return false; }
   static void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
                        Dtype dtype, const Tensor& like) {
     cuda::epilogue(z, bias, act, out, rows, channels, dtype, OnDeviceOf(like).stream);
@@ -71,38 +71,50 @@ struct CudaSeparable : CudaConv {
                     int64_t channels, Dtype dtype, const Tensor& like) {
     cuda::slope(grad, values, act, from_output, out, rows * channels, dtype, OnDeviceOf(like).stream);
   }
-  static void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, Dtype dtype,
-                          const Tensor& like) {
-    const OnDeviceOf device(like);
-    const Tensor sums = workspace(like, cuda::column_sums_workspace(rows, channels));
-    cuda::column_sums(matrix, out, rows, channels, floats(sums), dtype, device.stream);
+  static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,
+                          const std::optional<Tensor>& bias, Activation act) {
+    return pointwise_by_matrix<CudaSeparable>(call, image, filter, bias, act);
+  }
+  static void filter_gradient(const SeparableCall&, const Tensor& dz, const Tensor& inner, const Tensor& out) {
+    filter_gradient_by_matrix(dz, inner, out);
+  }
+  static bool filter_gradient_from_image(const SeparableCall&, const Tensor&, const Tensor&) { return false; }
+  static void channel_sums(const SeparableCall& call, const Tensor& image, const Tensor& out) {
+    const OnDeviceOf device(image);
+    const Tensor sums = workspace(image, cuda::column_sums_workspace(call.rows, call.c_out));
+    cuda::column_sums(image.const_data_ptr(), out.mutable_data_ptr(), call.rows, call.c_out, floats(sums), call.dtype,
+                      device.stream);
   }
 
-  static bool fused_forward(const SeparableCall& call, const void* pointwise_bias, void* y) {
+  static std::optional<Tensor> fused_forward(const SeparableCall& call, const std::optional<Tensor>& pointwise_bias) {
+    const Conv2d& g = call.g;
     const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
+    if (!vectors({x, pointwise}) || !cuda::fused_separable_serves(g, call.c_out, call.dtype) ||
+        !cuda::fused_separable_pays(g, call.c_out))
+      return std::nullopt;
+    Tensor y = empty_image(call.x, g.batch, call.c_out, g.out_h, g.out_w, true);
     const OnDeviceOf device(call.x);
-    if (!vectors({x, pointwise, y}) || !cuda::fused_separable_serves(call.g, call.c_out, call.dtype) ||
-        !cuda::fused_separable_pays(call.g, call.c_out))
-      return false;
-    cuda::fused_separable(call.g, call.c_out, x, call.depthwise.const_data_ptr(), pointwise,
-                          data_or_null(call.depthwise_bias), pointwise_bias, call.inner_act, call.act, y, call.dtype,
-                          device.stream);
-    return true;
+    cuda::fused_separable(g, call.c_out, x, call.depthwise.const_data_ptr(), pointwise,
+                          data_or_null(call.depthwise_bias), data_or_null(pointwise_bias), call.inner_act, call.act,
+                          y.mutable_data_ptr(), call.dtype, device.stream);
+    return y;
   }
 
   static bool fused_backward(const SeparableCall& call, const Tensor& grad, const std::optional<Tensor>& y,
-                             Tensor* d_inner, Tensor* d_pointwise, Tensor* d_pointwise_bias) {
+                             const PointwiseGradients& wanted) {
+    const Conv2d& g = call.g;
     const auto to = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
     const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
-    const OnDeviceOf device(call.x);
     if (!vectors({x, pointwise, grad.const_data_ptr(), data_or_null(y)}) ||
-        !cuda::fused_separable_backward_serves(call.g, call.c_out, call.inner_act, call.act, call.dtype) ||
-        !cuda::fused_separable_backward_pays(call.g, call.c_out, call.act))
+        !cuda::fused_separable_backward_serves(g, call.c_out, call.inner_act, call.act, call.dtype) ||
+        !cuda::fused_separable_backward_pays(g, call.c_out, call.act))
       return false;
-    const Tensor sums = workspace(call.x, cuda::fused_separable_backward_workspace(call.g, call.c_out));
-    cuda::fused_separable_backward(call.g, call.c_out, grad.const_data_ptr(), data_or_null(y), x,
+    if (wanted.inner) *wanted.inner = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, true);
+    const OnDeviceOf device(call.x);
+    const Tensor sums = workspace(call.x, cuda::fused_separable_backward_workspace(g, call.c_out));
+    cuda::fused_separable_backward(g, call.c_out, grad.const_data_ptr(), data_or_null(y), x,
                                    call.depthwise.const_data_ptr(), pointwise, data_or_null(call.depthwise_bias),
-                                   call.inner_act, call.act, to(d_inner), to(d_pointwise), to(d_pointwise_bias),
+                                   call.inner_act, call.act, to(wanted.inner), to(wanted.pointwise), to(wanted.bias),
                                    floats(sums), call.dtype, device.stream);
     return true;
   }

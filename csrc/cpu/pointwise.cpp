@@ -1,0 +1,69 @@
+#include "cpu/pointwise.h"
+
+#include <string>
+#include <vector>
+
+#include "cpu/matrix.h"
+
+namespace rkl::cpu {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+// A matrix of pixels by channels as an NHWC image of the other's size: a view.
+Tensor like_image(const Tensor& pixels, const Tensor& image) {
+  const Ints size{image.size(0), image.size(2), image.size(3), pixels.size(1)}, nchw{0, 3, 1, 2};
+  return aten("aten::permute", "", torch::stable::view(pixels, size), nchw);
+}
+
+Tensor convolution(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias) {
+  const Ints none{0, 0}, ones{1, 1}, size{filter.size(0), filter.size(1), 1, 1};
+  const std::optional<std::string> no_algorithm;
+  return aten("mkldnn::_convolution_pointwise", "", image, torch::stable::reshape(filter, size), bias, none, ones, ones,
+              int64_t(1), std::string("none"), std::vector<double>{}, no_algorithm);
+}
+
+bool has_convolution() {
+  static const bool has = [] {
+    const Ints size{1, 1, 1, 1};
+    const IntList ones(size.data(), size.size());
+    float one = 1;
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    const Tensor x = torch::stable::from_blob(&one, ones, ones, cpu, ScalarType::Float);
+    try {
+      convolution(x, x, std::nullopt);
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return has;
+}
+
+}  // namespace
+
+bool convolves_images(const Conv2d& g) { return g.channels && OneThread::holds() && has_convolution(); }
+
+Tensor as_one_row(const Tensor& image) {
+  const Tensor pixels = pixel_rows(image);
+  const Ints row{1, 1, pixels.size(0), pixels.size(1)}, nchw{0, 3, 1, 2};
+  return aten("aten::permute", "", torch::stable::view(pixels, row), nchw);
+}
+
+Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, bool nhwc) {
+  const Dtype dtype = dtype_of(image, "image");
+  if (factor_type(dtype) != dtype) {
+    const auto wide = [](const Tensor& x) { return torch::stable::to(x, ScalarType::Float); };
+    const std::optional<Tensor> wide_bias = bias ? std::optional<Tensor>(wide(*bias)) : std::nullopt;
+    return torch::stable::to(pointwise(wide(image), wide(filter), wide_bias, nhwc), image.scalar_type());
+  }
+  if (!nhwc) return dense(convolution(image, filter, bias), false);
+  // The inner product begins sooner: 512 to 512 channels, 512 pixels, 0.55 ms against the convolution's 0.59; 728 to
+  // 728, 722 pixels, 1.9 against 1.6.
+  constexpr int64_t kFewPixels = 512;
+  const Tensor pixels = pixel_rows(image);
+  if (pixels.size(0) <= kFewPixels) return like_image(linear(pixels, filter, bias), image);
+  return like_image(pixel_rows(dense(convolution(as_one_row(image), filter, bias), true)), image);
+}
+
+}  // namespace rkl::cpu
