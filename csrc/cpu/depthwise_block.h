@@ -60,17 +60,19 @@ struct Sweep {
 
 // A filter's weights as vectors, a tap behind the other: a value a channel, or one value for all lanes.
 struct LaneFilter {
+  static constexpr bool kByLane = true;
   const float *weights, *bias;
   int64_t vector;  // floats from one vector's taps to the next's
   LaneFilter at(int64_t v) const { return {weights + v * vector, bias + v * kLanes, vector}; }
-  static Vec weight(const float* tap) { return load(tap); }
-  Vec first_sum() const { return load(bias); }
+  Vec weight(int v, int64_t tap) const { return load(weights + v * vector + tap); }
+  Vec first_sum(int v) const { return load(bias + v * kLanes); }
 };
 struct PlaneFilter {
+  static constexpr bool kByLane = false;
   const float *weights, *bias;
   PlaneFilter at(int64_t) const { return *this; }
-  static Vec weight(const float* tap) { return broadcast(*tap); }
-  Vec first_sum() const { return broadcast(*bias); }
+  Vec weight(int, int64_t tap) const { return broadcast(weights[tap]); }
+  Vec first_sum(int) const { return broadcast(*bias); }
 };
 
 template <class T>
@@ -128,48 +130,60 @@ struct Block {
 
 #define RKL_INLINE __attribute__((always_inline)) inline
 
-// kTaps taps of a row: tap k, at weights + k * to_next, adds the pixel k columns on to each sum.
-template <class B, class T, class Filter, class Walk>
-RKL_INLINE void add_taps(Walk pixel, int64_t c, const float* weights, int64_t to_next, Vec (&sum)[B::kOutputs]) {
+// kTaps taps of a row for V neighbouring vectors: tap k, at weights + k * to_next, adds the pixel k columns on to each
+// sum.
+template <class B, int V, class T, class Filter, class Walk>
+RKL_INLINE void add_taps(Walk pixel, int64_t c, const Filter& filter, int64_t tap, int64_t to_next,
+                         Vec (&sum)[V][B::kOutputs]) {
   constexpr int R = B::kOutputs, K = B::kTaps, S = B::kStep;
-  Vec weight[K];
+  Vec weight[V][K];
+#pragma GCC unroll 2
+  for (int i = 0; i < V; ++i)
 #pragma GCC unroll 8
-  for (int k = 0; k < K; ++k, weights += to_next) weight[k] = as_factor(Filter::weight(weights), T{});
+    for (int k = 0; k < K; ++k) weight[i][k] = as_factor(filter.weight(i, tap + k * to_next), T{});
 #pragma GCC unroll 24
   for (int j = B::kFirst; j < B::kEnd; ++j, ++pixel) {
-    const Vec x = in_register(factor(*pixel + c));
+#pragma GCC unroll 2
+    for (int i = 0; i < V; ++i) {
+      const Vec x = in_register(factor(*pixel + c + i * kLanes));
 #pragma GCC unroll 8
-    for (int k = 0; k < K; ++k)
-      if (const int r = j - k; r >= 0 && r % S == 0 && r / S < R)
-        sum[r / S] = multiply_add(sum[r / S], x, weight[k], T{});
+      for (int k = 0; k < K; ++k)
+        if (const int r = j - k; r >= 0 && r % S == 0 && r / S < R)
+          sum[i][r / S] = multiply_add(sum[i][r / S], x, weight[i][k], T{});
+    }
   }
 }
 
-// A block's sums of one vector.
-template <class B, class Filter, class Pixels>
-RKL_INLINE void convolve_vector(const Pixels& pixels, const Taps& taps, const Filter& filter, int64_t c,
-                                Vec (&sum)[B::kOutputs]) {
+// A block's sums of V neighbouring vectors.
+template <class B, int V, class Filter, class Pixels>
+RKL_INLINE void convolve_vectors(const Pixels& pixels, const Taps& taps, const Filter& filter, int64_t c,
+                                 Vec (&sum)[V][B::kOutputs]) {
   using T = typename Pixels::Element;
   constexpr int R = B::kOutputs, K = B::kTaps;
   const int64_t to_next = K > 1 ? (taps.column[1] - taps.column[0]) * kLanes : 0;
-  const Vec first = filter.first_sum();
+#pragma GCC unroll 2
+  for (int i = 0; i < V; ++i) {
+    const Vec first = filter.first_sum(i);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) sum[r] = first;
+    for (int r = 0; r < R; ++r) sum[i][r] = first;
+  }
   for (int i = 0; i < taps.rows; ++i) {
-    const float* row = filter.weights + taps.row[i] * kLanes;
+    const int64_t row = taps.row[i] * kLanes;
     if constexpr (B::kExact) {
-      add_taps<B, T, Filter>(pixels.from(i, B::kFirst), c, row + taps.column[0] * kLanes, to_next, sum);
+      add_taps<B, V, T>(pixels.from(i, B::kFirst), c, filter, row + taps.column[0] * kLanes, to_next, sum);
       continue;
     }
+    static_assert(B::kExact || V == 1);
     int next = 0;
     if constexpr (K > 0)
       for (; next + K <= taps.columns; next += K)
-        add_taps<B, T, Filter>(pixels.from(i, next), c, row + taps.column[next] * kLanes, to_next, sum);
+        add_taps<B, V, T>(pixels.from(i, next), c, filter, row + taps.column[next] * kLanes, to_next, sum);
     for (; next < taps.columns; ++next) {
-      const Vec weight = as_factor(Filter::weight(row + taps.column[next] * kLanes), T{});
+      const Vec weight = as_factor(filter.weight(0, row + taps.column[next] * kLanes), T{});
       auto pixel = pixels.from(i, int(taps.at_column[next]));
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r, pixel.skip(taps.step)) sum[r] = multiply_add(sum[r], factor(*pixel + c), weight, T{});
+      for (int r = 0; r < R; ++r, pixel.skip(taps.step))
+        sum[0][r] = multiply_add(sum[0][r], factor(*pixel + c), weight, T{});
     }
   }
 }
@@ -189,10 +203,41 @@ __attribute__((noinline)) void put_some(const Vec* sum, int count, const Outputs
   }
 }
 
+// One block's outputs of V neighbouring vectors, of which `to` is the first.
+template <class B, int V, class Filter, class Pixels, class T>
+RKL_INLINE void make_outputs(const Pixels& pixels, const Taps& taps, const Filter& filter, int64_t c, bool plain,
+                             int count, int64_t pixel, const Outputs<T>& out, T* to) {
+  constexpr int R = B::kOutputs;
+  Vec sum[V][R];
+  convolve_vectors<B, V>(pixels, taps, filter, c, sum);
+  if (!plain || count < R) {
+#pragma GCC unroll 2
+    for (int i = 0; i < V; ++i) {
+      Vec kept[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) kept[r] = sum[i][r];
+      put_some(kept, count, out, to + i * kLanes);
+    }
+  } else if (out.past_caches) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r, to += pixel)
+#pragma GCC unroll 2
+      for (int i = 0; i < V; ++i) stream(to + i * kLanes, sum[i][r]);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r, to += pixel)
+#pragma GCC unroll 2
+      for (int i = 0; i < V; ++i) store(to + i * kLanes, sum[i][r]);
+  }
+}
+
 template <class B, class Filter, class Pixels, class T, class U>
 void convolve(B, const Pixels& pixels, const Taps& taps, const Filter& filter, const Sweep& sweep,
               const Outputs<T>& out, Ahead<U>& asking) {
   constexpr int R = B::kOutputs;
+  // Two vectors at a time share addresses and loops, a third of all instructions: 32 registers hold their 16 sums and 6
+  // or 10 weights.
+  constexpr bool kPairs = kLanes == 16 && B::kExact && B::kTaps <= 5 && Filter::kByLane;
   const bool plain = out.act == Activation::none && out.lanes == kLanes;
   // Copies, since a store could change what lies behind a reference.
   const Sweep s = sweep;
@@ -201,22 +246,17 @@ void convolve(B, const Pixels& pixels, const Taps& taps, const Filter& filter, c
   for (int64_t block = 0; block < s.blocks; ++block) {
     const int count = block + 1 == s.blocks ? out.count_at_end : out.count;
     for (int64_t v = s.begin; v < s.end; ++v) {
-      Vec sum[R];
-      ahead.template ask<R * B::kStep * kLanes>();
-      convolve_vector<B>(pixels, taps, filter.at(v), block * s.block_input + s.at(v), sum);
+      const int64_t c = block * s.block_input + s.at(v);
       T* to = out.first + block * s.block_output + s.at(v);
-      if (!plain || count < R) {
-        Vec kept[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) kept[r] = sum[r];
-        put_some(kept, count, out, to);
-      } else if (out.past_caches) {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r, to += pixel) stream(to, sum[r]);
-      } else {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r, to += pixel) store(to, sum[r]);
-      }
+      ahead.template ask<R * B::kStep * kLanes>();
+      if constexpr (kPairs)
+        if (v + 1 < s.end && s.at(v + 1) == s.at(v) + kLanes) {
+          ahead.template ask<R * B::kStep * kLanes>();
+          make_outputs<B, 2>(pixels, taps, filter.at(v), c, plain, count, pixel, out, to);
+          ++v;
+          continue;
+        }
+      make_outputs<B, 1>(pixels, taps, filter.at(v), c, plain, count, pixel, out, to);
     }
   }
   asking = ahead;
