@@ -23,7 +23,8 @@ Tensor narrow(const Tensor& x, int64_t dim, int64_t first, int64_t count) {
   return torch::stable::narrow(self, dim, first, count);
 }
 
-// Over these images alone, on the calling thread: (C', C, 1, 1) in the images' type.
+// Over these images alone, on the calling thread: (C', C, 1, 1) in the images' type. In 16 bits that rounds each share;
+// added up, by no more than the rounding of the factors themselves has already cost sums of random signs.
 Tensor share_of(const Tensor& dz, const Tensor& inner) {
   using torch::stable::detail::from, torch::stable::detail::to;
   const Ints size{dz.size(1), inner.size(1), 1, 1}, ones{1, 1}, zeros{0, 0};
