@@ -9,7 +9,7 @@
 #include "cpu/matrix.h"
 #include "cpu/pointwise.h"
 #include "cpu/scratch.h"
-#include "cpu/separable_band.h"
+#include "cpu/separable_sums.h"
 
 namespace rkl::cpu {
 namespace {
@@ -77,19 +77,9 @@ void sum_shares(int64_t count, int64_t size, void* out, Dtype dtype, int64_t scr
     const Scratch scratch(scratch_bytes);
     for (int64_t i = begin; i < end; ++i) shares[i] = make(i, scratch);
   });
-  constexpr int64_t part = 4096;
-  torch::stable::parallel_for(0, (size + part - 1) / part, 8, [&](int64_t begin, int64_t end) {
-    std::vector<double> total(part);
-    std::vector<float> wide(part);
-    for (int64_t first = begin * part; first < std::min(end * part, size); first += part) {
-      const int64_t here = std::min(part, size - first);
-      std::fill(total.begin(), total.end(), 0.);
-      for (const Tensor& share : shares) {
-        kernels(dtype).widen(at(share.const_data_ptr(), first, dtype), wide.data(), here, dtype);
-        for (int64_t i = 0; i < here; ++i) total[i] += wide[i];
-      }
-      kernels(dtype).round(total.data(), at(out, first, dtype), here, dtype);
-    }
+  round_sum(count, size, out, dtype, [&](int64_t i, int64_t first, int64_t n, float* wide) {
+    kernels(dtype).widen(at(shares[i].const_data_ptr(), first, dtype), wide, n, dtype);
+    return wide;
   });
 }
 

@@ -7,10 +7,29 @@
 
 namespace rkl::cpu {
 
+// The sum of `count` parts of `size` elements, in their order and in fp64. values(i, first, n, buffer) are n elements
+// of the i-th part, which may be put into the buffer.
+template <class Values>
+void round_sum(int64_t count, int64_t size, void* out, Dtype dtype, Values&& values) {
+  constexpr int64_t piece = 4096;
+  torch::stable::parallel_for(0, (size + piece - 1) / piece, 8, [&](int64_t begin, int64_t end) {
+    std::vector<double> total(piece);
+    std::vector<float> buffer(piece);
+    for (int64_t first = begin * piece; first < std::min(end * piece, size); first += piece) {
+      const int64_t n = std::min(piece, size - first);
+      std::fill(total.begin(), total.end(), 0.);
+      for (int64_t part = 0; part < count; ++part) {
+        const float* from = values(part, first, n, buffer.data());
+        for (int64_t i = 0; i < n; ++i) total[i] += from[i];
+      }
+      kernels(dtype).round(total.data(), at(out, first, dtype), n, dtype);
+    }
+  });
+}
+
 // The pointwise filter's gradient, in fp32 within a task and in fp64 between tasks.
 class TaskSums {
  public:
-  TaskSums() = default;
   TaskSums(int64_t tasks, int64_t size) : tasks_(tasks), size_(size), sums_(tasks * size * int64_t(sizeof(float))) {}
 
   // A band's share; a task's first one is taken as it is.
@@ -21,23 +40,12 @@ class TaskSums {
   }
 
   void round_into(void* out, Dtype dtype) const {
-    constexpr int64_t part = 4096;
-    torch::stable::parallel_for(0, (size_ + part - 1) / part, 8, [&](int64_t begin, int64_t end) {
-      std::vector<double> total(part);
-      for (int64_t first = begin * part; first < std::min(end * part, size_); first += part) {
-        const int64_t count = std::min(part, size_ - first);
-        std::fill(total.begin(), total.end(), 0.);
-        for (int64_t task = 0; task < tasks_; ++task) {
-          const float* from = sums_.as<float>() + task * size_ + first;
-          for (int64_t i = 0; i < count; ++i) total[i] += from[i];
-        }
-        kernels(dtype).round(total.data(), at(out, first, dtype), count, dtype);
-      }
-    });
+    round_sum(tasks_, size_, out, dtype,
+              [&](int64_t task, int64_t first, int64_t, float*) { return sums_.as<float>() + task * size_ + first; });
   }
 
  private:
-  int64_t tasks_ = 0, size_ = 0;
+  int64_t tasks_, size_;
   Scratch sums_;
 };
 
