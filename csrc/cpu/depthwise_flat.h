@@ -27,11 +27,13 @@ class FlatRows {
       : lanes_(lanes), width_(gather.out_w), pixels_(gather.out_h * gather.out_w) {
     const Axis &down = gather.vertical[0], &across = gather.horizontal[0];
     for (int i = 0; i < kTaps; ++i) tap_[i] = down.tap[i / 3] * 3 + across.tap[i % 3];
-    masks_.resize((pixels_ + kLanes - 1) / kLanes);
-    for (int64_t p = 0, column = 0; p < pixels_; ++p, column = column + 1 == width_ ? 0 : column + 1) {
-      Masks& m = masks_[p / kLanes];
-      m.left |= uint16_t(column > 0) << (p % kLanes);
-      m.right |= uint16_t(column + 1 < width_) << (p % kLanes);
+    masks_.resize((pixels_ + kLanes - 1) / kLanes + 1);
+    for (int64_t v = 0; v + 1 < int64_t(masks_.size()); ++v)
+      for (int i = 0; i < 3; ++i) masks_[v].row[i] = inside(v * kLanes + (i - 1) * width_);
+    for (int64_t first = 0; first < pixels_; first += width_) {
+      const int64_t last = first + width_ - 1;
+      masks_[first / kLanes].left &= ~(1u << first % kLanes);
+      masks_[last / kLanes].right &= ~(1u << last % kLanes);
     }
   }
 
@@ -53,12 +55,10 @@ class FlatRows {
 
   // Adds what correlate_rows has summed of the channels from `first` on to sums (vector, tap, lane), and begins anew.
   void flush(float* sums, int, int64_t first) {
-    for (size_t i = 0; i < sums_.size() / kLanes; ++i) {
-      const int64_t channel = first + int64_t(i) / kRows;
-      const int row = int(i) % kRows;
-      sums[WideRows<T>::at(channel, row < kTaps ? tap_[row] : kTaps, kRows)] +=
-          sum_of_lanes(load(sums_.data() + i * kLanes));
-    }
+    sum_lanes(sums_.data(), sums_.size() / kLanes, [&](int64_t i, float sum) {
+      const int64_t row = i % kRows, tap = row < kTaps ? tap_[row] : kTaps;
+      sums[WideRows<T>::at(first + i / kRows, tap, kRows)] += sum;
+    });
     sums_.clear();
   }
 
@@ -66,31 +66,41 @@ class FlatRows {
   static constexpr int kTaps = 9, kRows = kTaps + 1;  // the last row of sums is the bias's
   static constexpr int64_t kMostPixels = 32768, kGroupPixels = 8192;
 
-  struct Masks {  // of the lanes that have a pixel beside them in their row
-    uint16_t left = 0, right = 0;
+  struct Masks {                             // of a vector's lanes
+    uint16_t left = 0xffff, right = 0xffff;  // those that have a pixel beside them in their row
+    uint16_t row[3] = {};                    // that have a pixel above, there and below
   };
 
-  // kLanes pixels of the plane from `at` on, zeros outside it.
-  Vec take(const T* plane, int64_t at) const {
-    if (at >= 0 && at + kLanes <= pixels_) return factor(plane + at);
+  // Of kLanes neighbouring pixels from `at` on, those inside the plane.
+  uint16_t inside(int64_t at) const {
     const int64_t first = std::clamp<int64_t>(-at, 0, kLanes), last = std::clamp<int64_t>(pixels_ - at, first, kLanes);
-    return factor_masked(plane + at, uint16_t((1u << last) - (1u << first)));
+    return uint16_t((1u << last) - (1u << first));
+  }
+
+  // Vector v of the plane, of the pixels above (0), of itself (1) or of those below (2); zeros outside.
+  RKL_INLINE Vec take(const T* plane, int64_t v, int i) const {
+    const T* from = plane + v * kLanes + (i - 1) * width_;
+    const uint16_t inside = masks_[v].row[i];
+    return inside == 0xffff ? factor(from) : factor_masked(from, inside);
   }
 
   // f(v, the pixels of the nine taps of vector v) for each vector of a plane.
   template <class F>
   RKL_INLINE void for_windows(const T* plane, F&& f) const {
     Vec before[3], here[3];
+    // The first pixel has none to its left, so what lies before the first vector is not asked for, nor what lies behind
+    // the last one, which the masks make zero.
     for (int i = 0; i < 3; ++i) {
-      before[i] = take(plane, (i - 1) * width_ - kLanes);
-      here[i] = take(plane, (i - 1) * width_);
+      before[i] = Vec{};
+      here[i] = take(plane, 0, i);
     }
-    for (int64_t v = 0; v < int64_t(masks_.size()); ++v) {
+    const int64_t vectors = int64_t(masks_.size()) - 1;
+    for (int64_t v = 0; v < vectors; ++v) {
       const Masks m = masks_[v];
       Vec x[kTaps];
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i) {
-        const Vec after = take(plane, (v + 1) * kLanes + (i - 1) * width_);
+        const Vec after = take(plane, v + 1, i);
         x[3 * i] = (Vec)_mm512_maskz_alignr_epi32(m.left, (__m512i)here[i], (__m512i)before[i], kLanes - 1);
         x[3 * i + 1] = here[i];
         x[3 * i + 2] = (Vec)_mm512_maskz_alignr_epi32(m.right, (__m512i)after, (__m512i)here[i], 1);
@@ -102,9 +112,9 @@ class FlatRows {
   }
 
   void convolve(const T* in, const Finish& finish, int64_t channel, T* out) const {
+    const float* weights = finish.weights + WideRows<T>::at(channel, 0, kTaps);
     Vec weight[kTaps];
-    for (int i = 0; i < kTaps; ++i)
-      weight[i] = as_factor(broadcast(finish.weights[WideRows<T>::at(channel, tap_[i], kTaps)]), T{});
+    for (int i = 0; i < kTaps; ++i) weight[i] = as_factor(broadcast(weights[tap_[i] * kLanes]), T{});
     const Vec bias = broadcast(finish.bias[channel]);
     // Planes of whole vectors lie in whole lines.
     const bool past_caches = finish.past_caches && pixels_ % kLanes == 0;
@@ -128,7 +138,7 @@ class FlatRows {
     Vec sum[kRows];
     for (int i = 0; i < kRows; ++i) sum[i] = load(sums + i * kLanes);
     for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
-      const Vec g = take(grad, v * kLanes);
+      const Vec g = take(grad, v, 1);
       sum[kTaps] += widened(g, T{});
 #pragma GCC unroll 9
       for (int i = 0; i < kTaps; ++i) sum[i] = multiply_add(sum[i], x[i], g, T{});
@@ -138,7 +148,7 @@ class FlatRows {
 
   const Lanes lanes_;
   const int64_t width_, pixels_;  // of a plane
-  int tap_[kTaps];
+  int64_t tap_[kTaps];
   std::vector<Masks> masks_;  // a vector
   std::vector<float> sums_;   // (channel, kRows, kLanes)
 };

@@ -4,19 +4,11 @@
 // scratch image in the cache: that pads them, and widens 16 bits to floats once.
 #pragma once
 #include "cpu/depthwise_rows.h"
+#include "cpu/transpose.h"
 
 namespace rkl::cpu::RKL_ISA {
 
 inline int64_t in_whole_vectors(int64_t elements) { return (elements + kLanes - 1) / kLanes * kLanes; }
-
-// The sum of the lanes, in a fixed order.
-inline float sum_of_lanes(Vec v) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
-}
 
 // Some rows of a plane as floats, with zeros around them. What lies beside the rows is zero from the start and is never
 // written; rows outside the plane are made zero.
@@ -151,10 +143,9 @@ class WideRows {
 
   // Adds what correlate_rows has summed of the channels from `first` on to sums (vector, tap, lane), and begins anew.
   void flush(float* sums, int bias_tap, int64_t first) {
-    for (size_t i = 0; i < sums_.size(); i += kLanes) {
-      const int64_t channel = first + int64_t(i / kLanes) / (bias_tap + 1), tap = i / kLanes % (bias_tap + 1);
-      sums[at(channel, tap, bias_tap + 1)] += sum_of_lanes(load(sums_.data() + i));
-    }
+    const int64_t rows = bias_tap + 1;
+    sum_lanes(sums_.data(), sums_.size() / kLanes,
+              [&](int64_t i, float sum) { sums[at(first + i / rows, i % rows, rows)] += sum; });
     sums_.clear();
   }
 

@@ -56,4 +56,19 @@ inline void transpose_matrix(const float* in, float* out, int64_t rows, int64_t 
     }
 }
 
+// Each vector's lanes added up, in a fixed order: `add(i, sum)` for each of `count` vectors that lie one behind the
+// other. Many at once, since the lanes of one would be as many additions that wait for each other.
+template <class Add>
+inline void sum_lanes(const float* vectors, int64_t count, Add&& add) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t here = std::min<int64_t>(kLanes, count - first);
+    Vec v[kLanes] = {};
+    for (int64_t i = 0; i < here; ++i) v[i] = load(vectors + (first + i) * kLanes);
+    transpose(v);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) v[i] += v[i + width];
+    for (int64_t i = 0; i < here; ++i) add(first + i, v[0][i]);
+  }
+}
+
 }  // namespace rkl::cpu::RKL_ISA
