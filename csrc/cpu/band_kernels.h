@@ -40,7 +40,7 @@ void finish_rows(const BandEpilogue& f, Activation act) {
     for_vectors(f.columns, [&](int64_t c, int64_t count) {
       const Vec b = bias && !f.bias_by_row ? load_up_to(bias + c, count) : of_row;
       const Vec v = load_up_to(z + r * f.z_stride + c, count);
-      store_up_to(out + r * f.out_stride + c, activate(act, v + b), count);
+      store_up_to(out + r * f.out_stride + c, activate(act, v + b, T{}), count);
     });
   }
 }

@@ -193,7 +193,7 @@ RKL_INLINE void convolve_vectors(const Pixels& pixels, const Taps& taps, const F
 template <class T>
 __attribute__((noinline)) void put_some(const Vec* sum, int count, const Outputs<T>& out, T* to) {
   for (int r = 0; r < count; ++r, to += out.pixel) {
-    const Vec y = activate(out.act, sum[r]);
+    const Vec y = activate(out.act, sum[r], T{});
     if (out.past_caches)
       stream(to, y);
     else if (out.lanes < kLanes)

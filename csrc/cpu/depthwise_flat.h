@@ -123,7 +123,7 @@ class FlatRows {
 #pragma GCC unroll 9
       for (int i = 0; i < kTaps; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
       Vec sum = row[0] + (row[1] + row[2]);
-      if (finish.act != Activation::none) sum = activate(finish.act, sum);
+      if (finish.act != Activation::none) sum = activate(finish.act, sum, T{});
       T* to = out + v * kLanes;
       if (past_caches)
         stream(to, sum);

@@ -29,8 +29,9 @@ void map(const void* a, const void* b, void* out, int64_t n, F f) {
   });
 }
 
+template <class T>
 struct TRelu {
-  Vec operator()(Vec x, Vec) const { return vtrelu(x); }
+  Vec operator()(Vec x, Vec) const { return vtrelu(x, T{}); }
 };
 
 struct TReluBackward {
@@ -38,7 +39,7 @@ struct TReluBackward {
 };
 
 inline void trelu(const void* x, void* y, int64_t n, Dtype dtype) {
-  by_type(dtype, [&](auto zero) { map<decltype(zero)>(x, x, y, n, TRelu{}); });
+  by_type(dtype, [&](auto zero) { map<decltype(zero)>(x, x, y, n, TRelu<decltype(zero)>{}); });
 }
 
 inline void trelu_backward(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype) {
@@ -61,7 +62,7 @@ inline void epilogue(const void* z, const void* bias, Activation act, void* out,
     using T = decltype(zero);
     const T *in = static_cast<const T*>(z), *b = static_cast<const T*>(bias);
     T* to = static_cast<T*>(out);
-    const auto finished = [=](Vec v, Vec with) { return activate(act, v + with); };
+    const auto finished = [=](Vec v, Vec with) { return activate(act, v + with, T{}); };
     torch::stable::parallel_for(0, rows, kGrain / channels + 1, [=](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const T* from = in + r * channels;

@@ -37,7 +37,20 @@ inline Vec vtanh(Vec x) {
   return select(x == x, y, x);
 }
 
-inline Vec vtrelu(Vec x) { return select(x > 0.f, x, vtanh(x)); }
+// For results of 16 bits: tanh of x <= 0 as x P(x^2) / Q(x^2), fitted to 1.2e-6 of the value, of which a unit of fp16
+// is 400 times as much; half the work. Below -4.6 both types round to -1.
+inline Vec vtanh_16_bits(Vec x) {
+  const Vec a = select(x < -4.6f, broadcast(-4.6f), x), u = a * a;
+  const Vec p = (u * 0.00169075226f + 0.117353191f) * u + 1.f;
+  const Vec q = ((u * 6.82594987e-05f + 0.018595106f) * u + 0.450680106f) * u + 1.f;
+  return a * p / q;
+}
+
+// T: the type that the result is rounded to.
+template <class T>
+inline Vec vtrelu(Vec x, T) {
+  return select(x > 0.f, x, sizeof(T) == 2 ? vtanh_16_bits(x) : vtanh(x));
+}
 
 inline Vec vsigmoid(Vec x) { return 1.f / (1.f + vexp(-x)); }
 
@@ -48,7 +61,8 @@ inline Vec each_lane(Vec x, F&& f) {
   return x;
 }
 
-inline Vec activate(Activation a, Vec x) {
+template <class T>
+inline Vec activate(Activation a, Vec x, T) {
   const Vec zero{};
   switch (a) {
     case Activation::relu:
@@ -56,7 +70,7 @@ inline Vec activate(Activation a, Vec x) {
     case Activation::relu6:
       return select(x < 0.f, zero, select(x > 6.f, zero + 6.f, x));
     case Activation::trelu:
-      return vtrelu(x);
+      return vtrelu(x, T{});
     case Activation::silu:
       return x * vsigmoid(x);
     case Activation::gelu:
@@ -85,7 +99,7 @@ inline Vec slope_from_output(Activation a, Vec y) {
 inline Vec slope_from_input(Activation a, Vec x) {
   switch (a) {
     case Activation::trelu:
-      return trelu_slope(vtrelu(x));
+      return trelu_slope(vtrelu(x, float{}));
     case Activation::silu: {
       const Vec s = vsigmoid(x);
       return s * (1.f + x * (1.f - s));
