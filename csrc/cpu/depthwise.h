@@ -12,9 +12,9 @@ namespace rkl::cpu::RKL_ISA {
 constexpr int64_t kTaskWork = int64_t(1) << 18;
 
 template <class T>
-bool worth_streaming(const T* out, const Lanes& lanes, int64_t elements) {
+bool worth_streaming(const T* out, const Lanes& lanes, int64_t elements, bool read_next = false) {
   const bool aligned = aligned_for_stream(out) && (!lanes.in_place() || lanes.channels % kLanes == 0);
-  return aligned && elements * int64_t(sizeof(T)) >= kStreamBytes;
+  return aligned && elements * int64_t(sizeof(T)) >= (read_next ? kStreamBytesReadNext : kStreamBytes);
 }
 
 template <class Rows, class T>
@@ -92,12 +92,12 @@ inline PackedFilter pack_filter(const Conv2d& g, const void* weight, const void*
 }
 
 inline void depthwise_packed(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y,
-                             Dtype dtype) {
+                             Dtype dtype, bool read_next) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Lanes lanes{g.channels, g.nhwc};
     T* out = static_cast<T*>(y);
-    const bool past_caches = worth_streaming(out, lanes, g.batch * g.channels * g.out_h * g.out_w);
+    const bool past_caches = worth_streaming(out, lanes, g.batch * g.channels * g.out_h * g.out_w, read_next);
     const Finish finish{filter.weights.data(), filter.bias.data(), act, past_caches};
     with_rows<T>(g, lanes, [&](auto* rows) {
       convolve_all<std::remove_pointer_t<decltype(rows)>>(g, lanes, static_cast<const T*>(x), finish, out);
@@ -106,8 +106,8 @@ inline void depthwise_packed(const Conv2d& g, const void* x, const PackedFilter&
 }
 
 inline void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
-                      Dtype dtype) {
-  depthwise_packed(g, x, pack_filter(g, weight, bias, dtype), act, y, dtype);
+                      Dtype dtype, bool read_next) {
+  depthwise_packed(g, x, pack_filter(g, weight, bias, dtype), act, y, dtype, read_next);
 }
 
 inline void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,

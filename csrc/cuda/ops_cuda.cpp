@@ -51,6 +51,7 @@ struct CudaConv {
     if (act != Activation::none)
       cuda::epilogue(y, nullptr, act, y, g.batch * g.out_h * g.out_w, g.channels, dtype, device.stream);
   }
+  static constexpr auto inner = forward;
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor& like) {
     const OnDeviceOf device(like);
