@@ -7,7 +7,7 @@ C++ keeps one guard of its own (csrc/tensor_args.h), so that a direct ``torch.op
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IntPair = int | Sequence[int]
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """How a filter moves over an image: stride, symmetric padding and dilation, each (height, width).
 
     ``before`` is what must be padded onto the image's bottom and right first: "same" with an even filter is
@@ -51,6 +50,8 @@ def floating(name: str, x: object) -> None:
 
 def pair(name: str, value: IntPair, least: int) -> list[int]:
     """An int or a pair of ints, each at least ``least``, as [height, width]."""
+    if type(value) is int and value >= least:  # the common case: these checks weigh on small images
+        return [value, value]
     values = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
     if isinstance(value, str) or len(values) not in (1, 2) or not all(isinstance(v, int) for v in values):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
@@ -73,7 +74,7 @@ def window(
 ) -> Window:
     """Check image and depthwise filter against each other and settle "same" and "valid" padding."""
     floating("x", x)
-    floating(name, weight)
+    same_kind(x, name, weight)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must have shape (N, C, H, W) or (C, H, W), got {tuple(x.shape)}")
     channels, height, width = x.shape[-3:]
@@ -81,12 +82,12 @@ def window(
         raise ValueError(
             f"{name} must have shape (C, 1, kh, kw) with C = {channels}, the channels of x, got {tuple(weight.shape)}"
         )
-    if min(weight.shape[2:]) < 1:
+    kernel_h, kernel_w = weight.shape[2:]
+    if kernel_h < 1 or kernel_w < 1:
         raise ValueError(f"{name} must be at least 1 x 1 in space, got {tuple(weight.shape)}")
-    same_kind(x, **{name: weight})
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     extra = (0, 0)
-    span = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    span = [dilation[0] * (kernel_h - 1), dilation[1] * (kernel_w - 1)]
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
@@ -105,30 +106,27 @@ def window(
     return Window(stride, padding, dilation, extra)
 
 
-def same_kind(x: Tensor, **others: Tensor | None) -> None:
-    """Every other tensor has the device and the type of ``x``."""
-    for name, other in others.items():
-        if other is None:
-            continue
-        floating(name, other)
-        if other.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}; move it there first")
-        if other.dtype != x.dtype:
-            raise TypeError(f"{name} must have the type of x, {x.dtype}, got {other.dtype}; convert one of them")
+def same_kind(x: Tensor, name: str, other: Tensor) -> None:
+    """The other tensor has the device and the type of ``x``."""
+    floating(name, other)
+    if other.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}; move it there first")
+    if other.dtype != x.dtype:
+        raise TypeError(f"{name} must have the type of x, {x.dtype}, got {other.dtype}; convert one of them")
 
 
 def bias(name: str, value: Tensor | None, channels: int, x: Tensor) -> None:
     """None, or one value an output channel."""
     if value is None:
         return
-    same_kind(x, **{name: value})
+    same_kind(x, name, value)
     if value.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), one value a channel, got {tuple(value.shape)}")
 
 
 def pointwise(weight: Tensor, x: Tensor) -> None:
     """A 1 x 1 filter over the channels of ``x``."""
-    same_kind(x, pointwise_weight=weight)
+    same_kind(x, "pointwise_weight", weight)
     channels = x.shape[-3]
     if weight.dim() != 4 or weight.shape[1:] != (channels, 1, 1):
         raise ValueError(
