@@ -42,6 +42,11 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (2, 17, 5, 64, (3, 3), 1, 1, 1),  # several blocks inside the image
     (1, 24, 6, 57, (5, 5), 1, 2, 1),
     (1, 20, 7, 90, (3, 3), 2, 1, 1),
+    (2, 19, 9, 13, (3, 3), 2, 1, 1),  # halved: rows in pairs, the last one alone
+    (3, 8, 16, 16, (3, 3), 2, 1, 1),  # pairs that fill a vector
+    (1, 6, 37, 69, (3, 3), 2, 1, 1),  # rows of whole vectors and a rest
+    (2, 3, 1, 64, (3, 3), 2, 1, 1),
+    (2, 3, 40, 1, (3, 3), 2, 1, 1),
     (2, 21, 33, 31, (3, 3), 1, 1, 1),  # planes of many vectors, the last one short
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude

@@ -2,6 +2,7 @@
 // number of threads.
 #pragma once
 #include "cpu/depthwise_flat.h"
+#include "cpu/depthwise_halving.h"
 #include "cpu/depthwise_planes.h"
 #include "cpu/depthwise_wide.h"
 #include "cpu/elementwise.h"
@@ -99,9 +100,13 @@ inline void depthwise_packed(const Conv2d& g, const void* x, const PackedFilter&
     T* out = static_cast<T*>(y);
     const bool past_caches = worth_streaming(out, lanes, g.batch * g.channels * g.out_h * g.out_w, read_next);
     const Finish finish{filter.weights.data(), filter.bias.data(), act, past_caches};
-    with_rows<T>(g, lanes, [&](auto* rows) {
+    const auto run = [&](auto* rows) {
       convolve_all<std::remove_pointer_t<decltype(rows)>>(g, lanes, static_cast<const T*>(x), finish, out);
-    });
+    };
+#if RKL_LANES == 16
+    if (HalvingRows<T>::serves(g)) return run(static_cast<HalvingRows<T>*>(nullptr));
+#endif
+    with_rows<T>(g, lanes, run);
   });
 }
 

@@ -210,22 +210,30 @@ inline bool aligned_for_stream(const T* p) {
 
 template <class T>
 inline Vec load_some(const T* p, int64_t count) {
-#if RKL_LANES == 16
-  if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
-#endif
   T whole[kLanes] = {};
+#if RKL_LANES == 16
+  const __mmask16 lanes = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps(lanes, p);
+  write(whole, _mm256_maskz_loadu_epi16(lanes, p));
+#else
   for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
+#endif
   return load(whole);
 }
 
 template <class T>
 inline void store_some(T* p, Vec v, int64_t count) {
 #if RKL_LANES == 16
-  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), v);
-#endif
+  const __mmask16 lanes = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, lanes, v);
+  else
+    _mm256_mask_storeu_epi16(p, lanes, (__m256i)packed(v, T{}));
+#else
   T whole[kLanes];
   store(whole, v);
   for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
+#endif
 }
 
 #if RKL_LANES == 16

@@ -1,0 +1,139 @@
+// NCHW planes under a 3 x 3 filter at stride 2, forward, which halves them, taken as they lie: a vector is 16 outputs
+// of one row, or of maps up to 8 wide 8 outputs of each of two rows. Of 32 pixels, or of twice 16, one permutation each
+// picks the even and the odd ones; masks stand for what lies outside. Masks are those of AVX-512.
+#pragma once
+#include "cpu/depthwise_wide.h"
+
+#if RKL_LANES == 16
+namespace rkl::cpu::RKL_ISA {
+
+template <class T>
+class HalvingRows {
+ public:
+  static bool serves(const Conv2d& g) {
+    const bool window = g.padding_h == 1 && g.padding_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+    return !g.nhwc && window && g.stride_h == 2 && g.stride_w == 2 && g.kernel_h == 3 && g.kernel_w == 3;
+  }
+
+  // Some rows of large planes, or so many channels of small ones that a task has work.
+  static Tiling tiling(const Conv2d& g, const Lanes&) {
+    const int64_t band = std::clamp<int64_t>(kTaskPixels / (2 * g.in_w), 2, std::max<int64_t>(2, g.out_h));
+    const int64_t group = std::clamp<int64_t>(kTaskPixels / (g.in_h * g.in_w), 1, g.channels);
+    return {g.batch, g.channels, group, g.out_h, band};
+  }
+
+  HalvingRows(const Gather&, const Conv2d& g, const Lanes&) : g_(g) {}
+
+  void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) const {
+    for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
+      const int64_t plane = tile.image * g_.channels + channel;
+      const Plane from{in + plane * g_.in_h * g_.in_w, g_.in_h, g_.in_w};
+      const float* weights = finish.weights + WideRows<T>::at(channel, 0, 9);
+      Filter filter;
+      for (int i = 0; i < 9; ++i) filter.weight[i / 3][i % 3] = as_factor(broadcast(weights[i * kLanes]), T{});
+      filter.bias = broadcast(finish.bias[channel]);
+      T* to = out + plane * g_.out_h * g_.out_w;
+      g_.out_w <= kLanes / 2 ? by_pairs(from, filter, finish.act, tile, to) : by_rows(from, filter, finish, tile, to);
+    }
+  }
+
+ private:
+  static constexpr int64_t kTaskPixels = 16384;
+
+  struct Filter {
+    Vec weight[3][3], bias;
+  };
+
+  struct Pixels {  // under the three taps of a row, for 16 outputs
+    Vec tap[3];
+  };
+
+  struct Plane {
+    const T* first;
+    int64_t height, width;
+
+    // The lanes of a vector of pixels from `column` on that exist.
+    uint16_t lanes(int64_t column) const {
+      return uint16_t((1u << std::clamp<int64_t>(width - column, 0, kLanes)) - 1);
+    }
+    // Those pixels of a row; zeros where there is no such row.
+    RKL_INLINE Vec take(int64_t row, int64_t column, uint16_t lanes) const {
+      return factor_masked(first + row * width + column, row >= 0 && row < height ? lanes : uint16_t(0));
+    }
+  };
+
+  // From 32 pixels, the first of which is the middle tap's. before: what lies to their left; zeros where the lanes in
+  // `left` are not set.
+  static RKL_INLINE Pixels under_taps(Vec a, Vec b, Vec before, uint16_t left) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const Vec middle = (Vec)_mm512_permutex2var_ps((__m512)a, even, (__m512)b);
+    const Vec right = (Vec)_mm512_permutex2var_ps((__m512)a, _mm512_or_epi32(even, _mm512_set1_epi32(1)), (__m512)b);
+    return {(Vec)_mm512_maskz_alignr_epi32(left, (__m512i)right, (__m512i)before, kLanes - 1), middle, right};
+  }
+
+  static RKL_INLINE Vec sum(const Filter& filter, const Pixels& above, const Pixels& here, const Pixels& below) {
+    Vec row[3] = {filter.bias, Vec{}, Vec{}};  // a sum each: one after the other, the nine would wait for each other
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) {
+      row[0] = multiply_add(row[0], above.tap[k], filter.weight[0][k], T{});
+      row[1] = multiply_add(row[1], here.tap[k], filter.weight[1][k], T{});
+      row[2] = multiply_add(row[2], below.tap[k], filter.weight[2][k], T{});
+    }
+    return row[0] + (row[1] + row[2]);
+  }
+
+  // Down the rows of 16 columns, since the row below one output is the row above the next.
+  void by_rows(const Plane& from, const Filter& filter, const Finish& finish, const Tile& tile, T* out) const {
+    const bool past_caches = finish.past_caches && g_.out_w % kLanes == 0;
+    for (int64_t w = 0; w < g_.out_w; w += kLanes) {
+      const int64_t lanes = std::min<int64_t>(kLanes, g_.out_w - w);
+      const uint16_t in_a = from.lanes(2 * w), in_b = from.lanes(2 * w + kLanes), in_before = w > 0 ? 0x8000 : 0;
+      const auto take = [&](int64_t row) __attribute__((always_inline)) {
+        return under_taps(from.take(row, 2 * w, in_a), from.take(row, 2 * w + kLanes, in_b),
+                          from.take(row, 2 * w - kLanes, in_before), 0xffff);
+      };
+      Pixels above = take(2 * tile.first_row - 1);
+      for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
+        const Pixels here = take(2 * h), below = take(2 * h + 1);
+        Vec y = sum(filter, above, here, below);
+        above = below;
+        if (finish.act != Activation::none) y = activate(finish.act, y, T{});
+        T* to = out + h * g_.out_w + w;
+        if (past_caches)
+          stream(to, y);
+        else if (lanes == kLanes)
+          store(to, y);
+        else
+          store_some(to, y, lanes);
+      }
+    }
+  }
+
+  // Two rows of outputs at a time.
+  void by_pairs(const Plane& from, const Filter& filter, Activation act, const Tile& tile, T* out) const {
+    constexpr int kHalf = kLanes / 2;
+    constexpr uint16_t kNotFirst = 0xfefe;  // of each row: nothing lies to its left
+    const int64_t width = g_.out_w;
+    const uint16_t lanes = from.lanes(0);
+    const auto take = [&](int64_t row) __attribute__((always_inline)) {
+      return under_taps(from.take(row, 0, lanes), from.take(row + 2, 0, lanes), Vec{}, kNotFirst);
+    };
+    for (int64_t h = tile.first_row; h < tile.last_row; h += 2) {
+      Vec y = sum(filter, take(2 * h - 1), take(2 * h), take(2 * h + 1));
+      if (act != Activation::none) y = activate(act, y, T{});
+      T* to = out + h * width;
+      const bool both = h + 1 < tile.last_row;
+      if (width == kHalf && both) {
+        store(to, y);
+        continue;
+      }
+      store_some(to, y, width);
+      if (both) store_some(to + width, (Vec)_mm512_maskz_alignr_epi32(0xffff, (__m512i)y, (__m512i)y, kHalf), width);
+    }
+  }
+
+  const Conv2d g_;
+};
+
+}  // namespace rkl::cpu::RKL_ISA
+#endif
