@@ -42,12 +42,6 @@ bool has_convolution() {
 
 bool convolves_images(const Conv2d& g) { return g.channels && OneThread::holds() && has_convolution(); }
 
-Tensor as_one_row(const Tensor& image) {
-  const Tensor pixels = pixel_rows(image);
-  const Ints row{1, 1, pixels.size(0), pixels.size(1)}, nchw{0, 3, 1, 2};
-  return aten("aten::permute", "", torch::stable::view(pixels, row), nchw);
-}
-
 Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, bool nhwc) {
   const Dtype dtype = dtype_of(image, "image");
   if (factor_type(dtype) != dtype) {

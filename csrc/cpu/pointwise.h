@@ -12,9 +12,6 @@ namespace rkl::cpu {
 // Whether torch has that library; where it has not, matrix products over NHWC images are to serve.
 bool convolves_images(const Conv2d& g);
 
-// All pixels of an NHWC image as one row of an image: a view.
-Tensor as_one_row(const Tensor& image);
-
 // filter (C', C) times image (N, C, H, W), plus the bias: an image in the same format. Either of the filter's strides
 // may be 1.
 Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, bool nhwc);
