@@ -271,7 +271,7 @@ def test_a_model_is_timed_in_both_directions_converted_and_not() -> None:
     assert not torch.equal(prepared.net[3].weight, before)
 
 
-@pytest.mark.skipif(allocated() is None, reason="the allocator does not tell")
+@pytest.mark.skipif(allocated() is None, reason="this allocator does not tell how much it has given out: not glibc's")
 def test_peak_memory_counts_what_backward_keeps() -> None:
     x = torch.randn(2_000_000, requires_grad=True)
     size = x.numel() * 4
