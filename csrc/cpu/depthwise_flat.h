@@ -11,11 +11,7 @@ namespace rkl::cpu::RKL_ISA {
 template <class T>
 class FlatRows {
  public:
-  static bool serves(const Conv2d& g) {
-    const bool same = g.padding_h == 1 && g.padding_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
-    return !g.nhwc && same && g.stride_h == 1 && g.stride_w == 1 && g.kernel_h == 3 && g.kernel_w == 3 &&
-           g.in_h * g.in_w <= kMostPixels;
-  }
+  static bool serves(const Conv2d& g) { return is_3_by_3_on_planes(g, 1) && g.in_h * g.in_w <= kMostPixels; }
 
   // Whole planes, of so many channels that a task is worth its while.
   static Tiling tiling(const Conv2d& g, const Lanes&) {
@@ -119,10 +115,7 @@ class FlatRows {
     // Planes of whole vectors lie in whole lines.
     const bool past_caches = finish.past_caches && pixels_ % kLanes == 0;
     for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
-      Vec row[3] = {bias, Vec{}, Vec{}};  // a sum each: one after the other, the nine would wait for each other
-#pragma GCC unroll 9
-      for (int i = 0; i < kTaps; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
-      Vec sum = row[0] + (row[1] + row[2]);
+      Vec sum = sum_3_by_3(bias, x, weight, T{});
       if (finish.act != Activation::none) sum = activate(finish.act, sum, T{});
       T* to = out + v * kLanes;
       if (past_caches)

@@ -10,10 +10,7 @@ namespace rkl::cpu::RKL_ISA {
 template <class T>
 class HalvingRows {
  public:
-  static bool serves(const Conv2d& g) {
-    const bool window = g.padding_h == 1 && g.padding_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
-    return !g.nhwc && window && g.stride_h == 2 && g.stride_w == 2 && g.kernel_h == 3 && g.kernel_w == 3;
-  }
+  static bool serves(const Conv2d& g) { return is_3_by_3_on_planes(g, 2); }
 
   // Some rows of large planes, or so many channels of small ones that a task has work.
   static Tiling tiling(const Conv2d& g, const Lanes&) {
@@ -28,9 +25,9 @@ class HalvingRows {
     for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
       const int64_t plane = tile.image * g_.channels + channel;
       const Plane from{in + plane * g_.in_h * g_.in_w, g_.in_h, g_.in_w};
-      const float* weights = finish.weights + WideRows<T>::at(channel, 0, 9);
+      const float* weights = finish.weights + WideRows<T>::at(channel, 0, kTaps);
       Filter filter;
-      for (int i = 0; i < 9; ++i) filter.weight[i / 3][i % 3] = as_factor(broadcast(weights[i * kLanes]), T{});
+      for (int i = 0; i < kTaps; ++i) filter.weight[i] = as_factor(broadcast(weights[i * kLanes]), T{});
       filter.bias = broadcast(finish.bias[channel]);
       T* to = out + plane * g_.out_h * g_.out_w;
       g_.out_w <= kLanes / 2 ? by_pairs(from, filter, finish.act, tile, to) : by_rows(from, filter, finish, tile, to);
@@ -38,14 +35,11 @@ class HalvingRows {
   }
 
  private:
+  static constexpr int kTaps = 9;
   static constexpr int64_t kTaskPixels = 16384;
 
   struct Filter {
-    Vec weight[3][3], bias;
-  };
-
-  struct Pixels {  // under the three taps of a row, for 16 outputs
-    Vec tap[3];
+    Vec weight[kTaps], bias;
   };
 
   struct Plane {
@@ -72,24 +66,13 @@ class HalvingRows {
     }
   };
 
-  // From 32 pixels, the first of which is the middle tap's. before: what lies to their left; zeros where the lanes in
-  // `left` are not set.
-  static RKL_INLINE Pixels under_taps(Vec a, Vec b, Vec before, uint16_t left) {
+  // The pixels under a row's three taps, for 16 outputs, from 32 of which the first is the middle tap's. before: what
+  // lies to their left; zeros where the lanes in `left` are not set.
+  static RKL_INLINE void under_taps(Vec a, Vec b, Vec before, uint16_t left, Vec* x) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const Vec middle = (Vec)_mm512_permutex2var_ps((__m512)a, even, (__m512)b);
-    const Vec right = (Vec)_mm512_permutex2var_ps((__m512)a, _mm512_or_epi32(even, _mm512_set1_epi32(1)), (__m512)b);
-    return {(Vec)_mm512_maskz_alignr_epi32(left, (__m512i)right, (__m512i)before, kLanes - 1), middle, right};
-  }
-
-  static RKL_INLINE Vec sum(const Filter& filter, const Pixels& above, const Pixels& here, const Pixels& below) {
-    Vec row[3] = {filter.bias, Vec{}, Vec{}};  // a sum each: one after the other, the nine would wait for each other
-#pragma GCC unroll 3
-    for (int k = 0; k < 3; ++k) {
-      row[0] = multiply_add(row[0], above.tap[k], filter.weight[0][k], T{});
-      row[1] = multiply_add(row[1], here.tap[k], filter.weight[1][k], T{});
-      row[2] = multiply_add(row[2], below.tap[k], filter.weight[2][k], T{});
-    }
-    return row[0] + (row[1] + row[2]);
+    x[1] = (Vec)_mm512_permutex2var_ps((__m512)a, even, (__m512)b);
+    x[2] = (Vec)_mm512_permutex2var_ps((__m512)a, _mm512_or_epi32(even, _mm512_set1_epi32(1)), (__m512)b);
+    x[0] = (Vec)_mm512_maskz_alignr_epi32(left, (__m512i)x[2], (__m512i)before, kLanes - 1);
   }
 
   void by_rows(const Plane& from, const Filter& filter, const Finish& finish, const Tile& tile, T* out) const {
@@ -98,12 +81,15 @@ class HalvingRows {
       T* to = out + h * g_.out_w;
       for (int64_t w = 0; w < g_.out_w; w += kLanes) {
         const uint16_t in_a = from.lanes(2 * w), in_b = from.lanes(2 * w + kLanes), in_before = w > 0 ? 0x8000 : 0;
-        const auto take = [&](int64_t row) __attribute__((always_inline)) {
-          return under_taps(from.take(row, 2 * w, in_a), from.take(row, 2 * w + kLanes, in_b),
-                            from.take(row, 2 * w - kLanes, in_before), 0xffff);
-        };
         from.ask(2 * h, 2 * w);
-        Vec y = sum(filter, take(2 * h - 1), take(2 * h), take(2 * h + 1));
+        Vec x[kTaps];
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) {
+          const int64_t row = 2 * h - 1 + i;
+          under_taps(from.take(row, 2 * w, in_a), from.take(row, 2 * w + kLanes, in_b),
+                     from.take(row, 2 * w - kLanes, in_before), 0xffff, x + 3 * i);
+        }
+        Vec y = sum_3_by_3(filter.bias, x, filter.weight, T{});
         if (finish.act != Activation::none) y = activate(finish.act, y, T{});
         if (past_caches)
           stream(to + w, y);
@@ -121,11 +107,14 @@ class HalvingRows {
     constexpr uint16_t kNotFirst = 0xfefe;  // of each row: nothing lies to its left
     const int64_t width = g_.out_w;
     const uint16_t lanes = from.lanes(0);
-    const auto take = [&](int64_t row) __attribute__((always_inline)) {
-      return under_taps(from.take(row, 0, lanes), from.take(row + 2, 0, lanes), Vec{}, kNotFirst);
-    };
     for (int64_t h = tile.first_row; h < tile.last_row; h += 2) {
-      Vec y = sum(filter, take(2 * h - 1), take(2 * h), take(2 * h + 1));
+      Vec x[kTaps];
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const int64_t row = 2 * h - 1 + i;
+        under_taps(from.take(row, 0, lanes), from.take(row + 2, 0, lanes), Vec{}, kNotFirst, x + 3 * i);
+      }
+      Vec y = sum_3_by_3(filter.bias, x, filter.weight, T{});
       if (act != Activation::none) y = activate(act, y, T{});
       T* to = out + h * width;
       const bool both = h + 1 < tile.last_row;

@@ -10,6 +10,22 @@ namespace rkl::cpu::RKL_ISA {
 
 inline int64_t in_whole_vectors(int64_t elements) { return (elements + kLanes - 1) / kLanes * kLanes; }
 
+// Whether the filter is 3 x 3 with one pixel of padding, at this stride, on NCHW images: what is taken as it lies.
+inline bool is_3_by_3_on_planes(const Conv2d& g, int stride) {
+  const bool one_around = g.padding_h == 1 && g.padding_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+  return !g.nhwc && one_around && g.stride_h == stride && g.stride_w == stride && g.kernel_h == 3 && g.kernel_w == 3;
+}
+
+// bias + the nine pixels times the nine weights, row by row. A sum for each row: one after the other, the nine would
+// wait for each other.
+template <class T>
+RKL_INLINE Vec sum_3_by_3(Vec bias, const Vec (&x)[9], const Vec (&weight)[9], T) {
+  Vec row[3] = {bias, Vec{}, Vec{}};
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
+  return row[0] + (row[1] + row[2]);
+}
+
 // Some rows of a plane as floats, with zeros around them. What lies beside the rows is zero from the start and is never
 // written; rows outside the plane are made zero.
 class ScratchLines {
