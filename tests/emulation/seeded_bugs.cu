@@ -79,6 +79,27 @@ __global__ void too_much_shared(const float*, float* out) {
 }
 void shared_limit(const float* in, float* out) { too_much_shared<<<1, 32, 64 * 1024>>>(in, out); }
 
+enum class RowBug { none, missing_barrier, overrun, misaligned, foreign_address };
+
+// Each warp stores 32 rows of 16 bytes by stmatrix at 32-bit addresses; each thread copies a row that another warp has
+// stored to `out`.
+template <RowBug bug>
+__global__ void rows_through_shared(const float* in, float* out) {
+  __shared__ __align__(16) float rows[64 * 4];
+  const uint32_t row = rkl::cuda::shared_address(rows) + threadIdx.x * 16;
+  uint32_t fragment[4];
+  memcpy(fragment, in + threadIdx.x * 4, sizeof fragment);
+  rkl::cuda::stmatrix_x4(bug == RowBug::misaligned ? row + 4 : row, fragment);
+  if (bug != RowBug::missing_barrier) __syncthreads();
+  const uint32_t other = row ^ (32 * 16), past = bug == RowBug::overrun ? 32 * 16 : 0;
+  const uint4 v = rkl::cuda::load_shared_16(bug == RowBug::foreign_address ? other + (1u << 31) : other + past);
+  memcpy(out + threadIdx.x * 4, &v, sizeof v);
+}
+template <RowBug bug>
+void launch_rows(const float* in, float* out) {
+  rows_through_shared<bug><<<1, 64>>>(in, out);
+}
+
 }  // namespace
 
 std::map<std::string, void (*)(const float*, float*)> seeded_bugs() {
@@ -96,5 +117,10 @@ std::map<std::string, void (*)(const float*, float*)> seeded_bugs() {
       {"misaligned_vector", misaligned_vector},
       {"copy_in_flight", copy_in_flight},
       {"shared_limit", shared_limit},
+      {"correct_rows", launch_rows<RowBug::none>},
+      {"row_barrier", launch_rows<RowBug::missing_barrier>},
+      {"row_overrun", launch_rows<RowBug::overrun>},
+      {"misaligned_row", launch_rows<RowBug::misaligned>},
+      {"foreign_address", launch_rows<RowBug::foreign_address>},
   };
 }

@@ -26,6 +26,10 @@ CAUGHT = {
     "misaligned_vector": "misaligned read of 16 bytes, global memory",
     "copy_in_flight": "ended with a cp.async in flight",
     "shared_limit": "more dynamic shared memory than",
+    "row_barrier": "race in shared memory",
+    "row_overrun": "out of bounds: read of shared memory",
+    "misaligned_row": "misaligned write to 16 bytes, shared memory",
+    "foreign_address": "out of bounds: an address past all shared memory",
 }
 # What AddressSanitizer, UBSan or the emulator say of the same bugs in the sanitized build.
 CAUGHT_SANITIZED = {
@@ -33,6 +37,7 @@ CAUGHT_SANITIZED = {
     "global_overrun": "AddressSanitizer: use-after-poison",
     "misaligned_vector": "misaligned address",
     "divergent_barrier": "divergent __syncthreads",
+    "row_overrun": "out of bounds: read of shared memory",
 }
 
 
@@ -51,6 +56,7 @@ def test_correct_kernel_passes(gpu: Gpu, order: str, late_copies: bool) -> None:
     gpu.schedule(order, late_copies=late_copies)
     y, expected = ring(gpu, "correct")
     torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    ring(gpu, "correct_rows")
 
 
 @pytest.mark.parametrize("bug", CAUGHT)
@@ -68,7 +74,7 @@ def test_seeded_bug_is_caught(gpu: Gpu, bug: str) -> None:
 
 def test_every_seeded_bug_is_expected(gpu: Gpu) -> None:
     names = {name for name in dir(gpu.kernels.seeded_bugs) if not name.startswith("_")}
-    assert names == {"correct", *CAUGHT}
+    assert names == {"correct", "correct_rows", *CAUGHT}
 
 
 @pytest.mark.parametrize("bug", CAUGHT_SANITIZED)

@@ -176,6 +176,17 @@ void* shared_memory(const void* key, size_t bytes) {
 
 void* dynamic_shared_memory() { return memory().base + memory().dynamic.begin; }
 
+uint32_t shared_address(const void* p) {
+  const size_t address = uintptr_t(p) - uintptr_t(memory().base) - memory().shared_begin();
+  if (address >= kSharedArena) fail("the shared address of what is not in shared memory");
+  return uint32_t(address);
+}
+
+void* shared_pointer(uint32_t address) {
+  if (address >= kSharedArena) fail("out of bounds: an address past all shared memory");
+  return memory().base + memory().shared_begin() + address;
+}
+
 void begin_launch(const char* kernel, size_t dynamic_shared_bytes) {
   Memory& m = memory();
   m.counted = &traffic[kernel];

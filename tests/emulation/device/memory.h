@@ -20,6 +20,10 @@ void reset();
 void* shared_memory(const void* key, size_t bytes);
 void* dynamic_shared_memory();
 
+// The 32-bit address that a GPU has for what lies in shared memory, and back; what is not in it fails.
+uint32_t shared_address(const void* p);
+void* shared_pointer(uint32_t address);
+
 // Checks and counts n bytes at p that the running thread reads or writes. What is not in the arena (stacks, kernel
 // arguments) is not looked at.
 void access(const void* p, size_t n, bool write, bool aligned = true);

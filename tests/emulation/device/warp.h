@@ -1,4 +1,5 @@
-// What the 32 threads of a warp do together: shuffles and votes, cp.async, ldmatrix and the tensor cores' products.
+// What the 32 threads of a warp do together: shuffles and votes, cp.async, ldmatrix and stmatrix, and the tensor cores'
+// products.
 //
 // One primitive carries all of it: exchange() publishes a value, waits for every lane of the mask, and gives access to
 // what each lane published. Lane layouts are those of the PTX manual's figures for ldmatrix and mma.
@@ -36,10 +37,27 @@ void copy_async(void* shared, const void* global, int n, int valid);
 void copy_commit();
 void copy_wait(int groups_left);
 
+// Loads and stores by 32-bit addresses of shared memory, as ptx.cuh makes them.
+template <class T>
+T load_shared(uint32_t address) {
+  const void* p = shared_pointer(address);
+  access(p, sizeof(T), false);
+  T value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+template <class T>
+void store_shared(uint32_t address, const T& value) {
+  void* p = shared_pointer(address);
+  access(p, sizeof(T), true);
+  memcpy(p, &value, sizeof value);
+}
+
 // The four 8 x 8 matrices of 16-bit elements whose rows the lanes' addresses name, eight lanes a matrix.
-inline void load_matrix_x4(uint32_t (&fragment)[4], const void* row, bool transpose) {
-  access(row, 16, false);
-  const Lanes lanes = exchange(~0u, row);
+inline void load_matrix_x4(uint32_t (&fragment)[4], uint32_t row, bool transpose) {
+  const void* p = shared_pointer(row);
+  access(p, 16, false);
+  const Lanes lanes = exchange(~0u, p);
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t pair[2];
     for (int e = 0; e < 2; ++e) {
@@ -49,6 +67,13 @@ inline void load_matrix_x4(uint32_t (&fragment)[4], const void* row, bool transp
     }
     memcpy(&fragment[matrix], pair, 4);
   }
+}
+inline void store_matrix_x4(uint32_t row, const uint32_t (&fragment)[4]) {
+  void* p = shared_pointer(row);
+  access(p, 16, true);
+  const Lanes lanes = exchange(~0u, p);
+  for (int matrix = 0; matrix < 4; ++matrix)
+    memcpy(lanes.get<char*>(matrix * 8 + lane() / 4) + lane() % 4 * 4, &fragment[matrix], 4);
 }
 
 inline float element(uint32_t pair, int which, __nv_bfloat16) {
@@ -64,29 +89,22 @@ inline float element(uint32_t pair, int which, __half) {
   return __half2float(value);
 }
 
-// d += a b with a 16 x 16, b 16 x 8 in 16 bits and d 16 x 8 in fp32. T: __nv_bfloat16 or __half.
+// d = a b + c with a 16 x 16, b 16 x 8 in 16 bits, c and d 16 x 8 in fp32. T: __nv_bfloat16 or __half.
 template <class T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
   struct Fragments {
     uint32_t a[4], b[2];
-  } mine;
-  memcpy(mine.a, a, sizeof a);
-  memcpy(mine.b, b, sizeof b);
+  };
+  const Fragments mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   const Lanes lanes = exchange(~0u, mine);
   for (int i = 0; i < 4; ++i) {
     const int m = lane() / 4 + i / 2 * 8, n = lane() % 4 * 2 + i % 2;
-    float sum = d[i];
+    float sum = c[i];
     for (int k = 0; k < 16; ++k)
       sum += element(lanes.get<Fragments>(m % 8 * 4 + k % 8 / 2).a[m / 8 + k / 8 * 2], k & 1, T{}) *
              element(lanes.get<Fragments>(n * 4 + k % 8 / 2).b[k / 8], k & 1, T{});
     d[i] = sum;
   }
-}
-
-// The same with a 16 x 8 and b 8 x 8.
-template <class T>
-void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
-  mma_m16n8k16<T>(d, {a[0], a[1], 0, 0}, {b, 0});
 }
 
 // d += a b with a 16 x 8, b 8 x 8 in TF32: fp32 of whose fraction the tensor core reads 10 bits.
@@ -111,6 +129,16 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
              tf32(lanes.get<Fragments>(n * 4 + k % 4).b[k / 4]);
     d[i] = sum;
   }
+}
+
+// The hardware's tanh is off by up to 2^-11 of the value, and nobody says where by how much: here by nearly all of it,
+// this way or that as the bits of x have it. Never past 1, and 0, infinities and NaN are exact.
+inline float tanh_approx(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const float off = (bits * 0x9e3779b1u >> 31 ? 1.f : -1.f) * 0.999f / 2048;
+  const float y = std::tanh(x) * (std::isinf(x) ? 1.f : 1.f + off);
+  return std::min(std::max(y, -1.f), 1.f) == y || std::isnan(y) ? y : std::copysign(1.f, y);
 }
 
 }  // namespace emulator
