@@ -1,4 +1,4 @@
-"""The emulator's shuffles, votes, ldmatrix, stmatrix, products and tanh, each on its own, against what the manuals say."""
+"""The emulator's functions of a warp and its tanh, each on its own, against what the manuals say."""
 
 from __future__ import annotations
 
