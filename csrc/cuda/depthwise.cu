@@ -1,6 +1,7 @@
 // Depthwise convolution on a GPU: which kernel serves a call, and the second stage of the filter's gradient.
 #include <utility>
 
+#include "cuda/add_parts.cuh"
 #include "cuda/depthwise.h"
 #include "cuda/element.cuh"
 #include "cuda/kernels.h"
@@ -8,23 +9,22 @@
 namespace rkl::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
-// Adds the parts' sums in their order, so that the result is the same at every run.
+// Where a sum of the filter's gradient goes: partial is (parts, channels, taps + 1) or (parts, taps + 1, channels),
+// with the bias's gradient as the last tap.
 template <class T>
-__global__ void __launch_bounds__(kThreads) add_parts(WeightGrad a, T* dweight, T* dbias) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, channels = a.g.channels;
-  const int taps = a.g.kernel_h * a.g.kernel_w;
-  if (i >= (taps + 1) * channels) return;
-  const int64_t inside = a.channels_inside ? channels : taps + 1, outer = i / inside, inner = i - outer * inside;
-  const int tap = int(a.channels_inside ? outer : inner);
-  const int64_t c = a.channels_inside ? inner : outer;
-  if (tap < taps ? !dweight : !dbias) return;
-  float sum = 0.f;
-#pragma unroll 8
-  for (int part = 0; part < a.parts; ++part) sum += a.sum(part, tap, c);
-  (tap < taps ? dweight[c * taps + tap] : dbias[c]) = from_float<T>(sum);
-}
+struct FilterGrad {
+  T *dweight, *dbias;
+  int64_t channels;
+  int taps;
+  bool channels_inside;
+
+  __device__ T* operator()(int64_t i) const {
+    const int64_t inside = channels_inside ? channels : taps + 1, outer = i / inside, inner = i - outer * inside;
+    const int64_t tap = channels_inside ? outer : inner, c = channels_inside ? inner : outer;
+    if (tap < taps) return dweight ? dweight + c * taps + tap : nullptr;
+    return dbias ? dbias + c : nullptr;
+  }
+};
 
 // Parts of the batch whose sums are made apart: enough to fill the GPU, few enough for their sums to be small beside
 // the images, and a multiple of the strips that an NHWC map is cut into. And whether a part's sums have the channels
@@ -116,9 +116,9 @@ void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const 
   if (!of_filter) return;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t sums = (g.kernel_h * g.kernel_w + 1) * g.channels;
-    add_parts<T><<<dim3(unsigned(ceil_div(sums, kThreads))), dim3(kThreads), 0, stream>>>(a, static_cast<T*>(dweight),
-                                                                                          static_cast<T*>(dbias));
+    const int taps = g.kernel_h * g.kernel_w;
+    const FilterGrad<T> to{static_cast<T*>(dweight), static_cast<T*>(dbias), g.channels, taps, a.channels_inside};
+    launch_add_parts<T>(a.partial, a.parts, (taps + 1) * g.channels, to, stream);
   });
 }
 

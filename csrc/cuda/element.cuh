@@ -4,6 +4,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
 #include "geometry.h"
 
 namespace rkl::cuda {
@@ -35,6 +39,56 @@ struct alignas(N * sizeof(T)) Vec {
   static constexpr int size = N;
   T v[N];
 };
+
+// 16 bytes in registers as float, and back. A struct of 16-bit elements would be taken apart in narrow pieces; a word
+// is two of them, of which bf16 needs a shift or a mask each.
+template <class T>
+__device__ inline void unpack(uint4 from, float (&to)[16 / sizeof(T)]) {
+  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      memcpy(&to[i], &words[i], 4);
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      const uint32_t low = words[i] << 16, high = words[i] & 0xffff0000u;
+      memcpy(&to[2 * i], &low, 4);
+      memcpy(&to[2 * i + 1], &high, 4);
+    } else {
+      __half2 pair;
+      memcpy(&pair, &words[i], 4);
+      const float2 both = __half22float2(pair);
+      to[2 * i] = both.x;
+      to[2 * i + 1] = both.y;
+    }
+  }
+}
+
+// Two values rounded to 16 bits, the first in the low half: one instruction.
+template <class T>
+__device__ inline uint32_t pack2(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, 4);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, 4);
+  }
+  return word;
+}
+
+template <class T>
+__device__ inline uint4 pack(const float (&from)[16 / sizeof(T)]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>)
+      memcpy(&words[i], &from[i], 4);
+    else
+      words[i] = pack2<T>(from[2 * i], from[2 * i + 1]);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
 
 // Call f with a value of the element type: by_type(dtype, [&](auto zero) { using T = decltype(zero); ... }).
 template <class F>

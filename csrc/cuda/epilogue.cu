@@ -1,6 +1,7 @@
 // What stands around a library's matrix product where the separable convolution is not fused: over dense rows of pixels
 // by channels, one pass each.
-#include "activation.h"
+#include "cuda/activation.cuh"
+#include "cuda/add_parts.cuh"
 #include "cuda/element.cuh"
 #include "cuda/kernels.h"
 
@@ -13,40 +14,65 @@ constexpr int kThreads = 256;
 template <class T, class F>
 void by_width(int64_t count, const void* a, const void* b, const void* c, F&& f) {
   const auto bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c);
-  constexpr int size = Vec<T>::size;
+  constexpr int size = 16 / sizeof(T);
   count % size == 0 && bits % 16 == 0 ? f(std::integral_constant<int, size>{}) : f(std::integral_constant<int, 1>{});
 }
 
 unsigned blocks_for(int64_t threads) { return unsigned((threads + kThreads - 1) / kThreads); }
 
+// Calls f(first element, elements) for pieces of whole rows, so small that offsets in them have 32 bits: a remainder of
+// 64 costs as much as the rest of a kernel.
+template <class F>
+void by_pieces(int64_t rows, int64_t channels, F&& f) {
+  constexpr int64_t kMost = int64_t(1) << 31;
+  const int64_t each = channels < kMost ? kMost / channels : 1;
+  for (int64_t row = 0; row < rows; row += each)
+    f(row * channels, unsigned((rows - row < each ? rows - row : each) * channels));
+}
+
 template <class T, int width>
-__global__ void __launch_bounds__(kThreads)
-    bias_and_activation(const T* z, const T* bias, Activation act, T* out, int64_t n, int64_t channels) {
-  using V = Vec<T, width>;
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
-  if (at >= n) return;
-  V v = *reinterpret_cast<const V*>(z + at);
-  const V b = bias ? *reinterpret_cast<const V*>(bias + at % channels) : V{};
-#pragma unroll
-  for (int i = 0; i < width; ++i)
-    v.v[i] = from_float<T>(activate(act, to_float(v.v[i]) + (bias ? to_float(b.v[i]) : 0.f)));
-  *reinterpret_cast<V*>(out + at) = v;
+__device__ inline void load(const T* from, float (&v)[width]) {
+  if constexpr (width == 1)
+    v[0] = to_float(*from);
+  else
+    unpack<T>(*reinterpret_cast<const uint4*>(from), v);
+}
+template <class T, int width>
+__device__ inline void store(T* to, const float (&v)[width]) {
+  if constexpr (width == 1)
+    *to = from_float<T>(v[0]);
+  else
+    *reinterpret_cast<uint4*>(to) = pack<T>(v);
 }
 
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads)
-    times_slope(const T* grad, const T* values, Activation act, bool from_output, T* out, int64_t n) {
-  using V = Vec<T, width>;
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
+    bias_and_activation(const T* z, const T* bias, Activation act, T* out, unsigned n, unsigned channels) {
+  const unsigned at = (blockIdx.x * kThreads + threadIdx.x) * width;
   if (at >= n) return;
-  V v = *reinterpret_cast<const V*>(grad + at);
-  const V value = *reinterpret_cast<const V*>(values + at);
+  float v[width];
+  load(z + at, v);
+  if (bias) {
+    float b[width];
+    load(bias + at % channels, b);
 #pragma unroll
-  for (int i = 0; i < width; ++i) {
-    const float x = to_float(value.v[i]);
-    v.v[i] = from_float<T>(to_float(v.v[i]) * (from_output ? slope_from_output(act, x) : slope_from_input(act, x)));
+    for (int i = 0; i < width; ++i) v[i] += b[i];
   }
-  *reinterpret_cast<V*>(out + at) = v;
+  activate_all<T>(act, v);
+  store(out + at, v);
+}
+
+template <class T, int width>
+__global__ void __launch_bounds__(kThreads)
+    times_slope(const T* grad, const T* values, Activation act, bool from_output, T* out, unsigned n) {
+  const unsigned at = (blockIdx.x * kThreads + threadIdx.x) * width;
+  if (at >= n) return;
+  float v[width], x[width];
+  load(grad + at, v);
+  load(values + at, x);
+#pragma unroll
+  for (int i = 0; i < width; ++i) v[i] *= from_output ? slope_from_output(act, x[i]) : slope_from_input(act, x[i]);
+  store(out + at, v);
 }
 
 // Sums over rows in two stages, each in a fixed order: 32 columns by a slice of the rows a block, then over the slices.
@@ -75,13 +101,10 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const T* matrix, float* par
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_slices(const float* partial, int64_t slices, T* out, int64_t channels) {
-  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= channels) return;
-  float sum = 0.f;
-  for (int64_t s = 0; s < slices; ++s) sum += partial[s * channels + c];
-  out[c] = from_float<T>(sum);
-}
+struct Columns {
+  T* out;
+  __device__ T* operator()(int64_t c) const { return out + c; }
+};
 
 }  // namespace
 
@@ -91,9 +114,11 @@ void epilogue(const void* z, const void* bias, Activation act, void* out, int64_
     using T = decltype(zero);
     by_width<T>(channels, z, bias, out, [&](auto size) {
       constexpr int width = decltype(size)::value;
-      const int64_t n = rows * channels;
-      bias_and_activation<T, width><<<dim3(blocks_for(n / width)), dim3(kThreads), 0, stream>>>(
-          static_cast<const T*>(z), static_cast<const T*>(bias), act, static_cast<T*>(out), n, channels);
+      by_pieces(rows, channels, [&](int64_t first, unsigned n) {
+        bias_and_activation<T, width><<<dim3(blocks_for(n / width)), dim3(kThreads), 0, stream>>>(
+            static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first, n,
+            unsigned(channels));
+      });
     });
   });
 }
@@ -104,8 +129,11 @@ void slope(const void* grad, const void* values, Activation act, bool from_outpu
     using T = decltype(zero);
     by_width<T>(n, grad, values, out, [&](auto size) {
       constexpr int width = decltype(size)::value;
-      times_slope<T, width><<<dim3(blocks_for(n / width)), dim3(kThreads), 0, stream>>>(
-          static_cast<const T*>(grad), static_cast<const T*>(values), act, from_output, static_cast<T*>(out), n);
+      by_pieces(n / width, width, [&](int64_t first, unsigned count) {
+        times_slope<T, width><<<dim3(blocks_for(count / width)), dim3(kThreads), 0, stream>>>(
+            static_cast<const T*>(grad) + first, static_cast<const T*>(values) + first, act, from_output,
+            static_cast<T*>(out) + first, count);
+      });
     });
   });
 }
@@ -119,8 +147,7 @@ void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, 
     const int64_t slices = slices_of(rows);
     const dim3 grid(unsigned(slices), unsigned((channels + kColumns - 1) / kColumns));
     sum_rows<T><<<grid, dim3(kThreads), 0, stream>>>(static_cast<const T*>(matrix), workspace, rows, channels);
-    sum_slices<T>
-        <<<dim3(blocks_for(channels)), dim3(kThreads), 0, stream>>>(workspace, slices, static_cast<T*>(out), channels);
+    launch_add_parts<T>(workspace, int(slices), channels, Columns<T>{static_cast<T*>(out)}, stream);
   });
 }
 

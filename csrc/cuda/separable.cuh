@@ -2,7 +2,7 @@
 // depthwise step from there. Images are NHWC of 16-bit elements; a block takes a tile of output pixels and goes through
 // the channels in chunks, or the other way round.
 #pragma once
-#include "activation.h"
+#include "cuda/activation.cuh"
 #include "cuda/element.cuh"
 #include "cuda/kernels.h"
 #include "cuda/ptx.cuh"
@@ -118,29 +118,6 @@ struct Filters {
     }
   }
 };
-
-// The activation of n values: one switch for all of them.
-template <int n>
-__device__ inline void activate_all(Activation act, float (&v)[n]) {
-  const auto each = [&](auto f) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) v[i] = f(v[i]);
-  };
-  switch (act) {
-    case Activation::none:
-      return;
-    case Activation::relu:
-      return each([](float x) { return activate(Activation::relu, x); });
-    case Activation::relu6:
-      return each([](float x) { return activate(Activation::relu6, x); });
-    case Activation::trelu:
-      return each([](float x) { return activate(Activation::trelu, x); });
-    case Activation::silu:
-      return each([](float x) { return activate(Activation::silu, x); });
-    case Activation::gelu:
-      return each([](float x) { return activate(Activation::gelu, x); });
-  }
-}
 
 // The depthwise outputs of 2 channels of `strip` neighbouring pixels: sum[pixel * 2 + channel], bias included. `halo`
 // and `filters` point at the first of the channels; `row` is the halo's width in pixels. Two channels and long strips,

@@ -113,7 +113,7 @@ __device__ inline void make_middle(const Arguments<T>& a, const Shared<T, k>& s,
     float sum[kStrip * 2];
     depthwise_strip<T, k, stride, kChunk, kStrip>(s.halo + halo_pixel<stride>(a.tiling, m) * kRow + channel,
                                                   a.tiling.halo_width, s.filters + channel, sum);
-    activate_all(a.inner, sum);
+    activate_all<T>(a.inner, sum);
 #pragma unroll
     for (int i = 0; i < kStrip; ++i) {
       const bool inside = pixel[m + i] >= 0;

@@ -90,7 +90,7 @@ __device__ inline void depthwise_tile(const Arguments<T>& a, const T* halo, cons
   float sum[strip * 2];
   depthwise_strip<T, k, stride, kChunk, strip>(halo + halo_pixel<stride>(a.tiling, m) * kRow + channel,
                                                a.tiling.halo_width, filters + channel, sum);
-  activate_all(a.inner, sum);
+  activate_all<T>(a.inner, sum);
 #pragma unroll
   for (int pixel = 0; pixel < strip; ++pixel)
     *reinterpret_cast<Vec<T, 2>*>(rows + (m + pixel) * kRow + channel) = {from_float<T>(sum[pixel * 2]),
@@ -145,7 +145,7 @@ __device__ inline void store_outputs(const Arguments<T>& a, T* y, int output, co
       float v[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] = stage[row * kStageRow + column + i] + bias[i];
-      activate_all(a.activation, v);
+      activate_all<T>(a.activation, v);
       Vec<T> out;
 #pragma unroll
       for (int i = 0; i < 8; ++i) out.v[i] = from_float<T>(v[i]);

@@ -1,5 +1,5 @@
 // T-ReLU on a GPU: one pass, 16 bytes a load and a store, nothing kept but the output.
-#include "activation.h"
+#include "cuda/activation.cuh"
 #include "cuda/element.cuh"
 #include "cuda/kernels.h"
 
@@ -8,51 +8,60 @@ namespace {
 
 constexpr int kThreads = 256;
 
+template <class T>
 struct Forward {
-  __device__ float operator()(float x, float) const { return rkl::trelu(x); }
+  static constexpr bool two = false;
+  __device__ float operator()(float x, float) const { return activated<T>(Activation::trelu, x); }
 };
 
+template <class T>
 struct Backward {
+  static constexpr bool two = true;
   __device__ float operator()(float y, float grad) const { return grad * trelu_slope(y); }
 };
 
-// out[i] = f(a[i], b[i]); `vectors` of them whole, then the tail one by one. b is a again for one-argument functions.
-// out may be a or b: every element is read before it is written, by the one thread that has it.
+// out[i] = f(a[i], b[i]), or f(a[i]) where f takes no second; `vectors` of them whole, then the tail one by one.
+// out may be a or b: every element is read before it is written, by the one thread that has it. What is read and
+// written once goes past the cache's older contents (__ldcs, __stcs).
 template <class T, class F>
 __global__ void __launch_bounds__(kThreads)
     elementwise(const T* a, const T* b, T* out, int64_t n, int64_t vectors, F f) {
-  using V = Vec<T>;
+  constexpr int size = 16 / sizeof(T);
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
   for (int64_t i = thread; i < vectors; i += threads) {
-    const V va = reinterpret_cast<const V*>(a)[i], vb = reinterpret_cast<const V*>(b)[i];
-    V r;
+    float x[size], with[size];
+    const uint4 first = __ldcs(reinterpret_cast<const uint4*>(a) + i);
+    unpack<T>(F::two ? __ldcs(reinterpret_cast<const uint4*>(b) + i) : first, with);
+    unpack<T>(first, x);
 #pragma unroll
-    for (int k = 0; k < V::size; ++k) r.v[k] = from_float<T>(f(to_float(va.v[k]), to_float(vb.v[k])));
-    reinterpret_cast<V*>(out)[i] = r;
+    for (int k = 0; k < size; ++k) x[k] = f(x[k], with[k]);
+    __stcs(reinterpret_cast<uint4*>(out) + i, pack<T>(x));
   }
-  for (int64_t i = vectors * V::size + thread; i < n; i += threads)
-    out[i] = from_float<T>(f(to_float(a[i]), to_float(b[i])));
+  for (int64_t i = vectors * size + thread; i < n; i += threads) {
+    const float x = to_float(a[i]);
+    out[i] = from_float<T>(f(x, F::two ? to_float(b[i]) : x));
+  }
 }
 
-template <class F>
+template <template <class> class F>
 void launch(const void* a, const void* b, void* out, int64_t n, Dtype dtype, cudaStream_t stream) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int64_t size = Vec<T>::size;
+    constexpr int64_t size = 16 / sizeof(T);
     // A view may begin anywhere: then every element goes the scalar way.
     const bool aligned =
         (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
     const int64_t vectors = aligned ? n / size : 0, work = aligned ? vectors + n % size : n;
     const int64_t blocks = (work + kThreads - 1) / kThreads;
-    elementwise<T, F><<<dim3(unsigned(blocks < (1 << 20) ? blocks : 1 << 20)), dim3(kThreads), 0, stream>>>(
-        static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), n, vectors, F{});
+    elementwise<T, F<T>><<<dim3(unsigned(blocks < (1 << 20) ? blocks : 1 << 20)), dim3(kThreads), 0, stream>>>(
+        static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), n, vectors, F<T>{});
   });
 }
 
 }  // namespace
 
 void trelu(const void* x, void* y, int64_t n, Dtype dtype, cudaStream_t stream) {
-  launch<Forward>(x, x, y, n, dtype, stream);
+  launch<Forward>(x, nullptr, y, n, dtype, stream);
 }
 
 void trelu_backward(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype, cudaStream_t stream) {

@@ -91,21 +91,40 @@ def _compile(source: Path, flags: list[str], headers: str, folder: Path) -> Path
     return target
 
 
+def _rewrite_headers(folder: Path) -> None:
+    """Copies the headers that may hold kernels, rewritten, into include/, where is looked before csrc."""
+    include = folder / "include"
+    texts = {header.name: rewrite(header.read_text(), str(header)) for header in (ROOT / "csrc/cuda").glob("*.cuh")}
+    (include / "cuda").mkdir(parents=True, exist_ok=True)
+    for stale in set((include / "cuda").iterdir()) - {include / "cuda" / name for name in texts}:
+        stale.unlink()
+    for name, text in texts.items():
+        (include / "cuda" / name).write_text(text)
+
+
 def build(variant: str) -> Path:
     """Builds the module's variant and returns the shared library."""
     import pybind11
 
-    include = cuda_include()
-    folders = [HERE / "device", ROOT / "csrc", include, pybind11.get_include(), sysconfig.get_path("include")]
+    folder = OUT / variant
+    folder.mkdir(parents=True, exist_ok=True)
+    cuda = cuda_include()
+    folders = [
+        HERE / "device",
+        folder / "include",
+        ROOT / "csrc",
+        cuda,
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+    ]
     flags = [*COMMON, *(f"-I{folder}" for folder in folders)]
     kernels = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(HERE.glob("*.cu"))]
     others = [*sorted((HERE / "device").glob("*.cpp")), *sorted(HERE.glob("*.cpp"))]
     texts = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h"), *HERE.rglob("*.*h")]
     headers = _digest(sys.version, *(p.read_bytes() for p in sorted(texts)))
-    folder = OUT / variant
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # of several test processes one builds, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
+        _rewrite_headers(folder)
         return _build_in(folder, variant, flags, kernels, others, headers)
 
 
@@ -125,7 +144,7 @@ def _build_in(
         scratch.rename(library)
         for stale in set(folder.glob("*.o")) - set(objects):
             stale.unlink(missing_ok=True)
-        for stale in set(folder.glob("*/")) - {library.parent}:
+        for stale in set(folder.glob("*/")) - {library.parent, folder / "include"}:
             shutil.rmtree(stale, ignore_errors=True)
     return library
 

@@ -131,12 +131,13 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32
   }
 }
 
-// The hardware's tanh is off by up to 2^-11 of the value, and nobody says where by how much: here by nearly all of it,
-// this way or that as the bits of x have it. Never past 1, and 0, infinities and NaN are exact.
+// The hardware's tanh is off by up to 2^-11 of the value, and nobody says where by how much: here by what the bits of x
+// make a random part of that, up or down. Never past 1; zeros, infinities and NaN are exact.
 inline float tanh_approx(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
-  const float off = (bits * 0x9e3779b1u >> 31 ? 1.f : -1.f) * 0.999f / 2048;
+  bits = (bits ^ bits >> 15) * 0x9e3779b1u;
+  const float off = (float(bits >> 8) / (1 << 23) - 1.f) * 0.999f / 2048;
   const float y = std::tanh(x) * (std::isinf(x) ? 1.f : 1.f + off);
   return std::min(std::max(y, -1.f), 1.f) == y || std::isnan(y) ? y : std::copysign(1.f, y);
 }
