@@ -10,9 +10,10 @@ import collections
 import json
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .static_loops import Instruction, functions, loop_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -20,6 +21,8 @@ LIBRARY = ROOT / "rkl_kernels/_C_cuda.abi3.so"
 # Per multiprocessor: registers, warps, blocks, shared memory; the largest shared memory of a block.
 LIMITS = {80: (65536, 64, 32, 164 << 10, 163 << 10), 90: (65536, 64, 32, 228 << 10, 227 << 10)}
 RESERVED_SHARED = 1024  # of each block, by the system
+Bodies = dict[tuple[str, int], list[Instruction]]
+"""(symbol, architecture) to a kernel's instructions."""
 
 
 def tool(name: str) -> Path | None:
@@ -48,6 +51,10 @@ def _cuobjdump(*flags: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def built_kernels() -> Bodies:
+    return functions(_cuobjdump("-sass"))
+
+
 def _demangled(names: list[str]) -> dict[str, str]:
     """Symbol to a short readable name: no namespaces, no parameters."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
@@ -56,20 +63,6 @@ def _demangled(names: list[str]) -> dict[str, str]:
         for line in done.stdout.splitlines()
     )
     return dict(zip(names, (re.sub(r"\([^()]*\)$", "", name).replace("__half", "half") for name in short), strict=True))
-
-
-def _instruction_mix(sass: str) -> dict[tuple[str, int], collections.Counter[str]]:
-    mix: dict[tuple[str, int], collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    arch, name = 0, ""
-    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-    for line in sass.splitlines():
-        if found := instruction.match(line):
-            mix[name, arch][found[1]] += 1
-        elif found := re.search(r"arch = sm_(\d+)", line):
-            arch = int(found[1])
-        elif found := re.search(r"Function : (\S+)", line):
-            name = found[1]
-    return mix
 
 
 def _resources() -> dict[tuple[str, int], dict[str, int]]:
@@ -84,13 +77,14 @@ def _resources() -> dict[tuple[str, int], dict[str, int]]:
     return found
 
 
-def nvcc_rows() -> list[dict[str, Any]]:
+def nvcc_rows(bodies: Bodies) -> list[dict[str, Any]]:
     """One row for each kernel and architecture of the built CUDA extension.
 
     ``blocks`` is how many blocks of the largest allowed size fit on a multiprocessor by their registers and static
     shared memory; dynamic shared memory is decided at the launch, where the emulator holds it against its limit.
     """
-    resources, mix = _resources(), _instruction_mix(_cuobjdump("-sass"))
+    resources = _resources()
+    mix = {key: collections.Counter(one.opcode for one in body) for key, body in bodies.items()}
     # The launch bounds stand in the PTX.
     ptx = re.findall(r"\.entry (\w+)\(.*?\)\s*\.maxntid (\d+)", _cuobjdump("-ptx"), re.DOTALL)
     threads = {name: int(n) for name, n in ptx}
@@ -122,14 +116,18 @@ def nvcc_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def nvcc_loops(bodies: Bodies) -> list[dict[str, Any]]:
+    """The loops of these kernels that multiply matrices: static_loops.loop_rows."""
+    names = _demangled(sorted({name for name, _ in bodies}))
+    ordered = sorted(bodies.items(), key=lambda item: (names[item[0][0]], item[0][1]))
+    return [row for (name, arch), body in ordered for row in loop_rows(names[name], arch, body)]
+
+
 def triton_rows() -> list[dict[str, Any]]:
     """The same of the Triton kernels, compiled ahead of time: benchmarks/static_triton.py."""
     from .static_triton import triton_rows
 
     return triton_rows()
-
-
-COMPILERS: dict[str, Callable[[], list[dict[str, Any]]]] = {"nvcc": nvcc_rows, "triton": triton_rows}
 
 
 WANTED = {"loads_128": "128-bit loads", "stores_128": "128-bit stores", "hmma": "HMMA", "hgmma": "HGMMA"}
@@ -162,7 +160,8 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
         "# What the compilers made of the GPU kernels",
         "",
         "Written by `make static`. Spills must be 0; blocks: how many fit on a multiprocessor by registers and static",
-        "shared memory. Counts of instructions in the code, not of instructions run.",
+        "shared memory. Counts of instructions in the code, not of instructions run. Loops: the innermost ones that",
+        "multiply matrices, one line a loop, the one with the most products first.",
     ]
     for compiler, rows in report.items():
         fields = list(rows[0]) if rows else []
@@ -176,7 +175,8 @@ def main() -> None:
         raise SystemExit(
             f"the report needs {LIBRARY.name} and triton's cuobjdump; run `make build` with the extra [cuda]"
         )
-    report = {name: rows() for name, rows in COMPILERS.items()}
+    bodies = built_kernels()
+    report = {"nvcc": nvcc_rows(bodies), "loops": nvcc_loops(bodies), "triton": triton_rows()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     # A row a line, so that a change shows as what it is.
     tables = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in report.items())

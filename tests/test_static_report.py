@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import static_report
+from benchmarks import static_loops, static_report
+from benchmarks.static_loops import Bound
 
+# What a row of 256 outputs may cost in the hot loop: as many instructions as it takes today.
+BOUNDS = [
+    Bound(r"depthwise_toeplitz_kernel<\w+, 3, \w+>", products=16, instructions=117),
+    Bound(r"depthwise_toeplitz_kernel<\w+, 5, \w+>", products=24, instructions=166),
+    Bound(r"weight_grad_toeplitz_kernel<\w+, 1, 1, \w+>", products=8, instructions=139),
+    Bound(r"weight_grad_toeplitz_kernel<\w+, 2, 2, \w+>", products=32, instructions=269),
+]
 GOOD: dict[str, Any] = {
     "kernel": "k", "arch": 80, "threads": 128, "registers": 96, "spills": 0, "shared": 0, "blocks": 5,
     "loads_128": 4, "loads": 4, "stores_128": 2, "hmma": 8, "instructions": 100,
@@ -21,13 +29,15 @@ def test_built_kernels() -> None:
     if not static_report.tool("cuobjdump"):
         pytest.skip("triton, which ships cuobjdump, is not installed")
     committed = json.loads((static_report.RESULTS / "static.json").read_text())
-    rows = static_report.nvcc_rows()
+    bodies = static_report.built_kernels()
+    rows = static_report.nvcc_rows(bodies)
     assert {row["arch"] for row in rows} == {80, 90}
     assert any(row["kernel"].startswith("elementwise<") for row in rows)
     on_tensor_cores = [row for row in rows if "toeplitz" in row["kernel"] or row["kernel"].startswith("separable")]
     assert on_tensor_cores
     assert all(row["hmma"] for row in on_tensor_cores)
     assert static_report.regressions(rows, committed["nvcc"]) == []
+    assert static_loops.beyond(BOUNDS, rows, static_report.nvcc_loops(bodies)) == []
 
 
 TRITON_CALLS = ("trelu bf16", "depthwise 64ch 3x3 bf16", "separable 64-64 3x3 bf16", "separable 64-64 3x3 fp32")
