@@ -40,7 +40,9 @@ def summary_lines(rows: Sequence[Row]) -> list[list[str]]:
         for direction in DIRECTIONS:
             for dtype in DTYPES:
                 group = [
-                    r for r in rows if (r.case.operator, r.case.direction, r.case.dtype) == (operator, direction, dtype)
+                    r
+                    for r in rows
+                    if (r.case.operator, r.case.direction, r.case.precision) == (operator, direction, dtype)
                 ]
                 if not group:
                     continue
@@ -131,7 +133,7 @@ def plot(run: Run, path: Path) -> None:
         for axis, direction in zip(line, directions, strict=True):
             _roofs(axis, run, dtype)
             for row in run.rows:
-                if (row.case.dtype, row.case.direction) == (dtype, direction):
+                if (row.case.precision, row.case.direction) == (dtype, direction):
                     _pair(axis, row)
             axis.set_title(f"{direction}, {dtype}")
             axis.grid(True, which="major", alpha=0.25)

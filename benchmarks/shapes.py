@@ -21,9 +21,10 @@ class Shape:
         source: the model it stands in.
         channels: C, of the image and of the depthwise filter.
         out_channels: C' after the pointwise step; None where the model has none there.
-        size: height and width of the input.
-        kernel, stride, dilation, padding: of the depthwise step, the same in height and width.
+        size: height and width of the input ...
+        kernel, stride, dilation, padding: of the depthwise step, the same in height and width ...
         batch_cpu, batch_gpu: images a call.
+        width, kernel_width: ... where the width is another than the height.
     """
 
     id: str
@@ -37,6 +38,8 @@ class Shape:
     padding: int
     batch_cpu: int
     batch_gpu: int
+    width: int | None = None
+    kernel_width: int | None = None
 
     def case(
         self, operator: str, direction: str = "forward", dtype: str = "fp32", device: str = "cpu", **changes: Any
@@ -49,9 +52,10 @@ class Shape:
             "batch": self.batch_cpu if device == "cpu" else self.batch_gpu,
             "channels": self.channels,
             "height": self.size,
-            "width": self.size,
+            "width": self.width or self.size,
             "out_channels": self.out_channels or 0,
             "kernel": self.kernel,
+            "kernel_width": self.kernel_width,
             "stride": self.stride,
             "dilation": self.dilation,
             "padding": self.padding,
@@ -72,11 +76,16 @@ def _shape(
     stride: int = 1,
     dilation: int = 1,
     padding: int | None = None,
+    width: int | None = None,
+    kernel_width: int | None = None,
 ) -> Shape:
     """A shape whose padding, if not given, keeps the map's size at stride 1."""
     if padding is None:
         padding = dilation * (kernel - 1) // 2
-    return Shape(id, source, channels, out_channels, size, kernel, stride, dilation, padding, batch_cpu, batch_gpu)
+    return Shape(
+        id, source, channels, out_channels, size, kernel, stride, dilation, padding, batch_cpu, batch_gpu, width,
+        kernel_width,
+    )  # fmt: skip
 
 
 def _resnet_kl() -> list[Shape]:
@@ -109,6 +118,10 @@ SHAPES: tuple[Shape, ...] = (
     _shape("dlab-33-d12", "DeepLabv3+", 2048, 256, 33, 3, 8, 32, dilation=12),
     _shape("dlab-33-d18", "DeepLabv3+", 2048, 256, 33, 3, 8, 32, dilation=18),
     _shape("kb-82", "KernelBench", 64, None, 512, 3, 1, 16, padding=0),
+    _shape("kb-83", "KernelBench", 8, None, 512, 3, 4, 64, padding=0, kernel_width=1),
+    _shape("kb-84", "KernelBench", 128, None, 256, 3, 1, 64, padding=0, width=512),
+    _shape("kb-85", "KernelBench", 128, None, 128, 3, 2, 32, padding=0, width=256, kernel_width=7),
+    _shape("kb-86", "KernelBench", 64, 128, 512, 3, 1, 16),
     _shape("one-112", "latency", 32, None, 112, 3, 1, 1),
     *_resnet_kl(),
 )

@@ -8,8 +8,10 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_counters, gpu_groups, gpu_host, gpu_models, gpu_report, gpu_rows
+from benchmarks.models import Model, ModelRow
 from benchmarks.worker import Worker
 from rkl_kernels import fusion
 from rkl_kernels.bench import Case
@@ -17,31 +19,137 @@ from rkl_kernels.bench.row import Row
 from rkl_kernels.bench.timing import Timing
 
 
+def timing(seconds: float) -> Timing:
+    return Timing(seconds, 0, 3)
+
+
 def test_whole_program_on_tiny_shapes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "measure_step", os.abort)  # wants no arguments: raises in the worker
-    monkeypatch.setattr(gpu, "QUICK", ("rkl-4-k3",))
+    monkeypatch.setattr(gpu_host, "measure_host", os.abort)  # wants no arguments: raises in the worker
+    monkeypatch.setattr(gpu_models, "MODELS", ())
+    monkeypatch.setattr(gpu_groups, "QUICK", ("rkl-4-k3",))
     assert gpu.main(["--device", "cpu", "--quick", "--no-tests", "--within", "15", "--out", str(tmp_path)]) == 0
     (results,) = (path for path in tmp_path.glob("*.json") if not path.name.endswith(".planner.json"))
-    assert results.with_suffix(".md").exists()
     assert results.with_suffix(".png").stat().st_size > 10_000
     data = json.loads(results.read_text())
-    assert len(data["rows"]) + len(data["left_out"]) == len(list(gpu.cases("cpu", True)))
+    assert len(data["rows"]) + len(data["left_out"]) == len(gpu_groups.cases("cpu", True))
     assert all(row["times"] for row in data["rows"])
-    assert "failed: ResNet-KL training step" in capsys.readouterr().out
+    text = results.with_suffix(".md").read_text()
+    assert "forward, data: x the best rival, NHWC, lowest | >= 1.00 |" in text
+    assert "failed: host time" in capsys.readouterr().out
+
+
+def test_one_group(tmp_path):
+    assert gpu.main(["--device", "cpu", "--only", "host", "--within", "1", "--out", str(tmp_path)]) == 0
+    (results,) = tmp_path.glob("*.host.json")
+    data = json.loads(results.read_text())
+    assert len(data["host"]) == 9
+    assert all(row["ratio"] > 0 for row in data["host"])
+    text = results.with_suffix(".md").read_text()
+    assert "| depthwise_conv2d (F.conv2d) | backward |" in text
+    assert "Roofline" not in text
+
+
+def test_an_unknown_group_is_named(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--only", "depthwise,nothing"])
+    assert "got 'nothing'" in capsys.readouterr().err
+
+
+def test_sixteen_bits_first_and_every_case_in_a_group():
+    cases = gpu_groups.cases("cuda")
+    assert len(set(cases)) == len(cases) == len(list(gpu_groups._all("cuda")))
+    first = next(i for i, case in enumerate(cases) if case.dtype == "fp32")
+    assert {case.operator for case in cases[:first]} == {"trelu", "depthwise", "separable"}
+    assert {case.name for case in cases[first:] if case.dtype == "bf16"} <= {"kb-83", "kb-85"}  # not square
+    assert cases[-1].tf32
+    names = {case.name for case in gpu_groups.cases("cuda", only=["kernelbench"])}
+    assert names == {"kb-82", "kb-83", "kb-84", "kb-85", "kb-86"}
+
+
+def test_a_bar_is_held_against_what_was_found():
+    def row(name: str, ours: float, rival: float, direction: str = "forward", dtype: str = "bf16") -> Row:
+        case = Case("depthwise", 4, 16, 32, 32, padding=1, dtype=dtype, direction=direction, name=name)
+        times = {"ours nhwc": ours, "ours nchw": 3.0, "eager nchw": 9.0, "eager nhwc": rival}
+        return Row(case, timing(1.0), 1e30, {key: timing(seconds) for key, seconds in times.items()})
+
+    rows = [row("a", 1.0, 4.0), row("b", 2.0, 1.0)]
+    groups = {group.name: group for group in gpu_groups.GROUPS}
+    lines = {line[0]: line[1:] for line in gpu_report.bar_lines(groups["depthwise"], rows)}
+    assert lines["forward, data: x the best rival, NHWC, geometric mean"] == [">= 1.50", "1.41", "**no**"]
+    assert lines["forward, data: x the best rival, NHWC, lowest"] == [">= 1.00", "0.50", "**no**"]
+    (share,) = (line for name, line in lines.items() if "of the floor" in name)
+    assert share == [">= 85%", "71%", "**no**"]
+    ((_, *nchw),) = gpu_report.bar_lines(groups["nchw"], rows)
+    assert nchw == [">= 1.00", "3.00", "yes"]
+    published = gpu_report.bar_lines(groups["kernelbench"], [row("kb-82", 1.0, 1.0, dtype="fp32")])[-1]
+    assert published == ["kb-82, fp32, NCHW: ms (best published, H100)", "<= 1.225", "3000.000", "**no**"]
+    assert gpu_report.bar_lines(groups["gradients"], rows)[0][-2:] == ["-", "-"]  # nothing found
 
 
 def test_planner_table_names_the_faster_path():
     def row(direction: str, fused: float, composed: float) -> Row:
         case = Case("separable", 4, 16, 8, 8, out_channels=32, padding=1, dtype="bf16", direction=direction)
         names = {"triton-fused": fused, "triton-composed": composed, "cuda": 3.0, "triton": min(fused, composed)}
-        times = {f"ours-{name} nhwc": Timing(seconds, 0, 3) for name, seconds in names.items()}
-        return Row(case, Timing(1, 0, 3), 1.0, times)
+        return Row(case, timing(1), 1.0, {f"ours-{name} nhwc": timing(seconds) for name, seconds in names.items()})
 
-    table = gpu.planner_table([row("forward", 1.0, 2.0), row("backward", 2.0, 1.0)])
+    table = gpu_rows.planner_table([row("forward", 1.0, 2.0), row("backward", 2.0, 1.0)])
     assert sorted(table.values()) == ["composed", "fused", "triton"]
     assert table["separable_conv2d"] == "triton"
     forward = fusion.Separable(4, 16, 32, 64, 64, 9, 2, backward=False)
     assert table[forward.key] == "fused"
+
+
+def _small_net() -> nn.Module:
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+def test_a_model_is_timed_converted_and_not(monkeypatch):
+    monkeypatch.setattr(gpu_models, "MODELS", (Model("small", _small_net, 2, 16),))
+    rows = gpu_models.measure_model(0, "cpu", compile_too=False, budget=0.01)
+    assert [row.direction for row in rows] == list(gpu_models.DIRECTIONS)
+    assert all(row.times.keys() == {"ours", "eager"} and not row.rejected for row in rows)
+
+
+def test_a_model_that_is_not_there_says_so():
+    def build() -> nn.Module:
+        raise ImportError("no such model")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_models, "MODELS", (Model("none", build, 2, 16),))
+        with pytest.raises(ImportError, match="no such model"):
+            gpu_models.measure_model(0, "cpu", compile_too=False, budget=0.01)
+
+
+def test_model_lines_name_what_is_below_its_bar():
+    times = {"ours": timing(2.0), "eager": timing(3.0), "compile": timing(1.0)}
+    row = ModelRow("ResNet-KL", "training step", 2, 32, times, {"ours": 8_000_000, "eager": 10_000_000})
+    (line,) = gpu_report.model_lines([row])
+    assert line[-6:] == ["1.50 (>= 1.5)", "0.50", "8", "10", "-", "0.80 (<= 0.7, **no**)"]
+
+
+NCU = """==PROF== Connected to process 1
+"ID","Kernel Name","gpu__time_duration.sum","smsp__inst_executed.sum"
+"","","ns","inst"
+"0","at::cuda::spin_kernel(long)","1,000","10"
+"1","void rkl::conv<3>(int)","59,500","2,500,000"
+"2","at::cuda::spin_kernel(long)","1,000","10"
+"3","void rkl::grad<3>(int)","n/a","7,000,000"
+"""
+
+
+def test_counters_are_put_to_their_cases():
+    first, second = gpu_counters.parse(NCU, ["forward", "backward"])
+    assert (first["case"], first["kernel"], first["us"], first["M instructions"]) == (
+        "forward",
+        "rkl::conv<3>",
+        59.5,
+        2.5,
+    )
+    assert (second["case"], second["us"], second["registers"]) == ("backward", None, None)
+    with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
+        gpu_counters.parse("==ERROR== ERR_NVGPUCTRPERM - no permission", [])
+    assert len(list(gpu_counters.cases())) == 10
 
 
 def test_a_gpu_is_asked_for_where_there_is_none(capsys):

@@ -22,7 +22,9 @@ class Case:
         operator: "trelu", "depthwise" or "separable" (depthwise, then pointwise).
         batch, channels, height, width: of the image.
         out_channels: C' of the pointwise step; of no meaning elsewhere.
-        kernel, stride, dilation, padding: of the depthwise step, the same in height and width.
+        kernel, stride, dilation, padding: of the depthwise step, the same in height and width ...
+        kernel_width: ... but for a filter of another width than height.
+        tf32: products of fp32 values in TF32, for every contestant; elsewhere in fp32.
         activation: after the pointwise step, a name as in :func:`rkl_kernels.separable_conv2d`, or None.
         name: what the tables call the shape.
     """
@@ -41,6 +43,8 @@ class Case:
     direction: str = "forward"
     activation: str | None = None
     name: str = ""
+    kernel_width: int | None = None
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         for argument, value, choices in (
@@ -56,34 +60,45 @@ class Case:
                 raise ValueError(f"{argument} must be at least {int(bound)}, got {getattr(self, argument)}")
         if self.operator == "trelu" and self.direction in ("data", "weight"):
             raise ValueError(f"direction must be forward or backward for trelu, got {self.direction!r}")
+        if self.tf32 and self.dtype != "fp32":
+            raise ValueError(f"tf32 must be False for {self.dtype}, got True")
         if self.operator != "separable" and self.activation is not None:
             raise ValueError(f"activation must be None for {self.operator}, got {self.activation!r}")
         if self.operator != "trelu" and min(self.out_height, self.out_width) < 1:
             raise ValueError(
-                f"kernel must fit into the padded image, got kernel {self.kernel} with dilation {self.dilation} for "
-                f"{self.height} x {self.width} padded by {self.padding}"
+                f"kernel must fit into the padded image, got kernel {self.kernel} x {self.filter_width} with "
+                f"dilation {self.dilation} for {self.height} x {self.width} padded by {self.padding}"
             )
 
     @property
     def id(self) -> str:
         """The row's name in every table."""
-        return f"{self.operator} {self.direction} {self.dtype} {self.name}".rstrip()
+        return f"{self.operator} {self.direction} {self.precision} {self.name}".rstrip()
+
+    @property
+    def precision(self) -> str:
+        """The type's name, or tf32."""
+        return "tf32" if self.tf32 else self.dtype
+
+    @property
+    def filter_width(self) -> int:
+        return self.kernel if self.kernel_width is None else self.kernel_width
 
     @property
     def out_height(self) -> int:
-        return self._out(self.height)
+        return self._out(self.height, self.kernel)
 
     @property
     def out_width(self) -> int:
-        return self._out(self.width)
+        return self._out(self.width, self.filter_width)
 
-    def _out(self, size: int) -> int:
-        return (size + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+    def _out(self, size: int, kernel: int) -> int:
+        return (size + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
 
     @property
     def _filters(self) -> int:
         pointwise = self.channels * self.out_channels if self.operator == "separable" else 0
-        return self.channels * self.kernel**2 + pointwise
+        return self.channels * self.kernel * self.filter_width + pointwise
 
     @property
     def bytes(self) -> int:

@@ -20,7 +20,7 @@ from .case import Case
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-TOLERANCES = {"fp32": 2e-4, "bf16": 2e-2, "fp16": 4e-3}
+TOLERANCES = {"fp32": 2e-4, "tf32": 4e-3, "bf16": 2e-2, "fp16": 4e-3}
 """Largest error served, as a share of the largest value: room for another order of summation and, in 16 bits, for the
 rounding of one intermediate tensor; a wrong result is orders of magnitude off."""
 
@@ -47,7 +47,7 @@ def _inputs(case: Case, device: str) -> Inputs:
     x = draw(case.batch, case.channels, case.height, case.width)
     if case.operator == "trelu":
         return Inputs(x, (), draw(*x.shape))
-    weights = [draw(case.channels, 1, case.kernel, case.kernel)]
+    weights = [draw(case.channels, 1, case.kernel, case.filter_width)]
     channels = case.channels
     if case.operator == "separable":
         channels = case.out_channels
@@ -57,7 +57,7 @@ def _inputs(case: Case, device: str) -> Inputs:
 
 def inputs(case: Case, device: str = "cpu") -> Inputs:
     """The case's tensors on the device that draws them, the same for every type and direction."""
-    return _inputs(replace(case, dtype="fp32", direction="forward", name=""), device)
+    return _inputs(replace(case, dtype="fp32", direction="forward", name="", tf32=False), device)
 
 
 def function(case: Case, library: Any = rk) -> Callable[..., Tensor]:
@@ -101,7 +101,7 @@ def reference(case: Case, device: str = "cpu") -> Results:
     if case.direction in ("data", "weight"):  # parts of backward, which may be there already
         results = reference(replace(case, direction="backward"), device)
         return results[:1] if case.direction == "data" else results[1:]
-    return _reference(replace(case, dtype="fp32", name=""), device)
+    return _reference(replace(case, dtype="fp32", name="", tf32=False), device)
 
 
 def error(got: Results, want: Results) -> float:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from .case import Case
 from .rivals import TOLERANCES, TYPES, Rival, error, reference
@@ -67,6 +70,21 @@ class Row:
         return math.hypot(self.times[name].noise, self.copy.noise) if name else None
 
 
+@contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """Products of fp32 values in TF32 or not, by all of PyTorch's libraries: by default its convolutions take TF32
+    where the GPU has it, and then no exact arithmetic can be held against theirs."""
+    settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [one.allow_tf32 for one in settings]
+    try:
+        for one in settings:
+            one.allow_tf32 = tf32
+        yield
+    finally:
+        for one, value in zip(settings, before, strict=True):
+            one.allow_tf32 = value
+
+
 def measure(case: Case, rivals: Iterable[Rival], device: str = "cpu", budget: float = 1.5, busy: bool = False) -> Row:
     """Check every contestant's results against the float64 reference, then time those that are right, interleaved.
 
@@ -75,6 +93,11 @@ def measure(case: Case, rivals: Iterable[Rival], device: str = "cpu", budget: fl
         busy: CPU time and shortest samples instead of wall time and medians, to look at a kernel on one thread while
             the machine does other work. Such figures are for looking, not for keeping.
     """
+    with products(case.tf32):
+        return _measure(case, rivals, device, budget, busy)
+
+
+def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, busy: bool) -> Row:
     runs: dict[str, Callable[[], Any]] = {}
     rejected: dict[str, str] = {}
     for rival in rivals:
@@ -86,7 +109,7 @@ def measure(case: Case, rivals: Iterable[Rival], device: str = "cpu", budget: fl
                 f"fails: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
             )
             continue
-        if wrong > TOLERANCES[case.dtype]:
+        if wrong > TOLERANCES[case.precision]:
             rejected[rival.id] = f"wrong: off by {wrong:.2g} of the largest value"
         else:
             runs[rival.id] = run

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -141,3 +144,48 @@ def test_streams_and_graphs(backend, device):
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.testing.assert_close(y, rk.trelu(rk.depthwise_conv2d(x, weight, padding=1)))
+
+
+OPERATORS = {
+    "trelu": (lambda library, x: library.trelu(x), ((2, 16, 9, 11),)),
+    "depthwise": (depthwise(3), ((2, 16, 9, 11), (16, 1, 3, 3), (16,))),
+    "separable": (separable(3, "relu", "trelu"), ((2, 16, 9, 11), (16, 1, 3, 3), (24, 16, 1, 1), (16,), (24,))),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiles_into_one_graph(backend, device, name):
+    torch._dynamo.reset()
+    function, shapes = OPERATORS[name]
+    tensors = [torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+    with rk.use_backend(backend):
+        y = function(rk, *tensors)
+        grad = torch.randn_like(y)
+        want = (y, *torch.autograd.grad(y, tensors, grad))
+        y = torch.compile(lambda *given: function(rk, *given), fullgraph=True)(*tensors)
+        got = (y, *torch.autograd.grad(y, tensors, grad))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_import_leaves_the_gpu_alone():
+    code = "import torch, rkl_kernels as rk; rk.reference; assert not torch.cuda.is_initialized()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_out_of_memory_is_torch_s_own_error(backend, device, name):
+    if device == "cpu":
+        pytest.skip("a CPU's memory has no limit to set")
+    torch.cuda.empty_cache()
+    function, shapes = OPERATORS[name]
+    everything = torch.cuda.mem_get_info()[1]
+    x = torch.empty(1024, 16, 64, 64, device=device, dtype=torch.bfloat16)  # 134 MB; the output does not fit any more
+    rest = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes[1:]]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 16e6) / everything)
+    try:
+        with rk.use_backend(backend), pytest.raises(torch.OutOfMemoryError):
+            function(rk, x, *rest)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,157 @@
+"""Whole models on a GPU in bf16 and channels_last: inference, training step and its peak memory, with this package's
+operators (converted), with PyTorch's (eager), and with PyTorch's through torch.compile."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rkl_kernels as rk
+from rkl_kernels.bench.timing import Timing, interleave, timer_for
+
+from .models import Model, ModelRow
+
+TOLERANCE = 0.1
+"""Largest difference served between converted and unconverted logits, as a share of the largest: bf16 through up to 50
+layers. That each layer is right is the tests' affair; this finds a model that is wired wrongly."""
+VARIANTS = ("ours", "eager")
+COMPILE = "compile"
+DIRECTIONS = ("inference", "training step")
+
+
+def _resnet_kl() -> nn.Module:
+    from rkl.model import ResNetKL
+
+    return ResNetKL(classes=10, depth=18, width=64)
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, pretrained=False)
+
+    return build
+
+
+# Batches that fill a GPU, and whose activations fit into 70 GB.
+MODELS = (
+    Model("ResNet-KL", _resnet_kl, 1024, 32),
+    Model("MobileNetV2", _timm("mobilenetv2_100"), 256, 224),
+    Model("Xception", _timm("legacy_xception"), 128, 299),
+    Model("ConvNeXt-T", _timm("convnext_tiny"), 128, 224),
+    Model("EfficientNet-B0", _timm("efficientnet_b0"), 256, 224),
+)
+
+
+@dataclass(frozen=True)
+class ModelBar:
+    """What a model's row should reach: x PyTorch's time, and the most of PyTorch's peak memory."""
+
+    faster: float
+    memory: float | None = None
+
+
+def bar_of(row: ModelRow) -> ModelBar:
+    if row.direction == "inference":
+        return ModelBar(1.15)
+    return ModelBar(1.5, 0.7) if row.model == "ResNet-KL" else ModelBar(1.2)
+
+
+class Prepared:
+    """A model as one variant, with what can be called."""
+
+    def __init__(self, start: nn.Module, variant: str, batch: int, size: int, device: str) -> None:
+        kind: Any = {"device": device, "dtype": torch.bfloat16, "memory_format": torch.channels_last}
+        net = copy.deepcopy(start).to(**kind)
+        if variant == "ours":
+            rk.convert(net)
+        # ResNet-KL is built on the package: its rival is itself on PyTorch's operators.
+        self.backend: Callable[[], AbstractContextManager[None]] = (
+            nullcontext if variant == "ours" else lambda: rk.use_backend("reference")
+        )
+        self.net = torch.compile(net) if variant == COMPILE else net
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+        images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+        self.images = images.to(**kind)
+        self.labels = torch.arange(batch, device=device) % 10
+
+    def inference(self) -> Any:
+        self.net.eval()
+        with torch.no_grad(), self.backend():
+            return self.net(self.images)
+
+    def step(self) -> None:
+        """Forward, cross-entropy of every head, backward, one step of SGD with momentum."""
+        self.net.train()
+        with self.backend():
+            loss = torch.stack([F.cross_entropy(head.float(), self.labels) for head in _heads(self.net(self.images))])
+            loss.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def call(self, direction: str) -> Callable[[], Any]:
+        return self.inference if direction == "inference" else self.step
+
+
+def _heads(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs.logits)
+
+
+def measure_model(number: int, device: str, compile_too: bool, budget: float) -> list[ModelRow]:
+    """Both directions of ``MODELS[number]``, every variant checked against the eager one's logits before it is timed.
+    On a CPU, which only tries the program: two small images."""
+    model = MODELS[number]
+    batch, size = (model.batch, model.size) if device == "cuda" else (2, min(model.size, 64))
+    torch.manual_seed(0)
+    start = model.build()
+    rows = [ModelRow(model.name, direction, batch, size) for direction in DIRECTIONS]
+    prepared: dict[str, Prepared] = {}
+    want: list[Tensor] = []
+    for variant in ("eager", "ours", *([COMPILE] if compile_too else [])):
+        try:
+            one = Prepared(start, variant, batch, size, device)
+            got = [head.float() for head in _heads(one.inference())]
+            want = want or got
+            off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
+            if not off <= TOLERANCE:
+                raise ValueError(f"logits off by {off:.2g} of the largest")
+            one.step()
+            prepared[variant] = one
+        except Exception as problem:  # one variant that cannot do it must not cost the others' figures
+            for row in rows:
+                row.rejected[variant] = f"fails: {type(problem).__name__}: {str(problem).splitlines()[0]}"
+    for row in rows:
+        runs = {variant: one.call(row.direction) for variant, one in prepared.items()}
+        row.times = interleave(runs, timer_for(device), budget)
+        if row.direction == "training step" and device == "cuda":
+            row.memory = {variant: peak(run) for variant, run in runs.items()}
+    return rows
+
+
+def peak(step: Callable[[], object]) -> int:
+    """Bytes allocated at the step's peak above what stays allocated between steps."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ratio(row: ModelRow, rival: str) -> float | None:
+    """How many times ours is faster than "eager" or "compile"."""
+    times: dict[str, Timing] = row.times
+    return times[rival].seconds / times["ours"].seconds if {"ours", rival} <= times.keys() else None
+
+
+def memory_ratio(row: ModelRow, rival: str) -> float | None:
+    """Our peak memory as a share of the rival's."""
+    return row.memory["ours"] / row.memory[rival] if {"ours", rival} <= row.memory.keys() else None

@@ -1,0 +1,135 @@
+"""A run of ``make gpu`` as Markdown: each group's bars beside what was found, models, host, counters, every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rkl_kernels.bench.machine import machine_line
+from rkl_kernels.bench.row import Row
+from rkl_kernels.bench.table import COLUMNS, cells
+
+from . import gpu_models, report
+from .gpu_groups import GROUPS, Group
+from .gpu_host import PASSES, HostRow
+from .models import ModelRow
+from .report import _markdown_table as table
+from .suite import Run
+
+
+@dataclass
+class GpuRun(Run):
+    """Everything that one run measured on a GPU."""
+
+    tests: str = ""
+    host: list[dict[str, Any]] = field(default_factory=list)
+    counters: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_host(self, rows: Sequence[HostRow]) -> None:
+        self.host = [asdict(row) | {"ratio": row.ratio} for row in rows]
+
+
+def write(run: GpuRun, path: Path) -> None:
+    """``path`` with the endings .md and .png."""
+    plot = path.with_suffix(".png")
+    if run.rows:
+        report.plot(run, plot)
+    path.with_suffix(".md").write_text(markdown(run, plot.name if run.rows else None))
+
+
+def bar_lines(group: Group, rows: Sequence[Row]) -> list[list[str]]:
+    """What, the bar, what was found, and whether it is met."""
+    lines = []
+    for bar in group.bars:
+        found = bar.figure(rows)
+        sign = "<=" if bar.at_most else ">="
+        met = "-" if found is None else "yes" if bar.met(found) else "**no**"
+        lines.append([bar.what, f"{sign} {bar.bar:{bar.form}}", "-" if found is None else f"{found:{bar.form}}", met])
+    return lines
+
+
+def model_lines(rows: Sequence[ModelRow]) -> list[list[str]]:
+    lines = []
+    for row in rows:
+        bar = gpu_models.bar_of(row)
+        lines.append(
+            [
+                row.model, row.direction, f"{row.batch} x {row.size}²",
+                *(f"{row.times[v].seconds * 1e3:.1f}" if v in row.times else "-" for v in _VARIANTS),
+                _with_bar(gpu_models.ratio(row, "eager"), bar.faster), _text(gpu_models.ratio(row, "compile")),
+                *(f"{row.memory[v] / 1e6:.0f}" if v in row.memory else "-" for v in _VARIANTS),
+                _with_bar(gpu_models.memory_ratio(row, "eager"), bar.memory, at_most=True),
+            ]
+        )  # fmt: skip
+    return lines
+
+
+_VARIANTS = (*gpu_models.VARIANTS, gpu_models.COMPILE)
+_MODEL_COLUMNS = (
+    "model", "direction", "batch", *(f"{v} ms" for v in _VARIANTS), "x eager (bar)", "x compile",
+    *(f"{v} peak MB" for v in _VARIANTS), "peak / eager's (bar)",
+)  # fmt: skip
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _with_bar(value: float | None, bar: float | None, at_most: bool = False) -> str:
+    if value is None or bar is None:
+        return _text(value)
+    met = value <= bar if at_most else value >= bar
+    return f"{value:.2f} ({'<=' if at_most else '>='} {bar}{'' if met else ', **no**'})"
+
+
+def host_lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            row["operator"], row["step"], *(f"{row['times'][name]['seconds'] * 1e6:.1f}" for name in ("ours", "eager")),
+            _with_bar(row["ratio"], PASSES[row["step"]], at_most=True),
+        ]
+        for row in rows
+    ]  # fmt: skip
+
+
+def markdown(run: GpuRun, plot_name: str | None) -> str:
+    copies = ", ".join(f"{size // 1_000_000} MB: {rate / 1e9:.0f}" for size, rate in run.copy_rates.items())
+    rates = ", ".join(f"{dtype}: {rate / 1e9:.0f}" for dtype, rate in run.matrix_rates.items())
+    groups = [(group, [row for row in run.rows if group.has(row.case)]) for group in GROUPS]
+    measured = [(group, rows) for group, rows in groups if rows]
+    parts = [
+        f"# {machine_line(run.machine)}",
+        f"Tests: {run.tests or 'not run'}. Copy, GB/s by bytes moved: {copies}. Matrix product, GFLOP/s: {rates}. "
+        f"The run took {run.seconds:.0f} s.",
+        "`x`: how many times faster than PyTorch eager in the same layout, or than the best rival in any; `of floor`: "
+        "the share of the speed that the unavoidable bytes at copy bandwidth, or the operations at the matrix rate, "
+        "allow. fp32 rows: TF32 off for every contestant; tf32 rows: on for every one.",
+    ]
+    if measured:
+        lines = [[group.name, str(len(rows)), *line] for group, rows in measured for line in bar_lines(group, rows)]
+        parts += ["## Bars", table(("group", "rows", "figure", "bar", "found", "met"), lines)]
+    if run.models:
+        parts += ["## Models, bf16, channels_last", table(_MODEL_COLUMNS, model_lines(run.models))]
+    if run.host:
+        header = ("operator", "pass", "ours us", "PyTorch us", "x PyTorch's (bar)")
+        parts += ["## The host's time for a call, tiny tensors", table(header, host_lines(run.host))]
+    if run.counters:
+        lines = [[str(value) for value in row.values()] for row in run.counters]
+        parts += ["## Counters", table(tuple(run.counters[0]), lines)]
+    if plot_name:
+        parts.append(f"![Roofline]({plot_name})")
+    for group, rows in measured:
+        parts += [f"## {group.name}: {group.title}", table(("figure", "bar", "found", "met"), bar_lines(group, rows))]
+        parts.append(table(COLUMNS, [cells(row) for row in rows]))
+    return "\n\n".join([*parts, *_left_out(run)]) + "\n"
+
+
+def _left_out(run: GpuRun) -> list[str]:
+    rejected = [[row.case.id, name, why] for row in run.rows for name, why in row.rejected.items()]
+    rejected += [
+        [f"{row.model} {row.direction}", name, why] for row in run.models for name, why in row.rejected.items()
+    ]
+    parts = ["## Not reached in time", ", ".join(run.left_out)] if run.left_out else []
+    return parts + (["## Not timed", table(("row", "contestant", "why"), rejected)] if rejected else [])

@@ -1,0 +1,185 @@
+"""Rows on a GPU: the contestants, row after row in a process of their own, and the planner's table from them."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rkl_kernels as rk
+from rkl_kernels import fusion
+from rkl_kernels.bench import Case, compiled, eager, measure, ours
+from rkl_kernels.bench.machine import machine, slug
+from rkl_kernels.bench.rivals import TYPES, Rival
+from rkl_kernels.bench.row import Row
+from rkl_kernels.bench.table import geometric_mean
+from rkl_kernels.bench.timing import copier, interleave, multiplier, timer_for
+
+from .gpu_groups import QUICK
+from .gpu_report import GpuRun
+from .worker import Worker
+
+MOST_BUDGET = 0.6
+"""Seconds of timing a row at most: a hundred samples of a kernel of a millisecond, for eight contestants."""
+ROW_SECONDS, COMPILER_SECONDS = 60.0, 150.0
+"""What takes longer hangs; the second where the compiler takes part."""
+LAYOUTS = ("nhwc", "nchw")
+
+
+@dataclass
+class Deadline:
+    """What is left of the time for everything."""
+
+    end: float
+
+    def left(self) -> float:
+        return self.end - time.perf_counter()
+
+
+def attempt(title: str, work: Callable[[], Any]) -> Any:
+    """``work()``, or None and its error in print: one failure must not cost the rest of the run."""
+    try:
+        return work()
+    except Exception:
+        print(f"-- failed: {title}", traceback.format_exc(), sep="\n", flush=True)
+        return None
+
+
+def fused_or_not(fused: bool, layout: str) -> Rival:
+    """The Triton separable operator as one kernel, or composed."""
+    name = "fused" if fused else "composed"
+
+    def prepare(case: Case, device: str) -> Callable[[], Any]:
+        run = ours(layout, "triton").prepare(case, device)
+
+        def forced() -> Any:
+            with fusion.use_fusion(fused):
+                return run()
+
+        return forced
+
+    return Rival(f"ours-triton-{name}", layout, prepare)
+
+
+def contestants(case: Case, device: str, compile_too: bool) -> list[Rival]:
+    """This package by its own choice and, in NHWC, by each backend; PyTorch (cuDNN or native, as it chooses) and, where
+    asked for, its compiler, in both layouts."""
+    chosen = []
+    for layout in LAYOUTS:
+        chosen += [ours(layout), eager(layout)]
+        if compile_too:
+            chosen.append(compiled(layout, "max-autotune-no-cudagraphs" if device == "cuda" else "default"))
+    chosen += [ours("nhwc", name) for name in ("cuda", "triton") if rk.backends()[name].available]
+    if case.operator == "separable" and rk.backends()["triton"].available:
+        chosen += [fused_or_not(fused, "nhwc") for fused in (True, False)]
+    return chosen
+
+
+def compiler_may_win(case: Case) -> bool:
+    """Where two steps can fuse, and T-ReLU: a convolution alone is a black box to the compiler."""
+    return case.dtype == "bf16" and case.operator in ("separable", "trelu") and case.name in QUICK
+
+
+def measure_machine(device: str, budget: float) -> tuple[dict[int, float], dict[str, float]]:
+    """Copy bandwidth from 1 MB to 2 GB moved, and the matrix rate of each type."""
+    sizes = [2**n * 1_000_000 for n in range(12 if device == "cuda" else 5)]
+    timer = timer_for(device)
+    times = interleave({str(size): copier(size, device) for size in sizes}, timer, budget)
+    copy_rates = {size: size / times[str(size)].seconds for size in sizes}
+    matrix_rates = {}
+    for dtype in ("fp32", "bf16"):
+        product, operations = multiplier(TYPES[dtype], device)
+        matrix_rates[dtype] = operations / interleave({dtype: product}, timer, budget / 2)[dtype].seconds
+    return copy_rates, matrix_rates
+
+
+def measure_row(case: Case, device: str, compile_too: bool, budget: float) -> tuple[Row, bool]:
+    """A row, and whether the device still answers after it."""
+    row = measure(case, contestants(case, device, compile_too), device, budget)
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return row, False
+    return row, True
+
+
+def measure_rows(run: GpuRun, cases: list[Case], device: str, deadline: Deadline, worker: Worker) -> None:
+    """Every row that the time reaches; with what is left some of them again, beside the compiler, whose tuning is
+    slow."""
+    chosen = [(case, False) for case in cases]
+    chosen += [(case, True) for case in cases if compiler_may_win(case)]
+    rows: dict[str, Row] = {}
+    slowest = 0.0  # seconds of a row with the compiler: another one may take as long
+    for number, (case, compile_too) in enumerate(chosen):
+        left = deadline.left()
+        if left < 0 or (compile_too and left < slowest):
+            run.left_out += [] if compile_too else [case.id]
+            continue
+        budget = min(MOST_BUDGET, left / (len(chosen) - number) / 2)
+        limit = COMPILER_SECONDS if compile_too else ROW_SECONDS
+        answer = attempt(case.id, partial(worker.call, limit, measure_row, case, device, compile_too, budget))
+        if compile_too:
+            slowest = max(slowest, left - deadline.left())
+        if answer is None:
+            continue
+        rows[case.id], answers = answer
+        run.rows[:] = rows.values()
+        print_row(rows[case.id])
+        if not answers:
+            print("    the device does not answer any more: going on in a new process", flush=True)
+            worker.stop()
+
+
+def print_row(row: Row) -> None:
+    share, times = row.of_floor() or 0.0, row.over_best() or 0.0
+    print(f"{row.case.id:<40} {times:5.2f}x the best rival, {share:4.0%} of the floor", flush=True)
+    for name, why in row.rejected.items():
+        print(f"    {name} {why}", flush=True)
+
+
+def planner_table(rows: list[Row]) -> dict[str, str]:
+    """The package's table (rkl_kernels/fusion.py): for each separable shape, the faster of the fused and the composed
+    Triton path; for each operator, the backend that is faster in the geometric mean."""
+    table = {}
+    for row in rows:
+        times = {name: row.times.get(f"ours-triton-{name} nhwc") for name in ("fused", "composed")}
+        if row.case.operator != "separable" or None in times.values():
+            continue
+        c, backward = row.case, row.case.direction == "backward"
+        pixels = c.height * c.width, c.out_height * c.out_width
+        element = TYPES[c.dtype].itemsize
+        taps = c.kernel * c.filter_width
+        work = fusion.Separable(c.batch, c.channels, c.out_channels, *pixels, taps, element, backward)
+        table[work.key] = min(times, key=lambda name: times[name].seconds)  # type: ignore[union-attr]
+    for operator in ("trelu", "depthwise", "separable"):
+        pairs = [[_fastest(row, name) for name in ("cuda", "triton")] for row in rows if row.case.operator == operator]
+        ratio = geometric_mean(cuda / triton for cuda, triton in pairs if cuda and triton)
+        if ratio is not None:
+            table[operator if operator == "trelu" else f"{operator}_conv2d"] = "triton" if ratio > 1 else "cuda"
+    return table
+
+
+def _fastest(row: Row, backend: str) -> float | None:
+    """Seconds of a backend in its better layout."""
+    return min((t.seconds for name, t in row.times.items() if name.startswith(f"ours-{backend} ")), default=None)
+
+
+def save_planner_table(rows: list[Row], device: str, out: Path) -> None:
+    """Into ``out`` beside the results, and for the package where it was measured on a GPU."""
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    path = out / f"{slug(machine(device))}.planner.json"
+    targets = [path] + ([fusion.TABLE] if device == "cuda" else [])
+    for target in targets:
+        known = json.loads(target.read_text()) if target.exists() else {}
+        draft = target.with_suffix(".tmp")
+        draft.write_text(json.dumps(known | {name: planner_table(rows)}, indent=1, sort_keys=True) + "\n")
+        draft.replace(target)
