@@ -25,7 +25,7 @@ from triton.runtime.driver import driver
 
 from benchmarks.static_report import LIMITS, blocks_per_multiprocessor
 from rkl_kernels import fusion
-from rkl_kernels.triton import depthwise, launch, separable, trelu
+from rkl_kernels.triton import depthwise, launch, separable, trelu, window
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -109,7 +109,7 @@ def _pretend(arch: int, tf32: bool, compiled: list[Any]) -> Iterator[None]:
 
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    modules = (launch, depthwise, separable, trelu)
+    modules = (launch, depthwise, separable, trelu, window)
     patches = [mock.patch.object(module, "run", compile_only) for module in modules]
     # The cache is keyed by source and options: a second run takes seconds.
     patches.append(mock.patch.object(triton.knobs.cache, "dir", str(ROOT / "build/triton")))

@@ -15,12 +15,18 @@ def work(outputs: int, taps: int = 9, backward: bool = False, channels: int = 64
 
 
 def test_fusing_wins_where_memory_decides():
-    choice = fusion.choose(work(64), "tensor", 90, 256)
+    choice = fusion.choose(work(64, taps=1), "tensor", 90, 256)
     assert choice.fused
     # Image and output once, against the depthwise output written and read on top.
     image = 128 * 56 * 56 * 64 * 2
     assert (choice.fused_bytes, choice.composed_bytes) == (2 * image, 4 * image)
     assert "50% fewer bytes" in choice.reason
+
+
+def test_fusing_loses_where_making_the_depthwise_tile_decides():
+    choice = fusion.choose(work(64), "tensor", 90, 256)
+    assert not choice.fused
+    assert "slower depthwise step" in choice.reason
 
 
 def test_fusing_loses_where_the_depthwise_tile_is_made_many_times():
@@ -35,11 +41,11 @@ def test_fusing_loses_where_scalar_units_decide():
 
 def test_measured_table_overrules_the_count(monkeypatch):
     monkeypatch.setattr(
-        fusion, "_measured", lambda: {"GPU X": {work(64).key: "composed", "separable_conv2d": "triton"}}
+        fusion, "_measured", lambda: {"GPU X": {work(64, taps=1).key: "composed", "separable_conv2d": "triton"}}
     )
     fusion._order.cache_clear()
-    assert not fusion.choose(work(64), "tensor", 90, 256, "GPU X").fused
-    assert fusion.choose(work(64), "tensor", 90, 256, "GPU Y").fused
+    assert not fusion.choose(work(64, taps=1), "tensor", 90, 256, "GPU X").fused
+    assert fusion.choose(work(64, taps=1), "tensor", 90, 256, "GPU Y").fused
     assert fusion._order("separable_conv2d", "GPU X") == ("triton", "cuda")
     assert fusion._order("trelu", "GPU X") == ("cuda", "triton")
     fusion._order.cache_clear()

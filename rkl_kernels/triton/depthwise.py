@@ -1,7 +1,8 @@
 """Depthwise convolution in Triton: the portable path, any layout through strides, any window.
 
-The forward pass and the data gradient are one gather: each pixel of the output (or of the image's gradient) adds its
-taps from the image (or from the output's gradient). The weight gradient goes in two stages, so that sums have a fixed
+The forward pass and, at stride 1, the data gradient go by a moving window (window.py) where that serves. Elsewhere both
+are one gather: each pixel of the output (or of the image's gradient) adds its taps from the image (or from the output's
+gradient). The weight gradient goes in two stages, so that sums have a fixed
 order without atomics.
 """
 
@@ -17,8 +18,9 @@ from torch._prims_common import suggest_memory_format
 
 from .. import ops
 from . import tiles
+from . import window as moving
 from .activation import activate
-from .launch import alignment, architecture, block, is_wide, run, span, sum_splits
+from .launch import aligned, alignment, architecture, block, is_wide, run, span, sum_splits
 
 UNROLLED_TAPS = tl.constexpr(9)
 """Filters up to 3 x 3 are unrolled whole: the loads of all taps are in flight. A 7 x 7 unrolled whole spills."""
@@ -95,15 +97,6 @@ def gather(
                     total, i, j, x, weight, rows, columns, valid, base, c, C, sizes, strides, window, KW, TRANSPOSED
                 )
     return total
-
-
-@triton.jit
-def aligned(strides, C, ALIGNMENT: tl.constexpr):
-    """The same strides and channels, told to the compiler to be multiples of ALIGNMENT (they are: launch.alignment)."""
-    n = strides[0] // ALIGNMENT * ALIGNMENT
-    h = strides[2] // ALIGNMENT * ALIGNMENT
-    w = strides[3] // ALIGNMENT * ALIGNMENT
-    return (n, strides[1], h, w), C // ALIGNMENT * ALIGNMENT
 
 
 @triton.jit
@@ -219,6 +212,25 @@ def empty_output(x: Tensor, weight: Tensor, channels: int, stride: Sequence[int]
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=ops.output_format(x, weight))
 
 
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, window: tuple[int, ...],
+              activation: int = 0) -> None:  # fmt: skip
+    stride, padding, dilation = window[:2], window[2:4], window[4:]
+    if moving.serves(weight.shape[2:], stride, dilation):
+        moving.launch(x, by_tap(weight), bias, y, stride[0], padding, dilation, activation)
+    else:
+        _run_gather(x, weight, bias, y, window, False, activation)
+
+
+def _image_gradient(grad: Tensor, weight: Tensor, dx: Tensor, window: tuple[int, ...]) -> None:
+    """At stride 1 a convolution too: of the gradient, with the filter from its end to its beginning."""
+    stride, padding, dilation = window[:2], window[2:4], window[4:]
+    if stride == (1, 1):
+        reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
+        _convolve(grad, weight.flip(2, 3), None, dx, (*stride, *reach, *dilation))
+    else:
+        _run_gather(grad, weight, None, dx, window, True)
+
+
 def _run_gather(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, window: tuple[int, ...], transposed: bool,
                 activation: int = 0) -> None:  # fmt: skip
     tile = tiles.GATHER[architecture(x)]
@@ -262,7 +274,7 @@ def depthwise_conv2d(
     """The operator; ``activation`` is for the separable operator's first step, where it runs alone."""
     y = empty_output(x, weight, x.shape[1], stride, padding, dilation)
     if y.numel():
-        _run_gather(x, weight, bias, y, (*stride, *padding, *dilation), False, activation)
+        _convolve(x, weight, bias, y, (*stride, *padding, *dilation), activation)
     return y
 
 
@@ -324,7 +336,7 @@ def depthwise_conv2d_backward(
     if not grad.numel():
         return dx.zero_(), dw.zero_(), db.zero_()
     if mask[0]:
-        _run_gather(grad, weight, None, dx, window, True)
+        _image_gradient(grad, weight, dx, window)
     if mask[1] or mask[2]:
         partial = _gradient_of_weight(grad, x, weight, window, mask[2])
         if mask[1]:

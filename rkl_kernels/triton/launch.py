@@ -65,6 +65,15 @@ def alignment(x: Tensor) -> int:
 
 
 @triton.jit
+def aligned(strides, C, ALIGNMENT: tl.constexpr):
+    """The same strides and channels, told to the compiler to be multiples of ALIGNMENT, as :func:`alignment` found."""
+    n = strides[0] // ALIGNMENT * ALIGNMENT
+    h = strides[2] // ALIGNMENT * ALIGNMENT
+    w = strides[3] // ALIGNMENT * ALIGNMENT
+    return (n, strides[1], h, w), C // ALIGNMENT * ALIGNMENT
+
+
+@triton.jit
 def block(index, SIZE: tl.constexpr, WIDE: tl.constexpr):
     """Element numbers of the ``index``-th block."""
     if WIDE:
@@ -73,18 +82,22 @@ def block(index, SIZE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _sum_kernel(partial, out, length, row, splits, BLOCK: tl.constexpr):
+def _sum_kernel(partial, out, length, row, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     at = block(tl.program_id(0), BLOCK, False)
-    total = tl.zeros((BLOCK,), tl.float32)
-    pointers = partial + at
-    for _ in range(splits):
-        total += tl.load(pointers, mask=at < length, other=0.0)
-        pointers += row
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < length)
+    total = tl.zeros((SPLITS, BLOCK), tl.float32)
+    for step in range(tl.cdiv(splits, SPLITS)):
+        split = step * SPLITS + tl.arange(0, SPLITS)
+        mask = (split < splits)[:, None] & (at < length)[None, :]
+        total += tl.load(partial + split[:, None] * row + at[None, :], mask=mask, other=0.0)
+    tl.store(out + at, tl.sum(total, 0).to(out.dtype.element_ty), mask=at < length)
 
 
 def sum_splits(partial: Tensor, out: Tensor) -> None:
-    """``out`` (dense) = ``partial`` (splits, out.numel()) summed over its first dimension, always in the same order."""
-    size = 1 << 14 if INTERPRETED else 256
+    """``out`` (dense) = ``partial`` (splits, out.numel()) summed over its first dimension, always in the same order.
+
+    16 splits at once: a thread that adds up to a thousand alone waits for memory at each of them.
+    """
+    size = 1 << 14 if INTERPRETED else 32
     grid = (triton.cdiv(out.numel(), size),)
-    run(_sum_kernel, grid, partial, out, out.numel(), partial.stride(0), partial.shape[0], BLOCK=size, num_warps=4)
+    sizes = out.numel(), partial.stride(0), partial.shape[0]
+    run(_sum_kernel, grid, partial, out, *sizes, SPLITS=16, BLOCK=size, num_warps=4)

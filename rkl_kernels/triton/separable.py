@@ -18,8 +18,8 @@ from torch._prims_common import suggest_memory_format
 from .. import fusion
 from . import composed, tiles
 from .activation import activate, slope_from_input, slope_from_output
-from .depthwise import aligned, by_tap, depthwise_conv2d_backward, empty_output, gather, pixel
-from .launch import alignment, block, is_wide, run, span, sum_splits
+from .depthwise import by_tap, depthwise_conv2d_backward, empty_output, gather, pixel
+from .launch import aligned, alignment, block, is_wide, run, span, sum_splits
 from .trelu import laid_out_like
 
 

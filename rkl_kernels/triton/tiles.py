@@ -31,6 +31,23 @@ class Gather:
 # room for the loads of nine taps (64 pixels took 180 registers, and spilled in NCHW).
 GATHER = {0: Gather(1024, 64, 4), 80: Gather(32, 64, 4), 90: Gather(32, 64, 4)}
 
+
+@dataclass(frozen=True)
+class Window:
+    """Columns and channels of one program of the moving window, and its warps."""
+
+    columns: int
+    channels: int
+    warps: int
+
+
+# Up to nine taps stay in registers beside the sums of three output rows: 8 outputs a thread are 144 registers, 16 were
+# 220. Of larger filters the taps are read again for each row, which pays the more outputs share one: 16 a thread are 18
+# instructions an output and row of seven taps, 8 were 28.
+SMALL_WINDOW = {0: Window(1024, 64, 4), 80: Window(16, 64, 4), 90: Window(16, 64, 4)}
+WINDOW = {0: Window(1024, 64, 4), 80: Window(32, 64, 4), 90: Window(32, 64, 4)}
+
+
 # Of the depthwise weight gradient: the sums of (pixels, taps, channels) in registers, 32 a thread.
 GRADIENT_SUMS = {0: 1 << 20, 80: 4096, 90: 4096}
 GRADIENT_TAPS = 64  # in one program; the taps of larger filters are shared out among programs

@@ -6,7 +6,7 @@ from bounds import TYPES, assert_near, copies, image, magnitudes
 
 import rkl_kernels as rk
 from rkl_kernels.triton import depthwise as kernels
-from rkl_kernels.triton import tiles
+from rkl_kernels.triton import tiles, window
 
 # (N, C, H, W), (kh, kw), stride, padding, dilation, layout
 CASES = {
@@ -15,6 +15,11 @@ CASES = {
     "stride 2": ((1, 7, 10, 7), (3, 3), 2, 1, 1, "NHWC"),
     "5x3 stride 2, lopsided": ((2, 33, 9, 8), (5, 3), (2, 1), (2, 0), 1, "NCHW"),
     "7x7": ((1, 16, 8, 8), (7, 7), 1, 3, 1, "NHWC"),
+    "5x5 stride 2": ((1, 16, 9, 12), (5, 5), 2, 2, 1, "NHWC"),
+    "3x7": ((2, 8, 5, 9), (3, 7), 1, (0, 3), 1, "NHWC"),
+    "every second row": ((2, 8, 11, 9), (3, 3), 1, 2, 2, "NHWC"),
+    "even": ((1, 8, 6, 7), (2, 4), 1, 1, 1, "NHWC"),
+    "padding wider than the filter": ((1, 8, 4, 5), (3, 1), 1, (4, 3), 1, "NHWC"),
     "dilated": ((1, 5, 13, 9), (3, 3), (1, 3), (4, 2), (4, 2), "gaps"),
     "1x1": ((2, 3, 4, 5), (1, 1), 1, 0, 1, "NCHW"),
     "image smaller than filter": ((3, 8, 2, 1), (5, 5), 1, 2, 1, "NHWC"),
@@ -59,12 +64,24 @@ def test_sixteen_bits(case, dtype):
     check(*CASES[case], TYPES[dtype], bias=False)
 
 
+# Several blocks of columns (of more than one image) and of channels, several splits and several pieces of the rows.
+GPU_CASES = {
+    "by the window": ((2, 70, 26, 4), (3, 3), 1, 1, 1, "NHWC"),
+    "by the window, dilated": ((1, 8, 61, 6), (3, 3), 1, (3, 2), (2, 3), "NHWC"),
+    "by the window, larger": ((1, 8, 41, 3), (5, 5), 1, 2, 1, "NHWC"),
+    "by the window, stride 2": ((1, 8, 53, 9), (3, 3), 2, 1, 1, "NHWC"),
+    "gathered": ((1, 70, 5, 8), (3, 3), (2, 1), 1, 1, "NHWC"),
+}
+
+
 @pytest.mark.parametrize("arch", [80, 90])
-def test_tiles_of_a_gpu(arch, monkeypatch):
-    """The rows that GPUs use: several blocks of pixels and channels, several splits."""
+@pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES)
+def test_tiles_of_a_gpu(case, arch, monkeypatch):
+    """The rows of the tables that GPUs use."""
     monkeypatch.setattr(kernels, "architecture", lambda x: arch)
+    monkeypatch.setattr(window, "architecture", lambda x: arch)
     monkeypatch.setattr(tiles, "PROGRAMS", 6)
-    check((1, 70, 5, 8), (3, 3), 1, 1, 1, "NHWC", torch.float32)
+    check(*case, torch.float32)
 
 
 def test_vectors_of_eight_channels():
