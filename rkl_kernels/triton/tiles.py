@@ -43,7 +43,7 @@ class Window:
 
 # Up to nine taps stay in registers beside the sums of three output rows: 8 outputs a thread are 144 registers, 16 were
 # 220. Of larger filters the taps are read again for each row, which pays the more outputs share one: 16 a thread are 18
-# instructions an output and row of seven taps, 8 were 28.
+# instructions an output and column of seven taps, 8 were 28.
 SMALL_WINDOW = {0: Window(1024, 64, 4), 80: Window(16, 64, 4), 90: Window(16, 64, 4)}
 WINDOW = {0: Window(1024, 64, 4), 80: Window(32, 64, 4), 90: Window(32, 64, 4)}
 
