@@ -118,32 +118,31 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool | None, str]:
     weight, outputs = call.depthwise_weight, call.pointwise_weight.shape[0]
     geometry, x = _geometry(call.x, weight, call.stride, call.padding, call.dilation, "depthwise_weight")
     if backend == "cuda":
+        activations = [_checks.activation(n, getattr(call, n)) for n in ("inner_activation", "activation")]
         with _device_of(x):
-            return _CUDA_CHOICES[torch.ops.rkl.cuda_separable_choice(geometry, outputs, KERNEL_TYPES.index(x.dtype))]
-    from .triton.separable import plan
+            plan = torch.ops.rkl.cuda_separable_plan(geometry, outputs, *activations, KERNEL_TYPES.index(x.dtype))
+        return (True, _CUDA_FUSED) if plan else (False, _CUDA_COMPOSED)
+    from .triton.separable import plan as triton_plan
 
-    choice = plan(x, weight, outputs, geometry[4:6], backward=False)
+    choice = triton_plan(x, weight, outputs, geometry[4:6], backward=False)
     return choice.fused, choice.reason
 
 
-# By what the CUDA extension's own rule answers: csrc/cuda/ops_cuda.cpp, separable_choice.
-_CUDA_CHOICES = (
-    (False, "the fused CUDA kernel serves 16-bit images, k = 3, 5 or 7, stride 1 or 2, no dilation, channels by 8"),
-    (
-        False,
-        "by the CUDA kernels' counts, a slower product or making the depthwise output again costs more than is saved",
-    ),
-    (True, "by the CUDA kernels' counts, writing and reading the depthwise output costs more than a slower product"),
+# csrc/cuda/separable_plan.cpp has the rule.
+_CUDA_FUSED = "one kernel makes the depthwise rows and multiplies them on the chip; backward makes them again"
+_CUDA_COMPOSED = (
+    "the one kernel serves 16-bit images, k = 3, 5 or 7, stride 1 or 2, no dilation, up to 128 channels by 8, no gelu; "
+    "else a depthwise kernel and the library's product; backward makes the depthwise output again"
 )
 
 
-# By DepthwiseKernel in csrc/cuda/kernels.h.
-_CUDA_KERNELS = (
+# By Family in csrc/cuda/plan.h.
+_CUDA_FAMILIES = (
     "the general kernel",
-    "the NHWC kernel (k = 3, 5 or 7)",
-    "the NCHW kernel (k = 3, 5 or 7)",
+    "rows on the tensor cores (16 bits, NHWC)",
+    "a window in registers (NHWC)",
+    "planes in shared memory (NCHW)",
     "the tensor cores (filters of 9 columns and more, 16 bits)",
-    "one pass, since 3 tensors are moved instead of 4 (k = 3)",
 )
 
 
@@ -157,13 +156,16 @@ def _cuda_kernels(
     """Which kernels of the CUDA extension make a depthwise convolution's output and gradients."""
     geometry, x = _geometry(x, weight, stride, padding, dilation)
 
-    def kernel(result: int, layout: torch.memory_format) -> str:
+    def family(result: int, layout: torch.memory_format) -> str:  # result: Result's number in csrc/cuda/plan.h
         nhwc = layout == torch.channels_last
-        return _CUDA_KERNELS[torch.ops.rkl.cuda_depthwise_choice(geometry, nhwc, KERNEL_TYPES.index(x.dtype), result)]
+        numbers = torch.ops.rkl.cuda_depthwise_plan(geometry, nhwc, KERNEL_TYPES.index(x.dtype), result)
+        return _CUDA_FAMILIES[numbers[0]] if numbers else ""
 
     with _device_of(x):
-        forward = kernel(0, ops.output_format(x, weight))
-        data, filter_ = (kernel(result, ops.output_format(x, x)) for result in (1, 2))
+        forward = family(0, ops.output_format(x, weight))
+        data, filter_, both = (family(result, ops.output_format(x, x)) for result in (1, 2, 3))
+    if both:
+        return f"output: {forward}; gradients of image and filter in one pass: {both}"
     if data == filter_:
         return f"output: {forward}; gradients of image and filter: {data}"
     return f"output: {forward}; image's gradient: {data}; filter's gradient: {filter_}"

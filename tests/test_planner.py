@@ -99,29 +99,29 @@ def explain_depthwise_as_cuda(monkeypatch, kernel: int, nhwc: bool = True, **win
 def test_explanation_names_each_depthwise_kernel(monkeypatch):
     asked = []
 
-    def choice(geometry, nhwc, dtype, result):
+    def plan(geometry, nhwc, dtype, result):
         asked.append((geometry, nhwc, dtype, result))
-        return (1, 1, 3)[result]
+        return ([1, 5], [1, 5], [4, 3], [])[result]
 
-    monkeypatch.setattr(torch.ops.rkl, "cuda_depthwise_choice", choice, raising=False)
+    monkeypatch.setattr(torch.ops.rkl, "cuda_depthwise_plan", plan, raising=False)
     told = explain_depthwise_as_cuda(monkeypatch, 5, padding=2)
-    assert told.startswith("output: the NHWC kernel")
-    assert "image's gradient: the NHWC kernel" in told
+    assert told.startswith("output: rows on the tensor cores")
+    assert "image's gradient: rows" in told
     assert "filter's gradient: the tensor cores" in told
     geometry = [8, 64, 32, 30, 32, 30, 5, 5, 1, 1, 2, 2, 1, 1]
-    assert asked == [(geometry, True, 1, result) for result in range(3)]
+    assert asked == [(geometry, True, 1, result) for result in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("answer", "fused", "reason"), [(0, False, "serves 16-bit"), (1, False, "slower product"), (2, True, "writing")]
+    ("answer", "fused", "reason"), [([], False, "serves 16-bit"), ([1, 0, 8, 1, 1, 128, 0], True, "on the chip")]
 )
-def test_explanation_says_what_the_cuda_rule_answers(monkeypatch, answer, fused, reason):
+def test_explanation_says_what_the_cuda_plan_is(monkeypatch, answer, fused, reason):
     asked = []
     monkeypatch.setattr(
-        torch.ops.rkl, "cuda_separable_choice", lambda *arguments: asked.append(arguments) or answer, raising=False
+        torch.ops.rkl, "cuda_separable_plan", lambda *arguments: asked.append(arguments) or answer, raising=False
     )
     told = explain_as_cuda(monkeypatch, 3, torch.bfloat16)
-    assert asked == [([8, 64, 32, 30, 16, 15, 3, 3, 2, 2, 1, 1, 1, 1], 48, 1)]
+    assert asked == [([8, 64, 32, 30, 16, 15, 3, 3, 2, 2, 1, 1, 1, 1], 48, 0, 0, 1)]
     assert told.fused is fused
     assert reason in told.reason
     assert f"{'fused' if fused else 'not fused'}: {told.reason}" in str(told)
@@ -137,16 +137,3 @@ needs_cuda_extension = pytest.mark.skipif(
 def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
     """Without a GPU too: that these are not served needs none."""
     assert "serves 16-bit images, k = 3, 5 or 7" in explain_as_cuda(monkeypatch, kernel, dtype).reason
-
-
-@needs_cuda_extension
-def test_depthwise_explanation_asks_the_cuda_extension(monkeypatch):
-    told = explain_depthwise_as_cuda(monkeypatch, 3, padding=1)
-    assert told == (
-        "output: the NHWC kernel (k = 3, 5 or 7); gradients of image and filter: "
-        "one pass, since 3 tensors are moved instead of 4 (k = 3)"
-    )
-    told = explain_depthwise_as_cuda(monkeypatch, 3, padding=0)
-    assert told.endswith("gradients of image and filter: the NHWC kernel (k = 3, 5 or 7)")
-    assert "output: the NCHW kernel" in explain_depthwise_as_cuda(monkeypatch, 7, nhwc=False, stride=2)
-    assert "output: the general kernel" in explain_depthwise_as_cuda(monkeypatch, 4)

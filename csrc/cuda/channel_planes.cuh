@@ -2,9 +2,13 @@
 // An NHWC image's vectors of channels are turned into words of neighbouring columns on their way.
 #pragma once
 #include "cuda/element.cuh"
+#include "cuda/plan.h"
 #include "cuda/ptx.cuh"
 
 namespace rkl::cuda {
+
+// plan_toeplitz's part for the filter's gradient, which is in a file of its own.
+MaybePlan plan_toeplitz_filter_grad(const Conv2d& g, Dtype dtype, bool aligned, const Device& device);
 
 union Word {  // two neighbouring columns
   uint32_t bits;

@@ -1,135 +1,92 @@
-// Depthwise convolution on a GPU: which kernel serves a call, and the second stage of the filter's gradient.
-#include <utility>
-
+// Depthwise convolution on a GPU: carries out what was planned, and adds the parts of a filter's gradient.
 #include "cuda/add_parts.cuh"
 #include "cuda/depthwise.h"
+#include "cuda/device.h"
 #include "cuda/element.cuh"
 #include "cuda/kernels.h"
 
 namespace rkl::cuda {
 namespace {
 
-// Where a sum of the filter's gradient goes: partial is (parts, channels, taps + 1) or (parts, taps + 1, channels),
-// with the bias's gradient as the last tap.
+// Where a sum of the filter's gradient goes: the parts are (taps + 1, channels), with the bias's gradient as the last
+// tap.
 template <class T>
-struct FilterGrad {
+struct FilterDestination {
   T *dweight, *dbias;
   int64_t channels;
   int taps;
-  bool channels_inside;
 
   __device__ T* operator()(int64_t i) const {
-    const int64_t inside = channels_inside ? channels : taps + 1, outer = i / inside, inner = i - outer * inside;
-    const int64_t tap = channels_inside ? outer : inner, c = channels_inside ? inner : outer;
+    const int64_t tap = i / channels, c = i - tap * channels;
     if (tap < taps) return dweight ? dweight + c * taps + tap : nullptr;
     return dbias ? dbias + c : nullptr;
   }
 };
 
-// Parts of the batch whose sums are made apart: enough to fill the GPU, few enough for their sums to be small beside
-// the images, and a multiple of the strips that an NHWC map is cut into. And whether a part's sums have the channels
-// side by side: in NHWC, but for the tensor cores' kernel, where a warp has one channel.
-struct Parts {
-  int count;
-  bool channels_inside;
-};
-
-Parts parts_of(const Conv2d& g, Dtype dtype) {
-  if (const int parts = weight_grad_toeplitz_parts(g, dtype)) return {parts, false};
-  constexpr int64_t kLeastPixels = 256;  // of a part
-  const int64_t taps = g.kernel_h * g.kernel_w, least = kLeastPixels < 8 * taps ? 8 * taps : kLeastPixels;
-  const int64_t strips = g.nhwc ? ceil_div(g.out_w, kStripWidth) : 1;
-  const int64_t channel_blocks = g.nhwc ? ceil_div(g.channels, 64) : g.channels;
-  const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, least);
-  const int64_t parts = ceil_div(blocks_wanted(), channel_blocks);
-  return {int(ceil_div(parts < most ? parts : most, strips) * strips), g.nhwc};
-}
-
-using K = DepthwiseKernel;
-
-K convolve(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
-  if (depthwise_nhwc(a, dtype, stream)) return K::nhwc;
-  if (depthwise_nchw(a, dtype, stream)) return K::nchw;
-  if (depthwise_toeplitz(a, dtype, stream)) return K::tensor_cores;
-  if (!a.only_asked) depthwise_general(a, false, dtype, stream);
-  return K::general;
-}
-
-// At stride 1 the gradient by the input is itself a convolution, of the gradient with the flipped filter.
-Depthwise stride1_grad(Conv2d g, const void* grad, const void* weight, void* dx) {
-  std::swap(g.in_h, g.out_h);
-  std::swap(g.in_w, g.out_w);
-  g.padding_h =
-      g.dilation_h * (g.kernel_h - 1) - g.padding_h;  // below zero where the padding was wider than the filter
-  g.padding_w = g.dilation_w * (g.kernel_w - 1) - g.padding_w;
-  return {g, grad, weight, nullptr, dx, true};
-}
-
-K input_grad(const Conv2d& g, const void* grad, const void* weight, void* dx, bool only_asked, Dtype dtype,
-             cudaStream_t stream) {
-  if (g.stride_h == 1 && g.stride_w == 1) {
-    Depthwise a = stride1_grad(g, grad, weight, dx);
-    a.only_asked = only_asked;
-    return convolve(a, dtype, stream);
+void launch(Result result, const Convolution& a, const Plan& plan, Dtype dtype, cudaStream_t stream) {
+  switch (plan.family) {
+    case Family::general:
+      return launch_general(result, a, plan, dtype, stream);
+    case Family::rows:
+      return launch_rows(result, a, plan, dtype, stream);
+    case Family::registers:
+      return launch_registers(result, a, plan, dtype, stream);
+    case Family::planes:
+      return launch_planes(result, a, plan, dtype, stream);
+    case Family::toeplitz:
+      return launch_toeplitz(result, a, plan, dtype, stream);
   }
-  const Depthwise a{g, grad, weight, nullptr, dx, false, only_asked};
-  if (depthwise_nhwc_stride2_grad(a, dtype, stream)) return K::nhwc;
-  if (depthwise_nchw_stride2_grad(a, dtype, stream)) return K::nchw;
-  if (!only_asked) depthwise_general(a, true, dtype, stream);
-  return K::general;
 }
 
-// The first stage of the filter's gradient.
-K weight_grad(const WeightGrad& a, Dtype dtype, cudaStream_t stream) {
-  if (weight_grad_nhwc(a, dtype, stream)) return K::nhwc;
-  if (weight_grad_nchw(a, dtype, stream)) return K::nchw;
-  if (weight_grad_toeplitz(a, dtype, stream)) return K::tensor_cores;
-  if (!a.only_asked) weight_grad_general(a, dtype, stream);
-  return K::general;
+// Result::both_grads is for the families that offer it.
+void launch(Result result, const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStream_t stream) {
+  switch (plan.family) {
+    case Family::general:
+      return launch_general(a, plan, dtype, stream);
+    case Family::rows:
+      return launch_rows(result, a, plan, dtype, stream);
+    case Family::registers:
+      return launch_registers(result, a, plan, dtype, stream);
+    case Family::planes:
+      return launch_planes(a, plan, dtype, stream);
+    case Family::toeplitz:
+      return launch_toeplitz(a, plan, dtype, stream);
+  }
 }
 
-WeightGrad weight_grad_of(const Conv2d& g, const void* grad, const void* x, float* workspace, bool with_bias,
-                          Dtype dtype) {
-  const Parts parts = parts_of(g, dtype);
-  return {g, grad, x, workspace, parts.count, with_bias, parts.channels_inside};
+template <class... P>
+bool aligned_16(P*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
 }
 
 }  // namespace
 
-void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, void* y, Dtype dtype,
-               cudaStream_t stream) {
-  convolve({g, x, weight, bias, y}, dtype, stream);
+void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
+               Dtype dtype, cudaStream_t stream) {
+  const Plan plan = plan_forward(g, dtype, aligned_16(x, weight, y), current_device());
+  launch(Result::output, Convolution{g, x, weight, bias, y, act}, plan, dtype, stream);
 }
 
-int64_t weight_grad_workspace(const Conv2d& g, Dtype dtype) {
-  return int64_t(parts_of(g, dtype).count) * (g.kernel_h * g.kernel_w + 1) * g.channels;
+BackwardPlan plan_depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight,
+                                     const void* dx, const void* dweight, const void* dbias, Dtype dtype) {
+  return plan_backward(g, dtype, aligned_16(grad, x, weight, dx), dx, dweight || dbias, current_device());
 }
 
-void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
-                        void* dbias, float* workspace, Dtype dtype, cudaStream_t stream) {
-  const bool of_filter = dweight || dbias;
-  const WeightGrad a = of_filter ? weight_grad_of(g, grad, x, workspace, dbias != nullptr, dtype) : WeightGrad{};
-  if (!dx || !dweight || !backward_nhwc(a, weight, dx, dtype, stream)) {
-    if (dx) input_grad(g, grad, weight, dx, false, dtype, stream);
-    if (of_filter) weight_grad(a, dtype, stream);
-  }
-  if (!of_filter) return;
+void depthwise_backward(const BackwardPlan& plan, const Conv2d& g, const void* grad, const void* x, const void* weight,
+                        void* dx, void* dweight, void* dbias, float* workspace, Dtype dtype, cudaStream_t stream) {
+  if (plan.data_grad)
+    launch(Result::data_grad, Convolution{g, grad, weight, nullptr, dx}, *plan.data_grad, dtype, stream);
+  const MaybePlan& sums = plan.both_grads ? plan.both_grads : plan.filter_grad;
+  if (!sums) return;
+  const FilterGrad a{g, grad, x, workspace, dbias != nullptr, weight, dx};
+  launch(plan.both_grads ? Result::both_grads : Result::filter_grad, a, *sums, dtype, stream);
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int taps = g.kernel_h * g.kernel_w;
-    const FilterGrad<T> to{static_cast<T*>(dweight), static_cast<T*>(dbias), g.channels, taps, a.channels_inside};
-    launch_add_parts<T>(a.partial, a.parts, (taps + 1) * g.channels, to, stream);
+    const FilterDestination<T> to{static_cast<T*>(dweight), static_cast<T*>(dbias), g.channels, taps};
+    launch_add_parts<T>(workspace, sums->parts, (taps + 1) * g.channels, to, stream);
   });
-}
-
-DepthwiseKernels depthwise_kernels(const Conv2d& g, Dtype dtype) {
-  Depthwise forward{g};
-  WeightGrad backward{g};
-  forward.only_asked = backward.only_asked = true;
-  const K of_forward = convolve(forward, dtype, nullptr);
-  if (backward_nhwc(backward, nullptr, nullptr, dtype, nullptr)) return {of_forward, K::one_pass, K::one_pass};
-  return {of_forward, input_grad(g, nullptr, nullptr, nullptr, true, dtype, nullptr),
-          weight_grad(backward, dtype, nullptr)};
+  check_launch("add_parts");
 }
 
 }  // namespace rkl::cuda

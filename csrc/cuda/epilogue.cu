@@ -2,6 +2,7 @@
 // by channels, one pass each.
 #include "cuda/activation.cuh"
 #include "cuda/add_parts.cuh"
+#include "cuda/device.h"
 #include "cuda/element.cuh"
 #include "cuda/kernels.h"
 
@@ -62,6 +63,21 @@ __global__ void __launch_bounds__(kThreads)
   store(out + at, v);
 }
 
+// The same of NCHW images, whose bias is one number a plane.
+template <class T, int width>
+__global__ void __launch_bounds__(kThreads) plane_bias_and_activation(const T* z, const T* bias, Activation act, T* out,
+                                                                      unsigned n, unsigned plane, unsigned channels) {
+  const unsigned at = (blockIdx.x * kThreads + threadIdx.x) * width;
+  if (at >= n) return;
+  float v[width];
+  load(z + at, v);
+  const float b = to_float(bias[at / plane % channels]);
+#pragma unroll
+  for (int i = 0; i < width; ++i) v[i] += b;
+  activate_all<T>(act, v);
+  store(out + at, v);
+}
+
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads)
     times_slope(const T* grad, const T* values, Activation act, bool from_output, T* out, unsigned n) {
@@ -100,6 +116,18 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const T* matrix, float* par
   partial[blockIdx.x * channels + c] = sum;
 }
 
+// Of NCHW images, each plane by a warp.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_planes(const T* image, float* partial, int64_t planes, int64_t plane) {
+  const int64_t number = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (number >= planes) return;  // the whole warp
+  float sum = 0.f;
+  for (int64_t i = threadIdx.x % 32; i < plane; i += 32) sum += to_float(image[number * plane + i]);
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_down_sync(0xffffffffu, sum, lanes);
+  if (threadIdx.x % 32 == 0) partial[number] = sum;
+}
+
 template <class T>
 struct Columns {
   T* out;
@@ -121,6 +149,23 @@ void epilogue(const void* z, const void* bias, Activation act, void* out, int64_
       });
     });
   });
+}
+
+void plane_epilogue(const void* z, const void* bias, Activation act, void* out, int64_t images, int64_t channels,
+                    int64_t plane, Dtype dtype, cudaStream_t stream) {
+  if (!bias) return epilogue(z, nullptr, act, out, images * channels, plane, dtype, stream);
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    by_width<T>(plane, z, out, nullptr, [&](auto size) {
+      constexpr int width = decltype(size)::value;
+      by_pieces(images, channels * plane, [&](int64_t first, unsigned n) {
+        plane_bias_and_activation<T, width><<<dim3(blocks_for(n / width)), dim3(kThreads), 0, stream>>>(
+            static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first, n,
+            unsigned(plane), unsigned(channels));
+      });
+    });
+  });
+  check_launch("plane_bias_and_activation");
 }
 
 void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n, Dtype dtype,
@@ -149,6 +194,20 @@ void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, 
     sum_rows<T><<<grid, dim3(kThreads), 0, stream>>>(static_cast<const T*>(matrix), workspace, rows, channels);
     launch_add_parts<T>(workspace, int(slices), channels, Columns<T>{static_cast<T*>(out)}, stream);
   });
+}
+
+int64_t plane_sums_workspace(int64_t images, int64_t channels) { return images * channels; }
+
+void plane_sums(const void* image, void* out, int64_t images, int64_t channels, int64_t plane, float* workspace,
+                Dtype dtype, cudaStream_t stream) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t planes = images * channels;
+    sum_planes<T><<<dim3(unsigned((planes + kThreads / 32 - 1) / (kThreads / 32))), dim3(kThreads), 0, stream>>>(
+        static_cast<const T*>(image), workspace, planes, plane);
+    launch_add_parts<T>(workspace, int(images), channels, Columns<T>{static_cast<T*>(out)}, stream);
+  });
+  check_launch("sum_planes");
 }
 
 }  // namespace rkl::cuda

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "depthwise_op.h"
 #include "module.h"
@@ -40,6 +41,11 @@ struct CudaTRelu {
 Tensor workspace(const Tensor& like, int64_t n) {
   return torch::stable::new_empty(like, {n}, std::optional<ScalarType>(ScalarType::Float));
 }
+// A dense NCHW image as a batch of matrices of channels by pixels: a view.
+Tensor planes_of(const Tensor& x) {
+  return torch::stable::view(x, std::vector<int64_t>{x.size(0), x.size(1), x.size(2) * x.size(3)});
+}
+
 float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 // Kernels of the convolutions, as DepthwiseOps takes them.
@@ -47,23 +53,21 @@ struct CudaConv {
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor& like) {
     const OnDeviceOf device(like);
-    cuda::depthwise(g, x, weight, bias, y, dtype, device.stream);
-    if (act != Activation::none)
-      cuda::epilogue(y, nullptr, act, y, g.batch * g.out_h * g.out_w, g.channels, dtype, device.stream);
+    cuda::depthwise(g, x, weight, bias, act, y, dtype, device.stream);
   }
   static constexpr auto inner = forward;
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor& like) {
     const OnDeviceOf device(like);
-    const Tensor sums = workspace(like, dweight || dbias ? cuda::weight_grad_workspace(g, dtype) : 0);
-    cuda::depthwise_backward(g, grad, x, weight, dx, dweight, dbias, floats(sums), dtype, device.stream);
+    const cuda::BackwardPlan plan = cuda::plan_depthwise_backward(g, grad, x, weight, dx, dweight, dbias, dtype);
+    const Tensor sums = workspace(like, plan.workspace(g));
+    cuda::depthwise_backward(plan, g, grad, x, weight, dx, dweight, dbias, floats(sums), dtype, device.stream);
   }
 };
 
-// And those around a library's matrix product, or in place of it: fused where the kernels serve the shape and the
-// counts are for it.
+// And those around a library's matrix product; one kernel for all of it where the plan says so.
 struct CudaSeparable : CudaConv {
-  static bool takes_planes(const Conv2d&, Dtype) { return false; }
+  static bool takes_planes(const Conv2d& g, Dtype dtype) { return cuda::takes_planes(g, dtype); }
   static void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
                        Dtype dtype, const Tensor& like) {
     cuda::epilogue(z, bias, act, out, rows, channels, dtype, OnDeviceOf(like).stream);
@@ -74,14 +78,42 @@ struct CudaSeparable : CudaConv {
   }
   static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,
                           const std::optional<Tensor>& bias, Activation act) {
-    return pointwise_by_matrix<CudaSeparable>(call, image, filter, bias, act);
+    if (call.g.nhwc) return pointwise_by_matrix<CudaSeparable>(call, image, filter, bias, act);
+    // filter (C', C) times each image's (C, pixels), as a batch of products that share the filter: nothing is turned.
+    const Conv2d& g = call.g;
+    const int64_t pixels = g.out_h * g.out_w, outputs = filter.size(0);
+    Tensor out = empty_image(image, g.batch, outputs, g.out_h, g.out_w, false);
+    const std::vector<int64_t> shared{g.batch, outputs, filter.size(1)};
+    aten("aten::bmm", "out", aten("aten::expand", "", filter, shared, false), planes_of(image), planes_of(out));
+    if (bias || act != Activation::none)
+      cuda::plane_epilogue(out.const_data_ptr(), data_or_null(bias), act, out.mutable_data_ptr(), g.batch, outputs,
+                           pixels, call.dtype, OnDeviceOf(image).stream);
+    return out;
   }
-  static void filter_gradient(const SeparableCall&, const Tensor& dz, const Tensor& inner, const Tensor& out) {
-    filter_gradient_by_matrix(dz, inner, out);
+  static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& inner, const Tensor& out) {
+    const Conv2d& g = call.g;
+    const int64_t pixels = g.out_h * g.out_w, results = call.c_out * g.channels;
+    if (g.nhwc) return filter_gradient_by_matrix(dz, inner, out);
+    // An image's product each, and their sum: where a product is less than what turning both images would move.
+    if (results >= (call.c_out + g.channels) * pixels)
+      return filter_gradient_by_matrix(dense(dz, true), dense(inner, true), out);
+    const std::vector<int64_t> size{g.batch, call.c_out, g.channels};
+    const Tensor products = torch::stable::new_empty(dz, size);
+    aten("aten::bmm", "out", planes_of(dz), torch::stable::transpose(planes_of(inner), 1, 2), products);
+    const OnDeviceOf device(dz);
+    const Tensor sums = workspace(dz, cuda::column_sums_workspace(g.batch, results));
+    cuda::column_sums(products.const_data_ptr(), out.mutable_data_ptr(), g.batch, results, floats(sums), call.dtype,
+                      device.stream);
   }
   static bool filter_gradient_from_image(const SeparableCall&, const Tensor&, const Tensor&) { return false; }
   static void channel_sums(const SeparableCall& call, const Tensor& image, const Tensor& out) {
     const OnDeviceOf device(image);
+    if (!call.g.nhwc) {
+      const Tensor sums = workspace(image, cuda::plane_sums_workspace(call.g.batch, call.c_out));
+      cuda::plane_sums(image.const_data_ptr(), out.mutable_data_ptr(), call.g.batch, call.c_out,
+                       call.g.out_h * call.g.out_w, floats(sums), call.dtype, device.stream);
+      return;
+    }
     const Tensor sums = workspace(image, cuda::column_sums_workspace(call.rows, call.c_out));
     cuda::column_sums(image.const_data_ptr(), out.mutable_data_ptr(), call.rows, call.c_out, floats(sums), call.dtype,
                       device.stream);
@@ -89,42 +121,24 @@ struct CudaSeparable : CudaConv {
 
   static std::optional<Tensor> fused_forward(const SeparableCall& call, const std::optional<Tensor>& pointwise_bias) {
     const Conv2d& g = call.g;
-    const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
-    if (!vectors({x, pointwise}) || !cuda::fused_separable_serves(g, call.c_out, call.dtype) ||
-        !cuda::fused_separable_pays(g, call.c_out))
-      return std::nullopt;
-    Tensor y = empty_image(call.x, g.batch, call.c_out, g.out_h, g.out_w, true);
+    if (!g.nhwc) return std::nullopt;
     const OnDeviceOf device(call.x);
-    cuda::fused_separable(g, call.c_out, x, call.depthwise.const_data_ptr(), pointwise,
+    const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
+    const bool aligned = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(pointwise)) % 16 == 0;
+    const cuda::MaybePlan plan =
+        cuda::plan_separable(g, call.c_out, call.inner_act, call.act, call.dtype, aligned, cuda::current_device());
+    if (!plan) return std::nullopt;
+    Tensor y = empty_image(call.x, g.batch, call.c_out, g.out_h, g.out_w, true);
+    cuda::fused_separable(*plan, g, call.c_out, x, call.depthwise.const_data_ptr(), pointwise,
                           data_or_null(call.depthwise_bias), data_or_null(pointwise_bias), call.inner_act, call.act,
                           y.mutable_data_ptr(), call.dtype, device.stream);
     return y;
   }
 
-  static bool fused_backward(const SeparableCall& call, const Tensor& grad, const std::optional<Tensor>& y,
-                             const PointwiseGradients& wanted) {
-    const Conv2d& g = call.g;
-    const auto to = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
-    const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
-    if (!vectors({x, pointwise, grad.const_data_ptr(), data_or_null(y)}) ||
-        !cuda::fused_separable_backward_serves(g, call.c_out, call.inner_act, call.act, call.dtype) ||
-        !cuda::fused_separable_backward_pays(g, call.c_out, call.act))
-      return false;
-    if (wanted.inner) *wanted.inner = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, true);
-    const OnDeviceOf device(call.x);
-    const Tensor sums = workspace(call.x, cuda::fused_separable_backward_workspace(g, call.c_out));
-    cuda::fused_separable_backward(g, call.c_out, grad.const_data_ptr(), data_or_null(y), x,
-                                   call.depthwise.const_data_ptr(), pointwise, data_or_null(call.depthwise_bias),
-                                   call.inner_act, call.act, to(wanted.inner), to(wanted.pointwise), to(wanted.bias),
-                                   floats(sums), call.dtype, device.stream);
-    return true;
-  }
-
- private:
-  // Whether 16-byte copies may begin at all of these; a view may begin anywhere.
-  static bool vectors(std::initializer_list<const void*> pointers) {
-    return std::all_of(pointers.begin(), pointers.end(),
-                       [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+  // The steps one by one: dz, the library's two products, and the depthwise gradients in one pass.
+  static bool fused_backward(const SeparableCall&, const Tensor&, const std::optional<Tensor>&,
+                             const PointwiseGradients&) {
+    return false;
   }
 };
 
@@ -137,32 +151,48 @@ Conv2d conv2d_of(const std::vector<int64_t>& geometry, bool nhwc) {
           small(8), small(9), small(10), small(11), small(12), small(13), nhwc};
 }
 
-// How a separable forward would be served, for rk.explain: 0 step by step, since the fused kernel does not serve it; 1
-// step by step, since that is cheaper by the counts; 2 fused.
-int64_t separable_choice(std::vector<int64_t> geometry, int64_t c_out, int64_t dtype) {
-  const Conv2d g = conv2d_of(geometry, true);
-  if (!cuda::fused_separable_serves(g, c_out, Dtype(dtype))) return 0;
-  return cuda::fused_separable_pays(g, c_out) ? 2 : 1;
+// A GPU's facts as plan.h has them: the current device's where there are none.
+cuda::Device device_of(const std::vector<int64_t>& facts) {
+  if (facts.empty()) return cuda::current_device();
+  STD_TORCH_CHECK(facts.size() == 4, "device must have 4 numbers, got ", facts.size());
+  return {int(facts[0]), int(facts[1]), int(facts[2]), int(facts[3])};
 }
 
-// Which kernel makes a depthwise convolution's result, for rk.explain: 0 its output, 1 the image's gradient, 2 the
-// filter's. The number is DepthwiseKernel's.
-int64_t depthwise_choice(std::vector<int64_t> geometry, bool nhwc, int64_t dtype, int64_t result) {
-  const cuda::DepthwiseKernels kernels = cuda::depthwise_kernels(conv2d_of(geometry, nhwc), Dtype(dtype));
-  return int64_t(result == 0 ? kernels.forward : result == 1 ? kernels.input_grad : kernels.weight_grad);
+std::vector<int64_t> numbers_of(const cuda::MaybePlan& plan) {
+  if (!plan) return {};
+  return {int64_t(plan->family), plan->kernel,  plan->rows,   plan->parts,
+          plan->blocks,          plan->threads, plan->shared, plan->steps};
+}
+
+// The plan of a depthwise convolution's result, for rk.explain and the tests: family, kernel, rows, parts, blocks,
+// threads, shared, steps. All tensors begin at multiples of 16 bytes. Nothing where no family makes the result, which
+// may be so of Result::both_grads.
+std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, int64_t dtype, int64_t result,
+                                    std::vector<int64_t> device) {
+  return numbers_of(
+      cuda::plan_result(cuda::Result(result), conv2d_of(geometry, nhwc), Dtype(dtype), true, device_of(device)));
+}
+
+// The same of a separable convolution in one kernel; nothing where it runs step by step.
+std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, int64_t c_out, int64_t inner, int64_t activation,
+                                    int64_t dtype, std::vector<int64_t> device) {
+  return numbers_of(cuda::plan_separable(conv2d_of(geometry, true), c_out, Activation(inner), Activation(activation),
+                                         Dtype(dtype), true, device_of(device)));
 }
 
 }  // namespace
 }  // namespace rkl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) {
-  m.def("cuda_separable_choice(int[] geometry, int c_out, int dtype) -> int");
-  m.def("cuda_depthwise_choice(int[] geometry, bool nhwc, int dtype, int result) -> int");
+  m.def("cuda_depthwise_plan(int[] geometry, bool nhwc, int dtype, int result, int[] device=[]) -> int[]");
+  m.def(
+      "cuda_separable_plan(int[] geometry, int c_out, int inner_activation, int activation, int dtype, int[] device=[])"
+      " -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CompositeExplicitAutograd, m) {
-  m.impl("cuda_separable_choice", TORCH_BOX(&rkl::separable_choice));
-  m.impl("cuda_depthwise_choice", TORCH_BOX(&rkl::depthwise_choice));
+  m.impl("cuda_depthwise_plan", TORCH_BOX(&rkl::depthwise_plan));
+  m.impl("cuda_separable_plan", TORCH_BOX(&rkl::separable_plan));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CUDA, m) {

@@ -23,7 +23,11 @@ inline void cp_async_16(uint32_t shared, const void* global, int valid) {
 inline void cp_async_4(uint32_t shared, const void* global, int valid) {
   emulator::copy_async(emulator::shared_pointer(shared), global, 4, valid);
 }
+inline void cp_async_16_or_zeros(uint32_t shared, const void* global, bool copies) {
+  emulator::copy_async(emulator::shared_pointer(shared), global, 16, copies ? 16 : 0);
+}
 inline void cp_async_commit() { emulator::copy_commit(); }
+inline uint32_t opaque(uint32_t x) { return x; }
 template <int groups_left>
 void cp_async_wait() {
   emulator::copy_wait(groups_left);
@@ -50,6 +54,12 @@ inline float tanh_approx(float x) { return emulator::tanh_approx(x); }
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
+// The value itself, which the compiler is not to make anew at every use.
+__device__ inline uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 16 bytes at a multiple of 16.
 __device__ inline uint4 load_shared_16(uint32_t shared) {
   uint4 v;
@@ -70,6 +80,14 @@ __device__ inline void cp_async_16(uint32_t shared, const void* global, int vali
 }
 __device__ inline void cp_async_4(uint32_t shared, const void* global, int valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
+}
+// Copies 16 bytes, or writes as many zeros. A predicate costs nothing, where a number of bytes costs four instructions.
+__device__ inline void cp_async_16_or_zeros(uint32_t shared, const void* global, bool copies) {
+  asm volatile(
+      "{ .reg .pred ignored; setp.eq.u32 ignored, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, ignored; }" ::"r"(shared),
+      "l"(global), "r"(uint32_t(copies))
+      : "memory");
 }
 // Closes a group of copies; a group may be empty.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

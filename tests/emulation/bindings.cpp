@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "emulator.h"
 #include "seeded_bugs.h"
@@ -60,6 +61,43 @@ void bind_emulator(py::module_& m) {
       "bytes"_a, "fill"_a = true);
 }
 
+void bind_plans(py::module_& m) {
+  using namespace rkl::cuda;
+  py::class_<Device>(m, "Device")
+      .def(py::init([](int capability, int multiprocessors, int block_shared, int multiprocessor_shared) {
+             return Device{capability, multiprocessors, block_shared, multiprocessor_shared};
+           }),
+           "capability"_a, "multiprocessors"_a, "block_shared"_a, "multiprocessor_shared"_a);
+  py::enum_<Family>(m, "Family")
+      .value("general", Family::general)
+      .value("rows", Family::rows)
+      .value("registers", Family::registers)
+      .value("planes", Family::planes)
+      .value("toeplitz", Family::toeplitz);
+  py::enum_<Result>(m, "Result")
+      .value("output", Result::output)
+      .value("data_grad", Result::data_grad)
+      .value("filter_grad", Result::filter_grad)
+      .value("both_grads", Result::both_grads);
+  py::class_<Plan>(m, "Plan")
+      .def_readonly("family", &Plan::family)
+      .def_readonly("kernel", &Plan::kernel)
+      .def_readonly("rows", &Plan::rows)
+      .def_readonly("parts", &Plan::parts)
+      .def_readonly("blocks", &Plan::blocks)
+      .def_readonly("threads", &Plan::threads)
+      .def_readonly("shared", &Plan::shared);
+  py::class_<BackwardPlan>(m, "BackwardPlan")
+      .def_readonly("data_grad", &BackwardPlan::data_grad)
+      .def_readonly("filter_grad", &BackwardPlan::filter_grad)
+      .def_readonly("both_grads", &BackwardPlan::both_grads)
+      .def("workspace", &BackwardPlan::workspace);
+  m.def("current_device", &current_device);
+  define(m, "plan_result", plan_result);
+  define(m, "plan_forward", plan_forward);
+  define(m, "plan_backward", plan_backward);
+}
+
 void bind_kernels(py::module_& m) {
   using namespace rkl;
   py::enum_<Dtype>(m, "Dtype").value("f32", Dtype::f32).value("bf16", Dtype::bf16).value("f16", Dtype::f16);
@@ -74,32 +112,20 @@ void bind_kernels(py::module_& m) {
            "stride_h"_a, "stride_w"_a, "padding_h"_a, "padding_w"_a, "dilation_h"_a, "dilation_w"_a, "nhwc"_a);
   define(m, "trelu", cuda::trelu);
   define(m, "trelu_backward", cuda::trelu_backward);
-  define(m, "fused_separable_serves", cuda::fused_separable_serves);
   define(m, "epilogue", cuda::epilogue);
+  define(m, "plane_epilogue", cuda::plane_epilogue);
+  define(m, "plane_sums_workspace", cuda::plane_sums_workspace);
+  define(m, "plane_sums", cuda::plane_sums);
+  define(m, "takes_planes", cuda::takes_planes);
   define(m, "slope", cuda::slope);
   define(m, "column_sums_workspace", cuda::column_sums_workspace);
   define(m, "column_sums", cuda::column_sums);
-  define(m, "fused_separable_pays", cuda::fused_separable_pays);
-  define(m, "fused_separable_backward_pays", cuda::fused_separable_backward_pays);
+  define(m, "plan_separable", cuda::plan_separable);
   define(m, "fused_separable", cuda::fused_separable);
-  define(m, "fused_separable_backward_serves", cuda::fused_separable_backward_serves);
-  define(m, "fused_separable_backward_workspace", cuda::fused_separable_backward_workspace);
-  define(m, "fused_separable_backward", cuda::fused_separable_backward);
 
   define(m, "depthwise", cuda::depthwise);
-  define(m, "weight_grad_workspace", cuda::weight_grad_workspace);
+  define(m, "plan_depthwise_backward", cuda::plan_depthwise_backward);
   define(m, "depthwise_backward", cuda::depthwise_backward);
-  py::enum_<cuda::DepthwiseKernel>(m, "DepthwiseKernel")
-      .value("general", cuda::DepthwiseKernel::general)
-      .value("nhwc", cuda::DepthwiseKernel::nhwc)
-      .value("nchw", cuda::DepthwiseKernel::nchw)
-      .value("tensor_cores", cuda::DepthwiseKernel::tensor_cores)
-      .value("one_pass", cuda::DepthwiseKernel::one_pass);
-  py::class_<cuda::DepthwiseKernels>(m, "DepthwiseKernels")
-      .def_readonly("forward", &cuda::DepthwiseKernels::forward)
-      .def_readonly("input_grad", &cuda::DepthwiseKernels::input_grad)
-      .def_readonly("weight_grad", &cuda::DepthwiseKernels::weight_grad);
-  define(m, "depthwise_kernels", cuda::depthwise_kernels);
 }
 
 }  // namespace
@@ -107,6 +133,7 @@ void bind_kernels(py::module_& m) {
 PYBIND11_MODULE(emulated, m) {
   bind_emulator(m);
   bind_kernels(m);
+  bind_plans(m);
   auto bugs = m.def_submodule("seeded_bugs");
   for (const auto& [name, launch] : seeded_bugs()) define(bugs, name.c_str(), launch);
   auto warps = m.def_submodule("warp_functions");

@@ -119,7 +119,11 @@ def build(variant: str) -> Path:
     ]
     flags = [*COMMON, *(f"-I{folder}" for folder in folders)]
     kernels = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(HERE.glob("*.cu"))]
-    others = [*sorted((HERE / "device").glob("*.cpp")), *sorted(HERE.glob("*.cpp"))]
+    others = [
+        *sorted((ROOT / "csrc/cuda").glob("*plan.cpp")),
+        *sorted((HERE / "device").glob("*.cpp")),
+        *sorted(HERE.glob("*.cpp")),
+    ]
     texts = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h"), *HERE.rglob("*.*h")]
     headers = _digest(sys.version, *(p.read_bytes() for p in sorted(texts)))
     with (folder / "lock").open("w") as lock:  # of several test processes one builds, the others wait

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rkl_kernels import reference
+from rkl_kernels._checks import ACTIVATIONS
+
 from .conftest import Gpu
 
 # One rounding to the element type, relative to the sum of magnitudes; fp32 has the sums' own error too.
@@ -72,37 +75,38 @@ class Run:
     def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return self.empty(*shape, dtype=dtype).copy_(torch.randn(shape, dtype=dtype))
 
-    def forward(self, with_bias: bool = True) -> Tensor:
+    def forward(self, with_bias: bool = True, activation: int = 0) -> Tensor:
         y = self.empty(*self.grad.shape, dtype=self.x.dtype)
         bias = self.bias.data_ptr() if with_bias else 0
         self.gpu.kernels.depthwise(
-            self.geometry, self.x.data_ptr(), self.weight.data_ptr(), bias, y.data_ptr(), self.number, 0
+            self.geometry, self.x.data_ptr(), self.weight.data_ptr(), bias, activation, y.data_ptr(), self.number, 0
         )
         return y
 
-    def workspace(self) -> Tensor:
-        return self.empty(self.gpu.kernels.weight_grad_workspace(self.geometry, self.number))
-
-    def backward(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, workspace: Tensor | None) -> None:
-        """Into the tensors that are given."""
-        gradients = (0 if t is None else t.data_ptr() for t in (dx, dw, db, workspace))
+    def backward(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
+        """Into the tensors that are given; returns the parts' sums, (parts, taps + 1, channels)."""
+        gradients = [0 if t is None else t.data_ptr() for t in (dx, dw, db)]
         tensors = (self.grad.data_ptr(), self.x.data_ptr(), self.weight.data_ptr())
-        self.gpu.kernels.depthwise_backward(self.geometry, *tensors, *gradients, self.number, 0)
+        kernels = self.gpu.kernels
+        plan = kernels.plan_depthwise_backward(self.geometry, *tensors, *gradients, self.number)
+        workspace = self.empty(plan.workspace(self.geometry))
+        kernels.depthwise_backward(plan, self.geometry, *tensors, *gradients, workspace.data_ptr(), self.number, 0)
+        return workspace.view(-1, self.weight[0].numel() + 1, self.case.channels)
 
     def input_grad(self) -> Tensor:
         dx = self.empty(*self.x.shape, dtype=self.x.dtype)
-        self.backward(dx, None, None, None)
+        self.backward(dx, None, None)
         return dx
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
         dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.weight, self.bias))
-        self.backward(None, dw if weight else None, db if bias else None, self.workspace())
+        self.backward(None, dw if weight else None, db if bias else None)
         return dw, db
 
     def both_grads(self, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Of image, filter and bias, in one call."""
         dx, dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.x, self.weight, self.bias))
-        self.backward(dx, dw, db if bias else None, self.workspace())
+        self.backward(dx, dw, db if bias else None)
         return dx, dw, db
 
     def compared(self, x: Tensor) -> Tensor:
@@ -141,6 +145,14 @@ def assert_right(run: Run, *names: str) -> None:
         bound = TOLERANCE[result.dtype] * scales[name] + info.tiny * info.eps  # the last: a step of a subnormal number
         excess = ((result.double() - expected[name]).abs() / bound).max()
         assert excess <= 1, f"{name}: error {excess:.3g} times its bound"
+
+
+def assert_activated(run: Run, number: int) -> None:
+    """The output with ACTIVATIONS[number - 1] at its end, whose slope is at most 1.2."""
+    y, expected = run.forward(activation=number), reference.activate(run.reference()[0], ACTIVATIONS[number - 1])
+    bound = TOLERANCE[y.dtype] * (1.2 * run.reference(magnitudes=True)[0] + 1)
+    excess = ((y.double() - expected).abs() / bound).max()
+    assert excess <= 1, f"error {excess:.3g} times its bound"
 
 
 def moved_over_unavoidable(gpu: Gpu, case: Case) -> list[float]:

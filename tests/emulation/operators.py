@@ -85,7 +85,7 @@ class Operators:
         out_h, out_w = ops.output_size(x, weight.shape[2:], *window)
         y = self._image(x, x.shape[1], out_h, out_w, nhwc=format == NHWC)
         self._call(
-            "depthwise", g, self._put(x, format), self._put(weight), self._put(bias), y, self.gpu.dtype(x.dtype), 0
+            "depthwise", g, self._put(x, format), self._put(weight), self._put(bias), 0, y, self.gpu.dtype(x.dtype), 0
         )
         out = self._fetch(y, format)
         self._finish()
@@ -99,8 +99,9 @@ class Operators:
         dx = self._image(x, *x.shape[1:], nhwc=nhwc) if mask[0] else None
         dw = self.gpu.empty(*weight.shape, dtype=x.dtype) if mask[1] else None
         db = self.gpu.empty(x.shape[1], dtype=x.dtype) if mask[2] else None
-        workspace = self.gpu.empty(self.gpu.kernels.weight_grad_workspace(g, number)) if mask[1] or mask[2] else None
-        self._call("depthwise_backward", g, grad, x, weight, dx, dw, db, workspace, number, 0)
+        plan = self._call("plan_depthwise_backward", g, grad, x, weight, dx, dw, db, number)
+        workspace = self.gpu.empty(plan.workspace(g))
+        self._call("depthwise_backward", plan, g, grad, x, weight, dx, dw, db, workspace, number, 0)
         return tuple(nothing if t is None else t for t in (dx, dw, db))
 
     def depthwise_conv2d_backward(
@@ -128,14 +129,16 @@ class Operators:
         out_h, out_w = ops.output_size(x, dw.shape[2:], stride, padding, dilation)
         x_in, dw_in, pw_in, db_in, pb_in = self._put(x, NHWC), *map(self._put, (dw, pw.flatten(1), db, pb))
         y = self._image(x, c_out, out_h, out_w)
-        if self._call("fused_separable_serves", g, c_out, number) and self._call("fused_separable_pays", g, c_out):
-            self._call("fused_separable", g, c_out, x_in, dw_in, pw_in, db_in, pb_in, inner, activation, y, number, 0)
+        plan = self._call(
+            "plan_separable", g, c_out, inner, activation, number, True, self.gpu.kernels.current_device()
+        )
+        if plan:
+            tensors = (x_in, dw_in, pw_in, db_in, pb_in)
+            self._call("fused_separable", plan, g, c_out, *tensors, inner, activation, y, number, 0)
         else:
             middle = self._image(x, x.shape[1], out_h, out_w)
-            self._call("depthwise", g, x_in, dw_in, db_in, middle, number, 0)
-            rows = pixel_rows(middle)
-            self._call("epilogue", middle, None, inner, middle, *rows.shape, number, 0)
-            torch.mm(rows, pw_in.t(), out=pixel_rows(y))
+            self._call("depthwise", g, x_in, dw_in, db_in, inner, middle, number, 0)
+            torch.mm(pixel_rows(middle), pw_in.t(), out=pixel_rows(y))
             self._call("epilogue", y, pb_in, activation, y, *pixel_rows(y).shape, number, 0)
         out = self._fetch(y, ops.output_format(x, dw))
         self._finish()
@@ -170,21 +173,13 @@ class Operators:
         self, g: Any, grad: Tensor, y: Maybe, x: Tensor, dw: Tensor, pw: Tensor, db: Maybe,
         inner: int, activation: int, d_inner: Tensor, d_pw: Tensor, d_pb: Tensor,
     ) -> None:  # fmt: skip
-        number, c_out = self.gpu.dtype(x.dtype), pw.shape[0]
-        serves = self._call("fused_separable_backward_serves", g, c_out, inner, activation, number)
-        if serves and self._call("fused_separable_backward_pays", g, c_out, activation):
-            workspace = self.gpu.empty(self._call("fused_separable_backward_workspace", g, c_out))
-            self._call(
-                "fused_separable_backward", g, c_out, grad, y, x, dw, pw, db, inner, activation, d_inner, d_pw, d_pb,
-                workspace, number, 0,
-            )  # fmt: skip
-            return
+        number = self.gpu.dtype(x.dtype)
         rows, middle = pixel_rows(grad), self._image(x, *d_inner.shape[1:])
         if activation:
             self._call("slope", grad, y, activation, True, grad, grad.numel(), number, 0)
         workspace = self.gpu.empty(self._call("column_sums_workspace", *rows.shape))
         self._call("column_sums", grad, d_pb, *rows.shape, workspace, number, 0)
-        self._call("depthwise", g, x, dw, db, middle, number, 0)
+        self._call("depthwise", g, x, dw, db, 0, middle, number, 0)
         activated = self._image(x, *middle.shape[1:])
         self._call("epilogue", middle, None, inner, activated, *pixel_rows(middle).shape, number, 0)
         torch.mm(rows.t(), pixel_rows(activated), out=d_pw)

@@ -22,25 +22,16 @@ class LargeRun(Run):
         gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 8 if case.nhwc else 256
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
-        workspace = self.workspace()
-        self.backward(None, None, self.empty(len(self.bias), dtype=self.x.dtype), workspace)
-        return self.sums(workspace)
+        return self.sums(self.backward(None, None, self.empty(len(self.bias), dtype=self.x.dtype)))
 
     def both_grads(self, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        workspace = self.workspace()
         dx, dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.x, self.weight, self.bias))
-        self.backward(dx, dw, db, workspace)
-        return dx, *self.sums(workspace)
+        return dx, *self.sums(self.backward(dx, dw, db))
 
-    def sums(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(self, parts: Tensor) -> tuple[Tensor, Tensor]:
         """The parts' sums, added here: the last channels' taps are spread over the second stage's whole grid."""
-        kh, kw = self.case.kernel
-        taps = kh * kw + 1
-        if self.case.nhwc and kw < 9:
-            sums = workspace.view(-1, taps, self.case.channels)[..., -64:].sum(0).t()
-        else:
-            sums = workspace.view(-1, self.case.channels, taps)[:, -64:].sum(0)
-        return sums[:, :-1].reshape(-1, 1, kh, kw), sums[:, -1]
+        sums = parts[..., -64:].sum(0).t()
+        return sums[:, :-1].reshape(-1, 1, *self.case.kernel), sums[:, -1]
 
     def compared(self, x: Tensor) -> Tensor:
         return x[-1:, -64:] if x.dim() == 4 and x.shape[1] > 1 else x[-64:]
@@ -61,18 +52,24 @@ MANY = Case(channels=64, size=(32, 32), batch=2**15 + 1)
 # With many images a block of the filter's gradient, and of wide filters, would walk through thousands of them.
 DEEP = Case(channels=2**31 // 25 // 64 * 64 + 128, size=(5, 5), batch=1)
 WIDE_AND_DEEP = replace(DEEP, kernel=(1, 9), padding=(0, 4))
-LARGE = [
-    (replace(case, nhwc=nhwc), name)
-    for nhwc in (True, False)
-    for case, names in (
-        (MANY, ("y", "dx")),
-        (replace(MANY, stride=(2, 2)), ("y", "dx")),
-        (replace(MANY, padding=(2, 2), dilation=(2, 2)), ("y",)),
-        (DEEP, ("dw", "both")),
-        (WIDE_AND_DEEP, ("y", "dx", "dw")),
-    )
-    for name in names
+# Neither of two images is too large for offsets of 32 bits, but both together are: two launches.
+TWO = replace(DEEP, channels=DEEP.channels // 64 * 2 // 3 * 64, batch=2)
+WITH_RESULTS = [
+    *(
+        (replace(case, nhwc=nhwc), names)
+        for nhwc, images in ((True, TWO), (False, MANY))
+        for case, names in (
+            (images, ("y", "dx")),
+            (replace(images, stride=(2, 2)), ("y", "dx")),
+            (WIDE_AND_DEEP, ("y", "dx", "dw")),
+        )
+    ),
+    (TWO, ("dw", "both")),
+    (DEEP, ("y", "dw")),
+    (replace(DEEP, nhwc=False), ("dw", "both")),
+    (replace(MANY, nhwc=False, padding=(2, 2), dilation=(2, 2)), ("y",)),
 ]
+LARGE = [(case, name) for case, names in WITH_RESULTS for name in names]
 
 
 @pytest.mark.parametrize(("case", "name"), LARGE, ids=str)

@@ -34,7 +34,7 @@ WIDE = [
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_wide_filters_on_tensor_cores(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
     assert_right(Run(gpu, case, dtype), "y", "dx", "dw")
-    assert set(gpu.traffic()) == {"depthwise_toeplitz_kernel", "weight_grad_toeplitz_kernel", "add_parts"}
+    assert set(gpu.traffic()) == {"convolve_toeplitz", "filter_grad_toeplitz", "add_parts"}
 
 
 def test_what_wide_filters_leave_to_the_general_kernel(gpu: Gpu) -> None:
@@ -89,18 +89,18 @@ def test_unaligned_views_take_the_general_kernel(gpu: Gpu) -> None:
     run = Run(gpu, Case(channels=8, kernel=(9, 9), padding=(4, 4)), torch.bfloat16)
     run.x = gpu.empty(run.x.numel() + 1, dtype=torch.bfloat16)[1:].view(2, 9, 11, 8).permute(0, 3, 1, 2).copy_(run.x)
     assert_right(run, "y", "dw")
-    assert set(gpu.traffic()) == {"any_scalar", "any_weight_grad", "add_parts"}
+    assert set(gpu.traffic()) == {"any_scalar", "any_filter_grad", "add_parts"}
 
 
 # Bounds of forward, data gradient and filter gradient. The filters of 3 rows keep the test short; what exceeds 1 is the
 # filter, read by each block, and of a map of several tiles the rows and columns that neighbours share: here 68 of 64
 # rows and, by 8, 80 of 64 columns; by 16, 96, in NCHW, where those make a sector. The filter's gradient reads 76 of 64
-# columns (96 in NCHW) and the rows of its image only; to it come the parts' sums, up to an eighth of what it reads.
+# columns (96 in NCHW) and the rows of its image only; to it come the parts' sums, written and read again: each up to a tenth of what it reads.
 WIDE_TRAFFIC = [
-    (Case(batch=8, channels=16, size=(32, 32), kernel=(3, 13), padding=(1, 6)), (1.03, 1.03, 1.08)),
-    (Case(batch=8, channels=8, size=(32, 32), kernel=(3, 13), padding=(1, 6), nhwc=False), (1.03, 1.03, 1.08)),
-    (Case(batch=32, channels=16, size=(7, 7), kernel=(3, 13), padding=(1, 6)), (1.1, 1.1, 1.13)),
-    (Case(batch=2, channels=16, size=(64, 64), kernel=(3, 13), padding=(1, 6)), (1.17, 1.17, 1.22)),
+    (Case(batch=8, channels=16, size=(32, 32), kernel=(3, 13), padding=(1, 6)), (1.03, 1.03, 1.10)),
+    (Case(batch=8, channels=8, size=(32, 32), kernel=(3, 13), padding=(1, 6), nhwc=False), (1.03, 1.03, 1.10)),
+    (Case(batch=32, channels=16, size=(7, 7), kernel=(3, 13), padding=(1, 6)), (1.1, 1.1, 1.20)),
+    (Case(batch=2, channels=16, size=(64, 64), kernel=(3, 13), padding=(1, 6)), (1.17, 1.17, 1.23)),
     (Case(batch=2, channels=8, size=(64, 64), kernel=(3, 13), padding=(1, 6), nhwc=False), (1.3, 1.3, 1.36)),
 ]
 

@@ -115,3 +115,21 @@ def test_bytes_moved(gpu: Gpu) -> None:
     column_sums(gpu, z)
     sums = gpu.kernels.column_sums_workspace(*z.shape) * 4
     assert gpu.moved() - before == z.nbytes + 2 * sums + bias.nbytes
+
+
+# Planes of whole vectors, and of none.
+@pytest.mark.sanitized
+@pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 9, 7, 5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_planes(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    n, c, h, w = shape
+    z, bias, out = put(gpu, *shape, dtype=dtype), put(gpu, c, dtype=dtype), gpu.empty(*shape, dtype=dtype)
+    number = gpu.dtype(dtype)
+    gpu.kernels.plane_epilogue(z.data_ptr(), bias.data_ptr(), 1, out.data_ptr(), n, c, h * w, number, 0)
+    expected = (z.double() + bias.double()[:, None, None]).relu()
+    torch.testing.assert_close(out.double(), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    sums, workspace = gpu.empty(c, dtype=dtype), gpu.empty(gpu.kernels.plane_sums_workspace(n, c))
+    gpu.kernels.plane_sums(z.data_ptr(), sums.data_ptr(), n, c, h * w, workspace.data_ptr(), number, 0)
+    torch.testing.assert_close(
+        sums.double(), z.double().sum((0, 2, 3)), rtol=ROUNDING[dtype], atol=40 * 1e-6 + ROUNDING[dtype]
+    )

@@ -81,8 +81,8 @@ def test_float32_step(operators: Operators, options: str) -> None:
     model, exact, images, labels = build(torch.float32, options)
     found = gradients(model, images, labels)
     assert operators.launches["bias_and_activation"]  # fp32 goes step by step
-    assert not operators.launches["separable_forward"]
-    assert operators.launches["backward_nhwc_kernel"]
+    assert not operators.launches["separable_rows"]
+    assert operators.launches["add_parts"]
     assert distance(found, torch_gradients(exact, images, labels)) < 1e-5  # 1.2e-6 when written
 
 
@@ -91,10 +91,9 @@ def test_float16_step(operators: Operators, options: str) -> None:
     model, exact, images, labels = build(torch.float16, options)
     twin = copy.deepcopy(model)
     found = gradients(model, images, labels)
-    assert operators.launches["separable_forward"]
-    assert operators.launches["separable_backward"]
-    assert operators.launches["backward_nhwc_kernel"]
-    for kernel in ("depthwise_toeplitz_kernel", "weight_grad_toeplitz_kernel"):
+    assert operators.launches["separable_rows"]
+    assert operators.launches["add_parts"]
+    for kernel in ("convolve_toeplitz", "filter_grad_toeplitz"):
         assert bool(operators.launches[kernel]) == (options == "by stage"), kernel
     expected = torch_gradients(exact, images, labels)
     # Rounding to 16 bits between operators decides the distance, and PyTorch's own operators round as often: over four

@@ -368,6 +368,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = 163 << 10;
       return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = 164 << 10;
+      return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       *value = 8;
       return cudaSuccess;
@@ -379,6 +382,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   }
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated device"; }
 cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t) {
   memset(p, value, n);
   return cudaSuccess;

@@ -11,8 +11,11 @@
 // rows are one mma and its odd rows another: the image's rows that the even ones meet with one row of the gradient, the
 // odd ones meet with the row before it, so that inputs are read from shared memory once for both.
 // Filters larger than the sums that a warp has are cut into pieces, which are blocks of their own.
+#include <algorithm>
+
 #include "cuda/channel_planes.cuh"
 #include "cuda/depthwise.h"
+#include "cuda/device.h"
 
 namespace rkl::cuda {
 namespace {
@@ -132,7 +135,7 @@ struct Place {
 
 // Starts the copies of a tile; the caller waits.
 template <class V, class T = typename V::T>
-__device__ inline void load(const WeightGrad& a, const Cut& c, const Place& at, int c0, T* planes, T* gradients) {
+__device__ inline void load(const FilterGrad& a, const Cut& c, const Place& at, int c0, T* planes, T* gradients) {
   const Conv2d& g = a.g;
   const Window<T> x{
       static_cast<const T*>(a.x), g.channels,   g.in_h,          g.in_w,       at.image, at.images, at.top,
@@ -238,7 +241,7 @@ __device__ inline float sum_of(const Cut& c, const Place& at, const T* gradient)
 }
 
 template <class V>
-__device__ inline void write_sums(const WeightGrad& a, int part, int64_t channel, int kh0, int kw0,
+__device__ inline void write_sums(const FilterGrad& a, int part, int64_t channel, int kh0, int kw0,
                                   const typename V::Sums& sum) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -256,7 +259,7 @@ __device__ inline void write_sums(const WeightGrad& a, int part, int64_t channel
 
 template <class T, int column_tiles, int row_tiles, bool nhwc>
 __global__ void __launch_bounds__(32 * (nhwc ? 16 : 8), Variant<T, column_tiles, row_tiles, nhwc>::kBlocks)
-    weight_grad_toeplitz_kernel(WeightGrad a, Cut c, int channel_blocks) {
+    filter_grad_toeplitz(FilterGrad a, Cut c, int parts, int channel_blocks) {
   using V = Variant<T, column_tiles, row_tiles, nhwc>;
   extern __shared__ __align__(16) unsigned char memory[];
   const Conv2d& g = a.g;
@@ -274,7 +277,7 @@ __global__ void __launch_bounds__(32 * (nhwc ? 16 : 8), Variant<T, column_tiles,
 
   typename V::Sums sum = {};
   float bias = 0.f;
-  for (int64_t tile = part; tile < c.tiles; tile += a.parts) {
+  for (int64_t tile = part; tile < c.tiles; tile += parts) {
     const Place at(V(), g, c, tile, kh, kw);
     load<V>(a, c, at, c0, planes, gradients);
     cp_async_wait<0>();
@@ -298,97 +301,81 @@ __global__ void __launch_bounds__(32 * (nhwc ? 16 : 8), Variant<T, column_tiles,
   if (lane == 0) a.sum(part, g.kernel_h * g.kernel_w, channel) = bias;
 }
 
-// How a call is launched.
-struct Plan {
-  Cut cut;
-  int64_t channel_blocks;
-  int at_once;  // blocks that the GPU has at a time
-  int bytes;
-
-  // Parts of the batch: those with which the blocks' tiles, which come in rounds where the GPU does not have all blocks
-  // at once, are done soonest. But a part's sums, written and read again, are not to pass an eighth of what it reads.
-  int parts(const Conv2d& g) const {
-    const int64_t sums = 8 * (g.kernel_h * g.kernel_w + 1), read = 2 * g.batch * (g.in_h * g.in_w + g.out_h * g.out_w);
-    const int64_t blocks = channel_blocks * cut.pieces,
-                  most = read / sums / 8 < cut.tiles ? read / sums / 8 : cut.tiles;
-    const auto steps = [&](int64_t n) { return ceil_div(cut.tiles, n) * ceil_div(n * blocks, at_once); };
-    int64_t best = 1;
-    for (int64_t n = 2; n <= most && n * blocks <= kMostRounds * at_once; ++n)
-      if (steps(n) < steps(best)) best = n;
-    return int(best);
-  }
-
- private:
-  static constexpr int kMostRounds = 4;
-};
-
-template <class V>
-bool plan(const Conv2d& g, bool flat, Plan& to) {
-  to.cut = cut<V>(g, flat);
-  Cut& c = to.cut;
-  int most = 0, multiprocessors = 0, device = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const auto bytes = [&] { return c.elements() * int(sizeof(typename V::T)); };
-  // Half of the channels where all do not fit, as in depthwise_toeplitz.cu.
-  for (c.channels = V::kMostChannels; bytes() > most; c.channels /= 2)
-    if (c.channels == 8) return false;
-  to.channel_blocks = ceil_div(g.channels, c.channels);
-  to.at_once = multiprocessors * V::kBlocks;
-  to.bytes = bytes();
-  return true;
+// Parts of the batch: those with which the blocks' tiles, which come in rounds where the GPU does not have all blocks
+// at once, are done soonest. But a part's sums, written and read again, are not to pass an eighth of what it reads.
+int parts_of(const Conv2d& g, const Cut& c, int64_t blocks, int64_t at_once) {
+  constexpr int kMostRounds = 4;
+  const int64_t sums = 8 * (g.kernel_h * g.kernel_w + 1), read = 2 * g.batch * (g.in_h * g.in_w + g.out_h * g.out_w);
+  const int64_t most = std::min(read / sums / 8, c.tiles);
+  const auto steps = [&](int64_t n) { return ceil_div(c.tiles, n) * ceil_div(n * blocks, at_once); };
+  int64_t best = 1;
+  for (int64_t n = 2; n <= most && n * blocks <= kMostRounds * at_once; ++n)
+    if (steps(n) < steps(best)) best = n;
+  return int(best);
 }
 
-// Calls f with the filter's Variant and returns what it returns; false where there is none.
+// Calls f with the filter's Variant; false where there is none.
 template <class F>
-bool by_kernel(const Conv2d& g, Dtype dtype, F f) {
+bool by_variant(const Conv2d& g, Dtype dtype, F f) {
   constexpr int kNarrowest = 9;  // narrower filters have kernels of their own, or too few taps to fill an mma
   if (g.kernel_w < kNarrowest || g.stride_h != 1 || g.stride_w != 1 || g.dilation_h != 1 || g.dilation_w != 1)
     return false;
-  if (g.nhwc && g.channels % 8) return false;
+  if (dtype == Dtype::f32 || (g.nhwc && g.channels % 8)) return false;
   const bool small =
       g.kernel_h <= Variant<bf16, 1, 1, true>::kRows && g.kernel_w <= Variant<bf16, 1, 1, true>::kColumns;
-  bool served = false;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       if (g.nhwc)
-        served = small ? f(Variant<T, 1, 1, true>()) : f(Variant<T, 2, 2, true>());
+        small ? f(Variant<T, 1, 1, true>()) : f(Variant<T, 2, 2, true>());
       else
-        served = small ? f(Variant<T, 1, 1, false>()) : f(Variant<T, 2, 2, false>());
+        small ? f(Variant<T, 1, 1, false>()) : f(Variant<T, 2, 2, false>());
     }
   });
-  return served;
+  return true;
 }
+
+enum Kernel { kScalars, kInVectors };  // of NCHW's copies
 
 }  // namespace
 
-int weight_grad_toeplitz_parts(const Conv2d& g, Dtype dtype) {
-  int parts = 0;
-  by_kernel(g, dtype, [&](auto variant) {
-    Plan p;
-    const bool served = plan<decltype(variant)>(g, true, p);
-    if (served) parts = p.parts(g);
-    return served;
+// kernel: whether NCHW rows are copied in vectors. A warp has a channel, so threads are 32 a channel of a block.
+MaybePlan plan_toeplitz_filter_grad(const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
+  MaybePlan made;
+  if (g.nhwc && !aligned) return made;
+  by_variant(g, dtype, [&](auto variant) {
+    using V = decltype(variant);
+    Cut c = cut<V>(g, aligned);
+    const auto bytes = [&] { return c.elements() * int(sizeof(typename V::T)); };
+    // Half of the channels where all do not fit, as in toeplitz.cu.
+    for (c.channels = V::kMostChannels; bytes() > device.block_shared; c.channels /= 2)
+      if (c.channels == 8) return;
+    Plan plan{Family::toeplitz};
+    plan.kernel = aligned ? kInVectors : kScalars;
+    plan.rows = c.height;
+    plan.threads = 32 * c.channels;
+    plan.shared = bytes();
+    const int64_t blocks = ceil_div(g.channels, c.channels) * c.pieces;
+    plan.parts = parts_of(g, c, blocks, device.multiprocessors * V::kBlocks);
+    plan.blocks = blocks * plan.parts;
+    made = plan;
   });
-  return parts;
+  return made;
 }
 
-bool weight_grad_toeplitz(const WeightGrad& a, Dtype dtype, cudaStream_t stream) {
-  const bool flat = aligned_16(a.x, a.grad);
-  if (a.g.nhwc && !flat) return false;
-  return by_kernel(a.g, dtype, [&](auto variant) {
-    Plan p;
-    if (!plan<decltype(variant)>(a.g, flat, p)) return false;
-    if (a.only_asked) return true;
+void launch_toeplitz(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStream_t stream) {
+  by_variant(a.g, dtype, [&](auto variant) {
     using V = decltype(variant);
+    constexpr int kColumnTiles = V::kColumnTiles, kRowTiles = V::kRowTiles;
+    constexpr bool nhwc = V::nhwc;
     using T = typename V::T;
-    allow_shared_memory(&weight_grad_toeplitz_kernel<T, V::kColumnTiles, V::kRowTiles, V::nhwc>, p.bytes);
-    const int64_t blocks = p.channel_blocks * p.cut.pieces * a.parts;
-    weight_grad_toeplitz_kernel<T, V::kColumnTiles, V::kRowTiles, V::nhwc>
-        <<<dim3(unsigned(blocks)), dim3(32 * p.cut.channels), p.bytes, stream>>>(a, p.cut, int(p.channel_blocks));
-    return true;
+    Cut c = cut<V>(a.g, plan.kernel == kInVectors);
+    c.channels = plan.threads / 32;
+    allow_shared(reinterpret_cast<const void*>(&filter_grad_toeplitz<T, kColumnTiles, kRowTiles, nhwc>), plan.shared);
+    filter_grad_toeplitz<T, kColumnTiles, kRowTiles, nhwc>
+        <<<dim3(unsigned(plan.blocks)), dim3(plan.threads), plan.shared, stream>>>(
+            a, c, plan.parts, int(ceil_div(a.g.channels, c.channels)));
+    check_launch("filter_grad_toeplitz");
   });
 }
 

@@ -1,6 +1,10 @@
 // Depthwise convolution and its gradients for every kernel size, stride, dilation and layout: what the fast paths leave
 // over. One output a thread and step; neighbours in memory are neighbours in a warp, the caches do the rest.
+#include <algorithm>
+
+#include "cuda/activation.cuh"
 #include "cuda/depthwise.h"
+#include "cuda/device.h"
 #include "cuda/element.cuh"
 
 namespace rkl::cuda {
@@ -8,6 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVectors = 8;  // vectors of 16 bytes a pixel and block: 128 bytes, one cache line
+enum Kernel { kScalars, kInVectors };
 
 // Where the pixels of an image stand: element (n, c, y, x) is at n * image + c * channel + y * row + x * pixel.
 struct Strides {
@@ -55,10 +60,16 @@ __device__ int source(int o, int k, int stride, int padding, int dilation, int s
   return i >= 0 && i % stride == 0 && i / stride < size ? i / stride : -1;
 }
 
+// What the kernels are told: a convolution, or with `transposed` the data gradient of one, g then being the forward's.
+// A `flipped` filter is read from its end to its beginning: what makes the data gradient at stride 1 a convolution too.
+struct Task : Convolution {
+  bool flipped;
+};
+
 // acc[e] += the sum over the filter's taps for the channels c + e of image n at output (oy, ox). weight(tap, e) gives
 // the filter's value.
 template <bool transposed, class T, int V, class Weight>
-__device__ void add_taps(const Depthwise& a, int64_t n, int c, int oy, int ox, Weight weight, float (&acc)[V]) {
+__device__ void add_taps(const Task& a, int64_t n, int c, int oy, int ox, Weight weight, float (&acc)[V]) {
   const Conv2d& g = a.g;
   const int h = int(transposed ? g.out_h : g.in_h), w = int(transposed ? g.out_w : g.in_w);
   const Strides s = strides_of(g, h, w);
@@ -80,7 +91,7 @@ __device__ void add_taps(const Depthwise& a, int64_t n, int c, int oy, int ox, W
 
 // Scalars, either layout; the filter comes through the cache.
 template <class T, bool transposed>
-__global__ void __launch_bounds__(kThreads) any_scalar(Depthwise a, OutputIndex index, int64_t total) {
+__global__ void __launch_bounds__(kThreads) any_scalar(Task a, OutputIndex index, int64_t total) {
   const Conv2d& g = a.g;
   int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= total) return;
@@ -91,13 +102,14 @@ __global__ void __launch_bounds__(kThreads) any_scalar(Depthwise a, OutputIndex 
   const T* filter = static_cast<const T*>(a.weight) + int64_t(c) * (g.kernel_h * g.kernel_w);
   float acc[1] = {a.bias ? to_float(static_cast<const T*>(a.bias)[c]) : 0.f};
   add_taps<transposed, T>(a, i, c, oy, ox, [=](int tap, int) { return to_float(filter[tap]); }, acc);
+  activate_all<T>(a.act, acc);
   *y = from_float<T>(acc[0]);
 }
 
 // NHWC in vectors: a block owns 8 vectors of channels, whose filters it keeps in shared memory, and a run of pixels.
 template <class T, bool transposed>
 __global__ void __launch_bounds__(kThreads, 4)
-    any_vectors(Depthwise a, OutputIndex index, int channel_blocks, int64_t pixels, int run) {
+    any_vectors(Task a, OutputIndex index, int channel_blocks, int64_t pixels, int run) {
   using V = Vec<T>;
   extern __shared__ __align__(16) unsigned char memory[];
   T* filter = reinterpret_cast<T*>(memory);  // [tap][channel of the block]
@@ -121,6 +133,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int e = 0; e < V::size; ++e) acc[e] = a.bias ? to_float(static_cast<const T*>(a.bias)[c + e]) : 0.f;
     const T* mine = filter + vec * V::size;
     add_taps<transposed, T>(a, n, c, oy, ox, [=](int tap, int e) { return to_float(mine[tap * kChannels + e]); }, acc);
+    activate_all<T>(a.act, acc);
     V out;
 #pragma unroll
     for (int e = 0; e < V::size; ++e) out.v[e] = from_float<T>(acc[e]);
@@ -128,31 +141,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-template <class T, bool transposed>
-void launch(const Depthwise& a, cudaStream_t stream) {
-  constexpr int kChannels = kVectors * Vec<T>::size, kLargestFilter = 31 * 31;
-  const Conv2d& g = a.g;
-  const int64_t pixels = g.batch * (transposed ? g.in_h * g.in_w : g.out_h * g.out_w);
-  const int taps = g.kernel_h * g.kernel_w, bytes = taps * kChannels * int(sizeof(T));
-  if (!g.nhwc || g.channels % Vec<T>::size || !aligned_16(a.x, a.y) || taps > kLargestFilter) {
-    const int64_t total = pixels * g.channels;
-    any_scalar<T, transposed><<<dim3(unsigned(ceil_div(total, kThreads))), dim3(kThreads), 0, stream>>>(
-        a, OutputIndex(g, transposed), total);
-    return;
-  }
-  allow_shared_memory(&any_vectors<T, transposed>, bytes);
-  const int64_t channel_blocks = ceil_div(g.channels, kChannels);
-  // Long runs spread the filter's way into shared memory over many pixels; short ones fill the GPU.
-  const int64_t run = pixels * channel_blocks > (1 << 20) ? 512 : 64;
-  any_vectors<T, transposed><<<dim3(unsigned(channel_blocks * ceil_div(pixels, run))), dim3(kThreads), bytes, stream>>>(
-      a, OutputIndex(g, transposed), int(channel_blocks), pixels, int(run));
-}
-
 // One tap of the filter's gradient for a group of channels, over a part of the batch's output rows. `lanes` threads
 // lie along the channels (NHWC) or all along the pixels (NCHW); those along the pixels are added up in a fixed order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    any_weight_grad(WeightGrad a, Divider out_h, int lanes, int channel_blocks) {
+    any_filter_grad(FilterGrad a, Divider out_h, int parts, int lanes, int channel_blocks) {
   __shared__ float sums[kThreads];
   const Conv2d& g = a.g;
   const int taps = g.kernel_h * g.kernel_w, others = kThreads / lanes;
@@ -161,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
   const int c = channel_block * lanes + threadIdx.x % lanes, other = threadIdx.x / lanes;
   const Strides sx = strides_of(g, g.in_h, g.in_w), sg = strides_of(g, g.out_h, g.out_w);
   const int kh = tap / g.kernel_w, kw = tap % g.kernel_w;
-  const int64_t rows = g.batch * g.out_h, part_rows = (rows + a.parts - 1) / a.parts, first = part * part_rows;
+  const int64_t rows = g.batch * g.out_h, part_rows = (rows + parts - 1) / parts, first = part * part_rows;
   const int64_t end = first + part_rows < rows ? first + part_rows : rows;
   float sum = 0.f;
   if (c < g.channels && (tap < taps || a.with_bias)) {
@@ -189,23 +182,86 @@ __global__ void __launch_bounds__(kThreads)
   if (other == 0 && c < g.channels) a.sum(part, tap, c) = sums[threadIdx.x];
 }
 
+constexpr int kChannelsAside = 32;  // of a block of NHWC's filter gradient
+
+bool as_convolution(Result result, const Conv2d& g) {
+  return result == Result::output || (g.stride_h == 1 && g.stride_w == 1);
+}
+
+int vector_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
+
+Plan plan_filter_grad(const Conv2d& g, const Device& device) {
+  // Parts enough to fill the GPU, and few enough for their sums to be small beside the images.
+  constexpr int64_t kBlocksEach = 8, kLeastPixels = 256;
+  const int64_t taps = g.kernel_h * g.kernel_w, least = std::max(kLeastPixels, 8 * taps);
+  const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, least);
+  const int64_t channel_blocks = g.nhwc ? ceil_div(g.channels, kChannelsAside) : g.channels;
+  Plan plan{Family::general};
+  plan.parts = int(std::min(ceil_div(kBlocksEach * device.multiprocessors, channel_blocks), most));
+  plan.blocks = channel_blocks * (taps + 1) * plan.parts;
+  plan.threads = kThreads;
+  return plan;
+}
+
+template <class T, bool transposed>
+void launch(const Task& a, const Plan& plan, cudaStream_t stream) {
+  const Conv2d& g = a.g;
+  const int64_t pixels = g.batch * (transposed ? g.in_h * g.in_w : g.out_h * g.out_w);
+  const OutputIndex index(g, transposed);
+  if (plan.kernel == kScalars) {
+    any_scalar<T, transposed>
+        <<<dim3(unsigned(plan.blocks)), dim3(kThreads), 0, stream>>>(a, index, pixels * g.channels);
+    check_launch("any_scalar");
+    return;
+  }
+  allow_shared(reinterpret_cast<const void*>(&any_vectors<T, transposed>), plan.shared);
+  const int channel_blocks = int(ceil_div(g.channels, kVectors * Vec<T>::size));
+  any_vectors<T, transposed><<<dim3(unsigned(plan.blocks)), dim3(kThreads), plan.shared, stream>>>(
+      a, index, channel_blocks, pixels, plan.rows);
+  check_launch("any_vectors");
+}
+
 }  // namespace
 
-void depthwise_general(const Depthwise& a, bool transposed, Dtype dtype, cudaStream_t stream) {
+// kernel: scalars or vectors; rows: pixels of a block's run.
+Plan plan_general(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
+  if (result == Result::filter_grad) return plan_filter_grad(g, device);
+  Plan plan{Family::general};
+  plan.threads = kThreads;
+  const int64_t pixels = g.batch * (result == Result::output ? g.out_h * g.out_w : g.in_h * g.in_w);
+  const int vector = vector_of(dtype), bytes = g.kernel_h * g.kernel_w * kVectors * 16;
+  if (!g.nhwc || g.channels % vector || !aligned || bytes > device.block_shared) {
+    plan.kernel = kScalars;
+    plan.blocks = ceil_div(pixels * g.channels, kThreads);
+    return plan;
+  }
+  plan.kernel = kInVectors;
+  plan.shared = bytes;
+  const int64_t channel_blocks = ceil_div(g.channels, kVectors * vector);
+  // Long runs spread the filter's way into shared memory over many pixels; short ones fill the GPU.
+  plan.rows = pixels * channel_blocks > (1 << 20) ? 512 : 64;
+  plan.blocks = channel_blocks * ceil_div(pixels, plan.rows);
+  return plan;
+}
+
+void launch_general(Result result, const Convolution& a, const Plan& plan, Dtype dtype, cudaStream_t stream) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    transposed ? launch<T, true>(a, stream) : launch<T, false>(a, stream);
+    if (!as_convolution(result, a.g)) return launch<T, true>({a, false}, plan, stream);
+    Task task{a, result == Result::data_grad};
+    if (task.flipped) task.g = data_grad_as_convolution(a.g);
+    launch<T, false>(task, plan, stream);
   });
 }
 
-void weight_grad_general(const WeightGrad& a, Dtype dtype, cudaStream_t stream) {
+void launch_general(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStream_t stream) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int lanes = a.g.nhwc ? 32 : 1, channel_blocks = int(ceil_div(a.g.channels, lanes));
-    const int64_t blocks = int64_t(channel_blocks) * (a.g.kernel_h * a.g.kernel_w + 1) * a.parts;
-    any_weight_grad<T>
-        <<<dim3(unsigned(blocks)), dim3(kThreads), 0, stream>>>(a, Divider(a.g.out_h), lanes, channel_blocks);
+    const int lanes = a.g.nhwc ? kChannelsAside : 1, channel_blocks = int(ceil_div(a.g.channels, lanes));
+    any_filter_grad<T><<<dim3(unsigned(plan.blocks)), dim3(kThreads), 0, stream>>>(a, Divider(a.g.out_h), plan.parts,
+                                                                                   lanes, channel_blocks);
   });
+  check_launch("any_filter_grad");
 }
 
 }  // namespace rkl::cuda

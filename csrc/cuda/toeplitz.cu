@@ -13,8 +13,12 @@
 // rows are one mma and its odd rows another: what an odd row meets with filter row kh, the even one before it meets
 // with kh + 1, so that inputs are read from shared memory once for both. Else that reading would take longer than the
 // mmas.
+#include <algorithm>
+
+#include "cuda/activation.cuh"
 #include "cuda/channel_planes.cuh"
 #include "cuda/depthwise.h"
+#include "cuda/device.h"
 
 namespace rkl::cuda {
 namespace {
@@ -129,14 +133,14 @@ __device__ void store_nchw(const Conv2d& g, const Cut& c, const Place& at, const
 
 // A channel's filter, rows of kRow elements in the order in which they meet the image.
 template <class T, int k_blocks>
-__device__ void load_bands(const Depthwise& a, const Cut& c, int64_t channel, T* filter) {
+__device__ void load_bands(const Convolution& a, bool flipped, const Cut& c, int64_t channel, T* filter) {
   constexpr int kRow = 8 * k_blocks;  // `shift` zeros, the taps, at least 7 zeros
   const int kw = a.g.kernel_w, taps = a.g.kernel_h * kw;
   const T* weight = static_cast<const T*>(a.weight) + channel * taps;
   for (int i = threadIdx.x % 32; i < c.filter; i += 32) {
     const int row = (i - kLead) / kRow, column = (i - kLead) % kRow - c.shift, tap = row * kw + column;
     const bool inside = i >= kLead && row < a.g.kernel_h && column >= 0 && column < kw;
-    filter[i] = inside ? weight[a.flipped ? taps - 1 - tap : tap] : from_float<T>(0.f);
+    filter[i] = inside ? weight[flipped ? taps - 1 - tap : tap] : from_float<T>(0.f);
   }
 }
 
@@ -219,7 +223,7 @@ constexpr int most_channels(bool nhwc) { return nhwc ? 16 : 8; }  // NHWC: 32 by
 
 template <class T, int k_blocks, bool nhwc>
 __global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
-    depthwise_toeplitz_kernel(Depthwise a, Cut c, int channel_blocks) {
+    convolve_toeplitz(Convolution a, bool flipped, Cut c, int channel_blocks) {
   extern __shared__ __align__(16) unsigned char memory[];
   const Conv2d& g = a.g;
   const int warp = threadIdx.x / 32, c0 = int(blockIdx.x % channel_blocks) * c.channels;
@@ -228,7 +232,7 @@ __global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
   T* planes = reinterpret_cast<T*>(memory);
   T *plane = planes + warp * c.plane, *filter = planes + c.channels * c.plane + warp * c.filter;
   T* zeros = planes + c.channels * (c.plane + c.filter);
-  if (live) load_bands<T, k_blocks>(a, c, channel, filter);
+  if (live) load_bands<T, k_blocks>(a, flipped, c, channel, filter);
   for (int i = threadIdx.x; i < kPitch; i += blockDim.x) zeros[i] = from_float<T>(0.f);
   const float bias = live && a.bias ? to_float(static_cast<const T*>(a.bias)[channel]) : 0.f;
 
@@ -250,6 +254,11 @@ __global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
 #pragma unroll
       for (int i = 0; i < 8 * kColumnTiles; ++i) sum[i / 16][i / 4 % 4][i % 4] = bias;
       multiply<T, k_blocks>(g, c, at, plane, filter, zeros, sum);
+      with_activation<T>(a.act, [&](auto activation) {
+#pragma unroll
+        for (int i = 0; i < 8 * kColumnTiles; ++i)
+          sum[i / 16][i / 4 % 4][i % 4] = activation(sum[i / 16][i / 4 % 4][i % 4]);
+      });
       __syncwarp();  // all lanes have read the inputs
       put_back(c, at, sum, plane);
     }
@@ -262,49 +271,69 @@ __global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
   }
 }
 
+// Rows of t by 8: the taps, the zeros before them, and one row more for each of the 8 columns but the first. 0 where
+// the family does not serve the convolution.
+int k_blocks_of(const Conv2d& g, Dtype dtype) {
+  constexpr int kNarrowest = 9;  // narrower filters have kernels of their own, or too few taps to fill the bands
+  if (dtype == Dtype::f32 || g.kernel_w < kNarrowest || g.stride_h != 1 || g.stride_w != 1) return 0;
+  if (g.dilation_h != 1 || g.dilation_w != 1 || (g.nhwc && g.channels % 8)) return 0;
+  const int rows = g.kernel_w + left_of(g.padding_w) - g.padding_w + 7;
+  return rows <= 24 ? 3 : rows <= 40 ? 5 : 0;
+}
+
+Conv2d convolution_of(Result result, const Conv2d& g) {
+  return result == Result::output ? g : data_grad_as_convolution(g);
+}
+
 template <class T, int k_blocks, bool nhwc>
-bool launch(const Depthwise& a, cudaStream_t stream) {
-  const auto kernel = &depthwise_toeplitz_kernel<T, k_blocks, nhwc>;
-  Cut c = cut(a.g, k_blocks, !nhwc && aligned_16(a.x, a.y));
-  int most = 0, device = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const auto bytes = [&] { return c.elements() * int(sizeof(T)); };
-  // Half of the channels where all do not fit: NHWC then moves half of each 32 bytes in vain, but the caches keep them.
-  for (c.channels = most_channels(nhwc); bytes() > most; c.channels /= 2)
-    if (c.channels == 8) return false;
-  if (a.only_asked) return true;
-  allow_shared_memory(kernel, bytes());
-  const int64_t channel_blocks = ceil_div(a.g.channels, c.channels);
-  // A block goes through many tiles with its filters, but there must be blocks for the whole GPU.
-  const int64_t wanted = ceil_div(blocks_wanted(), channel_blocks), slices = wanted < c.tiles ? wanted : c.tiles;
-  depthwise_toeplitz_kernel<T, k_blocks, nhwc>
-      <<<dim3(unsigned(channel_blocks * slices)), dim3(32 * c.channels), bytes(), stream>>>(a, c, int(channel_blocks));
-  return true;
+void launch(const Convolution& a, bool flipped, const Cut& c, const Plan& plan, cudaStream_t stream) {
+  allow_shared(reinterpret_cast<const void*>(&convolve_toeplitz<T, k_blocks, nhwc>), plan.shared);
+  convolve_toeplitz<T, k_blocks, nhwc><<<dim3(unsigned(plan.blocks)), dim3(plan.threads), plan.shared, stream>>>(
+      a, flipped, c, int(ceil_div(a.g.channels, c.channels)));
+  check_launch("convolve_toeplitz");
 }
 
 }  // namespace
 
-bool depthwise_toeplitz(const Depthwise& a, Dtype dtype, cudaStream_t stream) {
-  constexpr int kNarrowest = 9;  // narrower filters have kernels of their own, or too few taps to fill the bands
-  const Conv2d& g = a.g;
-  if (dtype == Dtype::f32 || g.kernel_w < kNarrowest || g.stride_h != 1 || g.stride_w != 1) return false;
-  if (g.dilation_h != 1 || g.dilation_w != 1) return false;
-  if (g.nhwc && (g.channels % 8 || !aligned_16(a.x, a.y))) return false;
-  // Rows of t: the taps, the zeros before them, and one row more for each of the 8 columns but the first.
-  const int rows = g.kernel_w + left_of(g.padding_w) - g.padding_w + 7;
-  if (rows > 40) return false;
-  bool served = false;
+// kernel: k_blocks. A warp has a channel, so threads are 32 a channel of a block.
+MaybePlan plan_toeplitz(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
+  if (result == Result::filter_grad) return plan_toeplitz_filter_grad(g, dtype, aligned, device);
+  if (result == Result::both_grads || (g.nhwc && !aligned)) return std::nullopt;
+  const Conv2d f = convolution_of(result, g);
+  Plan plan{Family::toeplitz};
+  plan.kernel = k_blocks_of(f, dtype);
+  if (!plan.kernel) return std::nullopt;
+  Cut c = cut(f, plan.kernel, false);
+  const auto bytes = [&] { return c.elements() * 2; };
+  // Half of the channels where all do not fit: NHWC then moves half of each 32 bytes in vain, but the caches keep them.
+  for (c.channels = most_channels(g.nhwc); bytes() > device.block_shared; c.channels /= 2)
+    if (c.channels == 8) return std::nullopt;
+  plan.rows = c.height;
+  plan.threads = 32 * c.channels;
+  plan.shared = bytes();
+  const int64_t channel_blocks = ceil_div(g.channels, c.channels);
+  // A block goes through many tiles with its filters, but there must be blocks for the whole GPU.
+  constexpr int64_t kBlocksEach = 8;
+  plan.blocks = channel_blocks * std::min(ceil_div(kBlocksEach * device.multiprocessors, channel_blocks), c.tiles);
+  return plan;
+}
+
+void launch_toeplitz(Result result, const Convolution& a, const Plan& plan, Dtype dtype, cudaStream_t stream) {
+  Convolution b = a;
+  b.g = convolution_of(result, a.g);
+  const bool flipped = result == Result::data_grad;
+  const bool aligned = (reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.y)) % 16 == 0;
+  Cut c = cut(b.g, plan.kernel, !a.g.nhwc && aligned);
+  c.channels = plan.threads / 32;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      if (rows <= 24)
-        served = g.nhwc ? launch<T, 3, true>(a, stream) : launch<T, 3, false>(a, stream);
+      if (plan.kernel == 3)
+        a.g.nhwc ? launch<T, 3, true>(b, flipped, c, plan, stream) : launch<T, 3, false>(b, flipped, c, plan, stream);
       else
-        served = g.nhwc ? launch<T, 5, true>(a, stream) : launch<T, 5, false>(a, stream);
+        a.g.nhwc ? launch<T, 5, true>(b, flipped, c, plan, stream) : launch<T, 5, false>(b, flipped, c, plan, stream);
     }
   });
-  return served;
 }
 
 }  // namespace rkl::cuda

@@ -1,0 +1,86 @@
+"""What the row pipeline's kernels should take on an H200, by count: ``python -m benchmarks.gpu_counts``. No GPU needed.
+
+Four things may decide: the bytes that cannot be avoided, at the rate of a copy; the instructions, of which a
+multiprocessor issues four a clock; the tensor cores' products; and shared memory's 128 bytes a clock. A kernel takes at
+least the largest of these. The rates were measured on an H200, the instructions are those of the built kernels' hot
+loops (benchmarks/results/static.json), and how many rows warps make comes from the plan.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+import rkl_kernels  # noqa: F401  (registers the operators)
+
+from .shapes import SHAPES, Shape
+from .static_report import RESULTS
+
+H200 = [90, 132, 227 << 10, 228 << 10]
+"""Compute capability, multiprocessors, shared memory of a block and of a multiprocessor."""
+CLOCK, COPY = 1.77e9, 4.2e12  # Hz under these loads; bytes a second, read and written
+K16, K8, ISSUE, SHARED = 0.67, 0.99, 4.0, 128.0  # products and instructions a clock and multiprocessor; bytes
+KERNELS = (
+    ("output", "rows::rows_convolution<bfloat16, {}, false>", 544 + 1024),
+    ("image's gradient", "rows::rows_convolution<bfloat16, {}, false>", 544 + 1024),
+    ("filter's gradient", "rows::rows_filter_grad<bfloat16, {}>", 544 + 512),
+    ("both gradients", "rows::rows_both_grads<bfloat16, {}>", 544 + 512 + 1024),
+)
+"""By Result's number in csrc/cuda/plan.h: what is made, the kernel, and the bytes that a row of 32 pixels by 8 channels
+moves through shared memory beside ldmatrix: inputs with a halo, columns without, and outputs, both in and out."""
+BF16, ROWS = 1, 1  # the numbers of Dtype and Family
+
+
+def plan(shape: Shape, result: int) -> list[int]:
+    """Family, kernel, rows, parts, blocks, threads, shared memory and steps; nothing where no kernel makes it."""
+    case = shape.case("depthwise", device="cuda")
+    sizes = [case.batch, case.channels, case.height, case.width, case.out_height, case.out_width]
+    kernel = (shape.kernel, shape.kernel_width or shape.kernel)
+    pairs = (kernel, (shape.stride,) * 2, (shape.padding,) * 2, (shape.dilation,) * 2)
+    geometry = [*sizes, *(n for pair in pairs for n in pair)]
+    return torch.ops.rkl.cuda_depthwise_plan(geometry, True, BF16, result, H200)
+
+
+def moved(shape: Shape, result: int) -> int:
+    """Bytes that cannot be avoided."""
+    case = shape.case("depthwise", device="cuda")
+    pixels = case.height * case.width, case.out_height * case.out_width
+    images = [case.batch * case.channels * n for n in pixels]
+    return 2 * (sum(images) + (images[0] if result == 3 else 0))
+
+
+def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) -> list[float] | None:
+    """By memory, instructions, products and shared memory; None where another family serves."""
+    numbers = plan(shape, result)
+    if not numbers or numbers[0] != ROWS or (result == 1 and shape.stride == 2):
+        return None
+    _, name, shared = KERNELS[result]
+    loop = loops[name.format(numbers[1])]
+    clocks = (
+        loop["instructions"] / ISSUE,
+        loop["mma_k16"] / K16 + loop["mma_k8"] / K8,
+        (512 * loop["ldmatrix"] + shared) / SHARED,
+    )
+    rows = numbers[7] / H200[1] / CLOCK
+    return [1e6 * moved(shape, result) / COPY, *(1e6 * clock * rows for clock in clocks)]
+
+
+def main() -> None:
+    report = json.loads((RESULTS / "static.json").read_text())
+    loops: dict[str, dict[str, int]] = {}
+    for row in report["loops"]:  # the loop with the most products comes first
+        if row["arch"] == 90:
+            loops.setdefault(row["kernel"], row)
+    print("| us on an H200, by count | memory | instructions | products | shared memory | at least |")
+    print("|---|---|---|---|---|---|")
+    for result, (what, _, _) in enumerate(KERNELS):
+        for shape in SHAPES:
+            times = microseconds(shape, result, loops)
+            if times:
+                columns = " | ".join(f"{time:.0f}" for time in times)
+                print(f"| {what} {shape.id} | {columns} | {max(times):.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "cuda/device.h"
+
+namespace rkl::cuda {
+namespace {
+
+constexpr int kAlwaysAllowed = 48 << 10;
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+int current_device_index() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+std::mutex mutex;  // of the two maps; calls come from many threads
+std::map<int, Device> devices;
+std::map<std::pair<const void*, int>, int> allowed;  // bytes, for each kernel and device
+
+}  // namespace
+
+const Device& current_device() {
+  const int device = current_device_index();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = devices.find(device);
+  if (found != devices.end()) return found->second;
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const Device facts{10 * major + minor, attribute(cudaDevAttrMultiProcessorCount, device),
+                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                     attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+  return devices.emplace(device, facts).first->second;  // a map's elements stay where they are
+}
+
+void allow_shared(const void* kernel, int bytes) {
+  if (bytes <= kAlwaysAllowed) return;
+  const int device = current_device_index();
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  most = bytes;
+}
+
+void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+}  // namespace rkl::cuda

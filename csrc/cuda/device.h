@@ -1,0 +1,19 @@
+// The current device's facts, and what a launch may need to ask of it, once.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "cuda/plan.h"
+
+namespace rkl::cuda {
+
+// Of the current device; asked once for each.
+const Device& current_device();
+
+// Lets a kernel have so many bytes of dynamic shared memory on the current device. The driver is asked once for each
+// kernel and device: past 48 KiB a kernel must be allowed what it takes.
+void allow_shared(const void* kernel, int bytes);
+
+// Throws std::runtime_error with the kernel's name where its launch was refused.
+void check_launch(const char* kernel);
+
+}  // namespace rkl::cuda

@@ -1,0 +1,58 @@
+// Which kernel family serves a depthwise convolution on a GPU. Host only: the families say what they serve and how.
+#include "cuda/plan.h"
+
+namespace rkl::cuda {
+namespace {
+
+// Maps of at most so many columns waste half of the pixels that `rows` makes beside each other: 4 x 4 pixels took 100
+// us by rows and 59 by registers, 512 channels and 4096 images on an H200.
+constexpr int kNarrowMap = 4;
+
+// The families in the order in which they are preferred; all but `general` may decline.
+MaybePlan plan_fast(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
+  if (!g.nhwc) {
+    if (aligned)
+      if (const MaybePlan plan = plan_planes(result, g, dtype, device)) return plan;
+    return plan_toeplitz(result, g, dtype, aligned, device);
+  }
+  if (!aligned) return std::nullopt;
+  if (dtype == Dtype::f32) return plan_registers(result, g, dtype, device);
+  if (g.in_w <= kNarrowMap && g.out_w <= kNarrowMap)
+    if (const MaybePlan plan = plan_registers(result, g, dtype, device)) return plan;
+  if (const MaybePlan plan = plan_rows(result, g, dtype, device)) return plan;
+  if (result == Result::both_grads) return std::nullopt;  // the rows of each gradient are faster than one pass here
+  if (const MaybePlan plan = plan_toeplitz(result, g, dtype, aligned, device)) return plan;
+  return plan_registers(result, g, dtype, device);
+}
+
+}  // namespace
+
+MaybePlan plan_result(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
+  const MaybePlan plan = plan_fast(result, g, dtype, aligned, device);
+  if (plan || result == Result::both_grads) return plan;
+  return plan_general(result, g, dtype, aligned, device);
+}
+
+bool takes_planes(const Conv2d& g, Dtype dtype) {
+  constexpr Device least{86, 1, 99 << 10, 100 << 10};  // the smallest shared memory, so that no device need be asked
+  Conv2d planes = g;
+  planes.nhwc = false;
+  return plan_fast(Result::output, planes, dtype, true, least) &&
+         plan_fast(Result::data_grad, planes, dtype, true, least);
+}
+
+Plan plan_forward(const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
+  return *plan_result(Result::output, g, dtype, aligned, device);
+}
+
+BackwardPlan plan_backward(const Conv2d& g, Dtype dtype, bool aligned, bool of_image, bool of_filter,
+                           const Device& device) {
+  BackwardPlan plan;
+  if (of_image && of_filter) plan.both_grads = plan_result(Result::both_grads, g, dtype, aligned, device);
+  if (plan.both_grads) return plan;
+  if (of_image) plan.data_grad = plan_result(Result::data_grad, g, dtype, aligned, device);
+  if (of_filter) plan.filter_grad = plan_result(Result::filter_grad, g, dtype, aligned, device);
+  return plan;
+}
+
+}  // namespace rkl::cuda

@@ -1,0 +1,256 @@
+// The row pipeline: depthwise convolution of NHWC images in 16 bits on the tensor cores.
+//
+// A tap of 8 channels is a diagonal 8 x 8 matrix. Pixels by channels, as NHWC has them, are an mma's left operand, and
+// two diagonal matrices above each other its right one: one m16n8k16 adds two taps of 16 pixels by 8 channels to their
+// sums. The products are exact and nothing is unpacked. 7 of 8 multiplications are by zero; still, the tensor cores do
+// 1.3 times what the fp32 units could, with a tenth of the instructions (measured on an H200).
+//
+// A warp has 8 channels ("a group") of 32 output columns ("a strip") and slides down the image. Rows of the image come
+// by cp.async into a ring in shared memory, kAhead rows ahead, with one barrier a row. A tap's shift is an address. A
+// row meets every row of the filter while it is there, so kernel_h rows of sums are in flight; the first mma of each
+// takes the sums of the row before (its D is not its C), so that the window moves without moves.
+//
+// A strip is four octets of 8 columns, counted through all images of the batch: of a map of 7 columns it has four
+// images, of one of 19 it ends in the middle of the next image. Octets of one image share their halo.
+// Such strips differ in their images alone, so a block takes several one after the other.
+//
+// A filter has the size of a compiled one or is smaller: zeros make up the rest. An input that is not finite makes NaN
+// of the outputs of its whole group within the compiled filter's window, since zero times infinity is NaN.
+#pragma once
+#include "activation.h"
+#include "cuda/element.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/rows.h"
+
+namespace rkl::cuda::rows {
+
+// Where the octets of a strip lie: their images, counted from the first one of the task, their columns, and their
+// places in a row of inputs in shared memory.
+struct Strip {
+  int image, octet;  // of the first one
+  int octets, octet_pixels, halo;
+
+  // Images between the first octet's and that of octet o, which is below 4.
+  __device__ int images_on(int o) const {
+    const int c = octet + o;
+    return (c >= octets) + (c >= 2 * octets) + (c >= 3 * octets);
+  }
+  __device__ int image_of(int o) const { return image + images_on(o); }
+  __device__ int column(int o) const { return (octet + o - images_on(o) * octets) * kOctet; }
+  // The first input pixel of octet o in shared memory.
+  __device__ int pixel(int o) const { return o * octet_pixels + images_on(o) * halo; }
+};
+
+// What a block works at: output rows of a strip. The rows are `dilation` apart, so that they meet the same rows of the
+// image.
+struct Task {
+  Strip strip;
+  int row, rows;      // the first one's number, and how many
+  int group, images;  // which images: so many from the group's first one on
+  int place = -1;     // of the strip and the rows in a group
+
+  // Goes to the task of that number. Returns whether it is at another place than the one before. Where it is not, only
+  // the images are others, and all that threads have found out about their pixels still holds.
+  __device__ bool move_to(const Tiling& t, int number) {
+    const int places = t.group_strips * t.chunks * t.dilation_h, place_before = place, images_before = images;
+    group = number / places;
+    place = number - group * places;
+    images = min(t.group_images, t.batch - group * t.group_images);
+    if (place == place_before && images == images_before) return false;
+    int chunk = place / t.group_strips, residue = 0;
+    const int first = (place - chunk * t.group_strips) * kOctets, image = first / t.octets;
+    strip = {image, first - image * t.octets, t.octets, t.octet_pixels, t.halo};
+    if (t.dilation_h > 1) {
+      residue = chunk / t.chunks;
+      chunk -= residue * t.chunks;
+    }
+    row = residue + chunk * t.rows * t.dilation_h;
+    rows = min(t.rows, (t.out_h - residue + t.dilation_h - 1) / t.dilation_h - chunk * t.rows);
+    return true;
+  }
+};
+
+// A thread's channels and its first pixel: a block's threads are 32 pixels by its groups.
+struct Lane {
+  int pixel, group, channel;
+
+  __device__ Lane(const Tiling& t, int channel_block)
+      : pixel(threadIdx.x / t.groups),
+        group(threadIdx.x - pixel * t.groups),
+        channel((channel_block * t.groups + group) * 8) {}
+};
+
+// A pixel's place in a row of shared memory. At stride 2 even columns come before odd ones, so that neighbouring
+// outputs read neighbouring places.
+template <int stride>
+__device__ inline int place(int pixel, int half) {
+  return stride == 1 ? pixel : (pixel & 1) * half + (pixel >> 1);
+}
+
+// A thread's 16-byte pieces of each row that comes: the same channels of every 32nd pixel.
+template <class T, int slots>
+struct RowLoader {
+  uint32_t to, step;                 // in the row, and from one piece to the next
+  uint32_t from[slots];              // elements, from the row's beginning in the group's first image
+  bool there[slots], copies[slots];  // whether there is such a piece, and whether it is not padding
+
+  // Rows of inputs, with the strip's halo.
+  template <int stride>
+  __device__ void init_inputs(const Tiling& t, const Task& task, const Lane& lane) {
+    const Strip& s = task.strip;
+    init_places<stride>(t, lane, t.width);
+#pragma unroll
+    for (int i = 0; i < slots; ++i) {
+      const int pixel = lane.pixel + 32 * i;
+      const int o = (pixel >= s.pixel(1)) + (pixel >= s.pixel(2)) + (pixel >= s.pixel(3));
+      const int column = s.column(o) * stride + pixel - s.pixel(o) - t.padding_w;
+      set(i, t, pixel < t.width, task.images, s.image_of(o), column, t.in_h, t.in_w, lane.channel);
+    }
+  }
+
+  // Rows of 32 columns without a halo, of the output's grid of columns.
+  __device__ void init_columns(const Tiling& t, const Task& task, const Lane& lane) {
+    static_assert(slots == 1, "a thread has one piece of 32 columns");
+    const int o = lane.pixel / kOctet, column = task.strip.column(o) + lane.pixel % kOctet;
+    init_places<1>(t, lane, 0);
+    set(0, t, true, task.images, task.strip.image_of(o), column, t.out_h, t.out_w, lane.channel);
+  }
+
+  // Starts the copy of one row, which begins at element `row` of the images in the group's first one. Offsets are 32
+  // bits wide until the last step: 64-bit additions take two instructions each.
+  __device__ void load(uint32_t shared_row, const T* images, uint32_t row, bool inside) const {
+    const uint32_t offset = opaque(inside ? row : 0), here = opaque(shared_row + to);
+#pragma unroll
+    for (int i = 0; i < slots; ++i)
+      if (i == 0 || there[i])  // a row has at least 32 pixels
+        cp_async_16_or_zeros(here + i * step, images + (from[i] + offset), inside && copies[i]);
+  }
+
+ private:
+  template <int stride>
+  __device__ void init_places(const Tiling& t, const Lane& lane, int width) {
+    to = (place<stride>(lane.pixel, width / 2) * t.pitch + lane.group) * 16;
+    step = 32 / stride * t.pitch * 16;
+  }
+  __device__ void set(int i, const Tiling& t, bool piece, int images, int image, int column, int height, int width,
+                      int channel) {
+    there[i] = piece;
+    copies[i] = piece && image < images && column >= 0 && column < width && channel < t.channels;
+    from[i] = copies[i] ? uint32_t((image * height * width + column) * t.channels + channel) : 0;
+  }
+};
+
+// A group's filter as right operands: of columns 2 q and 2 q + 1 of row kh, and of the last column alone.
+template <class T, int kernel_h, int kernel_w>
+struct Taps {
+  uint32_t pair[kernel_h][kernel_w / 2 + 1][2];  // [1] of the last column is not used
+
+  __device__ void load(const Tiling& t, const T* weight, int channel, bool flipped) {
+    const int lane = threadIdx.x % 32, n = lane / 4, k = lane % 4 * 2, c = channel + n;
+    const int taps = t.kernel_h * t.kernel_w;
+    const uint16_t* filter = reinterpret_cast<const uint16_t*>(weight) + c * taps;
+#pragma unroll
+    for (int i = 0; i < kernel_h; ++i)
+#pragma unroll
+      for (int j = 0; j < kernel_w; ++j) {
+        uint32_t value = 0;
+        if (c < t.channels && i < t.kernel_h && j < t.kernel_w && (n == k || n == k + 1)) {
+          const int tap = i * t.kernel_w + j;
+          value = filter[flipped ? taps - 1 - tap : tap];
+        }
+        pair[i][j / 2][j % 2] = n == k ? value : value << 16;
+      }
+  }
+};
+
+// The lanes' addresses of a row's left operands, from the row's beginning: of 16 pixels each, columns 2 q and 2 q + 1
+// of the filter at once (`pair` and q steps); of 32 pixels the filter's last column.
+template <int kernel_w, int stride>
+struct Operands {
+  uint32_t pair[2], step, last;
+
+  __device__ void init(const Tiling& t, const Strip& s) {
+    const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
+    const auto at = [&](int o, int column) {
+      const int pixel = s.pixel(o) + lane % 8 * stride + column * t.dilation_w;
+      return uint32_t((place<stride>(pixel, t.width / 2) * t.pitch + group) * 16);
+    };
+#pragma unroll
+    for (int i = 0; i < 2; ++i) pair[i] = at(2 * i + lane % 16 / 8, lane / 16);
+    step = 2 / stride * t.dilation_w * t.pitch * 16;
+    last = at(lane / 8, kernel_w - 1);
+  }
+};
+
+// Sums of 32 pixels by 8 channels: two fragments of an mma.
+using Sums = float[2][4];
+__device__ inline float (&flat(Sums& sums))[8] { return reinterpret_cast<float (&)[8]>(sums); }
+
+// One row of inputs into the sums of the output rows in flight, sums[0] the oldest. Of the `stride` rows that an output
+// row is away from the next this is number `phase`; the first of them moves the window, and a new row begins with the
+// bias.
+template <class T, int kernel_h, int kernel_w, int stride, int phase>
+__device__ inline void add_row(uint32_t row, const Operands<kernel_w, stride>& at,
+                               const Taps<T, kernel_h, kernel_w>& taps, const float (&bias)[4],
+                               Sums (&sums)[in_flight(kernel_h, stride)]) {
+  constexpr int flight = in_flight(kernel_h, stride), pairs = kernel_w / 2;
+#pragma unroll
+  for (int q = 0; q <= pairs; ++q) {
+    uint32_t a[2][4];
+    if (q < pairs) {
+      ldmatrix_x4(a[0], row + at.pair[0] + q * at.step);
+      ldmatrix_x4(a[1], row + at.pair[1] + q * at.step);
+    } else {
+      ldmatrix_x4(a[0], row + at.last);
+    }
+#pragma unroll
+    for (int j = 0; j < flight; ++j) {
+      const int kh = (flight - 1 - j) * stride + phase;
+      if (kh >= kernel_h) continue;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool moves = q == 0 && phase == 0;
+        const float* older = !moves ? sums[j][i] : j + 1 < flight ? sums[j + 1 < flight ? j + 1 : j][i] : bias;
+        const float (&from)[4] = *reinterpret_cast<const float (*)[4]>(older);
+        const uint32_t* b = taps.pair[kh < kernel_h ? kh : 0][q];
+        if (q < pairs)
+          mma_m16n8k16<T>(sums[j][i], a[i], b[0], b[1], from);
+        else
+          mma_m16n8k8<T>(sums[j][i], a[0][2 * i], a[0][2 * i + 1], b[0], from);
+      }
+    }
+  }
+}
+
+// A thread's 16 bytes of each finished row: to shared memory as the tensor cores have them, from there to the image.
+template <class T>
+struct RowWriter {
+  uint32_t begin, to, from;  // elements, from the group's first image: of the first row and the next; in the buffer
+  int pitch;                 // elements from a row to the next that is written
+  bool writes;
+
+  // Rows of the output's grid from task.row on.
+  __device__ void init(const Tiling& t, const Task& task, const Lane& lane) {
+    const int o = lane.pixel / kOctet, image = task.strip.image_of(o);
+    const int column = task.strip.column(o) + lane.pixel % kOctet;
+    writes = image < task.images && column < t.out_w && lane.channel < t.channels;
+    begin = ((image * t.out_h + task.row) * t.out_w + column) * t.channels + lane.channel;
+    from = (lane.pixel * t.pitch + lane.group) * 16;
+    pitch = t.dilation_h * t.out_w * t.channels;
+  }
+  __device__ void write(T* images, uint32_t buffer) {
+    if (writes) *reinterpret_cast<uint4*>(images + to) = load_shared_16(buffer + from);
+    to += pitch;
+  }
+};
+
+// Sums of 32 pixels by 8 channels as elements: the lane's row of them begins at `address`.
+template <class T>
+__device__ inline void put_row(uint32_t address, const Sums& sums) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = pack2<T>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
+  stmatrix_x4(address, words);
+}
+
+}  // namespace rkl::cuda::rows

@@ -1,0 +1,94 @@
+"""Plans of the benchmarks' shapes for GPUs that are not here: the kernels' host functions, nothing is launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.shapes import SHAPES, Shape, select
+
+from .conftest import Gpu
+
+# Capability, multiprocessors, bytes of shared memory that a block may ask for, and that a multiprocessor has.
+DEVICES = {
+    "H200": (90, 132, 227 << 10, 228 << 10),
+    "A100": (80, 108, 163 << 10, 164 << 10),
+    "L4": (89, 58, 99 << 10, 100 << 10),
+}
+
+
+def plans(gpu: Gpu, shape: Shape, dtype: str, nhwc: bool, device: str) -> dict[str, Any]:
+    """The plan of each result that has one."""
+    kernels, case = gpu.kernels, shape.case("depthwise", device="cuda")
+    out_h, out_w = (
+        (i + 2 * case.padding - case.dilation * (k - 1) - 1) // case.stride + 1
+        for i, k in ((case.height, case.kernel), (case.width, case.filter_width))
+    )
+    pairs = {name: getattr(case, name) for name in ("stride", "padding", "dilation")}
+    g = kernels.Conv2d(
+        batch=case.batch, channels=case.channels, in_h=case.height, in_w=case.width, out_h=out_h, out_w=out_w,
+        kernel_h=case.kernel, kernel_w=case.filter_width, nhwc=nhwc,
+        **{f"{name}_{axis}": value for name, value in pairs.items() for axis in "hw"},
+    )  # fmt: skip
+    facts, number = kernels.Device(*DEVICES[device]), getattr(kernels.Dtype, dtype)
+    results = {name: getattr(kernels.Result, name) for name in ("output", "data_grad", "filter_grad", "both_grads")}
+    made = {name: kernels.plan_result(result, g, number, True, facts) for name, result in results.items()}
+    return {name: plan for name, plan in made.items() if plan is not None}
+
+
+def expected_families(shape: Shape, dtype: str, nhwc: bool) -> set[str]:
+    wide = max(shape.kernel, shape.kernel_width or 0) > 7
+    if wide:
+        return {"general"} if dtype == "f32" else {"toeplitz"}
+    if nhwc:
+        if dtype == "f32" or (shape.width or shape.size) <= 4:
+            return {"registers"}
+        return {"rows", "registers"}  # registers where a strip of rows has no room for the halo
+    square = shape.kernel_width in (None, shape.kernel)
+    return {"planes"} if square and shape.dilation == 1 else {"general"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_families_and_shared_memory(gpu: Gpu, dtype: str, nhwc: bool, device: str) -> None:
+    limit = DEVICES[device][2]
+    for shape in SHAPES:
+        for result, plan in plans(gpu, shape, dtype, nhwc, device).items():
+            told = f"{shape.id}, {result}: {plan.family.name}, {plan.shared} bytes, {plan.blocks} x {plan.threads}"
+            assert plan.shared <= limit, told
+            assert plan.blocks > 0, told
+            assert 0 < plan.threads <= 1024, told
+            # Where a block may have less, more may be left to the families that take less.
+            fallback = set() if device == "H200" else {"registers", "general"}
+            assert plan.family.name in expected_families(shape, dtype, nhwc) | fallback, told
+
+
+def test_no_shape_in_16_bits_nhwc_is_left_to_the_general_kernel(gpu: Gpu) -> None:
+    for device in DEVICES:
+        for shape in SHAPES:
+            for result, plan in plans(gpu, shape, "bf16", True, device).items():
+                assert plan.family.name != "general", f"{device}, {shape.id}, {result}"
+
+
+def test_rows_are_cut_by_waves(gpu: Gpu) -> None:
+    """28 rows are 1,792 blocks, 2.7 waves of 660: 3 x 28 rows one after the other. All 112 at once would be 448 blocks
+    and 112, and 56 rows 2 x 56."""
+    (shape,) = select("mnv1-112")
+    plan = plans(gpu, shape, "f32", True, "H200")["output"]
+    assert (plan.family.name, plan.rows, plan.blocks) == ("registers", 28, 1792)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_sums_of_parts_are_few(gpu: Gpu, dtype: str) -> None:
+    """Written and read again, they are at most an eighth of what a filter's gradient reads, but for small images and the
+    general kernel, whose parts have at least 8 outputs a tap."""
+    for shape in SHAPES:
+        plan = plans(gpu, shape, dtype, True, "H200")["filter_grad"]
+        case = shape.case("depthwise", device="cuda")
+        pixels = case.height * case.width * (1 + 1 / case.stride**2)
+        read = case.batch * case.channels * pixels * (4 if dtype == "f32" else 2)
+        sums = 8 * plan.parts * (case.kernel * case.filter_width + 1) * case.channels
+        small = read < 64 << 20 or plan.family.name == "general"
+        assert sums <= read / 8 or small, f"{shape.id}: {plan.parts} parts, {sums / read:.2f}"
