@@ -174,7 +174,7 @@ def test_gradient_norms_are_those_of_backward_and_leave_the_model_alone():
     state = {key: value.clone() for key, value in model.state_dict().items()}
     images, labels = torch.randn(6, 1, 16, 16), torch.arange(6) % 4
     norms = gradient_norms(model, [(images, labels)], LossWeights(heads=0.0))
-    assert norms["heads"] == norms["logic"] == 0.0
+    assert norms["heads"] == norms["logits"] == 0.0
     assert norms["feature"] > 0
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     model.train()

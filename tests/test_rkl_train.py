@@ -61,7 +61,7 @@ def test_a_run_leaves_its_records(run: Path) -> None:
     assert read_yaml(run / "config.yaml") == tiny(run)
     rows, record = comparable(run)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert set(rows[0]["losses"]) == {"deepest", "heads", "logic", "feature", "l1", "total"}
+    assert set(rows[0]["losses"]) == {"deepest", "heads", "logits", "feature", "l1", "total"}
     assert sum(v for k, v in rows[0]["losses"].items() if k != "total") == pytest.approx(rows[0]["losses"]["total"])
     assert [set(exit) for exit in record["test"]] == [{"accuracy", "recall", "f1", "nll", "ece"}] * 4
     assert sum(map(sum, record["confusion"])) == record["test_images"]
