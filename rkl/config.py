@@ -66,7 +66,7 @@ class Config:
     """T-ReLU or ReLU."""
     exits: bool | None = None
     """Heads after every stage."""
-    exit_gate: GateKind = "spatial"
+    exit_gate: GateKind = "light"
     """Gate of the shallow heads."""
     feature_size: int | None = None
     """Side of the feature maps that are compared; the deepest stage's own by default."""

@@ -64,7 +64,7 @@ ROWS: dict[str, Row] = {
     "ResNet + T-ReLU": Row({"model": "resnet", "activation": "trelu"}),
     "ResNet + separable": Row({"model": "resnet", "separable": True}),
     "ResNet + multi-scale": Row({"model": "resnet", "separable": True, "scales": (3, 5, 7)}),
-    "ResNet + gate": Row({"model": "resnet", "gate": "spatial"}),
+    "ResNet + gate": Row({"model": "resnet", "gate": "light"}),
     "ResNet-KL": Row({"model": "resnet-kl", **PRUNED}),
     "ResNet-KL unpruned": Row({"model": "resnet-kl"}),
     "ResNet-KL with ReLU": Row({"model": "resnet-kl", "activation": "relu"}),
