@@ -22,6 +22,7 @@ class BlockOptions:
 
     Attributes:
         separable: depthwise + pointwise in place of the blocks' 3x3 convolutions.
+        dense_stages: how many stages, from the first, keep dense 3x3 convolutions all the same.
         scales: kernel sizes of the depthwise step; more than one needs ``separable``.
         scale_mode: "sum" of all sizes in every channel, "mixed" (one size a channel), or "stage" (one size a stage).
         gate: "light" adds g(F) * F to the residual branch F; "legacy" is the heavy form with a ReLU before the sigmoid.
@@ -29,6 +30,7 @@ class BlockOptions:
     """
 
     separable: bool = True
+    dense_stages: int = 0
     scales: tuple[int, ...] = (3, 5, 7)
     scale_mode: ScaleMode = "sum"
     gate: GateKind = "light"
@@ -38,6 +40,8 @@ class BlockOptions:
         for name, choice in (("scale_mode", ScaleMode), ("gate", GateKind), ("activation", ActivationName)):
             if getattr(self, name) not in get_args(choice):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
+        if not 0 <= self.dense_stages <= 4:
+            raise ValueError(f"dense_stages must be between 0 and 4, got {self.dense_stages}")
         if not self.scales or any(k < 1 or k % 2 == 0 for k in self.scales):
             raise ValueError(f"scales must be odd kernel sizes, at least one, got {self.scales}")
         if not self.separable and self.scales != (3,):
@@ -121,7 +125,7 @@ SEPARABLE = (rk.SeparableConv2d, MultiScaleSeparable)
 
 def spatial_conv(c_in: int, c_out: int, stride: int, options: BlockOptions, stage: int) -> nn.Module:
     """A block's spatial convolution: dense 3x3, separable, or multi-scale separable."""
-    if not options.separable:
+    if not options.separable or stage < options.dense_stages:
         return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
     scales = options.at_stage(stage)
     if len(scales) == 1:

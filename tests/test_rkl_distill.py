@@ -115,9 +115,13 @@ def test_l1_gradient_is_the_sign_of_gamma() -> None:
     add_l1_gradient(norm, 0.25)
     assert norm.weight.grad.tolist() == [1.25, 0.75, 1.0]
     assert gamma_l1(norm) == 2.5
+    add_l1_gradient(norm, 0.25, torch.tensor(4.0))
+    assert norm.weight.grad.tolist() == [2.25, -0.25, 1.0], "scaled as a gradient scaler scales the other terms"
 
 
-@pytest.mark.parametrize(("name", "value"), [("x", 1.5), ("temperature", 0.0), ("beta", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("x", 1.5), ("temperature", 0.0), ("beta", -1.0), ("heads", float("nan")), ("smoothing", 1.0)]
+)
 def test_weights_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
         LossWeights(**{name: value})
