@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from .config import RECIPES, Config, from_plain, read_yaml
-
-
-def show(table: Table) -> None:
-    """Print a table: as wide as the terminal, or as wide as it needs where the output is no terminal."""
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
-
-
-def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
-    """``tyro.cli``, with its framed complaint turned into one line."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, **options)
-    except SystemExit as stopped:
-        if not stopped.code:
-            raise
-        inner = (line.strip("│╭╰╮╯─ ") for line in complaint.getvalue().splitlines()[1:])
-        kept = [line for line in inner if line and not line.startswith("For full helptext")]
-        raise ValueError(" ".join(kept).removeprefix(f"Error parsing {kind.__name__}: ")) from None
+from .terminal import complain, device_named, missing_package, parse, show
 
 
 @dataclass(frozen=True)
@@ -50,9 +28,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Train(Source):
-    """Train a model by self-distillation. Settings given one by one go over --config's, those over --recipe's."""
+    """Train a model by self-distillation. Settings given one by one go over --config's, and those over --recipe's."""
 
-    settings: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -126,18 +104,6 @@ class Evaluate:
         rows = report.exit_rows([metrics.exit_metrics(logits, labels) for logits in exits])
         title = f"{run.config.model} on {run.config.data}: {len(labels)} {self.split} images"
         show(report.rich_table(title, ["", *report.EXIT_METRICS.values()], rows))
-
-
-def device_named(name: str | None) -> str:
-    """The device to use: the one asked for, or the GPU where there is one."""
-    import torch
-
-    from .evaluation import default_device
-
-    kind = name or str(default_device())
-    if kind.split(":")[0] not in ("cpu", "cuda") or (kind != "cpu" and not torch.cuda.is_available()):
-        raise ValueError(f"device must be cpu, or cuda where there is a GPU, got {name!r}")
-    return kind
 
 
 @dataclass(frozen=True)
@@ -373,22 +339,6 @@ def usage() -> str:
     lines = [f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     head = ["usage: rkl COMMAND ...  (rkl COMMAND --help tells more; rkl --version; --debug shows tracebacks)"]
     return "\n".join([*head, *lines])
-
-
-def complain(error: Exception) -> None:
-    """One line on stderr."""
-    print(f"rkl: {' '.join(str(error).split())}", file=sys.stderr)
-
-
-EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
-"""Which extra brings a package, where it is not `train`."""
-
-
-def missing_package(error: ModuleNotFoundError) -> ValueError:
-    """The remedy for a package that is not there."""
-    package = (error.name or "").split(".")[0]
-    extra = EXTRAS.get(package, "train")
-    return ValueError(f"the package {package!r} must be installed for this, got none; pip install 'resnet-kl[{extra}]'")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -156,12 +156,30 @@ class Config:
         shares = CUTS.get(self.model, ()) if self.prune_at is None else self.prune_at
         return sorted({min(max(1, round(share * self.epochs)), self.epochs - 1) for share in shares} - {0})
 
-    def l1_at(self, epoch: int) -> float:
-        """The weight of the L1 term in an epoch, from 0. It prepares the cuts, so it acts until the last one, and by
-        default not at all where there is none."""
-        if self.cut_epochs:
-            return (L1 if self.loss.l1 is None else self.loss.l1) if epoch < self.cut_epochs[-1] else 0.0
-        return self.loss.l1 or 0.0
+    def learning_rate(self, progress: float) -> float:
+        """After ``progress`` epochs: a tenth after each third, or half a cosine; linear warm-up."""
+        warm = min(1.0, progress / self.warmup) if self.warmup else 1.0
+        share = progress / self.epochs
+        if self.schedule == "thirds":
+            return self.lr * warm * 0.1 ** int(3 * share + 1e-9)
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * share))
+
+    def l1_at(self, epoch: int, steps: int) -> float:
+        """The weight of the L1 term in an epoch, from 0, of so many steps. It prepares the cuts, so it acts until the
+        last one, and by default not at all where there is none.
+
+        By default it takes a gamma that nothing holds from 1, where it starts, to 0 by the last cut; what the loss
+        needs stays, so that the gammas spread and the cuts can rank them. A fixed lambda cannot: the way is lambda *
+        learning rate * steps / (1 - momentum), and 1e-5 moved a gamma by 0.004 where 1e-2 emptied the network.
+        """
+        if not self.cut_epochs:
+            return self.loss.l1 or 0.0
+        if epoch >= self.cut_epochs[-1]:
+            return 0.0
+        if self.loss.l1 is not None:
+            return self.loss.l1
+        way = steps * sum(self.learning_rate(e + 0.5) for e in range(self.cut_epochs[-1])) / (1 - self.momentum)
+        return 1.0 / way
 
     def block_options(self, defaults: BlockOptions) -> BlockOptions:
         """The model's blocks, with what was left open taken from ``defaults``."""
@@ -171,10 +189,6 @@ class Config:
 
 CUTS = {"resnet-kl": (0.08, 0.16, 0.24)}
 """Shares of the epochs after which a model is cut by default: after 4, 8 and 12 of 50."""
-
-L1 = 1e-3
-"""Lambda where channels are cut: it moves a gamma by a tenth or so before the first cut, where 1e-5 moved it by 0.004
-before the last one and the cuts ranked noise."""
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: v >= 0, "at least 0"),

@@ -23,7 +23,8 @@ class LossWeights:
         heads: weight of every shallow head's whole loss.
         beta: weight of feature distillation.
         legacy_features: the norm over the whole batch, as "Be Your Own Teacher" has it; it grows with the batch.
-        l1: lambda of the L1 penalty on gamma (table I), until the last cut; by default 1e-3 where channels are cut.
+        l1: lambda of the L1 penalty on gamma (table I), until the last cut; by default what takes a gamma that nothing
+            holds to 0 by then, and none where nothing is cut.
         smoothing: label smoothing, in every head's cross entropy with the labels.
     """
 
@@ -119,6 +120,8 @@ def add_l1_gradient(model: nn.Module, l1: float, scale: Tensor | float = 1.0) ->
         scale: that of a gradient scaler, which the gradients of the other terms have.
     """
     found = [gamma for gamma in gammas(model) if gamma.grad is not None]
+    if not found:
+        return
     signs = torch._foreach_sign(found)
     torch._foreach_mul_(signs, l1 * scale)
     torch._foreach_add_([gamma.grad for gamma in found], signs)
@@ -127,4 +130,4 @@ def add_l1_gradient(model: nn.Module, l1: float, scale: Tensor | float = 1.0) ->
 @torch.no_grad()
 def gamma_l1(model: nn.Module) -> float:
     """Sum of |gamma| over the batch norm layers."""
-    return float(torch.stack(torch._foreach_norm(gammas(model), 1)).sum())
+    return float(sum(torch._foreach_norm(gammas(model), 1)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checkpoint import open_run, write_text
 from .distill import LossWeights, gammas, training_losses
 from .evaluation import default_device
-from .train import load_data, outputs, training_batches
+from .train import load_data, outputs, steps_an_epoch, training_batches
 
 BATCHES = 4
 
@@ -59,5 +59,6 @@ def record_gradients(folder: Path) -> None:
     config, data = run.config, load_data(run.config).to(run.device)
     loader = training_batches(config, data, config.epochs, drop_last=True)
     batches = (batch for batch, _ in zip(loader, range(BATCHES), strict=False))
-    norms = gradient_norms(run.model, batches, config.loss, config.l1_at(0))
+    l1 = config.l1_at(0, steps_an_epoch(config, len(data.train)))
+    norms = gradient_norms(run.model, batches, config.loss, l1)
     write_text(folder / "gradients.json", json.dumps({"norms": norms, "shares": shares(norms)}, indent=1))

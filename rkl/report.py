@@ -136,14 +136,14 @@ def _training_words(record: dict[str, Any]) -> str:
     return "\n".join(words)
 
 
-def new_figure(width: float, height: float, columns: int = 1):  # type: ignore[no-untyped-def]
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1):  # type: ignore[no-untyped-def]
     """A figure and its axes. The object interface with its own canvas: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def tidy(axes, legend: bool = True) -> None:  # type: ignore[no-untyped-def]

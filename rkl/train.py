@@ -31,15 +31,6 @@ TAYLOR_BATCHES = 8
 """Batches whose gradients rank the channels of a cut."""
 
 
-def learning_rate(config: Config, progress: float) -> float:
-    """The learning rate after ``progress`` epochs: a tenth after each third, or half a cosine; linear warm-up."""
-    warm = min(1.0, progress / config.warmup) if config.warmup else 1.0
-    share = progress / config.epochs
-    if config.schedule == "thirds":
-        return config.lr * warm * 0.1 ** int(3 * share + 1e-9)
-    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * share))
-
-
 def load_data(config: Config) -> Dataset:
     """The data set that a configuration names."""
     options = {key: getattr(config, key) for key in ("train_size", "test_size", "imbalance", "download")}
@@ -153,7 +144,8 @@ def train_epoch(
     # Seeded anew each epoch: what a resumed run draws (dropout, say) is what an uninterrupted one would have.
     torch.manual_seed(config.seed * 1_000_003 + epoch)
     balance = datasets.class_weights(data.train, data.num_classes) if config.class_weights else None
-    steps, l1 = steps_an_epoch(config, len(data.train)), config.l1_at(epoch)
+    steps = steps_an_epoch(config, len(data.train))
+    l1 = config.l1_at(epoch, steps)
     batches = training_batches(config, data, epoch, rank=fabric.global_rank, world_size=fabric.world_size)
     sums: dict[str, Tensor] = {}
     clock = DataClock(fabric.device)
@@ -168,11 +160,11 @@ def train_epoch(
                 fabric.backward(torch.stack(list(losses.values())).sum() / config.accumulate)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach()
-        learner.step(learning_rate(config, epoch + step / steps), l1)
+        learner.step(config.learning_rate(epoch + step / steps), l1)
         clock.stop()
         progress.step(epoch, step, steps)
     means = fabric.all_reduce(torch.stack(list(sums.values())) / (steps * config.accumulate), reduce_op="mean")
-    terms = dict(zip(sums, means.tolist(), strict=True)) | {"l1": l1 * gamma_l1(learner.model)}
+    terms = dict(zip(sums, means.tolist(), strict=True)) | {"l1": l1 and l1 * gamma_l1(learner.model)}
     total = sum(terms.values())
     if not math.isfinite(total):
         raise ValueError(f"epoch {epoch + 1}: the training loss must be finite, got {total}; lower lr ({config.lr})")
@@ -304,6 +296,7 @@ def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any
         "training_loss": rows[-1]["losses"] if rows else {},
         "size": size_of(model, example),
         "plan": prune.channel_plan(model),
+        "image": [data.channels, data.image_size],
         "cuts": facts["cuts"],
         "thresholds": thresholds,
         "seconds": seconds,
