@@ -30,8 +30,12 @@ def write(folder: Path) -> Path:
     """
     others, found = published(), load_results(folder)
     latencies = [measure(results) for results in found]
-    headlines = [_headline(results, own) for results, own in zip(found, latencies, strict=True)]
-    parts = ["# Experiments", *(headline for headline in headlines if headline), _reading()]
+    headlines: dict[tuple[str, str], str] = {}
+    for results, own in zip(found, latencies, strict=True):
+        # A claim that several tables on the same data could judge is judged by the first of them.
+        headlines = _headlines(results, own) | headlines
+    ordered = sorted(headlines, key=lambda key: [factor.name for factor in FACTORS].index(key[0]))
+    parts = ["# Experiments", "\n".join(headlines[key] for key in ordered), _reading()]
     for results, own in zip(found, latencies, strict=True):
         parts += _section(results, own, others, folder)
     parts += [_paper_check(others)]
@@ -210,15 +214,16 @@ def _ratios(results: Results, latencies: dict[str, Latency], factor: Factor) -> 
     return ", ".join(ratios)
 
 
-def _headline(results: Results, latencies: dict[str, Latency]) -> str:
-    """The claims that were named before the run: claim, verdict, interval, cost, a line each."""
-    lines = []
+def _headlines(results: Results, latencies: dict[str, Latency]) -> dict[tuple[str, str], str]:
+    """The claims that were named before the run: claim, verdict, interval, cost, a line each, by claim and data."""
+    lines = {}
     for factor, judged in _compared(results):
         if factor.headline:
             verdict, interval = _words(judged)
+            where = f"{TABLES[results.table].title} on {results.data}, {results.scale}"
             cost = _ratios(results, latencies, factor)
-            lines.append(f"- **{factor.name}** ({results.data}, {results.scale}): {verdict}; {interval}; {cost}.")
-    return "\n".join(lines)
+            lines[factor.name, results.data] = f"- **{factor.name}** ({where}): {verdict}; {interval}; {cost}."
+    return lines
 
 
 def _verdicts(results: Results, latencies: dict[str, Latency]) -> str:

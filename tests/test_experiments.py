@@ -78,7 +78,8 @@ def test_page(finished):
     for factor in FACTORS:
         assert f"**{factor.name}**: not decided by 1 seed." in page
         if factor.headline:
-            assert f"**{factor.name}** (digits, smoke): not decided by 1 seed;" in page.split("## ")[0]
+            (line,) = (line for line in page.split("## ")[0].splitlines() if f"**{factor.name}**" in line)
+            assert "on digits, smoke): not decided by 1 seed;" in line
     untrained = next(x for x in page.split("### Exits")[-1].splitlines() if "| ResNet + feature |" in x)
     assert untrained.count(" - |") == 3, "exits without a loss of their own were never trained"
     for name in re.findall(r"\]\((plots/[^)]+\.png)\)", page):
@@ -100,12 +101,12 @@ def test_the_page_prints_what_the_records_hold(finished):
 
 
 def test_every_resnet_kl_has_a_plain_resnet_of_its_compute(finished):
-    """Within what whole channels allow at these widths; for whatever cuts a row makes."""
+    """Within what whole channels allow at these widths and with one cut; the page prints the ratios there are."""
     for row, plain, tolerance in (
-        ("ResNet-KL", "ResNet at ResNet-KL's MACs", 0.2),
-        ("ResNet-KL at half MACs", "ResNet at half MACs", 0.2),
-        ("ResNet-KL at ResNet's MACs", "ResNet", 0.2),
-        ("ResNet + both, pruned to half", "ResNet at half MACs", 0.2),
+        ("ResNet-KL", "ResNet at ResNet-KL's MACs", 0.25),
+        ("ResNet-KL at half MACs", "ResNet at half MACs", 0.25),
+        ("ResNet-KL at ResNet's MACs", "ResNet", 0.25),
+        ("ResNet + both, pruned to half", "ResNet at half MACs", 0.25),
     ):
         ours, theirs = (
             json.loads((finished[0] / f"runs/digits/{experiments.slug(name)}/seed-0/metrics.json").read_text())
