@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,14 @@ class Run:
     model: nn.Module
     facts: dict[str, Any]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
-def open_run(folder: Path, checkpoint: str = "last") -> Run:
-    """Load a run's model from its folder.
+
+def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str = "cpu") -> Run:
+    """Load a run's model from its folder onto a device.
 
     Raises:
         RunError: no run there, or its checkpoint is missing, damaged or of another model.
@@ -101,9 +107,42 @@ def open_run(folder: Path, checkpoint: str = "last") -> Run:
     model = build_model(config, len(facts["classes"]), facts["channels"], facts["image_size"])
     prefix = "ema." if any(key.startswith("ema.") for key in tensors) else "model."
     restore_model(model, part(tensors, prefix), facts["plan"], folder / "checkpoints" / f"{checkpoint}.json")
-    return Run(folder, config, model.eval(), facts)
+    return Run(folder, config, model.eval().to(device), facts)
 
 
 def example_image(run: Run) -> Tensor:
-    """One blank image of the run's shape."""
-    return torch.zeros(1, run.facts["channels"], run.facts["image_size"], run.facts["image_size"])
+    """One blank image of the run's shape, where its model is."""
+    return torch.zeros(1, run.facts["channels"], *2 * [run.facts["image_size"]], device=run.device)
+
+
+def check_classes(run: Run, classes: list[str]) -> None:
+    """Raise RunError unless data have the run's own classes, in its order, which is what its outputs mean."""
+    for number, (ours, theirs) in enumerate(zip_longest(run.facts["classes"], classes)):
+        if ours != theirs:
+            raise RunError(
+                f"{run.folder}: data must have the classes the run was trained on, got {theirs!r} for {ours!r}, "
+                f"number {number + 1}"
+            )
+
+
+def start_from(model: nn.Module, folder: Path) -> nn.Module:
+    """``model`` with the last weights of another run of the same network, pruned as that is; layers that give other
+    numbers of classes keep their own.
+
+    Raises:
+        RunError: no such run, or one of another network.
+    """
+    tensors, facts = load(folder / "checkpoints", "last")
+    source = folder / "checkpoints" / "last.json"
+    plan, classes = prune.channel_plan(model), len(facts["classes"])
+    own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    heads = {name for name in own if facts["plan"].get(name, [0, 0])[1] == classes != plan[name][1]}
+    wanted = facts["plan"] | {name: [facts["plan"][name][0], plan[name][1]] for name in heads}
+    given = part(tensors, "ema." if any(key.startswith("ema.") for key in tensors) else "model.")
+    kept = {key: value for key, value in given.items() if key.rpartition(".")[0] not in heads}
+    try:
+        prune.apply_plan(model, wanted)
+    except ValueError as error:
+        raise RunError(f"{source}: weights must be of this configuration's model, got another: {error}") from error
+    restore_model(model, model.state_dict() | kept, prune.channel_plan(model), source)
+    return model

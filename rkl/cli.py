@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from .config import RECIPES, Config, from_plain, read_yaml
-
-console = Console()
-
-
-def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
-    """``tyro.cli``, with its framed complaint turned into one line."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, **options)
-    except SystemExit as stopped:
-        if not stopped.code:
-            raise
-        inner = (line.strip("│╭╰╮╯─ ") for line in complaint.getvalue().splitlines()[1:])
-        kept = [line for line in inner if line and not line.startswith("For full helptext")]
-        raise ValueError(" ".join(kept).removeprefix(f"Error parsing {kind.__name__}: ")) from None
+from .terminal import complain, device_named, missing_package, parse, show
 
 
 @dataclass(frozen=True)
@@ -37,8 +19,18 @@ class Source:
     """Where a training run's settings come from, before those given one by one."""
 
     recipe: str = "paper"
+    """Preset: paper (table I), strong (200 epochs, cosine) or smoke (seconds)."""
     config: Path | None = None
+    """YAML file of settings, over the recipe's."""
     resume: bool = False
+    """Go on with the interrupted run in --out."""
+
+
+@dataclass(frozen=True)
+class Train(Source):
+    """Train a model by self-distillation. Settings given one by one go over --config's, and those over --recipe's."""
+
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -46,20 +38,18 @@ def train(arguments: Sequence[str]) -> None:
     from . import report
     from .train import train as run
 
-    source, rest = parse(Source, arguments, return_unknown_args=True, add_help=False)
+    source, _ = parse(Source, arguments, return_unknown_args=True, add_help=False)
     if source.recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {source.recipe!r}")
     base = from_plain(RECIPES[source.recipe])
     base = read_yaml(source.config, base) if source.config else base
-    description = (
-        f"Train a model by self-distillation. --recipe {{{','.join(RECIPES)}}} (default paper) and --config FILE.yaml "
-        "preset what follows; --resume goes on with an interrupted run."
-    )
-    config = parse(Config, rest, default=base, prog="rkl train", description=description)
-    folder = run(config, resume=source.resume)
+    asked = parse(Train, arguments, default=Train(settings=base), prog="rkl train")
+    folder = run(asked.settings, resume=asked.resume)
+    if folder is None:  # another process writes and speaks
+        return
     for table in report.rich_tables(report.read_metrics(folder)):
-        console.print(table)
-    console.print(f"report: {folder / 'report.md'}   plots: {folder / 'plots'}")
+        show(table)
+    print(f"report: {folder / 'report.md'}   plots: {folder / 'plots'}")
 
 
 @dataclass(frozen=True)
@@ -78,29 +68,42 @@ class Evaluate:
     """With --early-exit: accuracy to reach on the validation images; by default the deepest exit's own."""
     target_macs: float | None = None
     """With --early-exit: largest mean compute, as a share of the deepest exit's."""
+    device: str | None = None
+    """`cpu` or `cuda`; the GPU where there is one."""
 
     def __call__(self) -> None:
-        from .checkpoint import open_run
+        from .checkpoint import check_classes, open_run
 
         if self.split not in ("test", "val"):
             raise ValueError(f"split must be 'test' or 'val', got {self.split!r}")
-        run = open_run(self.run, self.checkpoint)
+        for name in ("target_accuracy", "target_macs"):
+            value = getattr(self, name)
+            if value is not None and not self.early_exit:
+                raise ValueError(f"{name} must go with --early-exit, got {value} without it")
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+        run = open_run(self.run, self.checkpoint, device_named(self.device))
         from . import metrics, report  # these take seconds to import, which a wrong folder need not wait for
-        from .train import evaluation_batches, load_data
+        from .evaluation import collect
+        from .train import load_data
 
         if self.early_exit:
             from . import exit_report
 
-            record = exit_report.evaluate_early_exit(run, self.target_accuracy, self.target_macs)
+            record = exit_report.evaluate_early_exit(run, self.target_accuracy, self.target_macs, self.checkpoint)
             title = f"{run.config.model} on {run.config.data}: early exit on the test images"
-            console.print(report.rich_table(title, *exit_report.rows(record)))
-            console.print(f"plot: {run.folder / 'plots' / 'early_exit.png'}")
+            show(report.rich_table(title, *exit_report.rows(record)))
+            print(f"plot: {run.folder / 'plots' / 'early_exit.png'}")
             return
-        data = load_data(run.config)
-        exits, labels = metrics.collect_exits(run.model, evaluation_batches(getattr(data, self.split), data))
+        data = load_data(run.config).to(run.device)
+        check_classes(run, data.classes)
+        split = getattr(data, self.split)
+        if not len(split):
+            raise ValueError(f"split must have images, got {self.split!r} of a run with val_fraction 0")
+        exits, labels = collect(run.model, split, data, run.config)
         rows = report.exit_rows([metrics.exit_metrics(logits, labels) for logits in exits])
         title = f"{run.config.model} on {run.config.data}: {len(labels)} {self.split} images"
-        console.print(report.rich_table(title, ["", *report.EXIT_METRICS.values()], rows))
+        show(report.rich_table(title, ["", *report.EXIT_METRICS.values()], rows))
 
 
 @dataclass(frozen=True)
@@ -113,19 +116,35 @@ class Predict:
     """Image files."""
     checkpoint: str = "last"
     """`last` or `best`."""
-    confidence: float = 0.9
-    """An image leaves at the first exit whose top probability reaches this; the deepest takes the rest."""
+    confidence: float | None = None
+    """An image leaves at the first exit whose top probability reaches this, and the deepest takes the rest; by default
+    the thresholds that keep the deepest exit's accuracy on the validation images."""
+    device: str | None = None
+    """`cpu` or `cuda`; the GPU where there is one."""
 
     def __call__(self) -> None:
         from .checkpoint import open_run
-        from .predict import predict
+        from .model import ResNetKL
+        from .predict import predict, thresholds_of
 
         if not self.images:
             raise ValueError("images must name at least one file, got none")
-        run = open_run(self.run, self.checkpoint)
-        for path, prediction in zip(self.images, predict(run, list(self.images), self.confidence), strict=True):
-            classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.top)
-            console.print(f"{path}: {classes} (left at exit {prediction.exit} of {prediction.exits})", soft_wrap=True)
+        if self.confidence is not None and not 0 <= self.confidence <= 1:
+            raise ValueError(f"confidence must be between 0 and 1, got {self.confidence}")
+        run = open_run(self.run, self.checkpoint, device_named(self.device))
+        thresholds = thresholds_of(run, self.checkpoint)
+        if self.confidence is not None and isinstance(run.model, ResNetKL):
+            thresholds = [self.confidence] * len(run.model.exits)
+        wrong = 0
+        for path, answer in zip(self.images, predict(run, list(self.images), thresholds), strict=True):
+            if isinstance(answer, ValueError):
+                complain(answer)
+                wrong += 1
+                continue
+            classes = ", ".join(f"{name} {probability:.1%}" for name, probability in answer.top)
+            print(f"{path}: {classes} (left at exit {answer.exit} of {answer.exits})")
+        if wrong:
+            raise SystemExit(2)
 
 
 @dataclass(frozen=True)
@@ -158,8 +177,8 @@ class Experiments:
         if self.data_root:
             overrides["data_root"] = self.data_root
         plan = experiments.experiment(self.table, self.scale, self.out, self.data, self.seeds, **overrides)
-        experiments.run(plan, self.jobs, announce=console.print, only=self.rows)
-        console.print(f"report: {tables.write(self.out)}")
+        experiments.run(plan, self.jobs, announce=print, only=self.rows)
+        print(f"report: {tables.write(self.out)}")
 
 
 @dataclass(frozen=True)
@@ -173,7 +192,7 @@ class Report:
         from . import report, tables
 
         write = report.write_report if (self.folder / "config.yaml").exists() else tables.write
-        console.print(f"report: {write(self.folder)}")
+        print(f"report: {write(self.folder)}")
 
 
 @dataclass(frozen=True)
@@ -192,12 +211,12 @@ class Info:
 
         everything = not (self.models or self.datasets or self.backends)
         if self.models or everything:
-            console.print("models:", *model_names())
+            print("models:", *model_names())
         if self.datasets or everything:
-            console.print("datasets:", *data.NAMES)
+            print("datasets:", *data.NAMES)
         if self.backends or everything:
             for name, status in rk.backends().items():
-                console.print(f"{name}: {'yes' if status.available else 'no'} - {status.reason}", soft_wrap=True)
+                print(f"{name}: {'yes' if status.available else 'no'} - {status.reason}")
 
 
 @dataclass(frozen=True)
@@ -216,20 +235,23 @@ class Prune:
     """Epochs to train on for."""
     checkpoint: str = "last"
     """`last` or `best`."""
+    device: str | None = None
+    """`cpu` or `cuda`, for the cut; the GPU where there is one."""
 
     def __call__(self) -> None:
         from . import report
         from .checkpoint import open_run
         from .slim import slim_run
 
-        slim_run(open_run(self.run, self.checkpoint), self.out, self.target_macs, self.target_latency_ms, self.epochs)
+        run = open_run(self.run, self.checkpoint, device_named(self.device))
+        slim_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs)
         before, after = (report.read_metrics(folder) for folder in (self.run, self.out))
         rows = [
             [name, *report.size_rows(record)[-1][1:], f"{record['test'][-1]['accuracy']:.2%}"]
             for name, record in (("before", before), ("after", after))
         ]
-        console.print(report.rich_table("pruned", [*report.SIZE_HEADER, "test accuracy"], rows))
-        console.print(f"report: {self.out / 'report.md'}")
+        show(report.rich_table("pruned", [*report.SIZE_HEADER, "test accuracy"], rows))
+        print(f"report: {self.out / 'report.md'}")
 
 
 @dataclass(frozen=True)
@@ -244,15 +266,17 @@ class Export:
     """Folder to write to; the run's own by default."""
     checkpoint: str = "last"
     """`last` or `best`."""
+    device: str | None = None
+    """`cpu` or `cuda`, which the torch.export file is then for; the GPU where there is one."""
 
     def __call__(self) -> None:
         from .checkpoint import open_run
         from .export import export
 
-        run = open_run(self.run, self.checkpoint)
+        run = open_run(self.run, self.checkpoint, device_named(self.device))
         for name in self.format:
             file, difference = export(run, name, self.out)
-            console.print(f"{file}: outputs equal the model's to {difference:.1e}", soft_wrap=True)
+            print(f"{file}: outputs equal the model's to {difference:.1e}")
 
 
 @dataclass(frozen=True)
@@ -313,7 +337,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def usage() -> str:
     lines = [f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: rkl COMMAND ...  (rkl COMMAND --help tells more)", *lines])
+    head = ["usage: rkl COMMAND ...  (rkl COMMAND --help tells more; rkl --version; --debug shows tracebacks)"]
+    return "\n".join([*head, *lines])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -324,6 +349,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return
+    if arguments[0] == "--version":
+        import rkl_kernels
+
+        print(f"rkl {rkl_kernels.__version__}")
+        return
     name, *rest = arguments
     try:
         if name not in COMMANDS:
@@ -332,8 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if debug:
             raise
-        print(f"rkl: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(missing_package(error) if isinstance(error, ModuleNotFoundError) else error)
         raise SystemExit(2) from None

@@ -1,10 +1,10 @@
-"""What a few seeds allow to say: means with t intervals, paired differences, and a verdict in plain words."""
+"""What a few seeds allow to say: means with t intervals, and verdicts corrected for their number."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from scipy.stats import t as student
@@ -16,31 +16,38 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``n`` runs; the interval's half width is None for a single run."""
+    """A mean over ``n`` runs and its standard error, None for a single run; the interval is a t interval of 95%."""
 
     mean: float
-    half: float | None
+    error: float | None
     n: int
 
-    @property
-    def low(self) -> float:
-        return float("-inf") if self.half is None else self.mean - self.half
+    def half_at(self, confidence: float) -> float | None:
+        """Half the width of the t interval: t((1 + confidence) / 2, n - 1) * s / sqrt(n)."""
+        if self.error is None:
+            return None
+        return float(student.ppf(0.5 + confidence / 2, self.n - 1)) * self.error
 
     @property
-    def high(self) -> float:
-        return float("inf") if self.half is None else self.mean + self.half
+    def half(self) -> float | None:
+        return self.half_at(CONFIDENCE)
+
+    @property
+    def p(self) -> float:
+        """Of the two-sided t test that the mean is 0; 1 for a single run, which decides nothing."""
+        if self.error is None:
+            return 1.0
+        if self.error == 0:
+            return float(self.mean == 0)
+        return 2 * float(student.sf(abs(self.mean) / self.error, self.n - 1))
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and half width of the 95% t interval: t(0.975, n - 1) * s / sqrt(n)."""
+    """Mean and standard error, s / sqrt(n)."""
     n = len(values)
     if n == 0:
         raise ValueError("values must hold at least one run, got none")
-    mean = statistics.fmean(values)
-    if n == 1:
-        return Estimate(mean, None, 1)
-    half = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1)) * statistics.stdev(values) / n**0.5
-    return Estimate(mean, half, n)
+    return Estimate(statistics.fmean(values), statistics.stdev(values) / n**0.5 if n > 1 else None, n)
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Estimate | None:
@@ -49,19 +56,68 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Estim
     return estimate([ours[seed] - theirs[seed] for seed in shared]) if shared else None
 
 
-def verdict(difference: Estimate, negligible: float) -> Verdict:
-    """What the interval of a difference (larger is better) allows to say.
+@dataclass(frozen=True)
+class Judged:
+    """A difference (larger is better) among others of its table, by Holm's method.
 
-    It helps or harms where the interval lies on one side of zero, does nothing where it lies within ``negligible`` of
-    zero, and is not decided otherwise.
+    Attributes:
+        confidence: of the interval below, 1 - 0.05 / (hypotheses not yet rejected at this one's turn).
+        low, high: that interval, infinite for a single run.
+        p: adjusted; below 0.05 the difference is decided with all of the table's errors together at most 5%.
     """
-    if -negligible <= difference.low and difference.high <= negligible:
+
+    difference: Estimate
+    confidence: float
+    p: float
+    verdict: Verdict
+
+    @property
+    def low(self) -> float:
+        half = self.difference.half_at(self.confidence)
+        return float("-inf") if half is None else self.difference.mean - half
+
+    @property
+    def high(self) -> float:
+        half = self.difference.half_at(self.confidence)
+        return float("inf") if half is None else self.difference.mean + half
+
+
+def holm(differences: Sequence[Estimate], negligible: float) -> list[Judged]:
+    """Judge the differences of one table together (Holm, 1979): the k-th smallest of m p-values is multiplied by
+    m - k + 1, and none may be smaller than the one before it.
+
+    A difference helps or harms where its adjusted p is below 0.05, does nothing where its corrected interval lies
+    within ``negligible`` of zero, and is not decided otherwise.
+    """
+    order = sorted(range(len(differences)), key=lambda i: differences[i].p)
+    judged: dict[int, Judged] = {}
+    smallest = 0.0
+    for rank, index in enumerate(order):
+        difference, left = differences[index], len(differences) - rank
+        smallest = max(smallest, min(1.0, left * difference.p))
+        found = Judged(difference, 1 - (1 - CONFIDENCE) / left, smallest, "not decided")
+        judged[index] = replace(found, verdict=_verdict(found, negligible))
+    return [judged[index] for index in range(len(differences))]
+
+
+def _verdict(judged: Judged, negligible: float) -> Verdict:
+    if -negligible <= judged.low and judged.high <= negligible:
         return "does nothing"
-    if difference.low > 0:
-        return "helps"
-    if difference.high < 0:
-        return "harms"
-    return "not decided"
+    if judged.p >= 1 - CONFIDENCE:
+        return "not decided"
+    return "helps" if judged.difference.mean > 0 else "harms"
+
+
+def smallest_decidable(differences: Sequence[Estimate]) -> tuple[float, float, int] | None:
+    """What a table can decide: the median standard deviation of its paired differences, the smallest mean difference
+    that its seeds decide at that deviation (before any other is decided), and the median number of seeds."""
+    several = [difference for difference in differences if difference.error is not None]
+    if not several:
+        return None
+    deviation = statistics.median(difference.error * difference.n**0.5 for difference in several)
+    n = round(statistics.median(difference.n for difference in several))
+    typical = Estimate(0.0, deviation / n**0.5, n)
+    return deviation, typical.half_at(1 - (1 - CONFIDENCE) / len(differences)), n
 
 
 def f1_ceiling(accuracy: float) -> float:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from .blocks import ActivationName, BlockOptions, GateKind, ScaleMode
 from .distill import LossWeights
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Config:
     image_size: int | None = None
     """Pixels a side; the data set's own by default."""
     val_fraction: float = 0.1
-    """Share of the training images that decides what is decided by validation."""
+    """Share of the training images that decides what is decided by validation; 0 trains on all of them."""
     train_size: int | None = None
     """Use a fixed part of the training images."""
     test_size: int | None = None
@@ -37,12 +43,18 @@ class Config:
     """Of long-tailed data sets (-lt): images of the first class over those of the last."""
     download: bool = False
     """Fetch the data set's files into data_root where they are missing."""
-    augment: Literal["none", "standard"] = "standard"
-    """Random crops, and flips where the classes allow it."""
+    augment: Literal["none", "standard", "trivial"] = "standard"
+    """Random crops, and flips where the classes allow it; trivial adds TrivialAugment."""
     cutmix: bool = True
-    """Mix every batch with itself (equation 1)."""
+    """Mix batches with themselves (equation 1)."""
+    cutmix_probability: float = 1.0
+    """Share of the batches that CutMix takes; mixup, where it is on, takes the others."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0 for none."""
     cutout: int = 0
     """Side of a square to blank in each image, in pixels."""
+    erasing: float = 0.0
+    """Probability of blanking a random rectangle in an image."""
     sampling: Literal["natural", "balanced"] = "natural"
     """Balanced draws every class equally often."""
     class_weights: bool = False
@@ -55,7 +67,9 @@ class Config:
     width: int = 64
     """Channels of the first stage."""
     separable: bool | None = None
-    """Separable in place of dense 3x3 convolutions; this and the next five: the model's own by default."""
+    """Separable in place of dense 3x3 convolutions; this and the next six: the model's own by default."""
+    dense_stages: int | None = None
+    """How many early stages stay dense where the others are separable."""
     scales: tuple[int, ...] | None = None
     """Kernel sizes of the depthwise step."""
     scale_mode: ScaleMode | None = None
@@ -66,10 +80,12 @@ class Config:
     """T-ReLU or ReLU."""
     exits: bool | None = None
     """Heads after every stage."""
-    exit_gate: GateKind = "spatial"
+    exit_gate: GateKind = "light"
     """Gate of the shallow heads."""
     feature_size: int | None = None
     """Side of the feature maps that are compared; the deepest stage's own by default."""
+    weights: Path | None = None
+    """Folder of a finished run whose weights to start from; heads for other classes start anew."""
 
     loss: LossWeights = field(default_factory=LossWeights)
     """Weights of the loss terms."""
@@ -77,65 +93,93 @@ class Config:
     epochs: int = 50
     """Passes over the training images."""
     batch_size: int = 256
-    """Images a step, on each device."""
+    """Images a forward pass, on each device."""
+    accumulate: int = 1
+    """Batches, on each device, whose gradients make one step."""
     lr: float = 0.01
     """Learning rate before any decay."""
     momentum: float = 0.9
     """SGD's momentum."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
     weight_decay: float = 5e-4
     """SGD's weight decay."""
+    decay: Literal["filters", "all"] = "filters"
+    """What decays: dense and pointwise filters alone, or norms, biases and depthwise filters too."""
+    clip: float = 0.0
+    """Largest norm of a step's gradient; 0 for any."""
     schedule: Literal["thirds", "cosine"] = "thirds"
     """A tenth after each third of the epochs, or half a cosine."""
     warmup: float = 0.0
     """Epochs over which the learning rate rises to its value."""
     ema: float = 0.0
     """Decay of the moving average of the weights, which is then what is evaluated; 0 for none."""
-    prune_at: tuple[float, ...] = ()
-    """Shares of the epochs after which channels are cut."""
+    patience: int = 0
+    """Stop after so many epochs without a better validation accuracy; 0 for never."""
+    test_with: Literal["last", "best"] = "last"
+    """Which epoch's model is tested, once: the last one, or the best by validation since the last cut."""
+    prune_at: tuple[float, ...] | None = None
+    """Shares of the epochs after which channels are cut; by default 0.08 0.16 0.24 for resnet-kl, none for others."""
     prune_ratio: float = 0.2
     """Largest share of a group's channels that one cut takes."""
     prune_macs: float | None = None
     """Share of the first model's multiply-accumulates that the last cut leaves at most, each cut taking the same part
     of what there is; it decides in prune_ratio's place."""
+    importance: Literal["magnitude", "taylor"] = "magnitude"
+    """What ranks channels for a cut: L1 of filters plus |gamma|, or a first-order estimate of what their loss costs."""
 
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """As Lightning Fabric names it."""
+    precision: Precision | None = None
+    """By default bf16-mixed on a GPU and 32-true elsewhere."""
+    compile: bool = False
+    """Compile the model with torch.compile; on a GPU into CUDA graphs, which small models gain most from."""
     devices: int = 1
     """Devices to train on, with DistributedDataParallel where more than one."""
     channels_last: bool = True
     """Keep images and feature maps in channels-last order, which the kernels prefer."""
 
     def __post_init__(self) -> None:
-        rules = {
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 2,
-            "lr": self.lr > 0,
-            "val_fraction": 0 < self.val_fraction < 1,
-            "ema": 0 <= self.ema < 1,
-            "prune_ratio": 0 < self.prune_ratio < 1,
-            "prune_macs": self.prune_macs is None or 0 < self.prune_macs < 1,
-            "prune_at": all(0 < share < 1 for share in self.prune_at),
-            "devices": self.devices >= 1,
-        }
-        bounds = {
-            "epochs": "at least 1",
-            "batch_size": "at least 2, as batch norm needs several samples",
-            "lr": "above 0",
-            "val_fraction": "between 0 and 1",
-            "ema": "at least 0 and below 1",
-            "prune_ratio": "between 0 and 1",
-            "prune_macs": "between 0 and 1",
-            "prune_at": "shares of the epochs, between 0 and 1",
-            "devices": "at least 1",
-        }
-        for name, holds in rules.items():
-            if not holds:
-                raise ValueError(f"{name} must be {bounds[name]}, got {getattr(self, name)}")
+        for name, (holds, bounds) in RULES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {bounds}, got {value}")
+        if self.warmup > self.epochs:
+            raise ValueError(f"warmup must be at most the {self.epochs} epochs, got {self.warmup}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov must go with a momentum above 0, got momentum 0")
+        for name, needs in (("patience", self.patience), ("test_with", self.test_with == "best")):
+            if needs and not self.val_fraction:
+                raise ValueError(f"{name} must go with a val_fraction above 0, got {getattr(self, name)}")
 
     @property
     def cut_epochs(self) -> list[int]:
         """After how many epochs channels are cut; one cut an epoch, the last epoch left to recover in."""
-        return sorted({min(max(1, round(share * self.epochs)), self.epochs - 1) for share in self.prune_at} - {0})
+        shares = CUTS.get(self.model, ()) if self.prune_at is None else self.prune_at
+        return sorted({min(max(1, round(share * self.epochs)), self.epochs - 1) for share in shares} - {0})
+
+    def learning_rate(self, progress: float) -> float:
+        """After ``progress`` epochs: a tenth after each third, or half a cosine; linear warm-up."""
+        warm = min(1.0, progress / self.warmup) if self.warmup else 1.0
+        share = progress / self.epochs
+        if self.schedule == "thirds":
+            return self.lr * warm * 0.1 ** int(3 * share + 1e-9)
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * share))
+
+    def l1_at(self, epoch: int, steps: int) -> float:
+        """The weight of the L1 term in an epoch, from 0, of so many steps. It prepares the cuts, so it acts until the
+        last one, and by default not at all where there is none.
+
+        By default it takes a gamma that nothing holds from 1, where it starts, to 0 by the last cut; what the loss
+        needs stays, so that the gammas spread and the cuts can rank them. A fixed lambda cannot: the way is lambda *
+        learning rate * steps / (1 - momentum), and 1e-5 moved a gamma by 0.004 where 1e-2 emptied the network.
+        """
+        if not self.cut_epochs:
+            return self.loss.l1 or 0.0
+        if epoch >= self.cut_epochs[-1]:
+            return 0.0
+        if self.loss.l1 is not None:
+            return self.loss.l1
+        way = steps * sum(self.learning_rate(e + 0.5) for e in range(self.cut_epochs[-1])) / (1 - self.momentum)
+        return 1.0 / way
 
     def block_options(self, defaults: BlockOptions) -> BlockOptions:
         """The model's blocks, with what was left open taken from ``defaults``."""
@@ -143,11 +187,44 @@ class Config:
         return replace(defaults, **{name: value for name, value in chosen.items() if value is not None})
 
 
+CUTS = {"resnet-kl": (0.08, 0.16, 0.24)}
+"""Shares of the epochs after which a model is cut by default: after 4, 8 and 12 of 50."""
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda v: v >= 0, "at least 0"),
+    "image_size": (lambda v: v >= 8, "at least 8"),
+    "val_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "train_size": (lambda v: v >= 2, "at least 2"),
+    "test_size": (lambda v: v >= 1, "at least 1"),
+    "imbalance": (lambda v: 1 <= v < math.inf, "at least 1"),
+    "cutmix_probability": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "mixup": (lambda v: 0 <= v < math.inf, "at least 0"),
+    "cutout": (lambda v: v >= 0, "at least 0"),
+    "erasing": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "width": (lambda v: v >= 1, "at least 1"),
+    "feature_size": (lambda v: v >= 1, "at least 1"),
+    "epochs": (lambda v: v >= 1, "at least 1"),
+    "batch_size": (lambda v: v >= 2, "at least 2, as batch norm needs several samples"),
+    "accumulate": (lambda v: v >= 1, "at least 1"),
+    "lr": (lambda v: 0 < v < math.inf, "above 0"),
+    "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "weight_decay": (lambda v: 0 <= v < math.inf, "at least 0"),
+    "clip": (lambda v: 0 <= v < math.inf, "at least 0"),
+    "warmup": (lambda v: 0 <= v < math.inf, "at least 0"),
+    "ema": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "patience": (lambda v: v >= 0, "at least 0"),
+    "prune_at": (lambda v: all(0 < share < 1 for share in v), "shares of the epochs, between 0 and 1"),
+    "prune_ratio": (lambda v: 0 < v < 1, "between 0 and 1"),
+    "prune_macs": (lambda v: 0 < v < 1, "between 0 and 1"),
+    "devices": (lambda v: v >= 1, "at least 1"),
+}
+"""What a field's value must keep; a comparison with nan holds for none."""
+
 RECIPES: dict[str, dict[str, Any]] = {
-    # Table I, with the cuts after epochs 4, 8 and 12 of 50.
-    "paper": {"prune_at": (0.08, 0.16, 0.24)},
+    # Table I.
+    "paper": {},
     # The protocol of the public self-distillation benchmarks on CIFAR-100.
-    "strong": {"epochs": 200, "batch_size": 128, "lr": 0.1, "schedule": "cosine", "prune_at": (0.08, 0.16, 0.24)},
+    "strong": {"epochs": 200, "batch_size": 128, "lr": 0.1, "schedule": "cosine"},
     # Seconds, for tests: nothing is learnt to speak of.
     "smoke": {
         "epochs": 2,
@@ -157,7 +234,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train_size": 256,
         "test_size": 100,
         "image_size": 8,
-        "prune_at": (0.5,),
     },
 }
 
@@ -173,40 +249,57 @@ def to_plain(config: Config) -> dict[str, Any]:
     return plain
 
 
+@cache
+def _checker() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)
+
+
 def from_plain(plain: dict[str, Any], base: Config | None = None, source: str = "config") -> Config:
-    """The configuration with the values of ``plain``; the rest as in ``base``.
+    """The configuration with the values of ``plain``, each turned into its field's type; the rest as in ``base``.
 
     Raises:
-        ValueError: a key that does not exist.
+        ValueError: a key that does not exist, or a value of the wrong type or out of range.
     """
     base = base or Config()
     known = {f.name for f in fields(Config)}
-    values = dict(plain)
-    for key in values:
+    for key in plain:
         if key not in known:
             raise ValueError(f"{source}: keys must be fields of the configuration, got {key!r}")
-    if "loss" in values:
+    values = dict(plain)
+    if isinstance(values.get("loss"), dict):
         odd = set(values["loss"]) - {f.name for f in fields(LossWeights)}
         if odd:
-            raise ValueError(f"{source}: keys of loss must be loss weights, got {sorted(odd)[0]!r}")
-        values["loss"] = replace(base.loss, **values["loss"])
-    for key in ("out", "data_root"):
-        if values.get(key) is not None:
-            values[key] = Path(values[key])
-    for key in ("scales", "prune_at"):
-        if values.get(key) is not None:
-            values[key] = tuple(values[key])
-    return replace(base, **values)
+            raise ValueError(f"{source}: keys of loss must be loss weights, got {sorted(map(str, odd))[0]!r}")
+        values["loss"] = asdict(base.loss) | values["loss"]
+    try:
+        return _checker().validate_python(to_plain(base) | values)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_first(error)}") from None
 
 
-def read_yaml(path: Path, base: Config | None = None) -> Config:
-    """The configuration in a YAML file."""
+def _first(error: ValidationError) -> str:
+    """The first complaint in one line: field, rule, value got."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":  # our own, from __post_init__
+        return str(first["ctx"]["error"])
+    name = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and not part.startswith("function"))
+    rule = first["msg"].replace("Input should be", "must be", 1)
+    return f"{name} {rule}, got {first['input']!r}"
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
     try:
         plain = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: the configuration must be a readable file, got: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: the configuration must be YAML, got: {str(error).splitlines()[0]}") from error
     if not isinstance(plain, dict):
-        raise ValueError(f"{path}: the configuration must be a mapping of names to values")
-    return from_plain(plain, base, str(path))
+        raise ValueError(f"{path}: the configuration must be a mapping of names to values, got {plain!r}")
+    return plain
+
+
+def read_yaml(path: Path, base: Config | None = None) -> Config:
+    """The configuration in a YAML file."""
+    return from_plain(read_plain(path), base, str(path))

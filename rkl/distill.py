@@ -1,7 +1,8 @@
-"""The losses of self-distillation: logic distillation (equation 2), feature distillation, L1 on batch norm's gamma."""
+"""The losses of self-distillation: logit distillation (equation 2), feature distillation, L1 on batch norm's gamma."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,47 +18,57 @@ class LossWeights:
 
     Attributes:
         x: share of the teacher in a shallow head's loss (equation 2); 0 is deep supervision alone.
-        temperature: T, by which the teacher's logits are divided.
+        temperature: T, by which both the student's and the teacher's logits are divided.
         t_squared: multiply the teacher's term by T^2, which keeps its gradient's size when T changes.
         heads: weight of every shallow head's whole loss.
         beta: weight of feature distillation.
-        legacy_features: the unsquared norm summed over the batch, whose weight depends on the batch's size.
-        l1: lambda of the L1 penalty on gamma (table I).
+        legacy_features: the norm over the whole batch, as "Be Your Own Teacher" has it; it grows with the batch.
+        l1: lambda of the L1 penalty on gamma (table I), until the last cut; by default what takes a gamma that nothing
+            holds to 0 by then, and none where nothing is cut.
+        smoothing: label smoothing, in every head's cross entropy with the labels.
     """
 
-    x: float = 0.3
+    x: float = 0.1
     temperature: float = 3.0
-    t_squared: bool = False
+    t_squared: bool = True
     heads: float = 1.0
-    beta: float = 0.1
+    beta: float = 0.03
     legacy_features: bool = False
-    l1: float = 1e-5
+    l1: float | None = None
+    smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.x <= 1:
             raise ValueError(f"x must be between 0 and 1, got {self.x}")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must be at least 0 and below 1, got {self.smoothing}")
         for name in ("heads", "beta", "l1"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {value}")
 
 
-def logic_distillation(student: Tensor, teacher: Tensor, temperature: float, t_squared: bool = False) -> Tensor:
-    """CE(student, softmax(teacher / T)) with the teacher detached; (N, classes) logits each, a scalar."""
-    loss = F.cross_entropy(student, torch.softmax(teacher.detach() / temperature, dim=1))
+def logit_distillation(student: Tensor, teacher: Tensor, temperature: float, t_squared: bool = True) -> Tensor:
+    """T^2 * CE(student / T, softmax(teacher / T)) with the teacher detached; (N, classes) logits each, a scalar.
+
+    Both sides are divided by T: with the teacher alone divided, the target is nearly uniform for the student's own
+    scale, and the term is label smoothing.
+    """
+    loss = F.cross_entropy(student / temperature, torch.softmax(teacher.detach() / temperature, dim=1))
     return loss * temperature**2 if t_squared else loss
 
 
 def feature_distillation(student: Tensor, teacher: Tensor, legacy: bool = False) -> Tensor:
     """Squared distance of the L2-normalised feature maps, averaged over the samples; the teacher is detached.
 
-    For a sample it is 2 - 2 cos of the angle between the two, whatever the map's and the batch's size. ``legacy`` sums
-    the plain distance over the batch instead.
+    For a sample it is 2 - 2 cos of the angle between the two, whatever the map's and the batch's size. ``legacy`` is
+    ``torch.dist`` of the two, one norm over the whole batch (Zhang et al., 2019, "Be Your Own Teacher").
     """
-    student, teacher = student.flatten(1), teacher.detach().flatten(1)
     if legacy:
-        return (student - teacher).norm(dim=1).sum()
+        return torch.dist(student, teacher.detach())
+    student, teacher = student.flatten(1), teacher.detach().flatten(1)
     return (F.normalize(student) - F.normalize(teacher)).square().sum(1).mean()
 
 
@@ -73,15 +84,19 @@ def training_losses(
 
     Returns:
         deepest: plain cross entropy of the deepest head. heads: (1 - x) * cross entropy of the shallow heads, summed.
-        logic: x * logic distillation, summed over them. feature: beta * feature distillation, summed over them.
+        logits: x * logit distillation, summed over them. feature: beta * feature distillation, summed over them.
     """
     *shallow, deepest = exits.logits
-    losses = {"deepest": F.cross_entropy(deepest, labels, class_weights)}
+
+    def with_labels(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, class_weights, label_smoothing=weights.smoothing)
+
+    losses = {"deepest": with_labels(deepest)}
     if shallow:
-        own = [F.cross_entropy(logits, labels, class_weights) for logits in shallow]
-        taught = [logic_distillation(logits, deepest, weights.temperature, weights.t_squared) for logits in shallow]
+        own = [with_labels(logits) for logits in shallow]
+        taught = [logit_distillation(logits, deepest, weights.temperature, weights.t_squared) for logits in shallow]
         losses["heads"] = weights.heads * (1 - weights.x) * torch.stack(own).sum()
-        losses["logic"] = weights.heads * weights.x * torch.stack(taught).sum()
+        losses["logits"] = weights.heads * weights.x * torch.stack(taught).sum()
     if len(exits.features) > 1:
         *students, teacher = exits.features
         distances = [feature_distillation(student, teacher, weights.legacy_features) for student in students]
@@ -89,15 +104,30 @@ def training_losses(
     return losses
 
 
+def gammas(model: nn.Module) -> list[nn.Parameter]:
+    """The batch norm layers' gains."""
+    norms = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    return [norm.weight for norm in norms if norm.weight is not None]
+
+
 @torch.no_grad()
-def add_l1_gradient(model: nn.Module, l1: float) -> None:
-    """Add the subgradient of l1 * sum |gamma| over the batch norm layers; call it between backward and step."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.weight is not None and module.weight.grad is not None:
-            module.weight.grad.add_(module.weight.sign(), alpha=l1)
+def add_l1_gradient(model: nn.Module, l1: float, scale: Tensor | float = 1.0) -> None:
+    """Add the subgradient of l1 * sum |gamma| over the batch norm layers; call it between backward and step.
+
+    Three kernels whatever the model's depth; as a term of the loss it would be hundreds in backward.
+
+    Args:
+        scale: that of a gradient scaler, which the gradients of the other terms have.
+    """
+    found = [gamma for gamma in gammas(model) if gamma.grad is not None]
+    if not found:
+        return
+    signs = torch._foreach_sign(found)
+    torch._foreach_mul_(signs, l1 * scale)
+    torch._foreach_add_([gamma.grad for gamma in found], signs)
 
 
 @torch.no_grad()
 def gamma_l1(model: nn.Module) -> float:
     """Sum of |gamma| over the batch norm layers."""
-    return float(sum(m.weight.abs().sum() for m in model.modules() if isinstance(m, nn.BatchNorm2d)))
+    return float(sum(torch._foreach_norm(gammas(model), 1)))

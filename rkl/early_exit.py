@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,8 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
         own, _ = model.head(stage, x)
         if logits is None:
             logits, exits = own.new_zeros(len(images), own.shape[1]), torch.zeros_like(staying)
-        leaving = own.softmax(1).amax(1) >= limits[stage]
+        # Whoever reaches the deepest exit leaves there: of NaN logits too, which compare with nothing.
+        leaving = own.softmax(1).amax(1) >= limits[stage] if stage != stages[-1] else torch.ones_like(staying).bool()
         logits[staying[leaving]], exits[staying[leaving]] = own[leaving], stages.index(stage)
         staying, x = staying[~leaving], x[~leaving]
         if not len(staying):
@@ -98,9 +100,9 @@ def operate(
     """What thresholds give, from every exit's logits (N, classes) on labelled images."""
     waiting = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     right, macs, shares = 0, 0.0, []
-    for logits, backbone, head, limit in zip(exits, *costs, [*thresholds, 0.0], strict=True):
+    for logits, backbone, head, limit in zip(exits, *costs, [*thresholds, -math.inf], strict=True):
         probability, chosen = logits.softmax(1).max(1)
-        leaving = waiting & (probability >= limit)
+        leaving = waiting & ((probability >= limit) | (limit == -math.inf))
         macs += float(waiting.float().mean()) * (backbone + (head if limit <= 1 else 0))
         right += int((leaving & (chosen == labels)).sum())
         shares.append(float(leaving.float().mean()))
@@ -148,3 +150,9 @@ def calibrate(
     if not affordable:
         raise ValueError(f"target macs must be at least {points[0].macs:.0f}, got {macs:.0f}")
     return affordable[-1]
+
+
+def keeping_accuracy(exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[int]]) -> OperatingPoint:
+    """The cheapest point that keeps the deepest exit's own accuracy."""
+    deepest = operate(exits, labels, costs, [NEVER] * (len(exits) - 1)).accuracy
+    return calibrate(exits, labels, costs, accuracy=deepest)

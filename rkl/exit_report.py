@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics, report
-from .checkpoint import Run, RunError, example_image, write_text
-from .early_exit import NEVER, OperatingPoint, calibrate, early_exit, exit_costs, frontier, operate
+from .checkpoint import Run, RunError, check_classes, example_image, write_text
+from .early_exit import OperatingPoint, calibrate, early_exit, exit_costs, frontier, keeping_accuracy, operate
+from .evaluation import evaluation_batches
 from .model import ResNetKL
-from .train import evaluation_batches, load_data
+from .train import load_data
 
 BATCH = 100
 
 
-def evaluate_early_exit(run: Run, accuracy: float | None = None, macs_share: float | None = None) -> dict[str, Any]:
+def evaluate_early_exit(
+    run: Run, accuracy: float | None = None, macs_share: float | None = None, checkpoint: str = "last"
+) -> dict[str, Any]:
     """Calibrate on the validation images, measure on the test images, and write early_exit.json and its plot.
 
     Args:
@@ -32,13 +35,17 @@ def evaluate_early_exit(run: Run, accuracy: float | None = None, macs_share: flo
     """
     if not isinstance(run.model, ResNetKL):
         raise RunError(f"{run.folder}: early exit needs a model with several exits, got {run.config.model}")
-    model, data = run.model.deploy(exits=True), load_data(run.config)
+    model, data = run.model.deploy(exits=True), load_data(run.config).to(run.device)
+    check_classes(run, data.classes)
+    if not len(data.val):
+        raise RunError(f"{run.folder}: early exit needs validation images to calibrate on, got val_fraction 0")
     costs = exit_costs(model, example_image(run))
     full = sum(costs[0]) + costs[1][-1]
     exits, labels = metrics.collect_exits(model, evaluation_batches(data.val, data))
     if accuracy is None and macs_share is None:
-        accuracy = operate(exits, labels, costs, [NEVER] * (len(exits) - 1)).accuracy
-    chosen = calibrate(exits, labels, costs, accuracy, None if macs_share is None else macs_share * full)
+        chosen = keeping_accuracy(exits, labels, costs)
+    else:
+        chosen = calibrate(exits, labels, costs, accuracy, None if macs_share is None else macs_share * full)
     candidates = frontier(exits, labels, costs)
 
     exits, labels = metrics.collect_exits(model, evaluation_batches(data.test, data))
@@ -47,6 +54,7 @@ def evaluate_early_exit(run: Run, accuracy: float | None = None, macs_share: flo
     images = [batch for batch, _ in evaluation_batches(data.test, data, BATCH)]
     speed, full_speed = throughput(model, run.model.deploy(), images, chosen.thresholds)
     record = {
+        "checkpoint": checkpoint,
         "thresholds": chosen.thresholds,
         "validation": asdict(chosen),
         "test": asdict(point),
@@ -73,6 +81,8 @@ def throughput(
             start = time.perf_counter()
             for batch in images:
                 run_batch(batch)
+            if images[0].is_cuda:
+                torch.cuda.synchronize(images[0].device)
             if repeat:
                 own.append(time.perf_counter() - start)
     count = sum(map(len, images))

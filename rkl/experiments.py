@@ -1,8 +1,9 @@
-"""The paper's tables and one-factor comparisons as sets of runs: which rows, at which size, in which folders.
+"""The paper's tables and one-factor comparisons (:mod:`rkl.rows`) as sets of runs in folders.
 
 A cell is one row trained with one seed, in its own folder and its own process; rows that several tables share are
-trained once. Seed s gives every row the same validation split and the same batches, so differences between rows are
-paired. Whatever is finished is kept, so an interrupted command goes on where it stopped.
+trained once. Seed s gives every row the same validation split, the same batches and the same initial values where two
+rows share a layer, so differences between rows are paired. Whatever is finished is kept, so an interrupted command goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,169 +14,25 @@ import os
 import queue
 import re
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from .checkpoint import RunError, write_text
-from .config import RECIPES, Config, from_plain, read_yaml, to_plain
+from .compute import at_macs, cut_to_macs, macs
+from .config import Config, from_plain, read_plain, read_yaml, to_plain
 from .gradients import record_gradients
+from .rows import ROWS, SCALES, TABLES
 from .run_log import MAY_CHANGE
 from .train import load_data, train
-
-PRUNED = {"prune_at": RECIPES["paper"]["prune_at"]}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table: what it changes of the configuration, and how much wider than the others it is."""
-
-    settings: dict[str, Any]
-    wider: float = 1.0
-
-
-def _loss(**weights: float) -> dict[str, Any]:
-    return {"model": "resnet", "exits": True, "loss": weights}
-
-
-ROWS: dict[str, Row] = {
-    "AlexNet": Row({"model": "alexnet"}),
-    "VGG": Row({"model": "vgg"}),
-    "ResNet18": Row({"model": "resnet18"}),
-    "ResNet50": Row({"model": "resnet50"}),
-    "DenseNet": Row({"model": "densenet"}),
-    "GoogLeNet": Row({"model": "googlenet"}),
-    "MobileNet": Row({"model": "mobilenet"}),
-    "ShuffleNet": Row({"model": "shufflenet"}),
-    "Xception": Row({"model": "xception"}),
-    "RepLKNet": Row({"model": "replknet"}),
-    "ResNet": Row({"model": "resnet"}),
-    "ResNet + feature": Row(_loss(heads=0.0)),
-    "ResNet + logic": Row(_loss(beta=0.0)),
-    "ResNet + both": Row(_loss()),
-    "ResNet + deep supervision": Row(_loss(x=0.0, beta=0.0)),
-    "ResNet without CutMix": Row({"model": "resnet", "cutmix": False}),
-    "ResNet + T-ReLU": Row({"model": "resnet", "activation": "trelu"}),
-    "ResNet + separable": Row({"model": "resnet", "separable": True}),
-    "ResNet + multi-scale": Row({"model": "resnet", "separable": True, "scales": (3, 5, 7)}),
-    "ResNet + gate": Row({"model": "resnet", "gate": "spatial"}),
-    "ResNet-KL": Row({"model": "resnet-kl", **PRUNED}),
-    "ResNet-KL unpruned": Row({"model": "resnet-kl"}),
-    "ResNet-KL with ReLU": Row({"model": "resnet-kl", "activation": "relu"}),
-    "ResNet-KL without exits": Row({"model": "resnet-kl", "exits": False}),
-    # Separable convolutions free most of the parameters and multiply-accumulates; this row spends them on width, down
-    # to half of what ResNet takes at width 16. One kernel size a stage: the sum of three costs most in the first stage,
-    # at full resolution, and gained nothing over 3x3 in short runs on held-out training images (85.5% both).
-    "ResNet-KL at half MACs": Row(
-        {"model": "resnet-kl", "scale_mode": "stage", **PRUNED, "prune_macs": 0.667}, wider=2
-    ),
-}
-"""Every row by its name; what a row does not set is the scale's, the same for all."""
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One ingredient: the row that has it against the row that differs in nothing else."""
-
-    name: str
-    row: str
-    against: str
-
-
-FACTORS = (
-    Factor("T-ReLU for ReLU", "ResNet + T-ReLU", "ResNet"),
-    Factor("T-ReLU for ReLU in ResNet-KL", "ResNet-KL unpruned", "ResNet-KL with ReLU"),
-    Factor("separable for dense convolutions", "ResNet + separable", "ResNet"),
-    Factor("multi-scale 3 + 5 + 7 for 3", "ResNet + multi-scale", "ResNet + separable"),
-    Factor("the gate", "ResNet + gate", "ResNet"),
-    Factor("CutMix", "ResNet", "ResNet without CutMix"),
-    Factor("deep supervision alone (x = 0)", "ResNet + deep supervision", "ResNet"),
-    Factor("feature distillation", "ResNet + feature", "ResNet"),
-    Factor("logic distillation with deep supervision", "ResNet + logic", "ResNet"),
-    Factor("logic distillation beside deep supervision", "ResNet + logic", "ResNet + deep supervision"),
-    Factor("both distillations", "ResNet + both", "ResNet"),
-    Factor("self-distillation on ResNet-KL's backbone", "ResNet-KL unpruned", "ResNet-KL without exits"),
-    Factor("pruning", "ResNet-KL", "ResNet-KL unpruned"),
-    Factor("all of ResNet-KL", "ResNet-KL", "ResNet"),
-    Factor(
-        "all of ResNet-KL, as wide as half of ResNet's multiply-accumulates allow", "ResNet-KL at half MACs", "ResNet"
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table: the paper's data set for it and its rows; every comparison among FACTORS that they allow is made."""
-
-    title: str
-    data: str
-    rows: tuple[str, ...]
-
-
-TABLES = {
-    "table2": Table(
-        "Table II",
-        "cifar100",
-        (
-            *("ResNet18", "AlexNet", "VGG", "DenseNet", "GoogLeNet", "MobileNet", "Xception", "RepLKNet"),
-            *("ResNet-KL", "ResNet-KL at half MACs"),
-        ),
-    ),
-    "table3": Table(
-        "Table III",
-        "cifar10",
-        ("VGG", "ResNet18", "ShuffleNet", "Xception", "ResNet50", "ResNet-KL", "ResNet-KL at half MACs"),
-    ),
-    "table4": Table(
-        "Table IV", "stl10", ("VGG", "ResNet18", "ShuffleNet", "Xception", "ResNet-KL", "ResNet-KL at half MACs")
-    ),
-    "table5": Table(
-        "Table V",
-        "cifar10",
-        ("ResNet", "ResNet + feature", "ResNet + logic", "ResNet + both", "ResNet-KL", "ResNet-KL at half MACs"),
-    ),
-    "factors": Table(
-        "One factor at a time", "cifar10", tuple(dict.fromkeys(name for f in FACTORS for name in (f.against, f.row)))
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large the runs of a table are, and how many seeds each row gets."""
-
-    settings: dict[str, Any]
-    seeds: int
-
-
-SCALES = {
-    "smoke": Scale(
-        {"epochs": 1, "batch_size": 16, "width": 8, "train_size": 60, "test_size": 30, "val_fraction": 0.3}, 1
-    ),
-    # CutMix alone, as in the paper: a run this short cannot use crops and mirrors beside it. After 560 steps on 6,000
-    # Fashion-MNIST images ResNet got 80.3% of held-out training images right with both, 85.3% with mirrors, 86.7% with
-    # neither. Small batches, as steps are what is short; with lr 0.05, 0.1 and 0.2 ResNet got 86.7, 86.8 and 85.4%.
-    "cpu": Scale(
-        {
-            "epochs": 12,
-            "batch_size": 64,
-            "lr": 0.1,
-            "schedule": "cosine",
-            "augment": "none",
-            "width": 16,
-            "train_size": 10_000,
-        },
-        3,
-    ),
-    "full": Scale(RECIPES["paper"] | {"prune_at": ()}, 5),
-}
-"""smoke: seconds a row, learns nothing. cpu: two cores. full: table I's recipe on all images."""
 
 
 @dataclass(frozen=True)
@@ -194,11 +51,24 @@ class Experiment:
         return self.out / "runs" / slug(self.data) / slug(row) / f"seed-{seed}"
 
     def config(self, row: str, seed: int) -> Config:
-        """Of one cell: the scale's settings, then the caller's, then the row's own."""
-        base = from_plain(SCALES[self.scale].settings | self.overrides, source="experiment")
+        """Of one cell: the scale's settings, then the caller's, then the row's own, as wide as its compute asks for."""
+        return replace(self._settled(row), seed=seed, out=self.folder(row, seed))
+
+    def _settled(self, row: str) -> Config:
+        base = replace(from_plain(SCALES[self.scale].settings | self.overrides, source="experiment"), data=self.data)
         config = from_plain(ROWS[row].settings, base, source=row)
-        width = round(config.width * ROWS[row].wider / 4) * 4
-        return replace(config, data=self.data, seed=seed, out=self.folder(row, seed), width=width)
+        like = ROWS[row].macs_of
+        if like is None:
+            return config
+        target = ROWS[row].share * macs(self._settled(like), *self.shape)
+        fit = cut_to_macs if ROWS[row].keep_width else at_macs
+        return fit(config, target, *self.shape)
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Classes, channels and pixels a side of the data."""
+        data = load_data(replace(from_plain(SCALES[self.scale].settings | self.overrides), data=self.data))
+        return data.num_classes, data.channels, data.image_size
 
     @property
     def record(self) -> Path:
@@ -229,7 +99,7 @@ def experiment(
 def read_overrides(path: Path) -> dict[str, Any]:
     """The settings that a YAML file gives, checked as those of a run are."""
     read_yaml(path)
-    return yaml.safe_load(path.read_text())
+    return read_plain(path)
 
 
 def run(
@@ -322,13 +192,16 @@ SLOW_IMPORTS = ("matplotlib.backends.backend_agg", "sklearn.datasets", "timm", "
 def _in_own_process(config: Config, device: int | None, threads: int) -> str | None:
     """Train one cell in a process of its own, so that its peak memory is its own; the error in one line, or None.
 
-    The process is forked from a server that has the imports done and no thread started, which saves seconds a cell.
+    Without a GPU it is forked from a server that has the imports done and no thread started: seconds a cell saved.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rkl.experiments", *SLOW_IMPORTS])
+    # A fork of a process that has initialised CUDA cannot use it, and importing the kernels initialises it.
+    context = multiprocessing.get_context("forkserver" if device is None else "spawn")
+    if device is None:
+        context.set_forkserver_preload(["rkl.experiments", *SLOW_IMPORTS])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_train_cell, args=(to_plain(config), device, threads, sender))
-    process.start()
+    process = context.Process(target=_train_cell, args=(to_plain(config), threads, sender))
+    with _only_device(device):
+        process.start()
     sender.close()
     try:
         error = receiver.recv()
@@ -339,10 +212,29 @@ def _in_own_process(config: Config, device: int | None, threads: int) -> str | N
     return error
 
 
-def _train_cell(plain: dict[str, Any], device: int | None, threads: int, sender: Any) -> None:
+_environment = threading.Lock()
+
+
+@contextmanager
+def _only_device(device: int | None) -> Iterator[None]:
+    """Processes started in the block see this GPU alone, from their first import on."""
+    name = "CUDA_VISIBLE_DEVICES"
+    with _environment:
+        before = os.environ.get(name)
+        if device is not None:
+            # The ordinals of what this process sees itself.
+            os.environ[name] = before.split(",")[device] if before else str(device)
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
+
+
+def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
     """What the cell's process does: train (or go on), then measure the loss terms' gradients."""
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
     torch.set_num_threads(threads)
     config = from_plain(plain)
     config.out.mkdir(parents=True, exist_ok=True)

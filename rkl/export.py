@@ -31,13 +31,14 @@ def export(run: Run, format: str, out: Path | None = None) -> tuple[Path, float]
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     model = run.model.deploy() if hasattr(run.model, "deploy") else run.model.eval().requires_grad_(False)
-    image = torch.randn(3, *example_image(run).shape[1:], generator=torch.Generator().manual_seed(0))
+    image = torch.randn(3, *example_image(run).shape[1:], generator=torch.Generator().manual_seed(0)).to(run.device)
     file = (out or run.folder) / FORMATS[format]
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"partial-{file.name}")
     try:
-        got = {"torch": _torch, "onnx": _onnx}[format](model, image, partial)
-        with torch.no_grad():
+        # Full float32 on a GPU too: TF32's three digits would hide what the check is for.
+        with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
+            got = {"torch": _torch, "onnx": _onnx}[format](model, image, partial).to(run.device)
             wanted = run.model(image)
         difference = float((got - wanted).abs().max() / wanted.abs().max())
         if not difference <= 1e-4:
@@ -71,5 +72,5 @@ def _onnx(model: nn.Module, image: Tensor, file: Path) -> Tensor:
         )
     program.save(str(file), external_data=False)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    (logits,) = session.run(None, {session.get_inputs()[0].name: image.cpu().numpy()})
     return torch.from_numpy(logits)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .latency import Latency
 from .records import Results, Run
 from .report import new_figure, plot_confusion, tidy
 
@@ -19,87 +20,86 @@ def _colours(count: int) -> list[Any]:
 
 
 def accuracy_curves(results: Results, path: Path) -> None:
-    """Figure 4.1: validation accuracy by epoch, the mean over seeds, with the range of the seeds shaded.
+    """Figure 4.1 as small multiples: validation accuracy by epoch, a panel a row, the mean over seeds with their range
+    shaded, and the first row's mean in grey behind.
 
     The paper plots test accuracy; here the test images are looked at once, at the end.
     """
-    figure, axes = new_figure(9.5, 5)
-    for colour, (row, runs) in zip(_colours(len(results.rows)), results.rows.items(), strict=True):
-        length = min(len(run.epochs) for run in runs)
-        epochs = [entry["epoch"] for entry in runs[0].epochs[:length]]
-        values = [[100 * run.epochs[i]["val"][-1]["accuracy"] for run in runs] for i in range(length)]
-        style = {"color": colour, "marker": "o", "markersize": 3}
-        axes.plot(epochs, [statistics.fmean(v) for v in values], linewidth=1.6, label=row, **style)
-        axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
-    axes.set(xlabel="epoch", ylabel="validation accuracy of the deepest head (%)", title=_title(results))
+    rows = {row: runs for row, runs in results.rows.items() if runs[0].epochs[0]["val"]}
+    if not rows:
+        return
+    columns = min(4, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure, grid = new_figure(3.2 * columns, 2.5 * lines, columns, lines)
+    panels = grid.ravel() if hasattr(grid, "ravel") else [grid]
+    reference = _validation(next(iter(rows.values())))
+    for panel, (row, runs) in zip(panels, rows.items(), strict=False):
+        epochs, lowest, mean, highest = _validation(runs)
+        panel.plot(reference[0], reference[2], color="0.7", linewidth=1.2)
+        panel.plot(epochs, mean, color="#31688e", linewidth=1.6)
+        panel.fill_between(epochs, lowest, highest, color="#31688e", alpha=0.2)
+        panel.set_title(f"{row} (n = {len(runs)})", fontsize=8)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        tidy(panel, legend=False)
     # From a third of the way on; the first epochs' climb would press the lines together.
-    shown = [
-        100 * entry["val"][-1]["accuracy"]
-        for runs in results.rows.values()
-        for run in runs
-        for entry in run.epochs[len(run.epochs) // 3 :]
-    ]
-    axes.set_ylim(min(shown) - 3, max(shown) + 2)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    tidy(axes)
+    shown = [value for runs in rows.values() for curve in _validation(runs)[1:] for value in curve[len(curve) // 3 :]]
+    for panel in panels:
+        panel.set_ylim(min(shown) - 3, max(shown) + 2)
+    for panel in panels[len(rows) :]:
+        panel.set_visible(False)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel("validation accuracy of the deepest head (%)", fontsize=9)
+    figure.suptitle(f"{results.data}; grey: {next(iter(rows))}", fontsize=9)
     figure.savefig(path)
 
 
-def _title(results: Results) -> str:
-    seeds = max(len(runs) for runs in results.rows.values())
-    return f"{results.data}, {seeds} seed{'s' if seeds > 1 else ''}"
+def _validation(runs: list[Run]) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Epochs, and over the runs the lowest, mean and highest validation accuracy in percent at each."""
+    length = min(len(run.epochs) for run in runs)
+    values = [[100 * run.epochs[i]["val"][-1]["accuracy"] for run in runs] for i in range(length)]
+    epochs = [entry["epoch"] for entry in runs[0].epochs[:length]]
+    return epochs, [min(v) for v in values], [statistics.fmean(v) for v in values], [max(v) for v in values]
 
 
 COSTS: dict[str, Callable[[Run], float]] = {
     "deployed parameters (millions)": lambda run: run.metrics["size"]["deployed_parameters"] / 1e6,
     "multiply-accumulates an image (millions)": lambda run: run.metrics["size"]["macs"] / 1e6,
-    "latency (ms a batch of 16)": lambda run: run.metrics["size"]["latency_ms"],
 }
 
 
-def accuracy_against_cost(results: Results, path: Path) -> None:
-    """Test accuracy against parameters, multiply-accumulates and latency, one numbered point a row; rows of nearly
-    equal cost stand side by side, so that each has its bar and number to itself."""
+def accuracy_against_cost(results: Results, latencies: dict[str, Latency], path: Path) -> None:
+    """Test accuracy against parameters, multiply-accumulates and latency; one numbered point a row, where it is."""
     figure, panels = new_figure(15, 5, columns=3)
-    colours = _colours(len(results.rows))
-    accuracies = [results.over_seeds(row, lambda run: 100 * run.deepest["accuracy"]) for row in results.rows]
-    for panel, (name, cost) in zip(panels, COSTS.items(), strict=True):
-        costs = [statistics.fmean(cost(run) for run in runs) for runs in results.rows.values()]
-        for number, (row, x, accuracy) in enumerate(zip(results.rows, _apart(costs), accuracies, strict=True), 1):
-            label, half = f"{number} {row}", accuracy.half or 0.0
-            panel.errorbar(
-                x, accuracy.mean, accuracy.half, fmt="o", ms=5, color=colours[number - 1], capsize=3, label=label
-            )
-            above = {"xytext": (0, 4), "textcoords": "offset points", "fontsize": 9, "ha": "center"}
-            panel.annotate(str(number), (x, accuracy.mean + half), **above)
+    colours = dict(zip(results.rows, _colours(len(results.rows)), strict=True))
+    latency = {row: value.median for row, value in latencies.items()}
+    axes = {
+        name: {row: statistics.fmean(map(cost, runs)) for row, runs in results.rows.items()}
+        for name, cost in COSTS.items()
+    }
+    axes["latency (ms a batch of 16)"] = latency
+    for panel, (name, costs) in zip(panels, axes.items(), strict=True):
+        for number, row in enumerate(results.rows, 1):
+            if row not in costs:
+                continue
+            accuracy = results.over_seeds(row, lambda run: 100 * run.deepest["accuracy"])
+            style = {
+                "fmt": "o",
+                "ms": 5,
+                "color": colours[row],
+                "capsize": 3,
+                "label": f"{number} {row} (n = {accuracy.n})",
+            }
+            panel.errorbar(costs[row], accuracy.mean, accuracy.half, **style)
+            above = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
+            panel.annotate(str(number), (costs[row], accuracy.mean), **above)
         panel.set(xlabel=name)
-        _plain_log_axis(panel)
+        if costs:
+            _plain_log_axis(panel)
         tidy(panel, legend=False)
     panels[0].set_ylabel("test accuracy (%), 95% interval")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path)
-
-
-def _apart(costs: list[float]) -> list[float]:
-    """Places on a logarithmic axis, moved no further than keeps neighbours a fraction of the axis apart."""
-    logs = [math.log10(cost) for cost in costs]
-    return [10**place for place in spread(logs, 0.042 * max(max(logs) - min(logs), 0.3))]
-
-
-def spread(values: list[float], gap: float) -> list[float]:
-    """Values moved apart, as little as possible in the square, until neighbours are ``gap`` apart; the order stays."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    blocks: list[list[float]] = []  # of values that touch: the sum of their places less their distance, and their count
-    for position, index in enumerate(order):
-        blocks.append([values[index] - position * gap, 1])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] >= blocks[-1][0] / blocks[-1][1]:
-            total, count = blocks.pop()
-            blocks[-1][0] += total
-            blocks[-1][1] += count
-    places = [total / count for total, count in blocks for _ in range(int(count))]
-    moved = {index: place + position * gap for position, (index, place) in enumerate(zip(order, places, strict=True))}
-    return [moved[index] for index in range(len(values))]
 
 
 def _plain_log_axis(axes: Any) -> None:

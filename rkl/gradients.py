@@ -10,29 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import open_run, write_text
-from .distill import LossWeights, training_losses
-from .model import Exits
-from .train import load_data, training_batches
+from .distill import LossWeights, gammas, training_losses
+from .evaluation import default_device
+from .train import load_data, outputs, steps_an_epoch, training_batches
 
 BATCHES = 4
 
 
 def gradient_norms(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], weights: LossWeights
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], weights: LossWeights, l1: float = 0.0
 ) -> dict[str, float]:
     """The mean L2 norm of each term's gradient over the batches, in training mode, with respect to the parameters that
     the deepest head uses: the network that remains after deployment.
 
-    Terms are those of :func:`rkl.distill.training_losses`, and l1, lambda * sum |gamma|.
+    Terms are those of :func:`rkl.distill.training_losses`, and l1, lambda * sum |gamma|, for ``l1`` as lambda.
     """
     sums: dict[str, Tensor] = {}
     count = 0
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
     for images, labels in batches:
-        output = model(images)
-        exits = output if isinstance(output, Exits) else Exits((output,))
-        losses = training_losses(exits, labels, weights)
+        losses = training_losses(outputs(model(images)), labels, weights)
         parameters = list(model.parameters())
         deepest = torch.autograd.grad(losses["deepest"], parameters, retain_graph=True, allow_unused=True)
         kept = [p for p, g in zip(parameters, deepest, strict=True) if g is not None]
@@ -45,8 +43,7 @@ def gradient_norms(
     model.load_state_dict(state)  # the batches have moved batch norm's running statistics
     norms = {name: float(total) / count for name, total in sums.items()}
     used = {id(parameter) for parameter in kept}
-    gammas = [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d) and id(m.weight) in used]
-    return norms | {"l1": weights.l1 * sum(int(gamma.count_nonzero()) for gamma in gammas) ** 0.5}
+    return norms | {"l1": l1 * sum(int(gamma.count_nonzero()) for gamma in gammas(model) if id(gamma) in used) ** 0.5}
 
 
 def shares(norms: dict[str, float]) -> dict[str, float]:
@@ -57,9 +54,11 @@ def shares(norms: dict[str, float]) -> dict[str, float]:
 
 def record_gradients(folder: Path) -> None:
     """Measure a finished run's gradient norms at its last weights, on training batches as the next epoch's would be,
-    and write gradients.json into its folder."""
-    run = open_run(folder)
-    config, data = run.config, load_data(run.config)
-    loader = training_batches(config, data.train, data, config.epochs, drop_last=True)
-    norms = gradient_norms(run.model, (batch for batch, _ in zip(loader, range(BATCHES), strict=False)), config.loss)
+    and write gradients.json into its folder. L1 counts as it did in the first epoch."""
+    run = open_run(folder, device=default_device())
+    config, data = run.config, load_data(run.config).to(run.device)
+    loader = training_batches(config, data, config.epochs, drop_last=True)
+    batches = (batch for batch, _ in zip(loader, range(BATCHES), strict=False))
+    l1 = config.l1_at(0, steps_an_epoch(config, len(data.train)))
+    norms = gradient_norms(run.model, batches, config.loss, l1)
     write_text(folder / "gradients.json", json.dumps({"norms": norms, "shares": shares(norms)}, indent=1))

@@ -78,9 +78,14 @@ def measure_latency(model: nn.Module, images: Tensor, repeats: int = 15) -> floa
     return measure_latencies([model], images, repeats)[0]
 
 
-@torch.no_grad()
 def measure_latencies(models: list[nn.Module], images: Tensor, repeats: int = 15) -> list[float]:
     """As :func:`measure_latency` for several models in turns, so that they share the machine's ups and downs."""
+    return [statistics.median(own) for own in latency_samples(models, images, repeats)]
+
+
+@torch.no_grad()
+def latency_samples(models: list[nn.Module], images: Tensor, repeats: int) -> list[list[float]]:
+    """Milliseconds of each of ``repeats`` forward passes of each model, in turns, after two to warm up."""
     training = [model.training for model in models]
     times: list[list[float]] = [[] for _ in models]
     for model in models:
@@ -95,7 +100,7 @@ def measure_latencies(models: list[nn.Module], images: Tensor, repeats: int = 15
                 own.append(1000 * (time.perf_counter() - start))
     for model, mode in zip(models, training, strict=True):
         model.train(mode)
-    return [statistics.median(own) for own in times]
+    return times
 
 
 def _synchronize(images: Tensor) -> None:

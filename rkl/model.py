@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import SEPARABLE, Block, BlockOptions, Bottleneck, ConvUnit, ExitHead, GateKind
+from .blocks import SEPARABLE, Block, BlockOptions, Bottleneck, ConvUnit, ExitHead, GateKind, MultiScaleDepthwise
 
 DEPTHS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
     18: (Block, (2, 2, 2, 2)),
@@ -56,6 +58,7 @@ class ResNet(nn.Module):
         options: BlockOptions | None = None,
     ) -> None:
         super().__init__()
+        start = int(torch.randint(2**62, (), device="cpu"))
         if depth not in DEPTHS:
             raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
         for name, value in (("classes", classes), ("width", width), ("in_channels", in_channels)):
@@ -77,24 +80,34 @@ class ResNet(nn.Module):
             self.stages.append(nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, classes)
         self.stage_channels = [width * 2**stage * block.expansion for stage in range(4)]
-        self._initialise()
+        self._add_exits(classes)
+        self._initialise(start)
+
+    def _add_exits(self, classes: int) -> None:
+        """What a model with several exits adds to the plain one."""
 
     def _stem(self, in_channels: int, width: int, image_size: int) -> nn.Module:
         kernel, stride = (3, 1) if image_size <= 64 else (3, 2) if image_size <= 128 else (7, 2)
         unit = ConvUnit(nn.Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=False), self.options.activation)
         return unit if image_size <= 128 else nn.Sequential(unit, nn.MaxPool2d(3, 2, 1))
 
-    def _initialise(self) -> None:
+    def _initialise(self, start: int) -> None:
         """He's normal initial values for the dense filters; the separable layers keep their own, of torch's smaller
-        variance 1 / (3 * fan-in).
+        variance 1 / (3 * fan-in). A batch norm follows each, so the scale changes no output: it decides how far one
+        step turns a filter.
 
-        A batch norm follows each, so the scale changes no output: it decides how far one step turns a filter.
+        Every layer draws from a generator of its own, seeded by ``start`` and its name: models of one seed have the
+        same values in all layers that they share, whatever else they have.
         """
         separable = [module for module in self.modules() if isinstance(module, SEPARABLE)]
         own = {part for module in separable for part in module.modules()}
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module not in own:
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        with torch.random.fork_rng(devices=[]):
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Conv2d | nn.Linear | MultiScaleDepthwise):
+                    torch.manual_seed((start ^ zlib.crc32(name.encode())) % 2**62)
+                    module.reset_parameters()
+                    if isinstance(module, nn.Conv2d) and module not in own:
+                        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def head(self, stage: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and feature map of the exit after a stage; the plain network has one, after the last."""
@@ -159,17 +172,19 @@ class ResNetKL(ResNet):
         image_size: int = 32,
         options: BlockOptions | None = None,
         feature_size: int | None = None,
-        exit_gate: GateKind = "spatial",
+        exit_gate: GateKind = "light",
     ) -> None:
-        super().__init__(classes, depth, width, in_channels, image_size, options or BlockOptions())
         if feature_size is not None and feature_size < 1:
             raise ValueError(f"feature_size must be at least 1, got {feature_size}")
+        self._exit_gate = exit_gate
+        super().__init__(classes, depth, width, in_channels, image_size, options or BlockOptions())
         self.feature_size = feature_size
+
+    def _add_exits(self, classes: int) -> None:
         self.exits = nn.ModuleList(
-            ExitHead(channels, 3 - stage, classes, exit_gate, self.options.activation)
+            ExitHead(channels, 3 - stage, classes, self._exit_gate, self.options.activation)
             for stage, channels in enumerate(self.stage_channels[:3])
         )
-        self._initialise()
 
     @property
     def exit_stages(self) -> list[int]:

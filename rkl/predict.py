@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .checkpoint import Run, RunError
-from .early_exit import early_exit
+from .data import DataError
+from .data.formats import image_tensor
+from .early_exit import NEVER, early_exit
 from .model import ResNet
+
+BATCH = 64
+"""Images that are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -24,41 +30,61 @@ class Prediction:
     exits: int
 
 
+def thresholds_of(run: Run, checkpoint: str) -> list[float] | None:
+    """The thresholds that validation images gave this checkpoint's model: those of `rkl evaluate --early-exit`, or
+    those its training ended with; None where there are none."""
+    for name, key in (("early_exit.json", "checkpoint"), ("metrics.json", "tested")):
+        file = run.folder / name
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        if record.get(key) == checkpoint and record.get("thresholds"):
+            return record["thresholds"]
+    return None
+
+
 def read_image(path: Path, run: Run) -> Tensor:
-    """(1, C, H, W) float32, resized and normalised as in training.
+    """(C, H, W) float32, made as training makes images from files: upright, short side scaled, cropped, normalised.
 
     Raises:
-        RunError: no such file, or none that is an image.
+        DataError: no such file, or none that is an image.
     """
-    size = run.facts["image_size"]
-    try:
-        with Image.open(path) as image:
-            pixels = image.convert("L" if run.facts["channels"] == 1 else "RGB").resize(
-                (size, size), Image.Resampling.BILINEAR
-            )
-    except FileNotFoundError:
-        raise RunError(f"{path}: an image must be there, got no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise RunError(f"{path}: must be a whole image file, got: {error}") from error
-    values = torch.from_numpy(np.array(pixels)).view(size, size, -1).permute(2, 0, 1)[None].float() / 255
-    mean, std = (torch.tensor(run.facts[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    return (values - mean) / std
+    pixels = image_tensor(path, run.facts["image_size"], run.facts["channels"]).float() / 255
+    mean, std = (torch.tensor(run.facts[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return (pixels - mean) / std
+
+
+def predict(run: Run, paths: list[Path], thresholds: list[float] | None = None) -> Iterator[Prediction | ValueError]:
+    """For each image, in order, the five likeliest classes, or what is wrong with it: a bad file costs no other answer.
+
+    Args:
+        thresholds: an image leaves at the first exit whose top probability reaches the exit's; the deepest takes the
+            rest, and all of them by default.
+    """
+    for start in range(0, len(paths), BATCH):
+        read: list[Tensor | ValueError] = []
+        for path in paths[start : start + BATCH]:
+            try:
+                read.append(read_image(path, run))
+            except DataError as error:
+                read.append(error)
+        images = [image for image in read if isinstance(image, Tensor)]
+        answers = iter(_classified(run, torch.stack(images), thresholds) if images else [])
+        for path, image in zip(paths[start : start + BATCH], read, strict=True):
+            answer = image if isinstance(image, ValueError) else next(answers)
+            finite = isinstance(answer, ValueError) or math.isfinite(answer.top[0][1])
+            yield answer if finite else RunError(f"{path}: the model's outputs must be finite, got nan")
 
 
 @torch.no_grad()
-def predict(run: Run, paths: list[Path], confidence: float = 0.9) -> list[Prediction]:
-    """The five likeliest classes of each image, by the first exit whose top probability reaches ``confidence``."""
-    images = torch.cat([read_image(path, run) for path in paths])
+def _classified(run: Run, images: Tensor, thresholds: list[float] | None) -> list[Prediction]:
+    images = images.to(run.device)
     if isinstance(run.model, ResNet):
         count = len(run.model.exit_stages)
-        logits, exits = early_exit(run.model, images, [confidence] * (count - 1))
+        logits, exits = early_exit(run.model, images, thresholds or [NEVER] * (count - 1))
     else:
         count, logits, exits = 1, run.model(images), torch.zeros(len(images), dtype=torch.long)
     classes = run.facts["classes"]
     probabilities, indices = logits.softmax(1).topk(min(5, len(classes)))
     return [
-        Prediction(
-            [(classes[i], float(p)) for p, i in zip(chances, chosen.tolist(), strict=True)], int(exit) + 1, count
-        )
-        for chances, chosen, exit in zip(probabilities, indices, exits, strict=True)
+        Prediction([(classes[i], p) for p, i in zip(chances, chosen, strict=True)], exit + 1, count)
+        for chances, chosen, exit in zip(probabilities.tolist(), indices.tolist(), exits.tolist(), strict=True)
     ]

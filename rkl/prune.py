@@ -22,6 +22,7 @@ from .blocks import SEPARABLE
 from .model import all_exits
 
 Side = Literal["in", "out"]
+Importance = Literal["magnitude", "taylor"]
 Cut = dict[str, dict[int, Tensor]]
 """Indices that stay: by name of the parameter or buffer, then by axis."""
 Plan = dict[str, list[int]]
@@ -80,20 +81,37 @@ class Group:
         self.members = members
         self.channels = 1 + max(max(root) for *_, root in members)
 
-    def importance(self) -> Tensor:
-        """(channels,) L1 of the filters plus |gamma|, each over its layer's mean, summed over the group's layers."""
+    def importance(self, by: Importance = "magnitude") -> Tensor:
+        """(channels,) the filters' importance plus gamma's, each over its layer's mean, summed over the group's layers.
+
+        By "magnitude" it is the L1 norm; by "taylor" |sum of w * dL/dw|, the loss that a first-order expansion loses
+        with the channel (Molchanov et al., 2019), from the gradients that the parameters hold.
+        """
         score = torch.zeros(self.channels)
         for _, layer, side, indices, root in self.members:
-            if isinstance(layer, nn.BatchNorm2d):
-                own = layer.weight.detach().abs()
-            elif side == "out":
-                weight = layer.pointwise.weight if isinstance(layer, SEPARABLE) else layer.weight
-                own = weight.detach().abs().flatten(1).sum(1)
-            else:
+            if side == "in" and not isinstance(layer, nn.BatchNorm2d):
                 continue
+            own = _magnitude(layer) if by == "magnitude" else _first_order(layer)
             own = (own / own.mean().clamp_min(1e-12)).cpu()
             score.index_add_(0, torch.tensor(root), own[torch.tensor(indices)])
         return score
+
+
+def _ranked(layer: nn.Module) -> list[Tensor]:
+    """The parameters that say how much a channel out of a layer counts: its filter, or its gain (and shift)."""
+    if isinstance(layer, nn.BatchNorm2d):
+        return [layer.weight, layer.bias]
+    return [(layer.pointwise if isinstance(layer, SEPARABLE) else layer).weight]
+
+
+def _magnitude(layer: nn.Module) -> Tensor:
+    weight = _ranked(layer)[0].detach().abs()
+    return weight.reshape(len(weight), -1).sum(1)
+
+
+def _first_order(layer: nn.Module) -> Tensor:
+    products = [(weight * weight.grad).detach() for weight in _ranked(layer) if weight.grad is not None]
+    return sum((p.reshape(len(p), -1).sum(1) for p in products), torch.zeros_like(_magnitude(layer))).abs()
 
 
 def channel_groups(model: nn.Module, example: Tensor) -> list[Group]:
@@ -155,13 +173,13 @@ def channels_kept(channels: int, ratio: float) -> int:
     return min(channels, math.ceil((channels - removable) / step) * step)
 
 
-def plan_cut(model: nn.Module, example: Tensor, ratio: float) -> Cut:
+def plan_cut(model: nn.Module, example: Tensor, ratio: float, by: Importance = "magnitude") -> Cut:
     """The cut that takes at most ``ratio`` of every group's channels, the least important ones."""
     if not 0 < ratio < 1:
         raise ValueError(f"ratio must be between 0 and 1, got {ratio}")
     cut: Cut = {}
     for group in channel_groups(model, example):
-        score = group.importance()
+        score = group.importance(by)
         leaving = set(score.argsort()[: group.channels - channels_kept(group.channels, ratio)].tolist())
         for name, layer, side, indices, root in group.members:
             gone = {index for index, source in zip(indices, root, strict=True) if source in leaving}
@@ -187,10 +205,11 @@ def _find(layer: nn.Module, name: str) -> Tensor | None:
 
 
 def narrow(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
-    """The part of a tensor that stays."""
+    """The part of a tensor that stays, in the tensor's own memory format."""
+    image_like = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     for axis, indices in kept.items():
         tensor = tensor.index_select(axis, indices.to(tensor.device))
-    return tensor.contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last if image_like else torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -272,6 +291,7 @@ def prune(
     ratio: float,
     optimizer: torch.optim.Optimizer | None = None,
     followers: Iterable[nn.Module] = (),
+    by: Importance = "magnitude",
 ) -> Cut:
     """Take at most ``ratio`` of every group's channels out of ``model``, in place.
 
@@ -279,8 +299,9 @@ def prune(
         example: images of the right shape.
         optimizer: its momentum (and any other state of a parameter's shape) loses the same channels.
         followers: models with the same tensors (a moving average, a teacher) that lose them too.
+        by: what ranks the channels; "taylor" needs the parameters' gradients.
     """
-    cut = plan_cut(model, example, ratio)
+    cut = plan_cut(model, example, ratio, by)
     apply_cut(model, cut, optimizer)
     for follower in followers:
         apply_cut(follower, cut)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from .checkpoint import RunError, write_text
 
@@ -48,7 +49,9 @@ def size_rows(record: dict[str, Any]) -> list[list[str]]:
     ]
     for name, size in [*states, ("end of training", record["size"])]:
         latency = f"{size['latency_ms']:.2f} ms for {size['latency_batch']}"
-        accuracy = f"{size['val_accuracy']:.2%}" if "val_accuracy" in size else f"{record['val'][-1]['accuracy']:.2%}"
+        accuracy = f"{size['val_accuracy']:.2%}" if "val_accuracy" in size else "-"
+        if size is record["size"] and record["val"]:
+            accuracy = f"{record['val'][-1]['accuracy']:.2%}"
         counts = [f"{size[key]:,}" for key in ("parameters", "deployed_parameters", "macs")]
         rows.append([name, *counts, latency, accuracy])
     return rows
@@ -58,12 +61,12 @@ SIZE_HEADER = ["", "parameters in training", "deployed", "MACs an image", "laten
 
 
 def rich_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """A table for the terminal, numbers to the right."""
-    table = Table(title=title)
+    """A table for the terminal, numbers to the right. Texts are what they say: brackets are no markup."""
+    table = Table(title=Text(title))
     for i, column in enumerate(header):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(Text(column), justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -90,25 +93,21 @@ def write_report(folder: Path) -> Path:
     _plot_curves(rows, record, plots / "curves.png")
     title = "Confusion matrix, deepest head"
     plot_confusion(record["confusion"], record["classes"], title, plots / "confusion.png")
-    loss = record["training_loss"]
-    best = record["best"]
     page = f"""# {record["model"]} on {record["data"]}, seed {record["seed"]}
 
-{record["test_images"]} test images, looked at once, after epoch {record["epoch"]} ({record["test_looked_at"]}).
+{record["test_images"]} test images, looked at once, with the model of epoch {record["epoch"]}: the {record["tested"]}
+one, as the configuration said beforehand ({record["test_looked_at"]}).
 
 {markdown_table(["", *EXIT_METRICS.values()], exit_rows(record["test"]))}
 
-The best epoch by validation since the last cut was {best["epoch"]}: the deepest head's accuracy on the test images was
-{best["test"][-1]["accuracy"]:.2%} there. The loss to compare with other models is the deepest head's NLL above; the
-training total of the last epoch, all terms added, was {loss["total"]:.4f}:
-{", ".join(f"{name} {value:.4f}" for name, value in loss.items() if name != "total")}.
+{_training_words(record)}
 
 ## Size
 
 {markdown_table(SIZE_HEADER, size_rows(record))}
 
-Trained in {record["seconds"]:.0f} s on {record["device"]}, {record["data_share"]:.1%} of it waiting for data; at most
-{record["peak_memory_bytes"] / 2**20:.0f} MiB held.
+Trained in {record["seconds"]:.0f} s on {record["device"]} ({record["precision"]}), {record["data_share"]:.1%} of it
+making batches; at most {record["peak_memory_bytes"] / 2**20:.0f} MiB held.
 
 ## Training
 
@@ -120,21 +119,38 @@ Trained in {record["seconds"]:.0f} s on {record["device"]}, {record["data_share"
     return folder / "report.md"
 
 
-def new_figure(width: float, height: float, columns: int = 1):  # type: ignore[no-untyped-def]
+def _training_words(record: dict[str, Any]) -> str:
+    """The best epoch and the loss terms of the last one."""
+    loss, best = record["training_loss"], record["best"]
+    words = []
+    if best:
+        words.append(
+            f"The best epoch by validation since the last cut was {best['epoch']}, with {best['accuracy']:.2%} of the "
+            "validation images right."
+        )
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in loss.items() if name != "total")
+    words.append(
+        "The loss to compare with other models is the deepest head's NLL above; the training total of the last epoch, "
+        f"all terms added, was {loss['total']:.4f}: {terms}."
+    )
+    return "\n".join(words)
+
+
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1):  # type: ignore[no-untyped-def]
     """A figure and its axes. The object interface with its own canvas: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def tidy(axes, legend: bool = True) -> None:  # type: ignore[no-untyped-def]
     """A light grid, no box, the legend beside the plot rather than over its lines."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if legend:
+    if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
@@ -143,15 +159,17 @@ def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
 
     figure, (left, right) = new_figure(13, 4.2, columns=2)
     epochs = [row["epoch"] for row in rows]
-    names = exit_names(len(rows[0]["val"]))
+    names = exit_names(len(rows[0]["val"])) if rows[0]["val"] else []
     shades = colormaps["viridis"]([0.85 - 0.75 * i / max(1, len(names) - 1) for i in range(len(names))])
     for number, name in reversed(list(enumerate(names))):
         accuracy = [100 * row["val"][number]["accuracy"] for row in rows]
         left.plot(epochs, accuracy, color=shades[number], linewidth=1.8, label=name)
-    final = [100 * row["val"][i]["accuracy"] for row in rows[len(rows) // 3 :] for i in range(len(names))]
     left.set(xlabel="epoch", ylabel="validation accuracy (%)", title="Accuracy of each exit")
-    left.set_ylim(max(0.0, min(final) - 15), 100.5)
-    for name in rows[0]["losses"]:
+    if names:
+        final = [100 * row["val"][i]["accuracy"] for row in rows[len(rows) // 3 :] for i in range(len(names))]
+        left.set_ylim(max(0.0, min(final) - 15), 100.5)
+    drawn = [name for name in rows[0]["losses"] if any(row["losses"][name] > 0 for row in rows)]
+    for name in drawn:
         style = {"color": "black", "linewidth": 2.0} if name == "total" else {"linewidth": 1.3}
         right.plot(epochs, [row["losses"][name] for row in rows], label=name, **style)
     right.set(xlabel="epoch", ylabel="training loss", title="Terms of the training loss", yscale="log")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,53 +18,78 @@ from torch.utils.tensorboard import SummaryWriter
 from .checkpoint import RunError, write_text
 from .config import Config, read_yaml, to_plain
 
-MAY_CHANGE = {"out", "data_root", "download", "devices"}
-"""Fields that a resumed run may set anew: they say where, not what."""
+MAY_CHANGE = {"out", "data_root", "download", "compile"}
+"""Fields that a resumed run may set anew: they say where and how fast, not what."""
 
 
 class RunLog:
-    """The folder of one run. Checks at once that it can be written and that nothing of another run is in the way.
+    """The folder of one run. Checks at once that it can be written and that nothing of another run is in the way, and
+    writes nothing before :meth:`opened`. What is left of a run without a whole epoch is in nobody's way.
 
     Raises:
         RunError: the folder cannot be written, holds a run already (without ``resume``), or one of other settings.
     """
 
-    def __init__(self, config: Config, resume: bool, writing: bool = True) -> None:
-        self.folder, self.writing = config.out, writing
+    def __init__(self, config: Config, resume: bool) -> None:
+        self.config, self.folder, self.writing = config, config.out, False
         self.checkpoints = config.out / "checkpoints"
-        file = config.out / "config.yaml"
-        if file.exists() and not resume:
+        self.file = config.out / "config.yaml"
+        if self.has_checkpoint and not resume:
             raise RunError(
                 f"{config.out}: out must be a new folder, got one with a run in it; add --resume to go on with it"
             )
-        if file.exists():
-            then, now = to_plain(read_yaml(file)), to_plain(config)
+        if self.has_checkpoint:
+            then, now = to_plain(read_yaml(self.file)), to_plain(config)
             for key in now:
                 if then[key] != now[key] and key not in MAY_CHANGE:
                     raise RunError(
-                        f"{file}: a resumed run must keep its settings, got {key} {now[key]!r} for {then[key]!r}"
+                        f"{self.file}: a resumed run must keep its settings, got {key} {now[key]!r} for {then[key]!r}"
                     )
-        if writing:
-            try:
-                write_text(file, yaml.safe_dump(to_plain(config), sort_keys=False))
-            except OSError as error:
-                raise RunError(f"{config.out}: out must be a writable folder, got: {error.strerror}") from error
+        there = next(path for path in (config.out.absolute(), *config.out.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise RunError(f"{config.out}: out must be a writable folder, got {there}, which is none")
 
     @property
     def has_checkpoint(self) -> bool:
         return (self.checkpoints / "last.json").exists()
 
+    @contextmanager
+    def opened(self, epoch: int, writing: bool) -> Iterator[None]:
+        """Write the configuration and drop the lines of epochs after the checkpoint, which will be trained again. Where
+        the block fails before the first checkpoint, nothing is left: a corrected command finds the folder free."""
+        self.writing = writing
+        new = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        try:
+            if writing:
+                kept = [row for row in self.rows() if row["epoch"] <= epoch]
+                try:
+                    write_text(self.file, yaml.safe_dump(to_plain(self.config), sort_keys=False))
+                    write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+                except OSError as error:
+                    raise RunError(f"{self.folder}: out must be a writable folder, got: {error.strerror}") from error
+                self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch + 1)
+            yield
+        except ValueError:
+            if writing and not self.has_checkpoint:
+                self._remove(new)
+            raise
+
+    def _remove(self, new: list[Path]) -> None:
+        """Take away what was written, and the folders that were made for it."""
+        if hasattr(self, "events"):
+            self.events.close()
+        for path in (self.folder / "tensorboard", self.checkpoints):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in ("config.yaml", "log.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        for path in new:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
     def rows(self) -> list[dict[str, Any]]:
         """The epochs so far."""
         file = self.folder / "log.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def start(self, epoch: int) -> None:
-        """Drop the lines of epochs after the checkpoint: they will be trained again."""
-        if self.writing:
-            kept = [row for row in self.rows() if row["epoch"] <= epoch]
-            write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-            self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one epoch."""
@@ -99,13 +127,18 @@ class TrainingProgress:
             description=f"epoch {epoch + 1}/{self.epochs}{self.accuracy}",
         )
 
-    def epoch(self, accuracy: float) -> None:
-        self.accuracy = f"  val {accuracy:.2%}"
+    def epoch(self, val: list[dict[str, float]]) -> None:
+        self.accuracy = f"  val {val[-1]['accuracy']:.2%}" if val else ""
 
-    def cut(self, before: dict[str, float], after: dict[str, float]) -> None:
+    def cut(self, record: dict[str, Any]) -> None:
+        before, after = record["before"], record["after"]
+        accuracy = (
+            f", val {before['val_accuracy']:.2%} -> {after['val_accuracy']:.2%}" if "val_accuracy" in after else ""
+        )
         self.bar.console.print(
             f"cut: parameters {before['parameters']:,} -> {after['parameters']:,}, "
             f"MACs {before['macs']:,} -> {after['macs']:,}, "
-            f"{before['latency_ms']:.1f} -> {after['latency_ms']:.1f} ms, "
-            f"val {before['val_accuracy']:.2%} -> {after['val_accuracy']:.2%}"
+            f"{before['latency_ms']:.1f} -> {after['latency_ms']:.1f} ms{accuracy}",
+            markup=False,
+            soft_wrap=True,
         )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import metrics, prune
-from .checkpoint import Run, example_image
-from .train import train
+from .checkpoint import Run, check_classes, example_image
+from .train import load_data, train
 
 LATENCY_BATCH = 16
 
@@ -75,7 +75,10 @@ def slim_run(run: Run, out: Path, target_macs: float | None, target_latency_ms: 
         raise ValueError(
             f"one of target_macs and target_latency_ms must be given, got {target_macs} and {target_latency_ms}"
         )
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
     image = example_image(run)
+    check_classes(run, load_data(run.config).classes)
     with torch.random.fork_rng():
         model = (
             cut_to_macs(run.model, image, target_macs)
@@ -83,6 +86,14 @@ def slim_run(run: Run, out: Path, target_macs: float | None, target_latency_ms: 
             else cut_to_latency(run.model, image, target_latency_ms)
         )
     config = replace(
-        run.config, out=out, epochs=epochs, lr=run.config.lr / 10, schedule="cosine", warmup=0.0, prune_at=()
+        run.config,
+        out=out,
+        epochs=epochs,
+        lr=run.config.lr / 10,
+        schedule="cosine",
+        warmup=0.0,
+        prune_at=(),
+        loss=replace(run.config.loss, l1=0.0),
+        weights=None,
     )
     train(config, start=model)

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rkl.comparison import Estimate, estimate, impossible, paired_difference, verdict
+from rkl.comparison import Estimate, estimate, holm, impossible, paired_difference, smallest_decidable
 
 
 def test_interval_agrees_with_scipy():
     values = [0.91, 0.93, 0.92, 0.95]
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     found = estimate(values)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((expected.low, expected.high))
+    assert found.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
     assert found.n == 4
 
 
@@ -19,27 +20,41 @@ def test_paired_difference_agrees_with_scipy_and_uses_shared_seeds():
     ours, theirs = {0: 0.9, 1: 0.8, 2: 0.95, 7: 0.1}, {0: 0.88, 1: 0.79, 2: 0.90, 5: 0.99}
     expected = stats.ttest_rel([0.9, 0.8, 0.95], [0.88, 0.79, 0.90]).confidence_interval(0.95)
     found = paired_difference(ours, theirs)
-    assert (found.low, found.high, found.n) == (pytest.approx(expected.low), pytest.approx(expected.high), 3)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((expected.low, expected.high))
+    assert found.n == 3
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
 def test_one_run_has_no_interval_and_decides_nothing():
     assert estimate([0.5]).half is None
-    assert verdict(estimate([0.5]), negligible=0.1) == "not decided"
+    (judged,) = holm([estimate([0.5])], negligible=0.1)
+    assert (judged.verdict, judged.p, judged.low) == ("not decided", 1.0, float("-inf"))
 
 
-@pytest.mark.parametrize(
-    ("mean", "half", "expected"),
-    [
-        (2, 1, "helps"),
-        (-2, 1, "harms"),
-        (0.1, 1, "not decided"),
-        (0.05, 0.1, "does nothing"),
-        (0.15, 0.05, "does nothing"),
-    ],
-)
-def test_verdicts(mean, half, expected):
-    assert verdict(Estimate(mean, half, 3), negligible=0.2) == expected
+def with_p(p, n=5, mean=1.0):
+    """A difference whose t test has this p-value."""
+    return Estimate(mean, abs(mean) / stats.t.isf(p / 2, n - 1), n)
+
+
+def test_holm_on_a_worked_example():
+    """p = 0.01, 0.04, 0.03, 0.005: adjusted 0.03, 0.06, 0.06, 0.02 (Holm, 1979; R's p.adjust gives the same)."""
+    judged = holm([with_p(p, mean=mean) for p, mean in ((0.01, 1), (0.04, 1), (0.03, 1), (0.005, -1))], negligible=0.01)
+    assert [j.p for j in judged] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert [j.verdict for j in judged] == ["helps", "not decided", "not decided", "harms"]
+    assert [1 - j.confidence for j in judged] == pytest.approx([0.05 / 3, 0.05, 0.05 / 2, 0.05 / 4])
+    assert judged[0].low > 0 > judged[2].low
+
+
+def test_a_small_interval_around_zero_does_nothing():
+    (judged,) = holm([Estimate(0.05, 0.02, 5)], negligible=0.2)
+    assert judged.verdict == "does nothing"
+
+
+def test_smallest_decidable_effect():
+    """Five seeds, paired standard deviation 0.5, one comparison: t(0.975, 4) * 0.5 / sqrt(5)."""
+    deviation, effect, n = smallest_decidable([Estimate(1.0, 0.5 / 5**0.5, 5)])
+    assert (deviation, effect, n) == (pytest.approx(0.5), pytest.approx(2.776 * 0.5 / 5**0.5, rel=1e-3), 5)
+    assert smallest_decidable([estimate([0.5])]) is None
 
 
 def test_f1_bound_holds_for_any_predictions_on_balanced_classes():

@@ -257,6 +257,24 @@ def test_corrupt_image(tmp_path):
         load(f"folder:{tmp_path / 'second'}")
 
 
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
+    write_folder(tmp_path / "there")
+    (tmp_path / "here").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "here" / name).mkdir()
+        (tmp_path / "here" / name / "link").symlink_to(tmp_path / "there" / name)
+    (tmp_path / "there/cat/again").symlink_to(tmp_path / "there/cat")
+    direct, linked = (load(f"folder:{tmp_path / name}") for name in ("there", "here"))
+    assert len(direct.train) == len(linked.train)
+    assert torch.equal(direct.test.images, linked.test.images)
+
+
+def test_too_few_images_for_a_split():
+    with pytest.raises(DataError, match=r"val_fraction 0.1 of 10 training images must leave some to validate on"):
+        load("digits", train_size=10)
+    assert len(load("digits", train_size=10, val_fraction=0).train) == 10
+
+
 def test_folders_without_a_class(tmp_path):
     write_folder(tmp_path, ("train", "test"), 3)
     for file in (tmp_path / "test/cat").iterdir():

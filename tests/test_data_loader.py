@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from torchvision.transforms import v2
 
-from rkl.data import DataError, Split, batches, class_weights, load
-from rkl.data.loader import cut_mix, random_crop, random_cutout
+from rkl.data import DataError, Split, augment, batches, class_weights, load
 
 
 @pytest.fixture
@@ -44,17 +42,25 @@ def test_no_augmentation_gives_the_normalised_split_in_order(split):
 
 def test_reproducible_by_seed_and_epoch(split):
     def epoch(seed, number):
-        options = {"num_classes": 4, "augment": "standard", "cutmix": True, "cutout": 3}
+        options = {"num_classes": 4, "augment": "trivial", "cutmix": 0.5, "mixup": 0.2, "cutout": 3, "erasing": 0.5}
         return torch.cat([x for x, _ in batches(split, 16, seed=seed, epoch=number, **options)])
 
+    state = torch.get_rng_state()
     assert torch.equal(epoch(1, 2), epoch(1, 2))
     assert not torch.equal(epoch(1, 2), epoch(1, 3))
     assert not torch.equal(epoch(1, 2), epoch(2, 2))
+    assert torch.equal(state, torch.get_rng_state()), "the global generator must not move"
 
 
-def test_ranks_share_an_epoch(split):
-    labels = [y for rank in range(3) for _, y in batches(split, 8, num_classes=4, seed=5, rank=rank, world_size=3)]
-    assert torch.equal(torch.cat(labels).sort().values, split.labels.sort().values)
+def test_ranks_share_the_batches_of_one_process(split):
+    options = {"num_classes": 4, "augment": "standard", "cutmix": 1.0, "seed": 5}
+    whole = list(batches(split, 8, **options))
+    shared = [list(batches(split, 8, rank=rank, world_size=3, **options)) for rank in range(3)]
+    assert sum(map(len, shared)) == len(whole) == 7
+    for number, (images, labels) in enumerate(whole):
+        own_images, own_labels = shared[number % 3][number // 3]
+        assert torch.equal(images, own_images)
+        assert torch.equal(labels, own_labels)
 
 
 def test_drop_last_keeps_a_lone_short_batch(split):
@@ -64,35 +70,50 @@ def test_drop_last_keeps_a_lone_short_batch(split):
 
 def test_crop_is_a_shift_with_zeros_moving_in():
     images = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).repeat(64, 1, 1, 1)
-    cropped = random_crop(images, 1, torch.Generator().manual_seed(0))
+    cropped = augment.crop_and_flip(images, torch.arange(64), 1, False, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(images[0, 0], (1, 1, 1, 1))
     shifts = [padded[y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
     seen = [next(i for i, shift in enumerate(shifts) if torch.equal(image[0], shift)) for image in cropped]
     assert set(seen) == set(range(9))
 
 
+def test_half_of_the_images_are_mirrored():
+    images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+    indices = torch.zeros(100, dtype=torch.int64)
+    taken = augment.crop_and_flip(images, indices, 0, True, torch.Generator().manual_seed(0))
+    mirrored = [torch.equal(image, images[0].flip(-1)) for image in taken]
+    assert all(flipped or torch.equal(image, images[0]) for flipped, image in zip(mirrored, taken, strict=True))
+    assert 35 < sum(mirrored) < 65
+
+
 def test_cutout_is_a_clipped_square():
-    holes = (random_cutout(torch.ones(200, 2, 8, 8), 4, torch.Generator().manual_seed(0)) == 0).sum((2, 3))
+    holes = (augment.random_cutout(torch.ones(200, 2, 8, 8), 4, torch.Generator().manual_seed(0)) == 0).sum((2, 3))
     assert torch.equal(holes[:, 0], holes[:, 1])
     assert int(holes.max()) == 16
     assert int(holes.min()) == 4
 
 
-def test_cutmix_equals_torchvision(monkeypatch):
-    images, labels = torch.randn(6, 3, 9, 12), torch.tensor([0, 1, 2, 3, 3, 1])
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        ours, soft = cut_mix(images, labels, 4, generator)
-        generator.manual_seed(seed)
-        theirs = v2.CutMix(num_classes=4)
-        share = torch.rand((), generator=generator).reshape(1)
-        corner = {n: torch.randint(n, (), generator=generator).reshape(1) for n in (9, 12)}
-        with monkeypatch.context() as patch:
-            patch.setattr(theirs, "_dist", type("Fixed", (), {"sample": staticmethod(lambda *_, s=share: s)}))
-            patch.setattr(torch, "randint", lambda n, size, c=corner: c[n])
-            expected, expected_soft = theirs(images, labels)
-        assert torch.equal(ours, expected)
-        assert torch.allclose(soft, expected_soft, atol=1e-6)
+def test_erasing_takes_a_rectangle_of_some_images():
+    images = torch.ones(400, 1, 32, 32)
+    holes = augment.random_erasing(images, 0.5, torch.Generator().manual_seed(0)) == 0
+    share = holes.float().mean((1, 2, 3))
+    assert 150 < int((share > 0).sum()) < 250
+    assert float(share.max()) <= 0.36
+    for hole in holes[share > 0][:20, 0]:
+        assert int(hole.sum()) == int(hole.any(0).sum()) * int(hole.any(1).sum()), "a rectangle"
+
+
+def test_mixing_gives_soft_labels_of_what_is_in_the_image(split):
+    """Constant images, one value a class, so that the label's shares can be read off the pixels."""
+    images = torch.arange(4.0)[split.labels].view(-1, 1, 1, 1).expand(-1, 1, 12, 12).contiguous()
+    for cutmix, mixup in ((1.0, 0.0), (0.0, 1.0)):
+        mixed, soft = augment.mixed(images, split.labels, 4, cutmix, mixup, torch.Generator().manual_seed(1))
+        assert torch.allclose(mixed.mean((1, 2, 3)), soft @ torch.arange(4.0), atol=1e-5)
+        assert torch.allclose(soft.sum(1), torch.ones(50))
+        assert not torch.equal(mixed, images)
+    same, labels = augment.mixed(images, split.labels, 4, 0.0, 0.0, torch.Generator().manual_seed(1))
+    assert torch.equal(same, images)
+    assert torch.equal(labels, split.labels)
 
 
 def test_balanced_sampling_and_class_weights():

@@ -1,6 +1,8 @@
 """Every table, run small from end to end; and the parts of it: cells, resuming, gradient shares, the page."""
 
 import json
+import multiprocessing
+import os
 import re
 
 import pytest
@@ -11,11 +13,12 @@ from rkl import experiments, records, tables
 from rkl.checkpoint import RunError
 from rkl.cli import main
 from rkl.comparison import estimate
+from rkl.compute import macs
 from rkl.distill import LossWeights
-from rkl.experiments import FACTORS, ROWS, TABLES, experiment
-from rkl.figures import spread
+from rkl.experiments import experiment
 from rkl.gradients import gradient_norms, shares
 from rkl.model import ResNetKL
+from rkl.rows import FACTORS, ROWS, TABLES, Row, Table
 
 pytestmark = pytest.mark.xdist_group("experiments")  # one worker, so that the pass below is made once
 
@@ -69,11 +72,16 @@ def test_page(finished):
     out, _ = finished
     page = tables.write(out).read_text()
     for table in TABLES.values():
-        section = page.split(f"## {table.title} on digits")[1].split("\n## ")[0]
+        section = page.split(f"## {table.title} on digits, n = 1 a row")[1].split("\n## ")[0]
         for row in table.rows:
             assert section.count(f"| {row} |") >= 4, "a row in each of quality, cost, exits and gradient shares"
     for factor in FACTORS:
         assert f"**{factor.name}**: not decided by 1 seed." in page
+        if factor.headline:
+            (line,) = (line for line in page.split("## ")[0].splitlines() if f"**{factor.name}**" in line)
+            assert "on digits, smoke): not decided by 1 seed;" in line
+    untrained = next(x for x in page.split("### Exits")[-1].splitlines() if "| ResNet + feature |" in x)
+    assert untrained.count(" - |") == 3, "exits without a loss of their own were never trained"
     for name in re.findall(r"\]\((plots/[^)]+\.png)\)", page):
         assert (out / name).stat().st_size > 10_000
     assert "nan" not in page
@@ -87,12 +95,37 @@ def test_the_page_prints_what_the_records_hold(finished):
     assert run.metrics == metrics
     line = next(x for x in tables.write(out).read_text().split("## Table V")[1].splitlines() if "| ResNet-KL |" in x)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2:4] == ["87.71", f"{100 * metrics['test'][-1]['accuracy']:.2f}"]
-    assert cells[4] == "94.616†"
+    assert cells[1:3] == ["1", f"{100 * metrics['test'][-1]['accuracy']:.2f}"]
+    paper = tables.write(out).read_text().split("## Table V")[1].split("### The paper's figures")[1]
+    assert "| ResNet-KL | 87.71 | 94.616† |" in paper
+
+
+def test_every_resnet_kl_has_a_plain_resnet_of_its_compute(finished):
+    """Within what whole channels allow at these widths and with one cut; the page prints the ratios there are."""
+    for row, plain, tolerance in (
+        ("ResNet-KL", "ResNet at ResNet-KL's MACs", 0.25),
+        ("ResNet-KL at half MACs", "ResNet at half MACs", 0.25),
+        ("ResNet-KL at ResNet's MACs", "ResNet", 0.25),
+        ("ResNet + both, pruned to half", "ResNet at half MACs", 0.25),
+    ):
+        ours, theirs = (
+            json.loads((finished[0] / f"runs/digits/{experiments.slug(name)}/seed-0/metrics.json").read_text())
+            for name in (row, plain)
+        )
+        assert ours["size"]["macs"] == pytest.approx(theirs["size"]["macs"], rel=tolerance), row
+
+
+def test_widths_are_those_of_equal_compute(tmp_path):
+    plan = experiment("table5", "cpu", tmp_path, data="digits", image_size=16, train_size=None)
+    whole, half = (macs(plan.config(row, 0), *plan.shape) for row in ("ResNet", "ResNet at half MACs"))
+    assert half == pytest.approx(whole / 2, rel=0.1)
+    kl = plan.config("ResNet-KL at half MACs", 0)
+    assert macs(kl, *plan.shape) == pytest.approx(half, rel=0.01)
+    assert kl.width % 4 == 0
 
 
 def test_rows_differ_in_what_they_say_alone(tmp_path):
-    plan = experiment("factors", "cpu", tmp_path)
+    plan = experiment("factors", "cpu", tmp_path, data="digits", image_size=16, train_size=None)
     base = experiments.to_plain(plan.config("ResNet", 1))
     for row, changed in {
         "ResNet + T-ReLU": {"activation"},
@@ -101,31 +134,49 @@ def test_rows_differ_in_what_they_say_alone(tmp_path):
         "ResNet + gate": {"gate"},
         "ResNet without CutMix": {"cutmix"},
         "ResNet + feature": {"exits", "loss"},
-        "ResNet-KL": {"model", "prune_at"},
-        "ResNet-KL with ReLU": {"model", "activation"},
-        "ResNet-KL at half MACs": {"model", "prune_at", "prune_macs", "scale_mode", "width"},
+        "ResNet at half MACs": {"width"},
+        "ResNet-KL": {"model"},
+        "ResNet-KL with ReLU": {"model", "activation", "prune_at"},
+        "ResNet-KL at half MACs": {"model", "prune_macs", "scale_mode", "width"},
     }.items():
         own = experiments.to_plain(plan.config(row, 1))
         assert {key for key in own if own[key] != base[key]} - {"out"} == changed
     assert plan.config("ResNet", 0).seed == plan.config("ResNet-KL", 0).seed
 
 
-def test_points_of_equal_cost_stand_side_by_side():
-    values = [5.0, 1.0, 5.0, 5.1, 9.0]
-    places = spread(values, 0.5)
-    assert places == pytest.approx([4.5333, 1.0, 5.0333, 5.5333, 9.0], abs=1e-3)
-    assert spread([2.0], 0.5) == [2.0]
-    assert spread([3.0, 1.0], 0.5) == [3.0, 1.0]
-
-
 def test_a_failing_cell_is_named_and_the_others_finish(tmp_path, monkeypatch):
-    monkeypatch.setitem(ROWS, "broken", experiments.Row({"model": "no-such-model"}))
-    monkeypatch.setitem(TABLES, "small", experiments.Table("Small", "digits", ("broken", "ResNet")))
+    monkeypatch.setitem(ROWS, "broken", Row({"model": "no-such-model"}))
+    monkeypatch.setitem(TABLES, "small", Table("Small", "digits", ("broken", "ResNet")))
     with pytest.raises(
         RunError, match=r"1 of 2 runs failed, the first: broken, seed 0: ValueError: model must be one of"
     ):
         experiments.run(experiment("small", "smoke", tmp_path, image_size=16))
     assert (tmp_path / "runs/digits/resnet/seed-0/metrics.json").exists()
+
+
+def test_with_a_gpu_processes_are_spawned_and_see_one_device_each(tmp_path, monkeypatch):
+    """A fork of a process that has initialised CUDA could not use it; a device chosen after the imports is too late."""
+    seen = []
+
+    class Process:
+        exitcode = 3
+
+        def __init__(self, target, args):
+            self.sender = args[-1]
+
+        def start(self):
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+            self.sender.send(None)
+
+        def join(self):
+            pass
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process)
+    plan = experiment("table5", "smoke", tmp_path, data="digits", image_size=16)
+    assert experiments._in_own_process(plan.config("ResNet", 0), device=1, threads=1) is None
+    assert seen == ["7"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +225,7 @@ def test_gradient_norms_are_those_of_backward_and_leave_the_model_alone():
     state = {key: value.clone() for key, value in model.state_dict().items()}
     images, labels = torch.randn(6, 1, 16, 16), torch.arange(6) % 4
     norms = gradient_norms(model, [(images, labels)], LossWeights(heads=0.0))
-    assert norms["heads"] == norms["logic"] == 0.0
+    assert norms["heads"] == norms["logits"] == 0.0
     assert norms["feature"] > 0
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     model.train()

@@ -12,7 +12,7 @@ from rkl.distill import (
     add_l1_gradient,
     feature_distillation,
     gamma_l1,
-    logic_distillation,
+    logit_distillation,
     training_losses,
 )
 from rkl.model import Exits
@@ -42,6 +42,7 @@ def exits() -> Exits:
 @pytest.mark.parametrize("soft", [False, True])
 def test_terms_equal_the_formulas(exits: Exits, soft: bool) -> None:
     weights = LossWeights(x=0.3, temperature=3.0, heads=0.5, beta=0.2)
+    assert weights.t_squared
     hard = torch.tensor([0, 3, 1])
     labels = torch.tensor([[0.7, 0, 0.3, 0], [0, 0.5, 0, 0.5], [0, 1, 0, 0]], dtype=torch.float64) if soft else hard
     targets = labels.tolist() if soft else torch.nn.functional.one_hot(hard, 4).double().tolist()
@@ -51,12 +52,23 @@ def test_terms_equal_the_formulas(exits: Exits, soft: bool) -> None:
     expected = {
         "deepest": cross_entropy(deepest, targets),
         "heads": 0.5 * 0.7 * sum(cross_entropy(logits, targets) for logits in shallow),
-        "logic": 0.5 * 0.3 * sum(cross_entropy(logits, teacher) for logits in shallow),
+        "logits": 0.5 * 0.3 * 9 * sum(cross_entropy(divided(logits, 3.0), teacher) for logits in shallow),
         "feature": 0.2 * sum(mean_squared_angle(f, exits.features[-1]) for f in exits.features[:-1]),
     }
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value, rel=1e-12), name
+
+
+def divided(logits: list[list[float]], temperature: float) -> list[list[float]]:
+    return [[value / temperature for value in row] for row in logits]
+
+
+def test_a_student_that_equals_its_teacher_is_not_pulled(exits: Exits) -> None:
+    """With the teacher's side alone divided by T, the same logits would be pulled towards the uniform distribution."""
+    student = exits.logits[0]
+    (gradient,) = torch.autograd.grad(logit_distillation(student, student, 3.0), student)
+    assert float(gradient.abs().max()) < 1e-12
 
 
 def mean_squared_angle(student: torch.Tensor, teacher: torch.Tensor) -> float:
@@ -70,7 +82,7 @@ def mean_squared_angle(student: torch.Tensor, teacher: torch.Tensor) -> float:
 
 def test_nothing_is_taught_back_to_the_teacher(exits: Exits) -> None:
     losses = training_losses(exits, torch.tensor([0, 3, 1]), LossWeights())
-    (losses["logic"] + losses["feature"]).backward()
+    (losses["logits"] + losses["feature"]).backward()
     assert exits.logits[-1].grad is None
     assert exits.features[-1].grad is None
     assert all(t.grad is not None for t in (*exits.logits[:-1], *exits.features[:-1]))
@@ -78,11 +90,11 @@ def test_nothing_is_taught_back_to_the_teacher(exits: Exits) -> None:
 
 def test_t_squared_and_legacy_forms(exits: Exits) -> None:
     student, *_, teacher = exits.logits
-    plain = logic_distillation(student, teacher, 2.0)
-    assert float(logic_distillation(student, teacher, 2.0, t_squared=True)) == pytest.approx(4 * float(plain))
+    plain = logit_distillation(student, teacher, 2.0, t_squared=False)
+    assert logit_distillation(student, teacher, 2.0).item() == pytest.approx(4 * plain.item())
     a, *_, b = exits.features
-    distance = sum(float((x - y).square().sum()) ** 0.5 for x, y in zip(a, b, strict=True))
-    assert float(feature_distillation(a, b, legacy=True)) == pytest.approx(distance, rel=1e-12)
+    distance = sum((x - y) ** 2 for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True)) ** 0.5
+    assert feature_distillation(a, b, legacy=True).item() == pytest.approx(distance, rel=1e-12)
 
 
 def test_features_distance_does_not_depend_on_the_batch(exits: Exits) -> None:
@@ -103,9 +115,13 @@ def test_l1_gradient_is_the_sign_of_gamma() -> None:
     add_l1_gradient(norm, 0.25)
     assert norm.weight.grad.tolist() == [1.25, 0.75, 1.0]
     assert gamma_l1(norm) == 2.5
+    add_l1_gradient(norm, 0.25, torch.tensor(4.0))
+    assert norm.weight.grad.tolist() == [2.25, -0.25, 1.0], "scaled as a gradient scaler scales the other terms"
 
 
-@pytest.mark.parametrize(("name", "value"), [("x", 1.5), ("temperature", 0.0), ("beta", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("x", 1.5), ("temperature", 0.0), ("beta", -1.0), ("heads", float("nan")), ("smoothing", 1.0)]
+)
 def test_weights_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must .*got {value}"):
         LossWeights(**{name: value})

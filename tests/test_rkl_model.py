@@ -107,13 +107,42 @@ def test_multi_scale_separable_equals_its_two_steps() -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_gate_range(legacy: bool) -> None:
     """The old form lies in [0.5, 1) and cannot suppress; the new one can."""
-    gate = Gate(4, "trelu", legacy)
+    gate = Gate(4, 8, "trelu", legacy)
+    norm = gate.expand[0] if legacy else gate.expand.norm
     with torch.no_grad():
-        gate.norm.weight.fill_(3)
+        norm.weight.fill_(3)
+        norm.bias.fill_(0)
         values = gate(torch.randn(8, 4, 7, 7))
     assert values.shape == (8, 4, 7, 7)
     assert float(values.max()) < 1
     assert (float(values.min()) >= 0.5) == legacy
+
+
+def test_the_gate_starts_neutral() -> None:
+    assert torch.equal(Gate(16, 8, "trelu")(torch.randn(2, 16, 6, 6)), torch.tensor(-3.0).sigmoid().expand(2, 16, 6, 6))
+
+
+@pytest.mark.parametrize(("depth", "most"), [(18, 0.2), (34, 0.2), (50, 0.75)])
+def test_resnet_kl_is_no_larger_than_resnet(depth: int, most: float) -> None:
+    """Parameters of the deployed network over those of the plain one, at the same width."""
+    with torch.device("meta"):
+        ours, plain = ResNetKL(100, depth), ResNet(100, depth)
+    ours.exits = torch.nn.ModuleList()
+    assert sum(p.numel() for p in ours.parameters()) <= most * sum(p.numel() for p in plain.parameters())
+
+
+def test_models_of_one_seed_share_the_values_of_the_layers_they_share() -> None:
+    def values(kind: type[ResNet], **options: object) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        plain = {"separable": False, "scales": (3,), "activation": "relu", "gate": "none"}
+        return kind(5, 18, 8, 3, 16, BlockOptions(**plain | options)).state_dict()
+
+    plain = values(ResNet)
+    for other in (values(ResNetKL), values(ResNet, gate="light"), values(ResNet, activation="trelu")):
+        assert all(torch.equal(value, other[name]) for name, value in plain.items())
+    torch.manual_seed(3)
+    first, second = ResNet(5, width=8), ResNet(5, width=8)
+    assert not torch.equal(first.stem.conv.weight, second.stem.conv.weight)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -161,7 +190,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
         ({"activation": "gelu"}, "activation must be one of trelu, relu, got 'gelu'"),
         ({"scales": (3, 4)}, "scales must be odd kernel sizes"),
         ({"separable": False}, "scales other than 3 need separable convolutions"),
-        ({"gate": "yes"}, "gate must be one of none, spatial, legacy"),
+        ({"gate": "yes"}, "gate must be one of none, light, legacy"),
     ],
 )
 def test_bad_options(arguments: dict, message: str) -> None:

@@ -73,7 +73,7 @@ def test_cutting_silent_channels_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_goes_on_after_a_cut(name: str) -> None:
-    """Momentum and the follower lose the same channels as the parameters; a step after it moves all that is left."""
+    """Momentum and the follower lose the same channels as the parameters; a step after it reaches all that is left."""
     torch.manual_seed(0)
     model = MODELS[name]()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -90,10 +90,9 @@ def test_training_goes_on_after_a_cut(name: str) -> None:
     assert len(optimizer.state) == len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     for (n, ours), theirs in zip(model.state_dict().items(), follower.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), n
-    then = {n: p.detach().clone() for n, p in model.named_parameters()}
     losses = [step(model, optimizer) for _ in range(4)]
     assert losses[-1] < losses[0]
-    assert all(not torch.equal(then[n], p) for n, p in model.named_parameters())
+    assert all(p.grad.any() for p in model.parameters())
 
 
 def test_the_least_important_channels_leave() -> None:

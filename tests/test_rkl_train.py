@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from PIL import Image
 from safetensors.torch import load_file
+from two_processes import SETTINGS
 
 from rkl import checkpoint
 from rkl import train as trainer
@@ -31,6 +34,9 @@ TINY = Config(
     prune_ratio=0.3,
     loss=LossWeights(beta=0.2),
 )
+
+
+QUICK = ("--recipe", "smoke", "--width", "4", "--epochs", "1")
 
 
 def tiny(out: Path, **changes: object) -> Config:
@@ -61,7 +67,7 @@ def test_a_run_leaves_its_records(run: Path) -> None:
     assert read_yaml(run / "config.yaml") == tiny(run)
     rows, record = comparable(run)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
-    assert set(rows[0]["losses"]) == {"deepest", "heads", "logic", "feature", "l1", "total"}
+    assert set(rows[0]["losses"]) == {"deepest", "heads", "logits", "feature", "l1", "total"}
     assert sum(v for k, v in rows[0]["losses"].items() if k != "total") == pytest.approx(rows[0]["losses"]["total"])
     assert [set(exit) for exit in record["test"]] == [{"accuracy", "recall", "f1", "nll", "ece"}] * 4
     assert sum(map(sum, record["confusion"])) == record["test_images"]
@@ -70,6 +76,8 @@ def test_a_run_leaves_its_records(run: Path) -> None:
     assert cut["after"]["macs"] < cut["before"]["macs"]
     assert record["size"]["parameters"] == cut["after"]["parameters"]
     assert record["best"]["epoch"] > cut["epoch"]
+    assert (record["tested"], record["epoch"]) == ("last", 3)
+    assert len(record["thresholds"]) == 3
     assert all((run / name).stat().st_size > 1000 for name in ("plots/curves.png", "plots/confusion.png"))
     assert list((run / "tensorboard").iterdir())
     assert f"{record['test'][-1]['accuracy']:.2%}" in (run / "report.md").read_text()
@@ -140,6 +148,30 @@ def test_info_lists_what_there_is(capsys: pytest.CaptureFixture) -> None:
     assert all(word in printed for word in ("resnet-kl", "digits", "reference"))
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lr: 1e-3", {"lr": 0.001}),
+        ("image_size: '8'", {"image_size": 8}),
+        ("cutmix: 'no'", {"cutmix": False}),
+        ("prune_at: [0.5]", {"prune_at": (0.5,)}),
+        ("epochs: many", "epochs must be a valid integer, .*got 'many'"),
+        ("loss: 3", "loss must be .*got 3"),
+        ("loss: {x: much}", "loss.x must be a valid number, .*got 'much'"),
+        ("loss: {y: 1}", "keys of loss must be loss weights, got 'y'"),
+        ("augment: lots", "augment must be 'none', 'standard' or 'trivial', got 'lots'"),
+        ("- 1", "must be a mapping"),
+    ],
+)
+def test_yaml_values_become_what_their_fields_are(tmp_path: Path, text: str, expected: dict | str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    if isinstance(expected, dict):
+        assert {key: getattr(read_yaml(tmp_path / "a.yaml"), key) for key in expected} == expected
+    else:
+        with pytest.raises(ValueError, match=rf"a\.yaml: .*{expected}"):
+            read_yaml(tmp_path / "a.yaml")
+
+
 def test_the_loss_weights_and_yaml_reach_the_run(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("epochs: 7\nloss: {x: 0.5}\nscales: [3, 5]\n")
     config = read_yaml(tmp_path / "a.yaml")
@@ -161,11 +193,23 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     Image.new("L", (8, 8)).save(image)
     (tmp_path / "torn.png").write_bytes(image.read_bytes()[:40])
     (tmp_path / "bad.yaml").write_text("epoch: 3\n")
+    (tmp_path / "latin.yaml").write_bytes(b"data: caf\xe9\n")
     (tmp_path / "file").write_text("")
     for arguments, expected in [
         (["evaluate", str(tmp_path)], "must be the folder of a run"),
-        (["predict", str(run), str(tmp_path / "none.png")], "none.png: an image must be there"),
-        (["predict", str(run), str(tmp_path / "torn.png")], "torn.png: must be a whole image file"),
+        (["predict", str(run), str(tmp_path / "none.png")], "none.png: no such file"),
+        (["predict", str(run), str(tmp_path / "torn.png")], "torn.png: must be a readable image"),
+        (["predict", str(run), str(image), "--confidence", "7"], "confidence must be between 0 and 1, got 7"),
+        (["predict", str(run), str(image), "--confidence", "nan"], "confidence must be between 0 and 1, got nan"),
+        (["predict", str(run), str(image), "--device", "tpu"], "device must be cpu, or cuda where there is a GPU"),
+        (["evaluate", str(run), "--target-accuracy", "0.5"], "target_accuracy must go with --early-exit"),
+        (["train", "--config", str(tmp_path / "latin.yaml")], "latin.yaml: the configuration must be YAML"),
+        (["train", "--out", str(tmp_path / "r"), "--train-size", "10"], "must leave some to validate on"),
+        (["train", "--out", str(tmp_path / "r"), "--accumulate", "99"], "must be at most the 1295 training images"),
+        (["train", "--out", str(tmp_path / "r"), "--weights", str(tmp_path)], "last.json: a checkpoint must be there"),
+        (["train", "--cutout", "-5"], "cutout must be at least 0, got -5"),
+        (["train", "--warmup", "-1"], "warmup must be at least 0, got -1"),
+        (["train", "--test-with", "best", "--val-fraction", "0"], "test_with must go with a val_fraction above 0"),
         (["predict", str(run), str(image), "--checkpoint", "first"], "first.json: a checkpoint must be there"),
         (["train", "--config", str(tmp_path / "bad.yaml")], "bad.yaml: keys must be fields"),
         (["train", "--recipe", "best"], "recipe must be one of paper, strong, smoke, got 'best'"),
@@ -184,6 +228,18 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         assert line.startswith("rkl: "), arguments
         assert expected in line, arguments
     assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_fails_before_its_first_epoch_leaves_the_folder_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["train", *QUICK, "--out", str(tmp_path / "a" / "run")]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--lr", "1e30"])
+    assert "the training loss must be finite" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    main(arguments)
+    assert (tmp_path / "a/run/metrics.json").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -223,3 +279,36 @@ def test_the_module_runs_and_only_debug_shows_a_traceback(tmp_path: Path) -> Non
 def test_safetensors_hold_model_momentum_and_average(run: Path) -> None:
     (file,) = (run / "checkpoints").glob("last-*.safetensors")
     assert {name.split(".")[0] for name in load_file(file)} == {"model", "momentum", "ema", "averaged"}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_end_as_one_with_the_same_batches(tmp_path: Path) -> None:
+    """Gloo, with a cut and a resume on the way; one process takes their two batches in turn before each step, so that
+    batch norm sees the same images. Its running statistics are each one's own way, and not compared."""
+    port = str(find_free_network_port())
+    script = Path(__file__).with_name("two_processes.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "two")],
+            env=os.environ | {"LOCAL_RANK": str(rank), "MASTER_PORT": port, "PYTHONPATH": os.getcwd()},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    one = trainer.train(Config(tmp_path / "one", accumulate=2, **SETTINGS))
+    (ours, facts), (theirs, others) = (
+        checkpoint.load(folder / "checkpoints", "last") for folder in (tmp_path / "two", one)
+    )
+    assert facts["plan"] == others["plan"]
+    assert len(facts["cuts"]) == 1
+    for name, value in ours.items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+    rows, record = comparable(tmp_path / "two")
+    others, _ = comparable(one)
+    assert record["test_images"] == sum(map(sum, record["confusion"]))
+    for row, other in zip(rows, others, strict=True):
+        assert row["losses"] == pytest.approx(other["losses"], rel=1e-3)

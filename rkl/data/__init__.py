@@ -1,7 +1,8 @@
 """Data sets as tensors: :func:`load` gives one, :func:`batches` iterates over a split of it on the device."""
 
+from . import augment
 from .dataset import DataError, Dataset, Split, class_weights
 from .loader import batches
 from .sources import NAMES, load
 
-__all__ = ["NAMES", "DataError", "Dataset", "Split", "batches", "class_weights", "load"]
+__all__ = ["NAMES", "DataError", "Dataset", "Split", "augment", "batches", "class_weights", "load"]

@@ -65,6 +65,10 @@ class Dataset:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    def to(self, device: torch.device | str) -> Dataset:
+        """The data set with its splits on a device."""
+        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+
 
 def class_weights(split: Split, num_classes: int) -> Tensor:
     """Weights for cross entropy that give every class the same say: N / (classes * count), (num_classes,) float32."""
@@ -141,6 +145,13 @@ def assemble(
     if val is None:
         held_out, kept = stratified(train.labels, val_fraction, seed)
         train, val = train.select(kept), train.select(held_out)
+    if val_fraction and not len(val):
+        count = len(train)
+        raise DataError(
+            f"val_fraction {val_fraction:g} of {count} training images must leave some to validate on, got 0"
+        )
+    if len(train) < 2:
+        raise DataError(f"{name} train: must hold at least 2 images beside those for validation, got {len(train)}")
     for part, split in (("train", train), ("val", val), ("test", test)):
         if part != "val" or len(split):
             _check_labels(f"{name} {part}", split, classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -166,12 +167,7 @@ def idx_files(folder: Path, classes: list[str], suffix: str) -> tuple[Split, Spl
 
 def image_folder(folder: Path, classes: list[str], size: int) -> Split:
     """One folder a class of image files, as torchvision's ImageFolder: RGB, short side ``size``, centre crop."""
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    files = [(path, label) for label, name in enumerate(classes) for path in _image_files(folder / name)]
     if not files:
         raise DataError(f"{folder}: must hold images in the folders {', '.join(classes[:5])}, got none")
     with ThreadPoolExecutor() as pool:
@@ -179,18 +175,56 @@ def image_folder(folder: Path, classes: list[str], size: int) -> Split:
     return Split(torch.stack(images), torch.tensor([label for _, label in files]))
 
 
+def _image_files(folder: Path) -> list[Path]:
+    """The images below a folder, in links to folders too, each folder once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
 def image_tensor(path: Path | str, size: int, channels: int = 3) -> Tensor:
-    """One image file as uint8 (channels, size, size): short side scaled to ``size``, centre cropped."""
+    """One image file as uint8 (channels, size, size): turned as its EXIF orientation says, short side scaled to
+    ``size``, centre cropped."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L"), (size, size))
+            upright = _eight_bits(path, ImageOps.exif_transpose(image))
+            fitted = ImageOps.fit(upright.convert("RGB" if channels == 3 else "L"), (size, size))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise DataError(f"{path}: must have at most {limit:,} pixels, got more") from None
+    except DataError:
+        raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: must be a readable image, got {type(error).__name__}: {error}") from None
     return torch.from_numpy(np.array(fitted)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(path: Path | str, image: Any) -> Any:
+    """Greys of 16 bits and of floats as 8 bits, which Pillow's own conversion would clip instead."""
+    from PIL import Image
+
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image, np.float64)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F" and low >= 0 and high <= 1:
+        values = 255 * values
+    elif image.mode != "F" and low >= 0 and high <= 65535:
+        values = values / 257
+    elif not (low >= 0 and high <= 255):  # nan keeps to no range
+        rule = "0 to 1 or 0 to 255" if image.mode == "F" else "0 to 65,535"
+        raise DataError(f"{path}: greys must be within {rule}, got {low:g} to {high:g}")
+    return Image.fromarray(np.round(values).astype(np.uint8))
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -1,0 +1,75 @@
+"""Measuring a model on a split: batches as they are, one precision for whatever is compared, shared among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from . import data as datasets
+from . import metrics
+from .config import Config, Precision
+from .data import Dataset, Split
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precision_on(config: Config, device: torch.device) -> Precision:
+    """The run's precision, bf16-mixed on a GPU and float32 elsewhere unless it was chosen."""
+    return config.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
+    """The precision that a run's models are evaluated in: the one they are trained in."""
+    precision = precision_on(config, device)
+    if precision == "32-true":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16-mixed" else torch.float16)
+
+
+def evaluation_batches(
+    split: Split, data: Dataset, batch_size: int = 500, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in the split's own order, as they are."""
+    share = {"rank": rank, "world_size": world_size}
+    return datasets.batches(split, batch_size, num_classes=data.num_classes, shuffle=False, **share)
+
+
+def collect(model: nn.Module, split: Split, data: Dataset, config: Config) -> tuple[list[Tensor], Tensor]:
+    """Every exit's logits (N, classes), shallow to deep, and the labels (N,), on the split's device, in the run's
+    precision. Where several processes train, each does its share, and all get the whole, in another order."""
+    rank, world_size = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    size = min(500, -(-len(split) // world_size))
+    with autocast(config, split.images.device):
+        exits, labels = metrics.collect_exits(model, evaluation_batches(split, data, size, rank, world_size))
+    if world_size > 1:
+        *exits, labels = (torch.cat(gather_all_tensors(values)) for values in (*exits, labels))
+    return exits, labels
+
+
+def evaluate(model: nn.Module, split: Split, data: Dataset, config: Config) -> list[metrics.ExitMetrics]:
+    """Metrics of every exit, shallow to deep; none for a split without images."""
+    if not len(split):
+        return []
+    exits, labels = collect(model, split, data, config)
+    return [metrics.exit_metrics(logits, labels) for logits in exits]
+
+
+def size_of(model: nn.Module, example: Tensor) -> dict[str, float]:
+    """Parameters, those left after deployment, multiply-accumulates an image, and milliseconds for ``example``."""
+    deployed = model.deploy() if hasattr(model, "deploy") else model
+    return {
+        "parameters": metrics.count_parameters(model),
+        "deployed_parameters": metrics.count_parameters(deployed),
+        "macs": metrics.count_macs(model, example[:1]),
+        "latency_ms": metrics.measure_latency(deployed, example),
+        "latency_batch": len(example),
+    }

@@ -1,0 +1,155 @@
+"""What training changes: the model, its moving average if one is kept, the optimiser and the gradient scaler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import checkpoint, prune
+from .blocks import MultiScaleDepthwise
+from .build import build_model
+from .config import Config
+from .data import Dataset
+from .distill import add_l1_gradient
+from .evaluation import default_device, precision_on
+
+
+def make_fabric(config: Config) -> Fabric:
+    """Lightning Fabric for a run: the GPU where there is one, DistributedDataParallel where there are several devices.
+
+    Each process's batch norm statistics are its own until the epoch's end (:meth:`Learner.agree`).
+    """
+    strategy = DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto"
+    device = default_device()
+    precision = precision_on(config, device)
+    return Fabric(accelerator=device.type, devices=config.devices, precision=precision, strategy=strategy)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay: str = "filters") -> list[dict[str, Any]]:
+    """Dense and pointwise filters, which decay, and the rest: norms, biases and depthwise filters.
+
+    Decay on a gamma is 50 times as strong as the L1 term that is to rank the channels, and shrinks all alike.
+    """
+    spared: set[Tensor] = set()
+    for module in model.modules():
+        depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+        if depthwise or isinstance(module, MultiScaleDepthwise):
+            spared.update(module.parameters())
+    spared.update(parameter for parameter in model.parameters() if parameter.ndim == 1)
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p in spared], "weight_decay": weight_decay if decay == "all" else 0.0},
+    ]
+
+
+class Learner:
+    """Model, average and optimiser of one run on one device; ``start`` is a model of its configuration to train on."""
+
+    def __init__(self, config: Config, data: Dataset, fabric: Fabric, start: nn.Module | None = None) -> None:
+        self.config, self.fabric = config, fabric
+        torch.manual_seed(config.seed)
+        model = start or build_model(config, data.num_classes, data.channels, data.image_size)
+        if start is None and config.weights is not None:
+            model = checkpoint.start_from(model, config.weights)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(fabric.device, memory_format=self.memory_format)
+        follow = get_ema_multi_avg_fn(config.ema)
+        self.average = AveragedModel(self.model, multi_avg_fn=follow, use_buffers=True) if config.ema else None
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(self.model, config.weight_decay, config.decay),
+            config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+        )
+
+    def wrap(self) -> None:
+        """Hand model and optimiser to Fabric, at the start and anew after a cut."""
+        model = self.model
+        if self.config.compile:
+            # CUDA graphs keep a step's gradients in one place, which adding up several batches' does not allow.
+            graphs = self.fabric.device.type == "cuda" and self.config.accumulate == 1
+            model = torch.compile(model, mode="reduce-overhead" if graphs else "default")
+        self.wrapped, self.stepper = self.fabric.setup(model, self.optimizer)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose quality counts: the moving average, where one is kept."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The gradient scaler of "16-mixed"."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
+
+    def step(self, rate: float, l1: float) -> None:
+        """One step along the gradients that backward has left, and their end."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if l1:
+            one = torch.ones((), device=self.fabric.device)
+            add_l1_gradient(self.model, l1, self.scaler.scale(one) if self.scaler else 1.0)
+        if self.config.clip:
+            self.fabric.clip_gradients(self.wrapped, self.stepper, max_norm=self.config.clip, error_if_nonfinite=False)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        if self.average:
+            self.average.update_parameters(self.model)
+
+    def agree(self) -> None:
+        """Give every process the mean of their batch norm statistics."""
+        if self.fabric.world_size == 1:
+            return
+        for model in (self.model, self.average.module) if self.average else (self.model,):
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.fabric.all_reduce(buffer, reduce_op="mean"))
+
+    def prune(self, example: Tensor, ratio: float) -> None:
+        """One cut of the model, and of all that follows it; the processes' models are the same, so their cuts are."""
+        followers = [self.average.module] if self.average else []
+        prune.prune(self.model, example, ratio, self.optimizer, followers, self.config.importance)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a run needs to go on, by name."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:
+                tensors[f"momentum.{name}"] = buffer
+        if self.average:
+            tensors |= {f"ema.{name}": value for name, value in self.average.module.state_dict().items()}
+            tensors["averaged"] = self.average.n_averaged
+        return tensors
+
+    def facts(self) -> dict[str, Any]:
+        """What else a run needs to go on, as JSON: the plan of channels and the scaler's state."""
+        return {
+            "plan": prune.channel_plan(self.model),
+            "scaler": self.fabric.strategy.precision.state_dict(),
+        }
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Put the last checkpoint's tensors where :meth:`tensors` took them from; the checkpoint's facts."""
+        tensors, facts = checkpoint.load(folder, "last")
+        source = folder / "last.json"
+        checkpoint.restore_model(self.model, checkpoint.part(tensors, "model."), facts["plan"], source)
+        # The plan exchanged parameters for narrower ones; the optimiser, which has no state yet, takes those.
+        fresh = parameter_groups(self.model, self.config.weight_decay, self.config.decay)
+        for group, own in zip(self.optimizer.param_groups, fresh, strict=True):
+            group["params"] = own["params"]
+        for name, parameter in self.model.named_parameters():
+            if f"momentum.{name}" in tensors:
+                buffer = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"momentum.{name}"])
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        if self.average:
+            checkpoint.restore_model(self.average.module, checkpoint.part(tensors, "ema."), facts["plan"], source)
+            self.average.n_averaged.copy_(tensors["averaged"])
+        self.fabric.strategy.precision.load_state_dict(facts.get("scaler") or {})
+        return facts

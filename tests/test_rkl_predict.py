@@ -1,0 +1,141 @@
+"""Files to answers: prepared as training prepares them, one bad file among many, the thresholds of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rkl import predict as prediction
+from rkl import train as trainer
+from rkl.checkpoint import open_run
+from rkl.cli import main
+from rkl.config import Config
+from rkl.data import DataError, load
+from rkl.data.formats import image_tensor
+from rkl.early_exit import early_exit, operate
+from rkl.model import ResNetKL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def ramp(height: int, width: int) -> np.ndarray:
+    """Greys that rise to the right and to the bottom, so that turning, cropping and squashing all show."""
+    return np.add.outer(np.linspace(0, 100, height), np.linspace(0, 150, width)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 16 images, wider than high."""
+    root = tmp_path_factory.mktemp("images")
+    for number, name in enumerate(("cat [x]", "dog")):
+        (root / name).mkdir()
+        for i in range(16):
+            Image.fromarray(np.roll(ramp(20, 30), i + 7 * number, 1)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    options = {"width": 4, "image_size": 8, "epochs": 1, "batch_size": 8, "prune_at": ()}
+    trainer.train(Config(out, data=f"folder:{folder}", **options))
+    return out
+
+
+def test_files_are_prepared_as_in_training(run: Path, folder: Path) -> None:
+    """A file of the training set gives the very tensor that training took from it, but for augmentation."""
+    data = load(f"folder:{folder}", image_size=8)
+    pixels = torch.cat([data.train.images, data.val.images, data.test.images])
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    image = prediction.read_image(folder / "dog" / "3.png", open_run(run)) * std + mean
+    assert (pixels.float() / 255 - image).abs().amax((1, 2, 3)).min() < 1e-5
+
+
+def test_the_orientation_in_exif_counts(tmp_path: Path) -> None:
+    upright = Image.fromarray(ramp(16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    upright.rotate(90).save(tmp_path / "turned.png", exif=exif)
+    upright.save(tmp_path / "upright.png")
+    assert torch.equal(image_tensor(tmp_path / "turned.png", 8), image_tensor(tmp_path / "upright.png", 8))
+
+
+@pytest.mark.parametrize(("suffix", "scale", "kind"), [("png", 257, np.uint16), ("tiff", 1 / 255, np.float32)])
+def test_greys_of_more_bits_keep_their_scale(tmp_path: Path, suffix: str, scale: float, kind: type) -> None:
+    """16 bits, and floats from 0 to 1: within one step of the 8-bit image."""
+    Image.fromarray(ramp(16, 16)).save(tmp_path / "eight.png")
+    Image.fromarray((ramp(16, 16).astype(float) * scale).astype(kind)).save(tmp_path / f"more.{suffix}")
+    more, eight = (image_tensor(tmp_path / name, 8).int() for name in (f"more.{suffix}", "eight.png"))
+    assert int((more - eight).abs().max()) <= 1
+
+
+def test_greys_out_of_range_and_huge_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value, got in (("nan", np.nan, "nan"), ("large", 3e5, "300000")):
+        Image.fromarray(np.full((8, 8), value, np.float32)).save(tmp_path / f"{name}.tiff")
+        with pytest.raises(DataError, match=rf"{name}\.tiff: greys must be within 0 to 1 or 0 to 255, got .*{got}"):
+            image_tensor(tmp_path / f"{name}.tiff", 8)
+    Image.new("L", (40, 40)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(DataError, match=r"huge\.png: must have at most 1,000 pixels"):
+        image_tensor(tmp_path / "huge.png", 8)
+
+
+def test_one_bad_file_costs_no_other_answer(
+    run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches of two, with names that look like markup and are longer than a terminal is wide."""
+    monkeypatch.setattr(prediction, "BATCH", 2)
+    (tmp_path / "torn.png").write_bytes(b"no image")
+    long = tmp_path / ("[b]" + 90 * "n" + ".png")
+    long.write_bytes((folder / "dog" / "1.png").read_bytes())
+    good = [folder / "dog" / "0.png", long, folder / "cat [x]" / "2.png"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", str(run), str(good[0]), str(tmp_path / "torn.png"), *map(str, good[1:])])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(path) for path in good]
+    assert all("cat [x] " in line for line in lines)
+    assert said.err.startswith("rkl: ")
+    assert "torn.png: must be a readable image" in said.err
+
+
+def test_the_runs_thresholds_are_the_default(run: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    opened = open_run(run)
+    assert prediction.thresholds_of(opened, "last") == metrics["thresholds"]
+    assert prediction.thresholds_of(opened, "best") is None
+    image = str(folder / "dog" / "0.png")
+    (run / "early_exit.json").write_text(json.dumps({"checkpoint": "last", "thresholds": [2.0, 0.0, 2.0]}))
+    main(["predict", str(run), image])
+    assert "left at exit 2 of 4" in capsys.readouterr().out
+    (run / "early_exit.json").unlink()
+
+
+def test_a_renamed_class_is_no_silent_zero(run: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "dog").rename(folder / "hound")
+    try:
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(run)])
+    finally:
+        (folder / "hound").rename(folder / "dog")
+    assert "data must have the classes the run was trained on, got 'hound' for 'dog'" in capsys.readouterr().err
+
+
+def test_outputs_that_are_not_finite_are_said(run: Path, folder: Path) -> None:
+    model = ResNetKL(3, 18, 8, 1, 8).eval()
+    images = torch.full((2, 1, 8, 8), torch.nan)
+    logits, exits = early_exit(model, images, [0.5] * 3)
+    assert logits.isnan().all()
+    assert exits.tolist() == [3, 3]
+    shares = operate([torch.full((2, 3), torch.nan)] * 4, torch.tensor([0, 1]), ([1] * 4, [1] * 4), [0.5] * 3).shares
+    assert shares == [0, 0, 0, 1]
+    broken = open_run(run)
+    torch.nn.init.constant_(broken.model.fc.bias, torch.nan)
+    (answer,) = prediction.predict(broken, [folder / "dog" / "0.png"])
+    assert "outputs must be finite, got nan" in str(answer)

@@ -1,0 +1,214 @@
+"""What a recipe can ask of the trainer, and what training keeps through a cut."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision.amp import MixedPrecision
+
+from rkl import checkpoint, prune
+from rkl import train as trainer
+from rkl.cli import main
+from rkl.config import Config
+from rkl.distill import gammas
+from rkl.learner import Learner, make_fabric, parameter_groups
+from rkl.model import ResNet, ResNetKL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = Config(width=4, image_size=8, train_size=120, test_size=40, epochs=2, batch_size=16, lr=0.05, prune_at=())
+
+
+def learner_of(config: Config, **fabric: object) -> Learner:
+    data = trainer.load_data(config)
+    return Learner(config, data, Fabric(accelerator="cpu", devices=1, **fabric) if fabric else make_fabric(config))
+
+
+def test_norms_biases_and_depthwise_filters_do_not_decay() -> None:
+    model = ResNetKL(3, 18, 4, 1, 8)
+    decaying, spared = parameter_groups(model, 0.1)
+    assert (decaying["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert len(decaying["params"]) + len(spared["params"]) == len(list(model.parameters()))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert all(names[p].endswith(("conv.weight", "pointwise.weight", "fc.weight")) for p in decaying["params"])
+    assert all("depthwise" in names[p] or p.ndim == 1 for p in spared["params"])
+    assert names[decaying["params"][0]] == "stem.conv.weight", "one channel in, but dense"
+    assert parameter_groups(model, 0.1, "all")[1]["weight_decay"] == 0.1
+
+
+def spread_before_the_cut(tmp_path: Path, l1: float | None) -> float:
+    """How far the backbone's gammas are apart when the cut comes: standard deviation over mean."""
+    config = Config(
+        tmp_path / str(l1),
+        width=8,
+        image_size=8,
+        epochs=4,
+        batch_size=16,
+        lr=0.05,
+        prune_at=(0.75,),
+        loss=replace(TINY.loss, l1=l1),
+    )
+    found = []
+    cut = trainer.cut
+
+    def watching(config: Config, learner: Learner, *rest: object) -> dict:
+        blocks = [block.branch for stage in learner.model.stages for block in stage]
+        values = torch.cat([gamma.detach() for block in blocks for gamma in gammas(block)])
+        found.append(float(values.std() / values.mean()))
+        return cut(config, learner, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "cut", watching)
+        trainer.train(config)
+    return found[0]
+
+
+def test_l1_spreads_the_gammas_before_the_cut(tmp_path: Path) -> None:
+    assert spread_before_the_cut(tmp_path, None) > 1.5 * spread_before_the_cut(tmp_path, 1e-5)
+
+
+def test_l1_acts_until_the_last_cut_and_only_for_cuts() -> None:
+    kl = Config(epochs=50)
+    assert kl.cut_epochs == [4, 8, 12]
+    way = 12 * 100 * kl.lr / (1 - kl.momentum)
+    assert [kl.l1_at(epoch, 100) * way for epoch in (0, 11, 12)] == pytest.approx([1.0, 1.0, 0.0])
+    plain = Config(model="resnet")
+    assert (plain.cut_epochs, plain.l1_at(0, 100)) == ([], 0.0)
+    assert replace(plain, loss=replace(plain.loss, l1=0.1)).l1_at(49, 100) == 0.1
+
+
+def test_a_cut_keeps_channels_last_and_ranks_by_taylor_too(tmp_path: Path) -> None:
+    config = replace(TINY, out=tmp_path, width=16, prune_at=(0.5,), importance="taylor", model="resnet-kl")
+    learner = learner_of(config)
+    data = trainer.load_data(config)
+    trainer.taylor_gradients(config, learner, data, 0)
+    norm = learner.model.stages[0][0].branch[0].norm
+    with torch.no_grad():  # a channel whose loss has no slope leaves first
+        conv = learner.model.stages[0][0].branch[0].conv
+        for weight in (norm.weight, norm.bias, conv.pointwise.weight):
+            weight.grad[3] = 0
+    cut = prune.plan_cut(learner.model, torch.zeros(2, 1, 8, 8), 0.2, "taylor")
+    assert 3 not in cut["stages.0.0.branch.0.norm.weight"][0].tolist()
+    learner.prune(torch.zeros(2, 1, 8, 8), 0.2)
+    images = [p for p in learner.model.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in images)
+
+
+def test_the_gradient_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+    learner = learner_of(replace(TINY, out=tmp_path), plugins=precision)
+    learner.wrap()
+    loss = learner.wrapped(torch.randn(4, 1, 8, 8)).logits[-1].square().mean()
+    learner.fabric.backward(loss)
+    before = learner.model.stem.norm.weight.grad.clone()
+    from rkl.distill import add_l1_gradient
+
+    add_l1_gradient(learner.model, 0.5, learner.scaler.scale(torch.ones(())))
+    assert torch.allclose(learner.model.stem.norm.weight.grad - before, torch.full((4,), 0.5 * 8.0))
+    learner.step(0.01, 0.0)
+    checkpoint.save(tmp_path, "last", learner.tensors(), learner.facts() | {"epoch": 1})
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    other = learner_of(replace(TINY, out=tmp_path), plugins=precision)
+    other.restore(tmp_path)
+    assert other.scaler.state_dict() == learner.scaler.state_dict()
+    assert other.scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixup": 0.2, "cutmix_probability": 0.5, "augment": "trivial", "erasing": 0.25, "cutout": 2},
+        {"nesterov": True, "clip": 0.1, "accumulate": 2, "decay": "all", "ema": 0.9, "warmup": 1.0},
+        {"loss": replace(TINY.loss, smoothing=0.1), "class_weights": True, "precision": "bf16-mixed"},
+        {"model": "resnet", "val_fraction": 0.0},
+    ],
+    ids=["augmentation", "optimiser", "loss and bf16", "no validation"],
+)
+def test_every_knob_trains(tmp_path: Path, changes: dict) -> None:
+    folder = trainer.train(replace(TINY, out=tmp_path / "run", **changes))
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["training_loss"]["total"] > 0
+    assert record["epochs"] == 2
+    if changes.get("val_fraction") == 0:
+        assert (record["best"], record["val"], record["thresholds"]) == (None, [], None)
+        assert record["test_images"] == 40
+
+
+def test_early_stopping_and_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation that never gets better than in the first epoch."""
+    real, calls = trainer.evaluate, []
+
+    def getting_worse(*arguments: object) -> list:
+        calls.append(None)
+        return [exit | {"accuracy": 1 / len(calls)} for exit in real(*arguments)]
+
+    monkeypatch.setattr(trainer, "evaluate", getting_worse)
+    config = replace(TINY, out=tmp_path / "run", epochs=9, patience=2, test_with="best", model="resnet")
+    record = json.loads((trainer.train(config) / "metrics.json").read_text())
+    assert (record["epochs"], record["epoch"], record["tested"]) == (3, 1, "best")
+    rows = (config.out / "log.jsonl").read_text().splitlines()
+    trainer.train(config, resume=True)
+    assert (config.out / "log.jsonl").read_text().splitlines() == rows, "a stopped run stays stopped"
+
+
+def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
+    """A pruned model of ten classes, tuned for two: its channels and values but for the heads."""
+    first = replace(TINY, out=tmp_path / "first", width=8, prune_at=(0.5,), prune_ratio=0.3)
+    trainer.train(first)
+    wanted = checkpoint.open_run(first.out).model
+    model = ResNetKL(2, 18, 8, 1, 8)
+    head = model.fc.weight[:, :3].detach().clone()
+    tuned = checkpoint.start_from(model, first.out)
+    plan, own = prune.channel_plan(wanted), prune.channel_plan(tuned)
+    assert {name for name in plan if plan[name] != own[name]} == {"fc", *(f"exits.{i}.fc" for i in range(3))}
+    for name, value in tuned.state_dict().items():
+        if ".fc." not in f".{name}":
+            assert torch.equal(value, wanted.state_dict()[name]), name
+    assert torch.equal(tuned.fc.weight[:, :3], head), "new classes keep the new head's values"
+    with pytest.raises(checkpoint.RunError, match="weights must be of this configuration's model"):
+        checkpoint.start_from(ResNet(2, 18, 8, 1, 8), first.out)
+    second = replace(TINY, out=tmp_path / "second", width=8, weights=first.out, epochs=1)
+    assert json.loads((trainer.train(second) / "metrics.json").read_text())["plan"] == plan
+
+
+def test_a_compiled_model_trains_as_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by torch.compile and run eagerly: what a compiler would change is not ours."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend="eager"))
+    options = {"train_size": 60, "epochs": 1, "model": "resnet", "activation": "trelu"}
+    records = []
+    for name, compiled in (("eager", False), ("compiled", True)):
+        folder = trainer.train(replace(TINY, out=tmp_path / name, compile=compiled, **options))
+        records.append(json.loads((folder / "metrics.json").read_text())["training_loss"])
+    assert records[0] == pytest.approx(records[1], rel=1e-4)
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("rkl 0.")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("--recipe", "--config", "--resume", "--loss.x", "--epochs"))
+
+
+@pytest.mark.parametrize(("package", "extra"), [("tyro", "train"), ("onnxruntime", "export")])
+def test_a_missing_package_is_one_sentence(package: str, extra: str) -> None:
+    """Without the extra: before any command, and in the one that needs it."""
+    ask = {
+        "tyro": "from rkl.__main__ import main; main()",
+        "onnxruntime": "from rkl.cli import *; COMMANDS['info'] = lambda _: __import__('onnxruntime'); main(['info'])",
+    }
+    code = f"import sys; sys.modules[{package!r}] = None; {ask[package]}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert f"the package {package!r} must be installed" in line
+    assert f"resnet-kl[{extra}]" in line
