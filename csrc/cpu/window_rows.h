@@ -132,7 +132,12 @@ class WindowRows {
     const int units = job.units + (rows - 1) * job.shift;
     rows_.clear();
     job.begin = units, job.end = 0;
+    const int64_t needed = l.taps + (rows - 1) * job.shift * kRows;
     for (int i = 0; i < units * kRows; ++i) {
+      if (i >= needed) {  // a pixel that does not count: one that is at hand
+        rows_.push_back(rows_.back());
+        continue;
+      }
       const int64_t c = l.step * j - l.left + i;
       const bool inside = c >= 0 && c < l.inputs;
       rows_.push_back(inside ? in.first + (l.origin + l.unit * c) * in.row : zeros_.data());
@@ -149,10 +154,13 @@ class WindowRows {
     const bool linear = first == 0 && last == lanes_.vectors();
     Job<T> base{};
     set_rows(in, down, j, rows, base);
-    const int64_t next = down.step * (j + (rows - 1) * kRows) - down.left + down.taps;
+    // What the next rows of outputs read first, and those rows: where pairs of rows lie in one another, all of theirs,
+    // shared between them.
+    const int64_t i = j % kRows, together = j - i + 2 * kRows;
+    const int64_t next = down.step * (together - 1 + 2 * i) - down.left + down.taps;
     const char* read = reinterpret_cast<const char*>(in.first + (down.origin + down.unit * next) * in.row);
     const char* written =
-        reinterpret_cast<const char*>(out.first + (down.first + down.pitch * (j + rows * kRows)) * out.row);
+        reinterpret_cast<const char*>(out.first + (down.first + down.pitch * (together + 2 * i)) * out.row);
     jobs_.clear();
     for (const Lattice& l : across_) {
       Job<T> job = base;
