@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rivals", **_choice(RIVALS), default=["eager"])
     parser.add_argument("--budget", type=float, default=1.5, help="seconds of timing a row")
     parser.add_argument("--threads", type=int, help="threads of every contestant")
+    parser.add_argument("--faulting", action="store_true", help="once more with glibc's allocator as it comes")
     parser.add_argument(
         "--busy", action="store_true", help="one thread, its CPU time, shortest samples: to look while others work"
     )
@@ -76,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for case in cases(shapes, options.operator, options.direction, options.dtype, "cpu"):
         serving = [name for name in options.rivals if name not in runtimes.NAMES or runtimes.serves(case)]
-        rows.append(measure(case, contestants(serving, options.layout), budget=options.budget, busy=options.busy))
+        rivals = contestants(serving, options.layout)
+        rows.append(measure(case, rivals, budget=options.budget, busy=options.busy, faulting=options.faulting))
         print(line(cells(rows[-1])), *notes(rows[-1]), sep="\n", flush=True)
     print(line(summary(rows)))
     return 0

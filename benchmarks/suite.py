@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rkl_kernels.bench import Case, contestants, runtimes
 from rkl_kernels.bench.machine import machine, machine_line, slug
 from rkl_kernels.bench.rivals import TYPES
@@ -126,7 +128,7 @@ def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
         budget = min(MOST_BUDGET, remaining / left / 2)
         if remaining < 0:
             return None
-        row = measure(case, contestants(rivals_of(case)), budget=budget)
+        row = measure(case, contestants(rivals_of(case)), budget=budget, faulting=True)
         share, times = row.of_floor() or 0.0, row.over_best() or 0.0
         elapsed = time.perf_counter() - start
         print(f"{elapsed:5.0f} s  {case.id:<40} {times:5.2f}x the best rival, {share:4.0%} of the floor", flush=True)
@@ -149,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--only", default="", help="rows whose id contains this")
     parser.add_argument("--within", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--threads", type=int, help="threads of every contestant, instead of one a core")
     parser.add_argument("--no-models", action="store_true", help="operators only")
     options = parser.parse_args(arguments)
     chosen = [case for case in cases() if options.only in case.id]
@@ -156,6 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--only must be part of a row's id, such as 'depthwise forward fp32 mnv1-112', got {options.only!r}"
         )
+    if options.threads:
+        torch.set_num_threads(options.threads)
     run = perform(chosen, not options.no_models, options.within)
     path = options.out / f"{slug(run.machine)}.json"
     run.save(path)

@@ -22,11 +22,7 @@ struct CpuTRelu {
 struct CpuConv {
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).depthwise(g, x, weight, bias, act, y, dtype, false);
-  }
-  static void inner(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
-                    Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).depthwise(g, x, weight, bias, act, y, dtype, true);
+    cpu::kernels(dtype).depthwise(g, x, weight, bias, act, y, dtype);
   }
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor&) {

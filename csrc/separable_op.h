@@ -46,9 +46,8 @@ inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& inner, con
   matrix_product(transposed(pixel_rows(dz)), pixel_rows(inner), out);
 }
 
-// Kernels: as DepthwiseOps takes them, and
-//   static inner(...), as its forward, of an output that the pointwise step reads next
-// and over a dense matrix of rows by channels, or of any elements where there is no bias,
+// Kernels: as DepthwiseOps takes them, and over a dense matrix of rows by channels, or of any elements where there is
+// no bias,
 //   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like): out = act(z + bias)
 //   static slope(grad, values, activation, from_output, out, rows, channels, dtype, like): out = grad * act'(...)
 // where out may be the first argument; over images in the format that is computed in,
@@ -113,8 +112,8 @@ struct SeparableOps {
   static Tensor depthwise(const Call& call, Activation act) {
     const Conv2d& g = call.g;
     Tensor out = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
-    Kernels::inner(g, call.x.const_data_ptr(), call.depthwise.const_data_ptr(), data_or_null(call.depthwise_bias), act,
-                   out.mutable_data_ptr(), call.dtype, call.x);
+    Kernels::forward(g, call.x.const_data_ptr(), call.depthwise.const_data_ptr(), data_or_null(call.depthwise_bias),
+                     act, out.mutable_data_ptr(), call.dtype, call.x);
     return out;
   }
 

@@ -16,7 +16,7 @@ from benchmarks.shapes import SHAPES, select
 from rkl_kernels import bench
 from rkl_kernels.bench import Case, contestants, measure, runtimes
 from rkl_kernels.bench.memory import allocated, peak_memory
-from rkl_kernels.bench.rivals import Rival, eager, error, inputs, ours, reference
+from rkl_kernels.bench.rivals import Rival, eager, error, inputs, layers, ours, reference
 from rkl_kernels.bench.row import Row, from_json, to_json
 from rkl_kernels.bench.table import table
 from rkl_kernels.bench.timing import Timing, interleave, summarize
@@ -44,6 +44,36 @@ def test_contestants_take_turns_and_a_slow_one_sits_out() -> None:
     assert times["slow"].samples == 3
     assert times["a"].samples == times["b"].samples == 8, "each has its share of the time, 1/8 s"
     assert {name: timing.seconds for name, timing in times.items()} == seconds
+
+
+def test_what_a_call_gives_is_read_by_what_comes_next() -> None:
+    seen: list[torch.Tensor] = []
+
+    def run(image: torch.Tensor = torch.ones(1)) -> tuple[torch.Tensor]:  # noqa: B008
+        seen.append(image)
+        return (image + 1,)
+
+    chain, count = layers(TINY, run)
+    chain()
+    assert TINY.repeats
+    assert [int(image) for image in seen] == [1, 2, 3, 4]
+    assert count == 4
+    results: list[torch.Tensor] = []
+    for case in (replace(TINY, stride=2), replace(TINY, direction="backward"), replace(TINY, padding=0)):
+        assert not case.repeats
+        chain, count = layers(case, lambda: results.append(torch.tensor([-1.0])) or results[-1:])
+        chain()
+        assert count == 1
+        assert results[-1] == 0, "an in-place ReLU went over the result"
+    assert replace(TINY, operator="separable", out_channels=8).repeats
+    assert not replace(TINY, operator="separable", out_channels=5).repeats
+
+
+def test_times_are_a_layers_also_with_the_allocator_as_it_comes() -> None:
+    row = measure(TINY, contestants(layouts=("nhwc",)), budget=0.02, faulting=True)
+    assert set(row.faulting) == {"ours nhwc", "eager nhwc"}
+    assert row.same_layout_faulting("nhwc") is not None
+    assert from_json(json.loads(json.dumps(to_json(row)))) == row
 
 
 def test_one_disturbed_sample_moves_neither_median_nor_noise() -> None:

@@ -4,10 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -17,4 +20,5 @@
 #include "cpu/element.h"
 #include "cpu/gather.h"
 #include "cpu/kernels.h"
+#include "cpu/lattice.h"
 #include "geometry.h"

@@ -3,46 +3,41 @@
 #pragma once
 #include "cpu/depthwise_flat.h"
 #include "cpu/depthwise_halving.h"
+#include "cpu/depthwise_nhwc.h"
 #include "cpu/depthwise_planes.h"
-#include "cpu/depthwise_wide.h"
 #include "cpu/elementwise.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// Multiply-adds a thread takes at least: some microseconds, what waking it costs.
-constexpr int64_t kTaskWork = int64_t(1) << 18;
-
-template <class T>
-bool worth_streaming(const T* out, const Lanes& lanes, int64_t elements, bool read_next = false) {
-  const bool aligned = aligned_for_stream(out) && (!lanes.in_place() || lanes.channels % kLanes == 0);
-  return aligned && elements * int64_t(sizeof(T)) >= (read_next ? kStreamBytesReadNext : kStreamBytes);
-}
-
 template <class Rows, class T>
 void convolve_all(const Conv2d& g, const Lanes& lanes, const T* x, const Finish& finish, T* y) {
   const Gather gather = forward_gather(g);
-  const Tiling tiles = Rows::tiling(g, lanes);
+  const int64_t height = Rows(gather, g, lanes, finish).height();
+  const Tiling tiles = Rows::tiling(g, lanes, height);
   const int64_t tasks = tiles.units() * tiles.groups();
   const int64_t work = g.batch * g.channels * g.out_h * g.out_w * (g.kernel_h * g.kernel_w + 4) / tasks;
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    Rows rows(gather, g, lanes);
+    Rows rows(gather, g, lanes, finish);
     for (int64_t task = begin; task < end; ++task) {
       // Bands fastest: neighbours share rows.
       const int64_t band = task % tiles.bands(), group = task / tiles.bands() % tiles.groups();
       const int64_t image = task / tiles.bands() / tiles.groups();
-      rows.convolve_rows(x, finish, y, tiles.tile(image * tiles.bands() + band, group, g.out_h));
+      rows.convolve_rows(x, y, tiles.tile(image * tiles.bands() + band, group, height));
     }
-    stream_fence();
   });
 }
 
 // Both gradients in one pass: of each band first the image's, then the filter's, while its rows are in the cache.
 // The filter's is summed in slices of the batch, each for itself, and the slices are added in their order.
 template <class Rows, class T>
-void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, const Finish& finish, T* dx, T* dweight,
+void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, const T* weight, T* dx, T* dweight,
                T* dbias) {
+  using Filter = typename Rows::Filter;
   const Gather forward = forward_gather(g), gradient = gradient_gather(g);
-  const Tiling tiles = Rows::tiling(g, lanes);
+  const std::vector<float> weights = Rows::pack(weight, gradient, g, lanes), no_bias(lanes.vectors() * kLanes);
+  const Finish finish{weights.data(), no_bias.data(), Activation::none};
+  const int64_t to_x = Rows(gradient, g, lanes, finish).height(), to_weight = Filter(forward, g, lanes).height();
+  const Tiling tiles = Rows::tiling(g, lanes, to_weight);
   const int taps = g.kernel_h * g.kernel_w;
   const bool wants_sums = dweight || dbias;
   // Few enough that adding the slices stays small beside reading the images.
@@ -53,32 +48,30 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   std::vector<float> sums(wants_sums ? slices * slice_size : 0);
   const int64_t work = 2 * pixels * g.channels * (taps + 4) / tasks;
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
-    Rows to_image(gradient, g, lanes), to_filter(forward, g, lanes);
+    Rows to_image(gradient, g, lanes, finish);
+    Filter to_filter(forward, g, lanes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task % slices, group = task / slices;
       for (int64_t u = tiles.units() * slice / slices; u < tiles.units() * (slice + 1) / slices; ++u) {
-        if (dx) to_image.convolve_rows(grad, finish, dx, tiles.tile(u, group, g.in_h));
-        if (wants_sums)
-          to_filter.correlate_rows(x, grad, sums.data() + slice * slice_size, taps, tiles.tile(u, group, g.out_h));
+        const Tile at_x = tiles.tile(u, group, to_x), at_weight = tiles.tile(u, group, to_weight);
+        if (dx && at_x.first_row < at_x.last_row) to_image.convolve_rows(grad, dx, at_x);
+        if (wants_sums && at_weight.first_row < at_weight.last_row)
+          to_filter.correlate_rows(x, grad, sums.data() + slice * slice_size, taps, at_weight);
       }
       if (wants_sums) to_filter.flush(sums.data() + slice * slice_size, taps, group * tiles.group);
     }
-    stream_fence();
   });
   if (wants_sums) reduce_sums(sums, slices, taps, lanes, dweight, dbias);
 }
 
-// Calls f with the kind of rows that serves, as a null pointer.
+// Calls f with the kind of rows that serves, forward, images which are not in place, as a null pointer.
 template <class T, class F>
-void with_rows(const Conv2d& g, const Lanes& lanes, F&& f) {
-  if (lanes.in_place()) return f(static_cast<NhwcRows<T>*>(nullptr));
+void with_rows(const Conv2d& g, F&& f) {
 #if RKL_LANES == 16
   if (FlatRows<T>::serves(g)) return f(static_cast<FlatRows<T>*>(nullptr));
+  if (HalvingRows<T>::serves(g)) return f(static_cast<HalvingRows<T>*>(nullptr));
 #endif
-  if (WideRows<T>::serves(g))
-    f(static_cast<WideRows<T>*>(nullptr));
-  else
-    f(static_cast<PlaneRows<T>*>(nullptr));
+  f(static_cast<PlaneRows<T>*>(nullptr));
 }
 
 inline PackedFilter pack_filter(const Conv2d& g, const void* weight, const void* bias, Dtype dtype) {
@@ -86,33 +79,35 @@ inline PackedFilter pack_filter(const Conv2d& g, const void* weight, const void*
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Lanes lanes{g.channels, g.nhwc};
-    filter.weights = as_lanes(static_cast<const T*>(weight), g.kernel_h * g.kernel_w, lanes);
+    const Gather gather = forward_gather(g);
+    const T* from = static_cast<const T*>(weight);
     filter.bias = as_lanes(static_cast<const T*>(bias), 1, lanes);
+    if (lanes.in_place())
+      filter.weights = pack_weights<T>(from, gather, g.kernel_h, g.kernel_w, lanes);
+    else
+      with_rows<T>(
+          g, [&](auto* rows) { filter.weights = std::remove_pointer_t<decltype(rows)>::pack(from, gather, g, lanes); });
   });
   return filter;
 }
 
 inline void depthwise_packed(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y,
-                             Dtype dtype, bool read_next) {
+                             Dtype dtype) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Lanes lanes{g.channels, g.nhwc};
-    T* out = static_cast<T*>(y);
-    const bool past_caches = worth_streaming(out, lanes, g.batch * g.channels * g.out_h * g.out_w, read_next);
-    const Finish finish{filter.weights.data(), filter.bias.data(), act, past_caches};
-    const auto run = [&](auto* rows) {
-      convolve_all<std::remove_pointer_t<decltype(rows)>>(g, lanes, static_cast<const T*>(x), finish, out);
-    };
-#if RKL_LANES == 16
-    if (HalvingRows<T>::serves(g)) return run(static_cast<HalvingRows<T>*>(nullptr));
-#endif
-    with_rows<T>(g, lanes, run);
+    const T* from = static_cast<const T*>(x);
+    const Finish finish{filter.weights.data(), filter.bias.data(), act};
+    if (lanes.in_place()) return convolve_windows(g, from, finish, static_cast<T*>(y));
+    with_rows<T>(g, [&](auto* rows) {
+      convolve_all<std::remove_pointer_t<decltype(rows)>>(g, lanes, from, finish, static_cast<T*>(y));
+    });
   });
 }
 
 inline void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
-                      Dtype dtype, bool read_next) {
-  depthwise_packed(g, x, pack_filter(g, weight, bias, dtype), act, y, dtype, read_next);
+                      Dtype dtype) {
+  depthwise_packed(g, x, pack_filter(g, weight, bias, dtype), act, y, dtype);
 }
 
 inline void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
@@ -120,15 +115,14 @@ inline void depthwise_backward(const Conv2d& g, const void* grad, const void* x,
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Lanes lanes{g.channels, g.nhwc};
-    const std::vector<float> weights = as_lanes(static_cast<const T*>(weight), g.kernel_h * g.kernel_w, lanes);
-    const std::vector<float> no_bias(lanes.vectors() * kLanes);
     const T *from = static_cast<const T*>(grad), *image = static_cast<const T*>(x);
+    const T* filter = static_cast<const T*>(weight);
     T *to_x = static_cast<T*>(dx), *to_weight = static_cast<T*>(dweight), *to_bias = static_cast<T*>(dbias);
-    const bool past_caches = dx && worth_streaming(to_x, lanes, g.batch * g.channels * g.in_h * g.in_w);
-    const Finish finish{weights.data(), no_bias.data(), Activation::none, past_caches};
-    with_rows<T>(g, lanes, [&](auto* rows) {
-      gradients<std::remove_pointer_t<decltype(rows)>>(g, lanes, from, image, finish, to_x, to_weight, to_bias);
-    });
+    if (lanes.in_place()) return gradient_windows(g, from, image, filter, to_x, to_weight, to_bias);
+#if RKL_LANES == 16
+    if (FlatRows<T>::serves(g)) return gradients<FlatRows<T>>(g, lanes, from, image, filter, to_x, to_weight, to_bias);
+#endif
+    gradients<PlaneRows<T>>(g, lanes, from, image, filter, to_x, to_weight, to_bias);
   });
 }
 

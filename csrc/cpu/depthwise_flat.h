@@ -3,10 +3,35 @@
 // neighbouring vectors, with a mask where the row ends: three loads a vector, nothing is copied, padded or turned, and
 // narrow maps waste no lanes. Masks are those of AVX-512.
 #pragma once
-#include "cpu/depthwise_wide.h"
+#include "cpu/lanes.h"
+#include "cpu/pixels.h"
+#include "cpu/tiling.h"
+#include "cpu/transpose.h"
+#include "cpu/vector_math.h"
 
 #if RKL_LANES == 16
 namespace rkl::cpu::RKL_ISA {
+
+// Whether the filter is 3 x 3 with one pixel of padding, at this stride, on NCHW images: what is taken as it lies.
+inline bool is_3_by_3_on_planes(const Conv2d& g, int stride) {
+  const bool one_around = g.padding_h == 1 && g.padding_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+  return !g.nhwc && one_around && g.stride_h == stride && g.stride_w == stride && g.kernel_h == 3 && g.kernel_w == 3;
+}
+
+// bias + the nine pixels times the nine weights, row by row. A sum for each row: one after the other, the nine would
+// wait for each other.
+template <class T>
+RKL_INLINE Vec sum_3_by_3(Vec bias, const Vec (&x)[9], const Vec (&weight)[9], T) {
+  Vec row[3] = {bias, Vec{}, Vec{}};
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
+  return row[0] + (row[1] + row[2]);
+}
+
+// Of a channel's tap among weights or sums that lie as (vector, tap, lane).
+inline int64_t at_channel(int64_t channel, int64_t tap, int64_t taps) {
+  return Lanes::at(channel / kLanes, tap, taps) + channel % kLanes;
+}
 
 template <class T>
 class FlatRows {
@@ -14,13 +39,19 @@ class FlatRows {
   static bool serves(const Conv2d& g) { return is_3_by_3_on_planes(g, 1) && g.in_h * g.in_w <= kMostPixels; }
 
   // Whole planes, of so many channels that a task is worth its while.
-  static Tiling tiling(const Conv2d& g, const Lanes&) {
+  static Tiling tiling(const Conv2d& g, const Lanes&, int64_t) {
     const int64_t group = std::clamp<int64_t>(kGroupPixels / (g.in_h * g.in_w), 1, g.channels);
     return {g.batch, g.channels, group, g.out_h, g.out_h};
   }
 
-  FlatRows(const Gather& gather, const Conv2d&, const Lanes& lanes)
-      : lanes_(lanes), width_(gather.out_w), pixels_(gather.out_h * gather.out_w) {
+  using Filter = FlatRows;
+
+  static std::vector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
+    return as_lanes(filter, kTaps, lanes);
+  }
+
+  FlatRows(const Gather& gather, const Conv2d&, const Lanes& lanes, const Finish& finish = {})
+      : lanes_(lanes), finish_(finish), width_(gather.out_w), pixels_(gather.out_h * gather.out_w) {
     const Axis &down = gather.vertical[0], &across = gather.horizontal[0];
     for (int i = 0; i < kTaps; ++i) tap_[i] = down.tap[i / 3] * 3 + across.tap[i % 3];
     masks_.resize((pixels_ + kLanes - 1) / kLanes + 1);
@@ -33,10 +64,12 @@ class FlatRows {
     }
   }
 
-  void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) {
+  int64_t height() const { return pixels_ / width_; }
+
+  void convolve_rows(const T* in, T* out, const Tile& tile) {
     for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
       const int64_t plane = (tile.image * lanes_.channels + channel) * pixels_;
-      convolve(in + plane, finish, channel, out + plane);
+      convolve(in + plane, channel, out + plane);
     }
   }
 
@@ -53,7 +86,7 @@ class FlatRows {
   void flush(float* sums, int, int64_t first) {
     sum_lanes(sums_.data(), sums_.size() / kLanes, [&](int64_t i, float sum) {
       const int64_t row = i % kRows, tap = row < kTaps ? tap_[row] : kTaps;
-      sums[WideRows<T>::at(first + i / kRows, tap, kRows)] += sum;
+      sums[at_channel(first + i / kRows, tap, kRows)] += sum;
     });
     sums_.clear();
   }
@@ -107,20 +140,16 @@ class FlatRows {
     }
   }
 
-  void convolve(const T* in, const Finish& finish, int64_t channel, T* out) const {
-    const float* weights = finish.weights + WideRows<T>::at(channel, 0, kTaps);
+  void convolve(const T* in, int64_t channel, T* out) const {
+    const float* weights = finish_.weights + at_channel(channel, 0, kTaps);
     Vec weight[kTaps];
     for (int i = 0; i < kTaps; ++i) weight[i] = as_factor(broadcast(weights[tap_[i] * kLanes]), T{});
-    const Vec bias = broadcast(finish.bias[channel]);
-    // Planes of whole vectors lie in whole lines.
-    const bool past_caches = finish.past_caches && pixels_ % kLanes == 0;
+    const Vec bias = broadcast(finish_.bias[channel]);
     for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
       Vec sum = sum_3_by_3(bias, x, weight, T{});
-      if (finish.act != Activation::none) sum = activate(finish.act, sum, T{});
+      if (finish_.act != Activation::none) sum = activate(finish_.act, sum, T{});
       T* to = out + v * kLanes;
-      if (past_caches)
-        stream(to, sum);
-      else if (const int64_t lanes = pixels_ - v * kLanes; lanes >= kLanes)
+      if (const int64_t lanes = pixels_ - v * kLanes; lanes >= kLanes)
         store(to, sum);
       else
         store_some(to, sum, lanes);
@@ -140,6 +169,7 @@ class FlatRows {
   }
 
   const Lanes lanes_;
+  const Finish finish_;
   const int64_t width_, pixels_;  // of a plane
   int64_t tap_[kTaps];
   std::vector<Masks> masks_;  // a vector

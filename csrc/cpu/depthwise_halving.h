@@ -2,7 +2,7 @@
 // of one row, or of maps up to 8 wide 8 outputs of each of two rows. Of 32 pixels, or of twice 16, one permutation each
 // picks the even and the odd ones; masks stand for what lies outside. Masks are those of AVX-512.
 #pragma once
-#include "cpu/depthwise_wide.h"
+#include "cpu/depthwise_flat.h"
 
 #if RKL_LANES == 16
 namespace rkl::cpu::RKL_ISA {
@@ -13,24 +13,30 @@ class HalvingRows {
   static bool serves(const Conv2d& g) { return is_3_by_3_on_planes(g, 2); }
 
   // Some rows of large planes, or so many channels of small ones that a task has work.
-  static Tiling tiling(const Conv2d& g, const Lanes&) {
+  static Tiling tiling(const Conv2d& g, const Lanes&, int64_t) {
     const int64_t band = std::clamp<int64_t>(kTaskPixels / (2 * g.in_w), 2, std::max<int64_t>(2, g.out_h));
     const int64_t group = std::clamp<int64_t>(kTaskPixels / (g.in_h * g.in_w), 1, g.channels);
     return {g.batch, g.channels, group, g.out_h, band};
   }
 
-  HalvingRows(const Gather&, const Conv2d& g, const Lanes&) : g_(g) {}
+  static std::vector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
+    return as_lanes(filter, kTaps, lanes);
+  }
 
-  void convolve_rows(const T* in, const Finish& finish, T* out, const Tile& tile) const {
+  HalvingRows(const Gather&, const Conv2d& g, const Lanes&, const Finish& finish) : g_(g), finish_(finish) {}
+
+  int64_t height() const { return g_.out_h; }
+
+  void convolve_rows(const T* in, T* out, const Tile& tile) const {
     for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
       const int64_t plane = tile.image * g_.channels + channel;
       const Plane from{in + plane * g_.in_h * g_.in_w, g_.in_h, g_.in_w};
-      const float* weights = finish.weights + WideRows<T>::at(channel, 0, kTaps);
+      const float* weights = finish_.weights + at_channel(channel, 0, kTaps);
       Filter filter;
       for (int i = 0; i < kTaps; ++i) filter.weight[i] = as_factor(broadcast(weights[i * kLanes]), T{});
-      filter.bias = broadcast(finish.bias[channel]);
+      filter.bias = broadcast(finish_.bias[channel]);
       T* to = out + plane * g_.out_h * g_.out_w;
-      g_.out_w <= kLanes / 2 ? by_pairs(from, filter, finish.act, tile, to) : by_rows(from, filter, finish, tile, to);
+      g_.out_w <= kLanes / 2 ? by_pairs(from, filter, tile, to) : by_rows(from, filter, tile, to);
     }
   }
 
@@ -75,8 +81,7 @@ class HalvingRows {
     x[0] = (Vec)_mm512_maskz_alignr_epi32(left, (__m512i)x[2], (__m512i)before, kLanes - 1);
   }
 
-  void by_rows(const Plane& from, const Filter& filter, const Finish& finish, const Tile& tile, T* out) const {
-    const bool past_caches = finish.past_caches && g_.out_w % kLanes == 0;
+  void by_rows(const Plane& from, const Filter& filter, const Tile& tile, T* out) const {
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
       T* to = out + h * g_.out_w;
       for (int64_t w = 0; w < g_.out_w; w += kLanes) {
@@ -90,10 +95,8 @@ class HalvingRows {
                      from.take(row, 2 * w - kLanes, in_before), 0xffff, x + 3 * i);
         }
         Vec y = sum_3_by_3(filter.bias, x, filter.weight, T{});
-        if (finish.act != Activation::none) y = activate(finish.act, y, T{});
-        if (past_caches)
-          stream(to + w, y);
-        else if (const int64_t lanes = g_.out_w - w; lanes >= kLanes)
+        if (finish_.act != Activation::none) y = activate(finish_.act, y, T{});
+        if (const int64_t lanes = g_.out_w - w; lanes >= kLanes)
           store(to + w, y);
         else
           store_some(to + w, y, lanes);
@@ -102,7 +105,7 @@ class HalvingRows {
   }
 
   // Two rows of outputs at a time.
-  void by_pairs(const Plane& from, const Filter& filter, Activation act, const Tile& tile, T* out) const {
+  void by_pairs(const Plane& from, const Filter& filter, const Tile& tile, T* out) const {
     constexpr int kHalf = kLanes / 2;
     constexpr uint16_t kNotFirst = 0xfefe;  // of each row: nothing lies to its left
     const int64_t width = g_.out_w;
@@ -115,7 +118,7 @@ class HalvingRows {
         under_taps(from.take(row, 0, lanes), from.take(row + 2, 0, lanes), Vec{}, kNotFirst, x + 3 * i);
       }
       Vec y = sum_3_by_3(filter.bias, x, filter.weight, T{});
-      if (act != Activation::none) y = activate(act, y, T{});
+      if (finish_.act != Activation::none) y = activate(finish_.act, y, T{});
       T* to = out + h * width;
       const bool both = h + 1 < tile.last_row;
       if (width == kHalf && both) {
@@ -128,6 +131,7 @@ class HalvingRows {
   }
 
   const Conv2d g_;
+  const Finish finish_;
 };
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -5,27 +5,21 @@
 namespace rkl::cpu::RKL_ISA {
 
 // out[i] = f(a[i], b[i]) for i in [begin, end); begin is a multiple of kLanes. b is a again for one-argument functions.
-template <bool past_caches, class T, class F>
+template <class T, class F>
 void map_range(const T* a, const T* b, T* out, int64_t begin, int64_t end, F f) {
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) put<past_caches>(out + i, f(load(a + i), load(b + i)));
+  for (; i + kLanes <= end; i += kLanes) store(out + i, f(load(a + i), load(b + i)));
   if (i < end) store_some(out + i, f(load_some(a + i, end - i), load_some(b + i, end - i)), end - i);
-  if (past_caches) stream_fence();
 }
 
 template <class T, class F>
 void map(const void* a, const void* b, void* out, int64_t n, F f) {
   const T *from = static_cast<const T*>(a), *other = static_cast<const T*>(b);
   T* to = static_cast<T*>(out);
-  // In place, the line is in the cache already: streaming would only throw it out.
-  const bool past_caches = n * int64_t(sizeof(T)) >= kStreamBytes && aligned_for_stream(to) && out != a && out != b;
   constexpr int64_t kBlock = 1024;  // threads meet at whole vectors
   torch::stable::parallel_for(0, (n + kBlock - 1) / kBlock, kGrain / kBlock, [=](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlock, last = end * kBlock < n ? end * kBlock : n;
-    if (past_caches)
-      map_range<true>(from, other, to, first, last, f);
-    else
-      map_range<false>(from, other, to, first, last, f);
+    map_range(from, other, to, first, last, f);
   });
 }
 

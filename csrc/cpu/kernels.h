@@ -26,14 +26,13 @@ struct Kernels {
   void (*trelu)(const void* x, void* y, int64_t n, Dtype dtype);
   void (*trelu_backward)(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype);
 
-  // y = act(x * weight + bias); bias may be null. read_next: by a matrix product, so that y had better stay in the
-  // cache.
+  // y = act(x * weight + bias); bias may be null.
   void (*depthwise)(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
-                    Dtype dtype, bool read_next);
+                    Dtype dtype);
   // The same in two parts, for whoever applies one filter to many bands.
   PackedFilter (*pack_filter)(const Conv2d& g, const void* weight, const void* bias, Dtype dtype);
   void (*depthwise_packed)(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y,
-                           Dtype dtype, bool read_next);
+                           Dtype dtype);
   // The gradients of x, weight and bias; each may be null where it is not wanted.
   void (*depthwise_backward)(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
                              void* dweight, void* dbias, Dtype dtype);

@@ -11,7 +11,7 @@ namespace rkl::cpu {
 inline void depthwise_band(const Separable& s, const Band& band, const PackedFilter& filter, Activation act,
                            void* out) {
   const int64_t first = (band.image * s.g.in_h + band.first_in_row) * s.g.in_w * s.g.channels;
-  kernels(s.dtype).depthwise_packed(band.g, at(s.x, first, s.dtype), filter, act, out, s.dtype, true);
+  kernels(s.dtype).depthwise_packed(band.g, at(s.x, first, s.dtype), filter, act, out, s.dtype);
 }
 
 }  // namespace rkl::cpu

@@ -16,7 +16,7 @@ void depthwise_image(const Separable& s, int64_t image, const PackedFilter& filt
   Conv2d one = s.g;
   one.batch = 1;
   const void* x = at(s.x, image * s.g.channels * s.g.in_h * s.g.in_w, s.dtype);
-  kernels(s.dtype).depthwise_packed(one, x, filter, act, out, s.dtype, true);
+  kernels(s.dtype).depthwise_packed(one, x, filter, act, out, s.dtype);
 }
 
 // `count` pixels of an image's output from the first one on, from as many of its depthwise output, (C, count).
@@ -35,7 +35,7 @@ void pointwise(const Separable& s, int64_t image, const void* inner, void* y, in
 void by_parts(const Separable& s, void* y) {
   const int64_t n = pixels_of(s), c = s.g.channels, size = size_of(s.dtype);
   const Scratch inner(s.g.batch * n * c * size);
-  kernels(s.dtype).depthwise(s.g, s.x, s.depthwise, s.depthwise_bias, s.inner, inner.as(), s.dtype, true);
+  kernels(s.dtype).depthwise(s.g, s.x, s.depthwise, s.depthwise_bias, s.inner, inner.as(), s.dtype);
   const int64_t part = std::min(n, std::max((n + kTasks - 1) / kTasks, kLeastPixels)), parts = (n + part - 1) / part;
   for_tasks(s.g.batch * parts, [&](int64_t begin, int64_t end) {
     const Scratch dense(part * c * size);

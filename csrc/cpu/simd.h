@@ -9,13 +9,6 @@ namespace rkl::cpu::RKL_ISA {
 constexpr int kLanes = RKL_LANES;
 // Elements a thread takes at least: below, waking it costs more than it saves.
 constexpr int64_t kGrain = 32768;
-// Bytes of output from which stores go past the caches. Well below what the shared cache holds: a line that is stored
-// to is read first, and thrown out later to make room. Depthwise 3 x 3 alone takes 0.55 to 0.98 of the time for outputs
-// of 1 to 4 MiB; with T-ReLU and a 1 x 1 convolution behind it 0.88 to 1.03, whole models the same.
-constexpr int64_t kStreamBytes = int64_t(1) << 20;
-// And where a matrix product reads it next, which would take 1.1 times as long.
-constexpr int64_t kStreamBytesReadNext = int64_t(1) << 22;
-
 typedef float Vec __attribute__((vector_size(4 * RKL_LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * RKL_LANES)));
 typedef uint32_t VecBits __attribute__((vector_size(4 * RKL_LANES)));
@@ -130,14 +123,19 @@ inline Vec multiply_add(Vec sum, Vec a, Vec b, T) {
 
 inline Vec packed(Vec v, float) { return v; }
 
+// A float whose upper half is the bf16 that it rounds to.
+inline VecBits rounded_bits(Vec v) {
+  const VecBits bits = (VecBits)v;
+  const VecBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const VecBits number = (VecBits)(v == v);  // NaN must not round up into infinity
+  return (rounded & number) | (0x7fc00000 & ~number);
+}
+
 inline VecHalf packed(Vec v, bf16) {
 #ifdef RKL_BF16_ONLY
   return (VecHalf)_mm512_cvtneps_pbh((__m512)v);  // denormal numbers become zero
 #else
-  const VecBits bits = (VecBits)v;
-  const VecBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const VecBits number = (VecBits)(v == v);  // NaN must not round up into infinity
-  return narrow_bits(((rounded & number) | (0x7fc00000 & ~number)) >> 16);
+  return narrow_bits(rounded_bits(v) >> 16);
 #endif
 }
 
@@ -156,54 +154,6 @@ inline VecHalf packed(Vec v, f16) {
 template <class T>
 inline void store(T* p, Vec v) {
   write(p, packed(v, T{}));
-}
-
-// A store past the caches, for outputs that no cache would keep: the line need not be read before it is written. p must
-// be aligned to the vector's size in memory, and stream_fence() must follow before another thread reads.
-template <class V>
-inline void write_past_caches(void* p, V v) {
-  if constexpr (sizeof(V) == 64) {
-#if RKL_LANES == 16
-    _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#endif
-  } else if constexpr (sizeof(V) == 32) {
-#if RKL_LANES >= 8
-    _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#endif
-  } else if constexpr (sizeof(V) == 16) {
-#if defined(__x86_64__)
-    _mm_stream_si128((__m128i*)p, (__m128i)v);
-#else
-    write(p, v);
-#endif
-  } else {
-    write(p, v);
-  }
-}
-
-template <class T>
-inline void stream(T* p, Vec v) {
-  write_past_caches(p, packed(v, T{}));
-}
-
-template <bool past_caches, class T>
-inline void put(T* p, Vec v) {
-  if constexpr (past_caches)
-    stream(p, v);
-  else
-    store(p, v);
-}
-
-inline void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
-// Whether every vector of elements that starts a whole number of vectors after p can be streamed.
-template <class T>
-inline bool aligned_for_stream(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(T)) == 0;
 }
 
 // ---- fewer than kLanes elements, where a row ends

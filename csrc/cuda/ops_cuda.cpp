@@ -55,7 +55,6 @@ struct CudaConv {
     const OnDeviceOf device(like);
     cuda::depthwise(g, x, weight, bias, act, y, dtype, device.stream);
   }
-  static constexpr auto inner = forward;
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor& like) {
     const OnDeviceOf device(like);

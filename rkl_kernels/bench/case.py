@@ -86,14 +86,21 @@ class Case:
 
     @property
     def out_height(self) -> int:
-        return self._out(self.height, self.kernel)
+        return self.height if self.operator == "trelu" else self._out(self.height, self.kernel)
 
     @property
     def out_width(self) -> int:
-        return self._out(self.width, self.filter_width)
+        return self.width if self.operator == "trelu" else self._out(self.width, self.filter_width)
 
     def _out(self, size: int, kernel: int) -> int:
         return (size + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a layer's output can be the next one's image."""
+        channels = self.out_channels if self.operator == "separable" else self.channels
+        shape = (channels, self.out_height, self.out_width)
+        return self.direction == "forward" and shape == (self.channels, self.height, self.width)
 
     @property
     def _filters(self) -> int:

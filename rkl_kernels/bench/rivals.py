@@ -1,7 +1,8 @@
 """The contestants on PyTorch tensors: this package and PyTorch itself, each in both memory layouts.
 
-A contestant is prepared for a :class:`Case` on given inputs, and gives back a function without arguments that does
-the work once and returns the tensors that :func:`reference` returns for the case: the output, or the gradients.
+A contestant is prepared for a :class:`Case` on given inputs, and gives back a function that does the work once, on the
+case's own image or, forward, on another one, and returns the tensors that :func:`reference` returns for the case: the
+output, or the gradients.
 """
 
 from __future__ import annotations
@@ -72,13 +73,15 @@ def function(case: Case, library: Any = rk) -> Callable[..., Tensor]:
     )
 
 
-def runner(case: Case, operator: Callable[..., Tensor], x: Tensor, weights: Results, grad: Tensor) -> Callable[[], Any]:
+def runner(
+    case: Case, operator: Callable[..., Tensor], x: Tensor, weights: Results, grad: Tensor
+) -> Callable[..., Any]:
     """The work of one call in the case's direction; backward runs on a graph recorded beforehand."""
     if case.direction == "forward":
 
-        def forward() -> Results:
+        def forward(image: Tensor = x) -> Results:
             with torch.no_grad():
-                return (operator(x, *weights),)
+                return (operator(image, *weights),)
 
         return forward
     x, weights = x.detach(), tuple(w.detach() for w in weights)
@@ -117,6 +120,31 @@ def error(got: Results, want: Results) -> float:
     return worst
 
 
+LAYERS = 4
+"""Layers in a row, where a layer's output can be the next one's image."""
+
+
+def layers(case: Case, run: Callable[..., Any]) -> tuple[Callable[[], None], int]:
+    """The work as a network does it, and how many layers that is: what a call gives is read by what comes next.
+
+    Layers in a row where the shape allows it; an in-place ReLU over the result elsewhere. A call that is timed over and
+    over while nobody reads its output rewards what keeps it out of the caches, where a network would look for it.
+    """
+    if case.repeats:
+
+        def in_a_row() -> None:
+            (y,) = run()
+            for _ in range(LAYERS - 1):
+                (y,) = run(y)
+
+        return in_a_row, LAYERS
+
+    def followed() -> None:
+        run()[0].relu_()
+
+    return followed, 1
+
+
 def _placed(case: Case, layout: str, device: str) -> tuple[Tensor, Results, Tensor]:
     """The inputs in the case's type and the layout asked for."""
     given = inputs(case, device)
@@ -135,7 +163,7 @@ class Rival:
 
     name: str
     layout: str
-    prepare: Callable[[Case, str], Callable[[], Any]]
+    prepare: Callable[[Case, str], Callable[..., Any]]
 
     @property
     def id(self) -> str:
@@ -145,15 +173,15 @@ class Rival:
 def ours(layout: str, backend: str = "auto") -> Rival:
     """This package; named "ours", or by the backend where one is asked for."""
 
-    def prepare(case: Case, device: str) -> Callable[[], Any]:
+    def prepare(case: Case, device: str) -> Callable[..., Any]:
         if backend == "auto":
             return runner(case, function(case), *_placed(case, layout, device))
         with rk.use_backend(backend):
             run = runner(case, function(case), *_placed(case, layout, device))
 
-        def forced() -> Any:
+        def forced(*image: Tensor) -> Any:
             with rk.use_backend(backend):
-                return run()
+                return run(*image)
 
         return forced
 
@@ -163,7 +191,7 @@ def ours(layout: str, backend: str = "auto") -> Rival:
 def eager(layout: str) -> Rival:
     """PyTorch's own operators, one after another: the package's reference in the case's own type."""
 
-    def prepare(case: Case, device: str) -> Callable[[], Any]:
+    def prepare(case: Case, device: str) -> Callable[..., Any]:
         return runner(case, function(case, rk.reference), *_placed(case, layout, device))
 
     return Rival("eager", layout, prepare)
@@ -172,7 +200,7 @@ def eager(layout: str) -> Rival:
 def compiled(layout: str, mode: str = "default") -> Rival:
     """The same through torch.compile; ``mode`` as there."""
 
-    def prepare(case: Case, device: str) -> Callable[[], Any]:
+    def prepare(case: Case, device: str) -> Callable[..., Any]:
         # Each case is compiled for itself: the compiler's memory of the last one only leads to recompilation limits.
         torch._dynamo.reset()
         # Backward runs many times on one graph, so the compiler may not reuse the buffers kept for it.

@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .case import Case
-from .rivals import TOLERANCES, TYPES, Rival, error, reference
-from .timing import Timing, busy_timer, copier, interleave, multiplier, timer_for
+from .rivals import TOLERANCES, TYPES, Rival, error, layers, reference
+from .timing import (
+    Timing,
+    busy_timer,
+    copier,
+    give_memory_back,
+    interleave,
+    keep_memory,
+    multiplier,
+    timer_for,
+)
 
 COPY, MATRIX = "copy", "matrix product"
 OURS = "ours"
@@ -23,7 +32,9 @@ class Row:
     """What was measured for a case.
 
     Attributes:
-        times: seconds a call of every contestant whose results were right, by its id ("ours nhwc", "eager nchw").
+        times: seconds a layer of every contestant whose results were right, by its id ("ours nhwc", "eager nchw").
+        faulting: the same, for this package and PyTorch, where the allocator is left as it comes, so that large outputs
+            cost page faults; empty unless asked for.
         rejected: contestants that were not timed, with why.
         copy: a plain copy over the case's unavoidable bytes.
         matrix_rate: operations a second of a large matrix product of the case's type.
@@ -34,6 +45,7 @@ class Row:
     matrix_rate: float
     times: dict[str, Timing] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+    faulting: dict[str, Timing] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:
@@ -54,6 +66,10 @@ class Row:
     def same_layout(self, layout: str) -> float | None:
         """How many times we are faster than PyTorch eager in one layout."""
         return self.ratio(f"eager {layout}", f"{OURS} {layout}")
+
+    def same_layout_faulting(self, layout: str) -> float | None:
+        """The same with the allocator as it comes."""
+        return Row(self.case, self.copy, self.matrix_rate, self.faulting).same_layout(layout)
 
     def over_best(self) -> float | None:
         """How many times our better layout is faster than the best rival in any layout."""
@@ -85,19 +101,29 @@ def products(tf32: bool) -> Iterator[None]:
             one.allow_tf32 = value
 
 
-def measure(case: Case, rivals: Iterable[Rival], device: str = "cpu", budget: float = 1.5, busy: bool = False) -> Row:
-    """Check every contestant's results against the float64 reference, then time those that are right, interleaved.
+def measure(
+    case: Case,
+    rivals: Iterable[Rival],
+    device: str = "cpu",
+    budget: float = 1.5,
+    busy: bool = False,
+    faulting: bool = False,
+) -> Row:
+    """Check every contestant's results against the float64 reference, then time those that are right, interleaved, as
+    :func:`layers` says.
 
     Args:
         budget: seconds of timing for all contestants together.
+        faulting: time this package and PyTorch once more with the allocator as it comes, in half as much time; the
+            process keeps freed memory afterwards.
         busy: CPU time and shortest samples instead of wall time and medians, to look at a kernel on one thread while
             the machine does other work. Such figures are for looking, not for keeping.
     """
     with products(case.tf32):
-        return _measure(case, rivals, device, budget, busy)
+        return _measure(case, rivals, device, budget, busy, faulting)
 
 
-def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, busy: bool) -> Row:
+def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, busy: bool, faulting: bool) -> Row:
     runs: dict[str, Callable[[], Any]] = {}
     rejected: dict[str, str] = {}
     for rival in rivals:
@@ -114,10 +140,21 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
         else:
             runs[rival.id] = run
     product, operations = multiplier(TYPES[case.dtype], device)
-    contestants = runs | {COPY: copier(case.bytes, device), MATRIX: product}
-    times = interleave(contestants, busy_timer if busy else timer_for(device), budget, fastest=busy)
+    timer = busy_timer if busy else timer_for(device)
+    chains = {name: layers(case, run) for name, run in runs.items()}
+    contestants = {name: chain for name, (chain, _) in chains.items()}
+    times = interleave(contestants | {COPY: copier(case.bytes, device), MATRIX: product}, timer, budget, fastest=busy)
     copy, matrix = times.pop(COPY), times.pop(MATRIX)
-    return Row(case, copy, operations / matrix.seconds, times, rejected)
+    row = Row(case, copy, operations / matrix.seconds, _a_layer(times, chains), rejected)
+    if faulting and give_memory_back():
+        again = {name: chain for name, chain in contestants.items() if name.split()[0] in (OURS, "eager")}
+        row.faulting = _a_layer(interleave(again, timer, budget / 2, fastest=busy), chains)
+        keep_memory()
+    return row
+
+
+def _a_layer(times: dict[str, Timing], chains: Mapping[str, tuple[Any, int]]) -> dict[str, Timing]:
+    return {name: replace(timing, seconds=timing.seconds / chains[name][1]) for name, timing in times.items()}
 
 
 def to_json(row: Row) -> dict[str, Any]:
@@ -130,11 +167,16 @@ def to_json(row: Row) -> dict[str, Any]:
         "copy": vars(row.copy),
         "matrix_rate": row.matrix_rate,
         "times": {name: vars(timing) for name, timing in row.times.items()},
+        "faulting": {name: vars(timing) for name, timing in row.faulting.items()},
         "rejected": row.rejected,
     }
 
 
 def from_json(data: Mapping[str, Any]) -> Row:
-    """The row that :func:`to_json` wrote."""
-    times = {name: Timing(**timing) for name, timing in data["times"].items()}
-    return Row(Case(**data["case"]), Timing(**data["copy"]), data["matrix_rate"], times, dict(data["rejected"]))
+    """The row that :func:`to_json` wrote; earlier records have no times with the allocator as it comes."""
+    times, faulting = (
+        {name: Timing(**timing) for name, timing in data.get(key, {}).items()} for key in ("times", "faulting")
+    )
+    return Row(
+        Case(**data["case"]), Timing(**data["copy"]), data["matrix_rate"], times, dict(data["rejected"]), faulting
+    )

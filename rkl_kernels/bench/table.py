@@ -35,16 +35,17 @@ COLUMNS = (
     "x nchw",
     "x nhwc",
     "x best",
+    "faulting",
     "of floor",
     "±",
 )
-WIDTHS = (40, 10, 11, 11, 12, 12, 18, 9, 9, 8, 10, 6)
+WIDTHS = (40, 10, 11, 11, 12, 12, 18, 9, 9, 8, 10, 10, 6)
 
 
 def cells(row: Row) -> list[str]:
     """One line of a table, in the order of :data:`COLUMNS`."""
     times = [_milliseconds(row, f"{name} {layout}") for name in (OURS, "eager") for layout in ("nchw", "nhwc")]
-    ratios = [row.same_layout("nchw"), row.same_layout("nhwc"), row.over_best()]
+    ratios = [row.same_layout("nchw"), row.same_layout("nhwc"), row.over_best(), row.same_layout_faulting("nhwc")]
     return [
         row.case.id,
         f"{row.floor * 1e3:.3g}",
@@ -62,6 +63,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         geometric_mean(r.same_layout("nchw") for r in rows),
         geometric_mean(r.same_layout("nhwc") for r in rows),
         geometric_mean(r.over_best() for r in rows),
+        geometric_mean(r.same_layout_faulting("nhwc") for r in rows),
     ]
     lowest = min((r for r in (row.over_best() for row in rows) if r), default=None)
     name = f"geometric mean of {len(rows)}" + (f" (lowest x best {lowest:.2f})" if lowest else "")

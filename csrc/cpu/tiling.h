@@ -1,0 +1,34 @@
+// Which part of the images a task works on.
+#pragma once
+#include "cpu/simd.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// Multiply-adds a thread takes at least: some microseconds, what waking it costs.
+constexpr int64_t kTaskWork = int64_t(1) << 18;
+
+// What a task works on: a band of rows of one image (or one group of images that share a vector), some vectors of it.
+struct Tile {
+  int64_t image, first_vector, last_vector, first_row, last_row;
+};
+
+// The tasks of one pass: images x groups of vectors x bands of rows.
+struct Tiling {
+  int64_t images, vectors, group, rows, band;
+
+  int64_t groups() const { return (vectors + group - 1) / group; }
+  int64_t bands() const { return (rows + band - 1) / band; }
+  int64_t units() const { return images * bands(); }
+
+  // Band `unit % bands` of an image with `height` rows, which need not be the `rows` that the bands were made for.
+  Tile tile(int64_t unit, int64_t g, int64_t height) const {
+    const int64_t b = unit % bands();
+    return {unit / bands(), g * group, std::min(vectors, (g + 1) * group), height * b / bands(),
+            height * (b + 1) / bands()};
+  }
+};
+
+// Of a core's second-level cache, what a task may fill with the rows that it works on.
+constexpr int64_t kCacheBytes = int64_t(640) << 10;
+
+}  // namespace rkl::cpu::RKL_ISA

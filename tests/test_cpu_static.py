@@ -1,0 +1,59 @@
+"""What the compiler made of the CPU's hot loops: sums that slide must stay in registers."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+
+EXTENSION = importlib.util.find_spec("rkl_kernels._C")
+
+pytestmark = pytest.mark.skipif(
+    EXTENSION is None or shutil.which("objdump") is None or platform.machine() != "x86_64",
+    reason="needs the CPU extension, objdump and an x86-64 machine",
+)
+
+# Namespace, class and arguments: taps, step, rows of outputs and vectors, or rows of the filter.
+LOOPS = [
+    ("avx512", "Window<float, 3, 1, 2, 1, true>", 54),  # multiply-adds: 3 columns x 2 rows x 9 taps
+    ("avx512", "Window<float, 3, 2, 2, 1, true>", 36),
+    ("avx512", "FilterWindow<float, 3, 1, 3>", 27),
+    ("avx512_bf16", "Window<c10::BFloat16, 3, 1, 2, 1, true>", 36),  # two rows of the filter an instruction
+    ("avx512_bf16", "FilterWindow<c10::BFloat16, 3, 1, 3>", 27),
+]
+
+
+@cache
+def functions() -> dict[str, list[tuple[int, str]]]:
+    """Instructions with their addresses, by function."""
+    assert EXTENSION is not None
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(EXTENSION.origin)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[tuple[int, str]]] = {}
+    for line in listing.splitlines():
+        if head := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            instructions = found.setdefault(head[1], [])
+        elif (instruction := re.match(r"\s+([0-9a-f]+):\s+(.*)", line)) and found:
+            instructions.append((int(instruction[1], 16), instruction[2]))
+    return found
+
+
+def hot_loop(isa: str, name: str) -> list[str]:
+    """The instructions between the furthest backward jump of the function and its target."""
+    instructions = next(body for f, body in functions().items() if f"::{isa}::{name}::run(" in f)
+    jumps = [(at, int(jump[1], 16)) for at, text in instructions if (jump := re.match(r"j\w+\s+([0-9a-f]+)", text))]
+    end, start = max(((at, to) for at, to in jumps if to < at), key=lambda jump: jump[0] - jump[1])
+    return [text for at, text in instructions if start <= at <= end]
+
+
+@pytest.mark.parametrize(("isa", "name", "products"), LOOPS)
+def test_sums_and_weights_stay_in_registers(isa: str, name: str, products: int) -> None:
+    loop = hot_loop(isa, name)
+    spilled = [text for text in loop if "zmm" in text and re.search(r"\(%r[sb]p", text)]
+    assert not spilled
+    assert sum(text.startswith(("vfmadd", "vdpbf16ps")) for text in loop) == products
