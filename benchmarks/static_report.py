@@ -162,9 +162,9 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         "# What the compilers made of the GPU kernels",
         "",
-        "Written by `make static`. Spills must be 0: accesses of local memory, of kernels that multiply matrices those in",
-        "the loops that do so (beside them a few bytes may be spilled, once a task). Blocks: how many fit on a",
-        "multiprocessor by registers and static shared memory. Counts of instructions in the code, not of instructions run.",
+        "Written by `make static`. Spills must be 0: accesses of local memory, of kernels that multiply matrices those",
+        "in the loops that do so (beside them a few bytes may be spilled, once a task). Blocks: how many fit on a",
+        "multiprocessor by registers and static shared memory. Counts of instructions in the code, not of those run.",
         "Loops: the innermost ones that multiply matrices, one line a loop, the one with the most products first.",
     ]
     for compiler, rows in report.items():

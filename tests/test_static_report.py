@@ -12,8 +12,8 @@ from benchmarks.static_loops import Bound
 
 # What a row of 256 outputs may cost in the hot loop: as many instructions as it takes today.
 BOUNDS = [
-    # The trial programs that ran on an H200 took 84 and 128 forward at 3 x 3 and 7 x 7, and 150 for the filter's gradient
-    # at 7 x 7.
+    # The trial programs that ran on an H200 took 84 and 128 forward at 3 x 3 and 7 x 7, and 150 for the filter's
+    # gradient at 7 x 7.
     Bound(r"rows::rows_convolution<\w+, 0, false>", products=12, instructions=78, blocks=3),
     Bound(r"rows::rows_convolution<\w+, 1, false>", products=12, instructions=83, blocks=2),
     Bound(r"rows::rows_convolution<\w+, 2, false>", products=12, instructions=121, blocks=3),

@@ -82,8 +82,8 @@ def test_rows_are_cut_by_waves(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_sums_of_parts_are_few(gpu: Gpu, dtype: str) -> None:
-    """Written and read again, they are at most an eighth of what a filter's gradient reads, but for small images and the
-    general kernel, whose parts have at least 8 outputs a tap."""
+    """Written and read again, they are at most an eighth of what a filter's gradient reads, but for small images and
+    the general kernel, whose parts have at least 8 outputs a tap."""
     for shape in SHAPES:
         plan = plans(gpu, shape, dtype, True, "H200")["filter_grad"]
         case = shape.case("depthwise", device="cuda")
