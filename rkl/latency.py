@@ -31,27 +31,30 @@ class Latency:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def rebuilt(run: Run) -> nn.Module | None:
-    """The deployed network of a run with its channels and arbitrary weights, on which speed does not depend; None for a
-    record that does not hold its channels."""
-    if "plan" not in run.metrics:
-        return None
+def rebuilt(run: Run) -> nn.Module:
+    """The deployed network of a run with its channels and arbitrary weights, on which speed does not depend."""
     config, (channels, size) = from_plain(run.config), run.metrics["image"]
     model = build_model(replace(config, weights=None), len(run.metrics["classes"]), channels, size)
     prune.apply_plan(model, run.metrics["plan"])
     return model.eval().deploy() if hasattr(model, "deploy") else model.eval()
 
 
-def measure(results: Results) -> dict[str, Latency]:
-    """The latency of each row's first run, the rows in turns; rows whose records are too old are left out."""
-    found = {row: rebuilt(runs[0]) for row, runs in results.rows.items()}
-    models = {row: model.to(default_device()) for row, model in found.items() if model is not None}
-    if not models:
+def measure(found: list[Results]) -> list[dict[str, Latency]]:
+    """For each table the latency of each row's first run. All rows on one data set are measured in turns, a row that
+    tables share once; rows whose records are too old are left out."""
+    measured: dict[str, dict[str, Latency]] = {}
+    for data in dict.fromkeys(results.data for results in found):
+        rows = {row: runs[0] for results in found if results.data == data for row, runs in results.rows.items()}
+        measured[data] = _in_turns({row: run for row, run in rows.items() if "plan" in run.metrics})
+    return [{row: own for row, own in measured[r.data].items() if row in r.rows} for r in found]
+
+
+def _in_turns(runs: dict[str, Run]) -> dict[str, Latency]:
+    if not runs:
         return {}
-    channels, size = next(
-        run.metrics["image"] for runs in results.rows.values() for run in runs if "plan" in run.metrics
-    )
+    channels, size = next(iter(runs.values())).metrics["image"]
     images = torch.randn(BATCH, channels, size, size, device=default_device())
-    samples = metrics.latency_samples(list(models.values()), images, REPEATS)
+    models = [rebuilt(run).to(default_device()) for run in runs.values()]
+    samples = metrics.latency_samples(models, images, REPEATS)
     quartiles = [statistics.quantiles(own, n=4) for own in samples]
-    return {row: Latency(middle, low, high) for row, (low, middle, high) in zip(models, quartiles, strict=True)}
+    return {row: Latency(middle, low, high) for row, (low, middle, high) in zip(runs, quartiles, strict=True)}

@@ -29,7 +29,7 @@ def write(folder: Path) -> Path:
         RunError: no finished run there.
     """
     others, found = published(), load_results(folder)
-    latencies = [measure(results) for results in found]
+    latencies = measure(found)
     headlines: dict[tuple[str, str], str] = {}
     for results, own in zip(found, latencies, strict=True):
         # A claim that several tables on the same data could judge is judged by the first of them.
