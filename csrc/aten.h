@@ -1,11 +1,39 @@
-// ATen's operators by name, through the dispatcher: what the Stable ABI has no function for.
+// ATen's operators by name, through the dispatcher: what the Stable ABI has no function for; and ATen's errors, of
+// which it drops the words.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+// What PyTorch said of this thread's last error. Null before PyTorch 2.13.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace rkl {
+
+template <auto function>
+struct InPyTorchsWords;
+
+// The function, with an error of PyTorch's below it (no memory, say) in PyTorch's own words rather than as the name of
+// the call that failed.
+template <class Result, class... Args, Result (*function)(Args...)>
+struct InPyTorchsWords<function> {
+  static Result call(Args... args) {
+    try {
+      return function(std::forward<Args>(args)...);
+    } catch (const std::exception& error) {
+      const bool wordless = std::string(error.what()).find("API call failed at") != std::string::npos;
+      if (!wordless || !torch_exception_get_what_without_backtrace) throw;
+      throw std::runtime_error(torch_exception_get_what_without_backtrace());
+    }
+  }
+};
+
+// As TORCH_BOX takes it.
+#define RKL_BOX(function) TORCH_BOX((&rkl::InPyTorchsWords<function>::call))
 
 // The tensor that an ATen operator returns.
 template <class... Args>

@@ -24,7 +24,7 @@ struct DepthwiseOps {
     check_bias(bias, x, g.channels);
     Tensor y = empty_image(x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
     if (!y.numel()) return y;
-    const Tensor x_in = dense(x, g.nhwc), weight_in = torch::stable::contiguous(weight);
+    const Tensor x_in = dense(x, g.nhwc), weight_in = as_contiguous(weight);
     const std::optional<Tensor> bias_in = contiguous(bias);
     Kernels::forward(g, x_in.const_data_ptr(), weight_in.const_data_ptr(), data_or_null(bias_in), Activation::none,
                      y.mutable_data_ptr(), dtype, x);
@@ -47,7 +47,7 @@ struct DepthwiseOps {
       for (Tensor* t : {&dx, &dweight, &dbias}) torch::stable::zero_(*t);
       return {dx, dweight, dbias};
     }
-    const Tensor grad_in = dense(grad, g.nhwc), x_in = dense(x, g.nhwc), weight_in = torch::stable::contiguous(weight);
+    const Tensor grad_in = dense(grad, g.nhwc), x_in = dense(x, g.nhwc), weight_in = as_contiguous(weight);
     Kernels::backward(g, grad_in.const_data_ptr(), x_in.const_data_ptr(), weight_in.const_data_ptr(),
                       mask[0] ? dx.mutable_data_ptr() : nullptr, mask[1] ? dweight.mutable_data_ptr() : nullptr,
                       mask[2] ? dbias.mutable_data_ptr() : nullptr, dtype, x);

@@ -93,20 +93,37 @@ struct CpuConv {
   }
 };
 
+// Whether a separable forward keeps the depthwise output in cache, for rk.explain.
+bool separable_fuses(const Tensor& x, const Tensor& depthwise, int64_t outputs, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+  const Dtype dtype = dtype_of(x, "x");
+  Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
+  g.nhwc = SeparableOps<CpuConv>::computes_in_nhwc(g, x, dtype);
+  const Activation none = Activation::none;
+  return cpu::fuses({g, outputs, none, none, dtype, nullptr, nullptr, nullptr, nullptr, nullptr});
+}
+
 }  // namespace
 }  // namespace rkl
 
+STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) {
+  m.def(
+      "cpu_separable_fuses(Tensor x, Tensor depthwise_weight, int outputs, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> bool");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rkl, CPU, m) {
+  m.impl("cpu_separable_fuses", RKL_BOX(rkl::separable_fuses));
   using TRelu = rkl::TReluOps<rkl::CpuTRelu>;
-  m.impl("trelu", TORCH_BOX(&TRelu::forward));
-  m.impl("trelu_", TORCH_BOX(&TRelu::forward_));
-  m.impl("trelu_backward", TORCH_BOX(&TRelu::backward));
+  m.impl("trelu", RKL_BOX(TRelu::forward));
+  m.impl("trelu_", RKL_BOX(TRelu::forward_));
+  m.impl("trelu_backward", RKL_BOX(TRelu::backward));
   using Depthwise = rkl::DepthwiseOps<rkl::CpuConv>;
-  m.impl("depthwise_conv2d", TORCH_BOX(&Depthwise::forward));
-  m.impl("depthwise_conv2d_backward", TORCH_BOX(&Depthwise::backward));
+  m.impl("depthwise_conv2d", RKL_BOX(Depthwise::forward));
+  m.impl("depthwise_conv2d_backward", RKL_BOX(Depthwise::backward));
   using Separable = rkl::SeparableOps<rkl::CpuConv>;
-  m.impl("separable_conv2d", TORCH_BOX(&Separable::forward));
-  m.impl("separable_conv2d_backward", TORCH_BOX(&Separable::backward));
+  m.impl("separable_conv2d", RKL_BOX(Separable::forward));
+  m.impl("separable_conv2d_backward", RKL_BOX(Separable::backward));
 }
 
 RKL_PYTHON_MODULE(_C)

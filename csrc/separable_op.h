@@ -87,13 +87,18 @@ struct SeparableOps {
     return torch::stable::reshape(pointwise, size);
   }
 
+  // The format that is computed in; g has the output's.
+  static bool computes_in_nhwc(const Conv2d& g, const Tensor& x, Dtype dtype) {
+    return g.nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, dtype);
+  }
+
   static Call checked(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise, const Maybe& depthwise_bias,
                       const Ints& stride, const Ints& padding, const Ints& dilation, int64_t inner_activation,
                       int64_t activation) {
     const Dtype dtype = dtype_of(x, "x");
     Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
     const bool nhwc = g.nhwc;
-    g.nhwc = nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, dtype);
+    g.nhwc = computes_in_nhwc(g, x, dtype);
     check_pointwise(pointwise, x);
     check_bias(depthwise_bias, x, g.channels);
     return {dtype,
@@ -104,8 +109,8 @@ struct SeparableOps {
             activation_of(inner_activation),
             activation_of(activation),
             dense(x, g.nhwc),
-            torch::stable::contiguous(depthwise),
-            torch::stable::contiguous(as_matrix(pointwise)),
+            as_contiguous(depthwise),
+            as_contiguous(as_matrix(pointwise)),
             contiguous(depthwise_bias)};
   }
 
@@ -137,7 +142,7 @@ struct SeparableOps {
     const int64_t c = call.g.channels, rows = call.rows;
     Tensor dz = grad;
     if (y) {
-      dz = torch::stable::empty_like(grad);
+      dz = new_like(grad);
       Kernels::slope(grad.const_data_ptr(), y->const_data_ptr(), call.act, true, dz.mutable_data_ptr(), rows,
                      call.c_out, call.dtype, call.x);
     }
@@ -149,7 +154,7 @@ struct SeparableOps {
     if (wanted.pointwise && !made) {
       Tensor left = inner;
       if (activated) {
-        left = torch::stable::empty_like(inner);
+        left = new_like(inner);
         Kernels::epilogue(inner.const_data_ptr(), nullptr, call.inner_act, left.mutable_data_ptr(), rows, c, call.dtype,
                           call.x);
       }

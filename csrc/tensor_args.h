@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -47,13 +48,44 @@ inline bool suggests_nhwc(const Tensor& x) {
 
 inline MemoryFormat format_of(bool nhwc) { return nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
 
-// The tensor dense in the given layout: itself where it is so already (sizes of 1 do not count).
-inline Tensor dense(const Tensor& x, bool nhwc) { return torch::stable::contiguous(x, format_of(nhwc)); }
+// Strides of a dense image.
+inline std::array<int64_t, 4> image_strides(int64_t c, int64_t h, int64_t w, bool nhwc) {
+  if (nhwc) return {h * w * c, 1, w * c, c};
+  const auto some = [](int64_t n) { return n > 0 ? n : 1; };  // PyTorch's rule, for NCHW only
+  return {some(c) * some(h) * some(w), some(h) * some(w), some(w), 1};
+}
+
+// The tensor dense in the given layout: itself where it is so already (sizes of 1 do not count). That is looked up here
+// first, since PyTorch is asked by the operator's name, which it looks up at each call.
+inline Tensor dense(const Tensor& x, bool nhwc) {
+  const std::array<int64_t, 4> strides = image_strides(x.size(1), x.size(2), x.size(3), nhwc);
+  bool same = x.numel() > 0;
+  for (int64_t d = 0; d < 4; ++d) same = same && (x.size(d) == 1 || x.stride(d) == strides[d]);
+  return same ? x : torch::stable::contiguous(x, format_of(nhwc));
+}
+
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// A new tensor of the type and device of `like`. At once, not through the dispatcher, by a name looked up each time.
+inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  int32_t dtype, device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &out));
+  return Tensor(out);
+}
 
 inline Tensor empty_image(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool nhwc) {
-  const std::array<int64_t, 4> size{n, c, h, w};
-  return torch::stable::empty(IntList(size.data(), 4), like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              format_of(nhwc));
+  const std::array<int64_t, 4> sizes{n, c, h, w}, strides = image_strides(c, h, w, nhwc);
+  return empty_strided(like, 4, sizes.data(), strides.data());
+}
+
+// Dense, in the order of x's dimensions, whatever gaps x has.
+inline Tensor new_like(const Tensor& x) {
+  if (x.is_contiguous()) return empty_strided(x, x.dim(), x.sizes().data(), x.strides().data());
+  return torch::stable::empty_like(x);
 }
 
 // A dense NHWC image as a matrix of pixels by channels: a view.
@@ -64,11 +96,11 @@ inline Tensor pixel_rows(const Tensor& x) {
 
 // x with the strides of the given format, whatever its sizes of 1; x itself where it has them.
 inline Tensor in_format(const Tensor& x, bool nhwc) {
-  Tensor out = empty_image(x, 0, x.size(1), x.size(2), x.size(3), nhwc);
+  const std::array<int64_t, 4> strides = image_strides(x.size(1), x.size(2), x.size(3), nhwc);
   bool same = true;
-  for (int64_t d = 0; d < 4; ++d) same = same && out.stride(d) == x.stride(d);
+  for (int64_t d = 0; d < 4; ++d) same = same && strides[d] == x.stride(d);
   if (same) return x;
-  out = empty_image(x, x.size(0), x.size(1), x.size(2), x.size(3), nhwc);
+  Tensor out = empty_image(x, x.size(0), x.size(1), x.size(2), x.size(3), nhwc);
   return torch::stable::copy_(out, x);
 }
 
@@ -77,7 +109,10 @@ inline Tensor empty_filter(const Tensor& weight) {
   return empty_image(weight, weight.size(0), weight.size(1), weight.size(2), weight.size(3), suggests_nhwc(weight));
 }
 
-inline Tensor empty_vector(const Tensor& like, int64_t n) { return torch::stable::new_empty(like, {n}); }
+inline Tensor empty_vector(const Tensor& like, int64_t n) {
+  const int64_t stride = 1;
+  return empty_strided(like, 1, &n, &stride);
+}
 
 // Whether two tensors of one shape have their elements in the same places (strides of sizes of 1 do not count).
 inline bool same_strides(const Tensor& a, const Tensor& b) {
@@ -89,7 +124,7 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
 // x laid out like the dense tensor `layout` of the same shape; x itself where it is so already.
 inline Tensor laid_out_like(const Tensor& x, const Tensor& layout) {
   if (same_strides(x, layout)) return x;
-  Tensor out = torch::stable::empty_like(layout);
+  Tensor out = new_like(layout);
   return torch::stable::copy_(out, x);
 }
 
@@ -108,29 +143,37 @@ inline Conv2d conv2d(const Tensor& x, const Tensor& weight, IntList stride, IntL
   check_same(x, weight, "x and weight");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding and dilation must be pairs");
-  Conv2d g{x.size(0),
-           x.size(1),
-           x.size(2),
-           x.size(3),
-           0,
-           0,
-           int(weight.size(2)),
-           int(weight.size(3)),
-           int(stride[0]),
-           int(stride[1]),
-           int(padding[0]),
-           int(padding[1]),
-           int(dilation[0]),
-           int(dilation[1]),
-           suggests_nhwc(x) || suggests_nhwc(weight)};
-  STD_TORCH_CHECK(g.kernel_h > 0 && g.kernel_w > 0 && g.stride_h > 0 && g.stride_w > 0 && g.dilation_h > 0 &&
-                      g.dilation_w > 0 && g.padding_h >= 0 && g.padding_w >= 0,
-                  "kernel, stride and dilation must be positive and padding not negative");
-  const int64_t free_h = g.in_h + 2 * g.padding_h - g.dilation_h * (g.kernel_h - 1) - 1;
-  const int64_t free_w = g.in_w + 2 * g.padding_w - g.dilation_w * (g.kernel_w - 1) - 1;
-  STD_TORCH_CHECK(free_h >= 0 && free_w >= 0, "the dilated filter must fit into the padded image");
-  g.out_h = free_h / g.stride_h + 1;
-  g.out_w = free_w / g.stride_w + 1;
+  STD_TORCH_CHECK(x.size(1) > 0, "x must have at least one channel");
+  // In 64 bits: kernels count pixels of the padded image in 32, so it must be smaller than that.
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  std::array<int64_t, 2> out, step;
+  for (int d : {0, 1}) {
+    const int64_t taps = weight.size(2 + d), in = x.size(2 + d);
+    STD_TORCH_CHECK(taps > 0 && stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0,
+                    "kernel, stride and dilation must be positive and padding not negative");
+    STD_TORCH_CHECK(stride[d] <= kMost && dilation[d] <= kMost && padding[d] <= kMost && in <= kMost - 2 * padding[d],
+                    "stride, dilation and the padded image must be below 2^31, got ", stride[d], ", ", dilation[d],
+                    " and ", in, " padded by ", padding[d]);
+    const int64_t free = in + 2 * padding[d] - dilation[d] * (taps - 1) - 1;
+    STD_TORCH_CHECK(free >= 0, "the dilated filter must fit into the padded image");
+    out[d] = free / stride[d] + 1;
+    step[d] = stride[d] < free + 1 ? stride[d] : free + 1;  // one output is one output: kernels size buffers by this
+  }
+  const Conv2d g{x.size(0),
+                 x.size(1),
+                 x.size(2),
+                 x.size(3),
+                 out[0],
+                 out[1],
+                 int(weight.size(2)),
+                 int(weight.size(3)),
+                 int(step[0]),
+                 int(step[1]),
+                 int(padding[0]),
+                 int(padding[1]),
+                 int(dilation[0]),
+                 int(dilation[1]),
+                 suggests_nhwc(x) || suggests_nhwc(weight)};
   return g;
 }
 
@@ -149,7 +192,7 @@ inline void check_grad(const Tensor& grad, const Tensor& x, const Conv2d& g, int
 }
 
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& x) {
-  return x ? std::optional<Tensor>(torch::stable::contiguous(*x)) : std::nullopt;
+  return x ? std::optional<Tensor>(as_contiguous(*x)) : std::nullopt;
 }
 
 inline const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }

@@ -10,7 +10,7 @@ template <class Kernels>
 struct TReluOps {
   static Tensor forward(const Tensor& x) {
     const Dtype dtype = dtype_of(x, "x");
-    Tensor y = torch::stable::empty_like(x);  // dense, in the order of x's dimensions, whatever gaps x has
+    Tensor y = new_like(x);
     if (!x.numel()) return y;
     const Tensor in = laid_out_like(x, y);
     Kernels::forward(in.const_data_ptr(), y.mutable_data_ptr(), x.numel(), dtype, x);
@@ -20,7 +20,7 @@ struct TReluOps {
   static void forward_(Tensor x) {
     const Dtype dtype = dtype_of(x, "x");
     if (!x.numel()) return;
-    Tensor in = x.dim() == 4 ? dense(x, suggests_nhwc(x)) : torch::stable::contiguous(x);
+    Tensor in = x.dim() == 4 ? dense(x, suggests_nhwc(x)) : as_contiguous(x);
     Kernels::forward(in.const_data_ptr(), in.mutable_data_ptr(), x.numel(), dtype, x);
     if (in.data_ptr() != x.data_ptr()) torch::stable::copy_(x, in);  // x had gaps: it went through a dense copy
   }
@@ -30,7 +30,7 @@ struct TReluOps {
     check_same(grad, y, "grad and y");
     STD_TORCH_CHECK(grad.dim() == y.dim(), "grad must have the shape of y");
     for (int64_t d = 0; d < y.dim(); ++d) STD_TORCH_CHECK(grad.size(d) == y.size(d), "grad must have the shape of y");
-    Tensor dx = torch::stable::empty_like(y);
+    Tensor dx = new_like(y);
     if (!y.numel()) return dx;
     const Tensor grad_in = laid_out_like(grad, dx), y_in = laid_out_like(y, dx);
     Kernels::backward(grad_in.const_data_ptr(), y_in.const_data_ptr(), dx.mutable_data_ptr(), y.numel(), dtype, y);

@@ -284,7 +284,7 @@ class Bench:
     """Time the operators here: one operator on one shape against every rival, or three of them in ten seconds."""
 
     operator: tyro.conf.Positional[str | None] = None
-    """`trelu`, `depthwise` or `separable`; without one, four lines."""
+    """`trelu`, `depthwise` or `separable`; `host` for what a call costs the host; without one, four lines."""
     shape: str = "32,128,56,56"
     """N,C,H,W of the image."""
     kernel: int = 3
@@ -301,6 +301,9 @@ class Bench:
     def __call__(self) -> None:
         from rkl_kernels import bench
 
+        if self.operator == "host":
+            print(bench.host_report(self.device))
+            return
         if self.operator is None:
             print("\n".join(bench.four_lines()))
             return

@@ -6,19 +6,29 @@ C++ keeps one guard of its own (csrc/tensor_args.h), so that a direct ``torch.op
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._surroundings import recorded, unrecorded
 
 ACTIVATIONS = ("relu", "relu6", "trelu", "silu", "gelu")
 """The activations' names; operators take the position here plus one, 0 for none (csrc/activation.h)."""
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+CONVOLVED = (*FLOATING, torch.complex64, torch.complex128)
+"""Types of a convolution's tensors; complex ones are the reference's to serve, as ``F.conv2d`` does."""
+
+LARGEST = 2**31 - 1
+"""Of a stride, a padding or a dilation."""
+
 IntPair = int | Sequence[int]
+"""Integers of other kinds too, NumPy's say: whatever has ``__index__``."""
 
 
 class Window(NamedTuple):
@@ -38,25 +48,32 @@ class Window(NamedTuple):
         return x if self.extra == (0, 0) else F.pad(x, (0, self.extra[1], 0, self.extra[0]))
 
 
-def floating(name: str, x: object) -> None:
-    """A tensor of one of the floating types that some backend serves."""
+def floating(name: str, x: object, types: tuple[torch.dtype, ...] = FLOATING) -> None:
+    """A tensor of one of the types that some backend serves."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATING:
+    if x.dtype not in types:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it with {name}.float()"
         )
 
 
 def pair(name: str, value: IntPair, least: int) -> list[int]:
-    """An int or a pair of ints, each at least ``least``, as [height, width]."""
-    if type(value) is int and value >= least:  # the common case: these checks weigh on small images
+    """An integer or a pair of integers, each at least ``least``, as [height, width]."""
+    if type(value) is int and least <= value <= LARGEST:  # the common cases: these checks weigh on small images
         return [value, value]
-    values = [value, value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
-    if isinstance(value, str) or len(values) not in (1, 2) or not all(isinstance(v, int) for v in values):
+    if type(value) is tuple and len(value) == 2:
+        first, second = value
+        if type(first) is type(second) is int and least <= first <= LARGEST and least <= second <= LARGEST:
+            return [first, second]
+    given: list[Any] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if len(given) not in (1, 2) or not all(hasattr(type(v), "__index__") for v in given):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    values: list[Any] = [v if isinstance(v, torch.SymInt) else operator.index(v) for v in given]
     if min(values) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if max(values) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got {value!r}")
     return values * 2 if len(values) == 1 else values
 
 
@@ -69,22 +86,66 @@ def activation(name: str, value: str | None) -> int:
     return ACTIVATIONS.index(value) + 1
 
 
-def window(
-    x: Tensor, weight: Tensor, stride: IntPair, padding: IntPair | str, dilation: IntPair, name: str = "weight"
+def activation_name(number: int) -> str | None:
+    """The activation of an operator's number; None for 0."""
+    return ACTIVATIONS[number - 1] if number else None
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: IntPair, padding: IntPair | str, dilation: IntPair
 ) -> Window:
+    """Check the arguments of a depthwise convolution against each other and settle its window."""
+    if recorded():
+        with unrecorded():
+            return depthwise(x, weight, bias, stride, padding, dilation)
+    floating("x", x, CONVOLVED)
+    window = _window(x, weight, stride, padding, dilation, "weight")
+    if bias is not None:
+        _bias("bias", bias, weight.shape[0], x)
+    return window
+
+
+def separable(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    stride: IntPair,
+    padding: IntPair | str,
+    dilation: IntPair,
+) -> Window:
+    """The same for a separable convolution."""
+    if recorded():
+        weights = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
+        with unrecorded():
+            return separable(x, *weights, stride, padding, dilation)
+    floating("x", x, CONVOLVED)
+    window = _window(x, depthwise_weight, stride, padding, dilation, "depthwise_weight")
+    _pointwise(pointwise_weight, x)
+    if depthwise_bias is not None:
+        _bias("depthwise_bias", depthwise_bias, depthwise_weight.shape[0], x)
+    if pointwise_bias is not None:
+        _bias("pointwise_bias", pointwise_bias, pointwise_weight.shape[0], x)
+    return window
+
+
+def _window(x: Tensor, weight: Tensor, stride: IntPair, padding: IntPair | str, dilation: IntPair, name: str) -> Window:
     """Check image and depthwise filter against each other and settle "same" and "valid" padding."""
-    floating("x", x)
-    same_kind(x, name, weight)
-    if x.dim() not in (3, 4):
-        raise ValueError(f"x must have shape (N, C, H, W) or (C, H, W), got {tuple(x.shape)}")
-    channels, height, width = x.shape[-3:]
-    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[0] != channels:
+    _same_kind(x, name, weight)
+    image, taps = x.shape, weight.shape
+    if len(image) not in (3, 4):
+        raise ValueError(f"x must have shape (N, C, H, W) or (C, H, W), got {tuple(image)}")
+    channels, height, width = image[-3:]
+    if len(taps) != 4 or taps[1] != 1 or taps[0] != channels:
         raise ValueError(
-            f"{name} must have shape (C, 1, kh, kw) with C = {channels}, the channels of x, got {tuple(weight.shape)}"
+            f"{name} must have shape (C, 1, kh, kw) with C = {channels}, the channels of x, got {tuple(taps)}"
         )
-    kernel_h, kernel_w = weight.shape[2:]
+    if channels < 1:
+        raise ValueError(f"x must have at least one channel, got shape {tuple(image)}")
+    kernel_h, kernel_w = taps[2:]
     if kernel_h < 1 or kernel_w < 1:
-        raise ValueError(f"{name} must be at least 1 x 1 in space, got {tuple(weight.shape)}")
+        raise ValueError(f"{name} must be at least 1 x 1 in space, got {tuple(taps)}")
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     extra = (0, 0)
     span = [dilation[0] * (kernel_h - 1), dilation[1] * (kernel_w - 1)]
@@ -106,27 +167,26 @@ def window(
     return Window(stride, padding, dilation, extra)
 
 
-def same_kind(x: Tensor, name: str, other: Tensor) -> None:
+def _same_kind(x: Tensor, name: str, other: Tensor) -> None:
     """The other tensor has the device and the type of ``x``."""
-    floating(name, other)
+    if not isinstance(other, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(other).__name__}")
     if other.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}; move it there first")
     if other.dtype != x.dtype:
         raise TypeError(f"{name} must have the type of x, {x.dtype}, got {other.dtype}; convert one of them")
 
 
-def bias(name: str, value: Tensor | None, channels: int, x: Tensor) -> None:
-    """None, or one value an output channel."""
-    if value is None:
-        return
-    same_kind(x, name, value)
+def _bias(name: str, value: Tensor, channels: int, x: Tensor) -> None:
+    """One value an output channel."""
+    _same_kind(x, name, value)
     if value.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), one value a channel, got {tuple(value.shape)}")
 
 
-def pointwise(weight: Tensor, x: Tensor) -> None:
+def _pointwise(weight: Tensor, x: Tensor) -> None:
     """A 1 x 1 filter over the channels of ``x``."""
-    same_kind(x, "pointwise_weight", weight)
+    _same_kind(x, "pointwise_weight", weight)
     channels = x.shape[-3]
     if weight.dim() != 4 or weight.shape[1:] != (channels, 1, 1):
         raise ValueError(

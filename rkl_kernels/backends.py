@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import fusion, ops
+from ._setting import Setting
+from ._surroundings import differentiated, settled_while_compiled
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,7 +23,7 @@ KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton reads the variable when it is imported, and so do the kernels: then they run on the CPU, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-_forced = "auto"
+_forced = Setting("auto")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Status:
 
 
 def _load(module: str) -> str | None:
-    """Import an extension module; None where it loaded, else why it did not."""
+    """Import an extension module; None where it loaded, else why it did not. No driver is asked anything by this."""
     try:
         importlib.import_module(f"rkl_kernels.{module}")
     except ImportError as error:
@@ -42,12 +45,38 @@ def _load(module: str) -> str | None:
     return None
 
 
-def _cuda_status(problem: str | None) -> Status:
+_problems = {"cpu": _load("_C"), "cuda": _load("_C_cuda")}
+
+
+def _register_triton_kernels() -> torch.library.Library:
+    """Kernels that import Triton when they are first called: a saved program may call them with no other word."""
+    library = torch.library.Library("rkl_triton", "IMPL")
+
+    def register(name: str) -> None:
+        def kernel(*args: Any) -> Any:
+            return importlib.import_module("rkl_kernels.triton").IMPLEMENTATIONS[name](*args)
+
+        library.impl(name, kernel, "CPU" if _INTERPRETED else "CUDA")
+
+    for name in ops.SCHEMAS:
+        register(name)
+    return library
+
+
+_triton_library = _register_triton_kernels()
+
+
+def _cpu_status() -> Status:
+    return Status(_problems["cpu"] is None, _problems["cpu"] or "C++ kernels")
+
+
+def _cuda_status() -> Status:
+    problem = _problems["cuda"]
     if problem:
         return Status(False, problem + (" where nvcc is found" if problem.startswith("not built") else ""))
     if not torch.cuda.is_available():
         return Status(False, "built, but torch sees no GPU here")
-    return Status(True, f"CUDA C++ kernels on {torch.cuda.get_device_name()}")
+    return Status(True, "CUDA C++ kernels")
 
 
 def _triton_status() -> Status:
@@ -57,75 +86,67 @@ def _triton_status() -> Status:
         return Status(False, "this installation has no Triton kernels")
     if not _INTERPRETED and not torch.cuda.is_available():
         return Status(False, "torch sees no GPU here; TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly")
-    importlib.import_module("rkl_kernels.triton")
     return Status(True, "Triton kernels, interpreted on CPU tensors" if _INTERPRETED else "Triton kernels on the GPU")
 
 
-def _survey() -> dict[str, Status]:
-    cpu_problem, cuda_problem = _load("_C"), _load("_C_cuda")
-    return {
-        "reference": Status(True, "plain PyTorch, any device"),
-        "cpu": Status(cpu_problem is None, cpu_problem or "C++ kernels"),
-        "triton": _triton_status(),
-        "cuda": _cuda_status(cuda_problem),
-    }
-
-
-_status = _survey()
-_kernels = {
-    (backend, name)
-    for backend, namespace, key in (
-        ("cpu", "rkl", "CPU"),
-        ("cuda", "rkl", "CUDA"),
-        ("triton", "rkl_triton", "CPU" if _INTERPRETED else "CUDA"),
-    )
-    for name in ops.SCHEMAS
-    if _status[backend].available and torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
+_STATUS: dict[str, Callable[[], Status]] = {
+    "reference": lambda: Status(True, "plain PyTorch, any device"),
+    "cpu": _cpu_status,
+    "triton": _triton_status,
+    "cuda": _cuda_status,
 }
+
+
+def status(backend: str) -> Status:
+    """Whether a backend can serve calls here. Asks torch for a GPU, so it is not for the time of import."""
+    return _STATUS[backend]()
 
 
 def backends() -> dict[str, Status]:
     """Every backend with what it can do here and, where it cannot, why. ``python -m rkl_kernels`` prints it."""
-    return dict(_status)
+    return {name: status(name) for name in _STATUS}
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Serve calls in the block by one backend: "auto", "reference", "cpu", "triton" or "cuda".
 
-    It holds for the whole process, and for forward calls: a backward runs on the backend that served its forward.
+    It holds for the calling thread, and for forward calls: a backward runs on the backend that served its forward.
     A call that the backend cannot serve is an error, never a silent fall-back; "auto" is the choice that falls back.
 
     Raises:
         ValueError: no such backend.
         RuntimeError: the backend is not available here; the message says why.
     """
-    global _forced
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
-    if name != "auto" and not _status[name].available:
-        raise RuntimeError(f"backend {name!r} is not available: {_status[name].reason}")
-    before, _forced = _forced, name
-    try:
+    if name != "auto":
+        found = status(name)
+        if not found.available:
+            raise RuntimeError(f"backend {name!r} is not available: {found.reason}")
+    with _forced.held(name):
         yield
-    finally:
-        _forced = before
 
 
-def refusal(backend: str, operator: str, x: Tensor) -> str | None:
-    """Why ``backend`` cannot serve ``operator`` on tensors like ``x``; None where it can."""
+def refusal(
+    backend: str, operator: str, device: torch.device, dtype: torch.dtype, differentiated: bool = False
+) -> str | None:
+    """Why ``backend`` cannot serve ``operator`` on such tensors; None where it can."""
     if backend == "reference":
         return None
-    if not _status[backend].available:
-        return _status[backend].reason
-    if (backend, operator) not in _kernels:
+    found = status(backend)
+    if not found.available:
+        return found.reason
+    served = "cpu" if backend == "cpu" or (backend == "triton" and _INTERPRETED) else "cuda"
+    if backend != "triton" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"rkl::{operator}", served.upper()):
         return f"it has no kernel for {operator}"
-    if x.dtype not in KERNEL_TYPES:
-        return f"it serves float32, bfloat16 and float16, got {x.dtype}"
-    device = "cpu" if backend == "cpu" or (backend == "triton" and _INTERPRETED) else "cuda"
-    if x.device.type != device:
-        return f"it serves {device} tensors, got {x.device}"
-    if backend == "triton" and _INTERPRETED and x.dtype == torch.bfloat16:
+    if dtype not in KERNEL_TYPES:
+        return f"it serves float32, bfloat16 and float16, got {dtype}"
+    if device.type != served:
+        return f"it serves {served} tensors, got {device}"
+    if differentiated:
+        return "torch.func and forward-mode AD differentiate PyTorch's own operators only"
+    if backend == "triton" and _INTERPRETED and dtype == torch.bfloat16:
         from .triton.launch import interpreter_serves_bf16
 
         if not interpreter_serves_bf16():
@@ -134,19 +155,31 @@ def refusal(backend: str, operator: str, x: Tensor) -> str | None:
 
 
 def choose(operator: str, x: Tensor) -> str:
-    """The backend that serves ``operator`` on tensors like ``x``."""
-    if _forced != "auto":
-        reason = refusal(_forced, operator, x)
+    """The backend that serves ``operator`` on tensors like ``x``, here and now."""
+    return _chosen(_forced.value, operator, x.device, x.dtype, differentiated())
+
+
+# Settled once a compilation: nothing that it depends on changes while the process lives.
+@settled_while_compiled
+def _chosen(forced: str, operator: str, device: torch.device, dtype: torch.dtype, differentiated: bool) -> str:
+    return _decision(forced, operator, device, dtype, differentiated)
+
+
+@lru_cache(maxsize=1024)
+def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dtype, differentiated: bool) -> str:
+    if forced != "auto":
+        reason = refusal(forced, operator, device, dtype, differentiated)
         if reason:
-            raise RuntimeError(f"backend {_forced!r} cannot serve this call: {reason}; use use_backend('auto')")
-        return _forced
-    order = fusion.preferred(operator, x) if x.device.type == "cuda" else ("cpu",)
-    return next((backend for backend in order if refusal(backend, operator, x) is None), "reference")
+            raise RuntimeError(f"backend {forced!r} cannot serve this call: {reason}; use use_backend('auto')")
+        return forced
+    order = fusion.preferred(operator, device) if device.type == "cuda" else ("cpu",)
+    fit = (backend for backend in order if refusal(backend, operator, device, dtype, differentiated) is None)
+    return next(fit, "reference")
 
 
 def namespace_for(operator: str, x: Tensor) -> Any:
     """The operators of the backend that serves the call; None for the reference."""
-    backend = choose(operator, x)
-    if backend == "reference":
-        return None
-    return ops.rkl_triton if backend == "triton" else ops.rkl
+    return _NAMESPACES[choose(operator, x)]
+
+
+_NAMESPACES = {"reference": None, "cpu": ops.rkl, "cuda": ops.rkl, "triton": ops.rkl_triton}

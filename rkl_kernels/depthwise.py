@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, reference
 from ._autocast import autocast
@@ -41,12 +42,15 @@ def depthwise_conv2d(
         TypeError: an argument has a type that is not served.
         ValueError: shapes, devices or the window do not fit together.
     """
+    if has_torch_function_variadic(x, weight, bias):
+        tensors = x, weight, bias
+        return handle_torch_function(depthwise_conv2d, tensors, *tensors, stride, padding, dilation)
     x, weight, bias = autocast(x, weight, bias)
-    window = _checks.window(x, weight, stride, padding, dilation)
-    _checks.bias("bias", bias, weight.shape[0], x)
+    window = _checks.depthwise(x, weight, bias, stride, padding, dilation)
     operators = namespace_for("depthwise_conv2d", x)
+    padded, settings = window.pad_extra(x), window[:3]
     if operators is None:
-        return reference.depthwise_conv2d(x, weight, bias, stride, padding, dilation)
-    batched = window.pad_extra(x if x.dim() == 4 else x[None])
-    y = operators.depthwise_conv2d(batched, weight, bias, window.stride, window.padding, window.dilation)
-    return y if x.dim() == 4 else y[0]
+        return reference.depthwise_conv2d(padded, weight, bias, *settings)
+    if x.dim() == 4:
+        return operators.depthwise_conv2d(padded, weight, bias, *settings)
+    return operators.depthwise_conv2d(padded[None], weight, bias, *settings)[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._surroundings import recorded
 from .layers import DepthwiseConv2d, TReLU
 from .separable import separable_conv2d
 
@@ -23,7 +24,10 @@ class FoldingDepthwise(DepthwiseConv2d):
     inner_activation: str | None
 
     def folds(self, x: Tensor) -> bool:
-        """Whether this call is served in one; on CPUs, where it was measured."""
+        """Whether this call is served in one; on CPUs, where it was measured. A traced program has every step, since it
+        is to serve in every mode."""
+        if not isinstance(x, Tensor) or recorded():
+            return False
         return x.device.type == "cpu" and not self.after[0].training and not torch.is_grad_enabled()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +64,9 @@ class _Passes:
 
 
 class _BatchNorm2d(_Passes, nn.BatchNorm2d):
-    pass
+    def _check_input_dim(self, input: Tensor) -> None:
+        if isinstance(input, Tensor):  # torch.fx passes what only stands for one
+            super()._check_input_dim(input)
 
 
 class _Conv2d(_Passes, nn.Conv2d):

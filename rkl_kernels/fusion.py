@@ -9,8 +9,8 @@ Decided by counts of bytes and operations over the device's rates, or by a measu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import log2
@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._setting import Setting
+
 TABLE = Path(__file__).parent / "planner_table.json"
 """Measured choices, ``{device: {key: choice}}``: "fused" or "composed" by :attr:`Separable.key`, "cuda" or "triton" by
 operator; written by benchmarks/gpu.py."""
 
-_override: bool | None = None
+_override: Setting[bool | None] = Setting(None)
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,16 @@ def _order(operator: str, device: str) -> tuple[str, ...]:
     return ("triton", "cuda") if first == "triton" else ("cuda", "triton")
 
 
-def preferred(operator: str, x: Tensor) -> tuple[str, ...]:
+def preferred(operator: str, device: torch.device) -> tuple[str, ...]:
     """The backends for a GPU's tensors, the one to ask first in front: CUDA C++, whose calls cost the host less, unless
     Triton's kernels were the faster ones when measured on this device."""
-    return _order(operator, _device_name(x.device.index))
+    return _order(operator, _device_name(device.index))
 
 
 @cache
 def _device_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+    # A tensor may have a GPU's device where there is no GPU: a fake one, while a model for another machine is traced.
+    return torch.cuda.get_device_name(index) if torch.cuda.is_available() else ""
 
 
 @lru_cache(4096)
@@ -180,20 +183,20 @@ def fuse_separable(
     )  # fmt: skip
     device = _device_name(x.device.index) if x.device.type == "cuda" else ""
     choice = choose(work, unit, architecture(x), block, device)
-    if _override is None:
+    overrule = overruled()
+    if overrule is None:
         return choice
-    return Choice(_override, "set by use_fusion", choice.fused_bytes, choice.composed_bytes)
+    return Choice(overrule, "set by use_fusion", choice.fused_bytes, choice.composed_bytes)
 
 
-@contextmanager
-def use_fusion(fused: bool | None) -> Iterator[None]:
+def use_fusion(fused: bool | None) -> AbstractContextManager[None]:
     """Overrule the planner in the block: always fused, never fused, or (None) the planner's own choice again.
 
-    A backward obeys what holds when it runs.
+    It holds for the calling thread, and for forward calls: a backward obeys what held for its forward.
     """
-    global _override
-    before, _override = _override, fused
-    try:
-        yield
-    finally:
-        _override = before
+    return _override.held(fused)
+
+
+def overruled() -> bool | None:
+    """What :func:`use_fusion` says here; None where the planner chooses."""
+    return _override.value

@@ -1,12 +1,19 @@
-"""The operators: schema, shape rule and gradient of each, once, for every backend.
+"""The operators: schema and shape rule of each, and all that is registered with them, once, for every backend.
 
 A backend is a namespace of ``torch.ops`` with these operators in it: ``rkl`` (C++ on the CPU, CUDA C++ on a GPU; the
 dispatcher tells them apart by the tensors' device) and ``rkl_triton``. Schemas stand here rather than in C++, so that
-the operators exist where no extension is built, and so that every backend shares the gradient's formula. The kernels
-register themselves: csrc/ops.cpp, csrc/cuda/ops_cuda.cpp and rkl_kernels/triton/__init__.py.
+the operators exist where no extension is built, and so that every backend shares the formulas. The kernels register
+themselves: csrc/ops.cpp, csrc/cuda/ops_cuda.cpp and rkl_kernels/triton/__init__.py.
 
 Forward and backward are operators of their own. The depthwise pair is closed under differentiation, so it can be
 differentiated any number of times.
+
+    gradients.py        the gradients' formulas
+    batching.py         the rules of torch.vmap
+    decompositions.py   the same in PyTorch's own operators, for exporters that know no others
+    counting.py         floating-point operations, for torch.utils.flop_counter
+    sharding.py         what torch.distributed.tensor shards
+    _operator.py        how a plain call goes around what it does not need of these
 """
 
 from __future__ import annotations
@@ -17,6 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+
+from . import batching, counting, decompositions, gradients, sharding
+from ._later import when_imported
+from ._operator import Operator, below_autograd
 
 _WINDOW = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
 
@@ -102,93 +113,6 @@ def _fake_trelu_(x: Tensor) -> None:
     return None
 
 
-def _none_where_unwanted(mask: list[bool], grads: tuple[Tensor, ...]) -> list[Tensor | None]:
-    return [g if m else None for g, m in zip(grads, mask, strict=True)]
-
-
-def _trelu_gradients(ops: Any) -> dict[str, tuple[Any, Any]]:
-    """dy/dx = 1 where y > 0, 1 - y^2 elsewhere: the output is all that is kept."""
-
-    def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(output)
-
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return ops.trelu_backward(grad, *ctx.saved_tensors)
-
-    def setup_again(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    def backward_again(ctx: Any, second: Tensor) -> tuple[Tensor, Tensor]:
-        grad, y = ctx.saved_tensors
-        return ops.trelu_backward(second, y), torch.where(y > 0, 0, -2 * y * grad * second)
-
-    return {"trelu": (setup, backward), "trelu_backward": (setup_again, backward_again)}
-
-
-def _depthwise_gradients(ops: Any) -> dict[str, tuple[Any, Any]]:
-    """The image's gradient is a convolution with the flipped filter, the filter's a correlation of image and gradient;
-    both are bilinear, so their own gradients are made of the same two operators."""
-
-    def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, weight, _, *ctx.window = inputs
-        ctx.save_for_backward(x, weight)
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        mask = list(ctx.needs_input_grad[:3])
-        grads = ops.depthwise_conv2d_backward(grad, *ctx.saved_tensors, *ctx.window, mask)
-        return *_none_where_unwanted(mask, grads), None, None, None
-
-    def setup_again(ctx: Any, inputs: Any, output: Any) -> None:
-        grad, x, weight, *ctx.window, ctx.mask = inputs
-        ctx.save_for_backward(grad, x, weight)
-
-    def backward_again(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:
-        grad, x, weight = ctx.saved_tensors
-        gx, gw, gb = (s if m else None for s, m in zip(seconds, ctx.mask, strict=True))
-        want_grad, want_x, want_weight = ctx.needs_input_grad[:3]
-        to_grad = to_x = to_weight = None
-        if want_grad:
-            to_grad = torch.zeros_like(grad)
-            if gx is not None:
-                to_grad = to_grad + ops.depthwise_conv2d(gx, weight, None, *ctx.window)
-            if gw is not None:
-                to_grad = to_grad + ops.depthwise_conv2d(x, gw, None, *ctx.window)
-            if gb is not None:
-                to_grad = to_grad + gb[:, None, None]
-        if want_x and gw is not None:
-            to_x = ops.depthwise_conv2d_backward(grad, x, gw, *ctx.window, [True, False, False])[0]
-        if want_weight and gx is not None:
-            to_weight = ops.depthwise_conv2d_backward(grad, gx, weight, *ctx.window, [False, True, False])[1]
-        return to_grad, to_x, to_weight, None, None, None, None
-
-    return {"depthwise_conv2d": (setup, backward), "depthwise_conv2d_backward": (setup_again, backward_again)}
-
-
-def _separable_gradients(ops: Any) -> dict[str, tuple[Any, Any]]:
-    """The depthwise output is made again in backward: one activation less is kept."""
-
-    def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-        *tensors, _, ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation = inputs
-        ctx.save_for_backward(output if ctx.activation else None, *tensors)
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        mask = list(ctx.needs_input_grad[:5])
-        settings = ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation
-        grads = ops.separable_conv2d_backward(grad, *ctx.saved_tensors, *settings, mask)
-        return *_none_where_unwanted(mask, grads), *[None] * 5
-
-    def setup_again(ctx: Any, inputs: Any, output: Any) -> None:
-        return None
-
-    def backward_again(ctx: Any, *seconds: Tensor) -> None:
-        raise NotImplementedError(
-            "separable_conv2d cannot be differentiated twice by this backend; "
-            "run it under rkl_kernels.use_backend('reference')"
-        )
-
-    return {"separable_conv2d": (setup, backward), "separable_conv2d_backward": (setup_again, backward_again)}
-
-
 _FAKES: dict[str, Any] = {
     "trelu": _fake_trelu,
     "trelu_": _fake_trelu_,
@@ -201,20 +125,52 @@ _FAKES: dict[str, Any] = {
 
 
 def define(namespace: str) -> Any:
-    """Define every operator in ``torch.ops.<namespace>``, with its fake kernel and gradient; the kernels come apart.
+    """Define every operator in ``torch.ops.<namespace>`` with all that PyTorch wants to know of it but its kernels.
 
-    Returns the operators' default overloads as attributes, which spares the overload's resolution at each call.
+    Returns what calls them (:class:`Operator`), as attributes by name.
     """
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
-    ops = SimpleNamespace(**{name: getattr(getattr(torch.ops, namespace), name).default for name in SCHEMAS})
-    for gradients in (_trelu_gradients, _depthwise_gradients, _separable_gradients):
-        for name, (setup, backward) in gradients(ops).items():
+    packets = getattr(torch.ops, namespace)
+    ops = SimpleNamespace(**{name: Operator(getattr(packets, name).default) for name in SCHEMAS})
+    for name, (setup, backward) in gradients.formulas(ops).items():
+        in_place = name == "trelu_"
+        getattr(ops, name).differentiate((setup, backward), in_place)
+        if in_place:
+            _register_in_place(library, ops.trelu_)
+        else:
             torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
+    for name, rule in batching.rules(ops).items():
+        torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
+    for name, decomposition in decompositions.DECOMPOSITIONS.items():
+        declare: Any = torch._decomp.register_decomposition(getattr(ops, name).registered)
+        declare(decomposition)
+    when_imported("torch.utils.flop_counter", lambda: counting.register(packets))
+    when_imported("torch.distributed.tensor", lambda: sharding.register(packets))
     return ops
+
+
+def _register_in_place(library: torch.library.Library, operator: Operator) -> None:
+    """An in-place operator below autograd and with it: PyTorch counts its writes, and has its gradient."""
+    registered = operator.registered
+
+    def count(keyset: Any, x: Tensor) -> None:
+        torch.autograd.graph.increment_version(x)
+        registered.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, x)
+
+    def differentiate(keyset: Any, x: Tensor) -> None:
+        if torch.is_grad_enabled() and x.requires_grad:
+            operator.function.apply(x)  # type: ignore[union-attr]
+            return
+        with below_autograd():
+            registered.redispatch(keyset & torch._C._after_autograd_keyset, x)
+
+    name = registered._schema.name.split("::")[1]
+    library.impl(name, count, "ADInplaceOrView", with_keyset=True)
+    library.impl(name, differentiate, "Autograd", with_keyset=True)
 
 
 rkl = define("rkl")

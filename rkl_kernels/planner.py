@@ -113,20 +113,28 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool | None, str]:
     """Whether the separable operator's forward would do both steps at once, and why."""
     if backend == "reference":
         return False, "the reference calls two convolutions"
-    if backend == "cpu":
-        return True, "the product takes each band of depthwise rows while it is in the cache"
     weight, outputs = call.depthwise_weight, call.pointwise_weight.shape[0]
-    geometry, x = _geometry(call.x, weight, call.stride, call.padding, call.dilation, "depthwise_weight")
+    geometry, x = _geometry(call.x, weight, call.stride, call.padding, call.dilation)
+    if backend == "cpu":
+        window = geometry[8:10], geometry[10:12], geometry[12:14]
+        fused = torch.ops.rkl.cpu_separable_fuses(x, weight, outputs, *window)
+        return fused, _CPU_REASONS[fused]
     if backend == "cuda":
         activations = [_checks.activation(n, getattr(call, n)) for n in ("inner_activation", "activation")]
         with _device_of(x):
-            plan = torch.ops.rkl.cuda_separable_plan(geometry, outputs, *activations, KERNEL_TYPES.index(x.dtype))
+            dtype = KERNEL_TYPES.index(x.dtype)
+            plan = torch.ops.rkl.cuda_separable_plan(geometry, outputs, *activations, dtype, _facts_of(x))
         return (True, _CUDA_FUSED) if plan else (False, _CUDA_COMPOSED)
     from .triton.separable import plan as triton_plan
 
     choice = triton_plan(x, weight, outputs, geometry[4:6], backward=False)
     return choice.fused, choice.reason
 
+
+_CPU_REASONS = {
+    True: "the product takes each band of depthwise rows while it is in the cache",
+    False: "the product over whole images at once costs less than one a band",
+}
 
 # csrc/cuda/separable_plan.cpp has the rule.
 _CUDA_FUSED = "one kernel makes the depthwise rows and multiplies them on the chip; backward makes them again"
@@ -146,6 +154,11 @@ _CUDA_FAMILIES = (
 )
 
 
+def _facts_of(x: Tensor) -> list[int]:
+    """Device in csrc/cuda/plan.h: nothing for the tensor's own GPU, an H100's facts for a CPU that plays one."""
+    return [] if x.is_cuda else [90, 132, 227 << 10, 228 << 10]
+
+
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -158,7 +171,8 @@ def _cuda_kernels(
 
     def family(result: int, layout: torch.memory_format) -> str:  # result: Result's number in csrc/cuda/plan.h
         nhwc = layout == torch.channels_last
-        numbers = torch.ops.rkl.cuda_depthwise_plan(geometry, nhwc, KERNEL_TYPES.index(x.dtype), result)
+        dtype = KERNEL_TYPES.index(x.dtype)
+        numbers = torch.ops.rkl.cuda_depthwise_plan(geometry, nhwc, dtype, result, _facts_of(x))
         return _CUDA_FAMILIES[numbers[0]] if numbers else ""
 
     with _device_of(x):
@@ -176,10 +190,10 @@ def _trelu(x: Tensor, inplace: bool = False) -> tuple[int, int, Tensor]:
 
 
 def _geometry(
-    x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, name: str = "weight"
+    x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1
 ) -> tuple[list[int], Tensor]:
     """The numbers of csrc/geometry.h's Conv2d, in its order, and the batched image."""
-    window = _checks.window(x, weight, stride, padding, dilation, name)
+    window = _checks.depthwise(x, weight, None, stride, padding, dilation)
     x = window.pad_extra(x if x.dim() == 4 else x[None])
     size = ops.output_size(x, weight.shape[2:], window.stride, window.padding, window.dilation)
     return [*x.shape, *size, *weight.shape[2:], *window.stride, *window.padding, *window.dilation], x
@@ -201,7 +215,7 @@ def _depthwise(
 
 def _separable(*args: Any, **kwargs: Any) -> tuple[int, int, Tensor]:
     call = _SeparableCall(*args, **kwargs)
-    pixels, x = _image(call.x, call.depthwise_weight, call.stride, call.padding, call.dilation, "depthwise_weight")
+    pixels, x = _image(call.x, call.depthwise_weight, call.stride, call.padding, call.dilation)
     weights = call.depthwise_weight.numel() + call.pointwise_weight.numel()
     moved = x.numel() + weights + pixels * call.pointwise_weight.shape[0]
     return moved, 2 * pixels * weights, x

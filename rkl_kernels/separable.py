@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, reference
 from ._autocast import autocast
@@ -47,26 +48,22 @@ def separable_conv2d(
         TypeError: an argument has a type that is not served.
         ValueError: shapes, devices, the window or an activation's name do not fit.
     """
-    x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias = autocast(
-        x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
-    )
-    window = _checks.window(x, depthwise_weight, stride, padding, dilation, "depthwise_weight")
-    _checks.pointwise(pointwise_weight, x)
-    _checks.bias("depthwise_bias", depthwise_bias, x.shape[-3], x)
-    _checks.bias("pointwise_bias", pointwise_bias, pointwise_weight.shape[0], x)
-    inner, outer = (
-        _checks.activation("inner_activation", inner_activation),
-        _checks.activation("activation", activation),
-    )
-    operators = namespace_for("separable_conv2d", x)
+    tensors = x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
+    if has_torch_function_variadic(*tensors):
+        rest = stride, padding, dilation, inner_activation, activation
+        return handle_torch_function(separable_conv2d, tensors, *tensors, *rest)
+    x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias = autocast(*tensors)
     weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
+    window = _checks.separable(x, *weights, stride, padding, dilation)
+    inner = _checks.activation("inner_activation", inner_activation)
+    outer = _checks.activation("activation", activation)
+    operators = namespace_for("separable_conv2d", x)
+    padded, settings = window.pad_extra(x), window[:3]
     if operators is None:
-        return reference.separable_conv2d(x, *weights, stride, padding, dilation, inner_activation, activation)
+        return reference.separable_conv2d(padded, *weights, *settings, inner_activation, activation)
     # Backward needs the pre-activation of silu and gelu: there the activation stands outside, and autograd keeps it.
     outside = activation not in INVERTIBLE and activation is not None and torch.is_grad_enabled()
-    batched = window.pad_extra(x if x.dim() == 4 else x[None])
-    y = operators.separable_conv2d(
-        batched, *weights, window.stride, window.padding, window.dilation, inner, 0 if outside else outer
-    )
+    batched = padded if x.dim() == 4 else padded[None]
+    y = operators.separable_conv2d(batched, *weights, *settings, inner, 0 if outside else outer)
     y = reference.activate(y, activation) if outside else y
     return y if x.dim() == 4 else y[0]

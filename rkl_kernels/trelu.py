@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import _checks, reference
+from ._surroundings import watched
 from .backends import namespace_for
 
 
@@ -26,29 +27,15 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
     Raises:
         TypeError: ``x`` is no tensor, or no floating one.
     """
+    if has_torch_function_unary(x):
+        return handle_torch_function(trelu, (x,), x, inplace)
     _checks.floating("x", x)
     operators = namespace_for("trelu", x)
     if operators is None:
         return reference.trelu(x, inplace)
     if not inplace:
         return operators.trelu(x)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return x.copy_(operators.trelu(x)) if torch.compiler.is_compiling() else _InplaceTReLU.apply(x, operators)
+    if watched():  # a compiler finds out by itself where a copy can be spared
+        return x.copy_(operators.trelu(x))
     operators.trelu_(x)
     return x
-
-
-class _InplaceTReLU(torch.autograd.Function):
-    """The in-place form under autograd: the overwritten input is the output, all that backward needs."""
-
-    @staticmethod
-    def forward(ctx, x, operators):  # type: ignore[no-untyped-def]
-        operators.trelu_(x)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        ctx.operators = operators
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return ctx.operators.trelu_backward(grad, *ctx.saved_tensors), None

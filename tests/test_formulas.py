@@ -136,13 +136,15 @@ def test_separable_gradient(operators, inner, outer):
     assert torch.autograd.gradcheck(call, inputs)
 
 
-def test_second_gradient_of_separable_says_what_to_do(operators):
-    x = _double(1, 2, 4, 4)
-    weights = _double(2, 1, 3, 3), _double(2, 2, 1, 1)
-    y = operators.separable_conv2d(x, *weights, None, None, [1, 1], [1, 1], [1, 1], 0, 0)
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="use_backend"):
-        grad.sum().backward()
+@pytest.mark.parametrize(("inner", "outer"), [("trelu", "trelu"), ("silu", "relu6"), (None, None)])
+def test_separable_second_gradient(operators, inner, outer):
+    codes = _checks.activation("inner", inner), _checks.activation("outer", outer)
+
+    def call(*tensors):
+        return operators.separable_conv2d(*tensors, [2, 1], [1, 0], [1, 1], *codes)
+
+    inputs = _double(2, 2, 4, 3), _double(2, 1, 3, 2), _double(2, 2, 1, 1), _double(2), _double(2)
+    assert torch.autograd.gradgradcheck(call, inputs)
 
 
 def test_registrations_are_sound(operators):
@@ -150,7 +152,9 @@ def test_registrations_are_sound(operators):
     pointwise, window = _double(4, 3, 1, 1), ([1, 1], [1, 1], [1, 1])
     for layout in (torch.contiguous_format, torch.channels_last):
         image = x.detach().clone(memory_format=layout).requires_grad_()
-        torch.library.opcheck(operators.trelu, (image,))
-        torch.library.opcheck(operators.depthwise_conv2d, (image, weight, bias, *window))
-        torch.library.opcheck(operators.separable_conv2d, (image, weight, pointwise, None, None, *window, 3, 3))
-    torch.library.opcheck(operators.trelu_, (x.detach().clone(),))
+        torch.library.opcheck(operators.trelu.registered, (image,))
+        torch.library.opcheck(operators.depthwise_conv2d.registered, (image, weight, bias, *window))
+        torch.library.opcheck(
+            operators.separable_conv2d.registered, (image, weight, pointwise, None, None, *window, 3, 3)
+        )
+    torch.library.opcheck(operators.trelu_.registered, (x.detach().clone(),))

@@ -1,4 +1,4 @@
-"""The operators under torch.compile, torch.export, autocast and vmap-free functional use; registrations by opcheck."""
+"""Layers under torch.compile and autocast; what is registered with the operators, by opcheck and by what it says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 import rkl_kernels as rk
 from rkl_kernels import ops
+from rkl_kernels.decompositions import DECOMPOSITIONS
 
 
 class Net(nn.Module):
@@ -42,21 +43,6 @@ def test_compiles_whole_and_once(layout):
                 torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4)
 
 
-def test_in_place_compiles():
-    torch.compiler.reset()
-    x = torch.randn(4, 5, requires_grad=True)
-    y = torch.compile(lambda x: rk.trelu(x * 2, inplace=True), fullgraph=True)(x)
-    torch.testing.assert_close(y, rk.reference.trelu(x * 2))
-
-
-def test_exports():
-    net, x = Net().eval(), torch.randn(2, 4, 10, 12)
-    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-    for batch in (2, 7):
-        image = torch.randn(batch, 4, 10, 12)
-        torch.testing.assert_close(program.module()(image), net(image))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_lowers_convolutions(backend, dtype):
     x, weight = torch.randn(2, 4, 6, 6, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
@@ -70,9 +56,8 @@ def test_autocast_lowers_convolutions(backend, dtype):
     assert x.grad.dtype == weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_registrations_are_sound(layout, dtype):
+def _arguments(layout, dtype):
+    """Of each operator, one or several."""
     window = [2, 1], [1, 1], [1, 1]
 
     def leaf(*shape):
@@ -80,21 +65,34 @@ def test_registrations_are_sound(layout, dtype):
 
     x = leaf(2, 3, 7, 6).detach().clone(memory_format=layout).requires_grad_()
     weight, pointwise, bias = leaf(3, 1, 3, 3), leaf(4, 3, 1, 1), leaf(3)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.rkl.trelu, (x,), test_utils=checks)
-    torch.library.opcheck(ops.rkl.trelu_backward, (x, x), test_utils=checks)
-    torch.library.opcheck(ops.rkl.trelu_, (x.detach().clone(),), test_utils=checks)
-    torch.library.opcheck(ops.rkl.depthwise_conv2d, (x, weight, bias, *window), test_utils=checks)
-    torch.library.opcheck(
-        ops.rkl.separable_conv2d, (x, weight, pointwise, bias, None, *window, 3, 3), test_utils=checks
-    )
+    yield "trelu", (x,)
+    yield "trelu_backward", (x, x)
+    yield "trelu_", (x.detach().clone(),)
+    yield "depthwise_conv2d", (x, weight, bias, *window)
+    yield "separable_conv2d", (x, weight, pointwise, bias, None, *window, 3, 3)
     grad = torch.randn(ops.rkl.depthwise_conv2d(x, weight, bias, *window).shape).to(dtype)
     for mask in ([True, True, True], [False, True, False], [True, False, False]):
-        torch.library.opcheck(ops.rkl.depthwise_conv2d_backward, (grad, x, weight, *window, mask), test_utils=checks)
+        yield "depthwise_conv2d_backward", (grad, x, weight, *window, mask)
     y = ops.rkl.separable_conv2d(x, weight, pointwise, bias, None, *window, 5, 3).detach()
     for mask in ([True] * 5, [False, False, True, False, True], [True, False, False, True, False]):
-        arguments = (torch.randn_like(y), y, x, weight, pointwise, bias, *window, 5, 3, mask)
-        torch.library.opcheck(ops.rkl.separable_conv2d_backward, arguments, test_utils=checks)
+        yield "separable_conv2d_backward", (torch.randn_like(y), y, x, weight, pointwise, bias, *window, 5, 3, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_registrations_are_sound(layout, dtype):
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for name, arguments in _arguments(layout, dtype):
+        torch.library.opcheck(getattr(torch.ops.rkl, name).default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_operators_are_what_they_decompose_into(layout):
+    for name, arguments in _arguments(layout, torch.float32):
+        if name in DECOMPOSITIONS:
+            torch.testing.assert_close(
+                getattr(ops.rkl, name)(*arguments), DECOMPOSITIONS[name](*arguments), rtol=1e-4, atol=1e-4
+            )
 
 
 def test_every_thread_count_gives_the_same_bits():

@@ -190,21 +190,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CompositeExplicitAutograd, m) {
-  m.impl("cuda_depthwise_plan", TORCH_BOX(&rkl::depthwise_plan));
-  m.impl("cuda_separable_plan", TORCH_BOX(&rkl::separable_plan));
+  m.impl("cuda_depthwise_plan", RKL_BOX(rkl::depthwise_plan));
+  m.impl("cuda_separable_plan", RKL_BOX(rkl::separable_plan));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CUDA, m) {
   using Cuda = rkl::TReluOps<rkl::CudaTRelu>;
-  m.impl("trelu", TORCH_BOX(&Cuda::forward));
-  m.impl("trelu_", TORCH_BOX(&Cuda::forward_));
-  m.impl("trelu_backward", TORCH_BOX(&Cuda::backward));
+  m.impl("trelu", RKL_BOX(Cuda::forward));
+  m.impl("trelu_", RKL_BOX(Cuda::forward_));
+  m.impl("trelu_backward", RKL_BOX(Cuda::backward));
   using Depthwise = rkl::DepthwiseOps<rkl::CudaConv>;
-  m.impl("depthwise_conv2d", TORCH_BOX(&Depthwise::forward));
-  m.impl("depthwise_conv2d_backward", TORCH_BOX(&Depthwise::backward));
+  m.impl("depthwise_conv2d", RKL_BOX(Depthwise::forward));
+  m.impl("depthwise_conv2d_backward", RKL_BOX(Depthwise::backward));
   using Separable = rkl::SeparableOps<rkl::CudaSeparable>;
-  m.impl("separable_conv2d", TORCH_BOX(&Separable::forward));
-  m.impl("separable_conv2d_backward", TORCH_BOX(&Separable::backward));
+  m.impl("separable_conv2d", RKL_BOX(Separable::forward));
+  m.impl("separable_conv2d_backward", RKL_BOX(Separable::backward));
 }
 
 RKL_PYTHON_MODULE(_C_cuda)

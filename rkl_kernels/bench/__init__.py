@@ -13,6 +13,7 @@ From an installed wheel, with torch alone (ONNX Runtime and OpenVINO join in whe
     runtimes.py  ONNX Runtime and OpenVINO
     timing.py    clocks (CPU, CUDA), interleaving, medians and their noise
     memory.py    a step's peak memory
+    host.py      what a call costs the host
     row.py       one case measured on all of them; ratios
     table.py     rows as text
 """
@@ -25,13 +26,14 @@ import torch
 
 from . import runtimes
 from .case import Case
+from .host import report as host_report
 from .machine import machine, machine_line
 from .rivals import FORMATS, Rival, compiled, eager, ours
 from .row import Row, measure
 from .table import table
 from .timing import keep_memory
 
-__all__ = ["Case", "Row", "contestants", "four_lines", "measure", "operator_report"]
+__all__ = ["Case", "Row", "contestants", "four_lines", "host_report", "measure", "operator_report"]
 
 LAYOUTS = tuple(FORMATS)
 RIVALS = ("eager", "compile", *runtimes.NAMES)

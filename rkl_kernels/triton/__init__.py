@@ -1,16 +1,13 @@
-"""The Triton kernels, registered in the namespace ``torch.ops.rkl_triton``.
+"""The Triton kernels, by the operator of ``torch.ops.rkl_triton`` that each makes. Importing this imports Triton.
 
 They serve CUDA tensors; with TRITON_INTERPRET=1 in the environment, CPU tensors through Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import torch
-
 from . import depthwise, separable, trelu
-from .launch import INTERPRETED
 
-_IMPLEMENTATIONS = {
+IMPLEMENTATIONS = {
     "trelu": trelu.trelu,
     "trelu_": trelu.trelu_,
     "trelu_backward": trelu.trelu_backward,
@@ -19,9 +16,3 @@ _IMPLEMENTATIONS = {
     "separable_conv2d": separable.separable_conv2d,
     "separable_conv2d_backward": separable.separable_conv2d_backward,
 }
-
-DISPATCH_KEY = "CPU" if INTERPRETED else "CUDA"
-
-_library = torch.library.Library("rkl_triton", "IMPL")
-for _name, _implementation in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _implementation, DISPATCH_KEY)

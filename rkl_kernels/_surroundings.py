@@ -1,0 +1,62 @@
+"""What surrounds a call: function transforms and tracers, which want a call in a form that they understand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def settled_while_compiled(function: F) -> F:
+    """Let torch.compile call ``function`` while it traces and keep the result, rather than trace what it does.
+
+    ``torch.compiler.assume_constant_result`` says the same, but imports the compiler, and Triton with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+_DIFFERENTIAL = ("Grad", "Jvp")
+
+
+@settled_while_compiled  # torch.compile guards on both stacks itself
+def differentiated() -> bool:
+    """Whether ``torch.func`` (grad, vjp, jvp and what is made of them) or forward-mode AD differentiates the call.
+
+    Both see through PyTorch's own operators only. Reverse mode, ``backward()``, is no part of this.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    return any(level.key().name in _DIFFERENTIAL for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def recorded() -> bool:
+    """Whether ``torch.jit.trace`` records the call."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Keep ``torch.jit.trace`` from recording what is done in the block."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def watched() -> bool:
+    """Whether the call must pass through the dispatcher whole: a compiler, a tracer or ``torch.vmap`` looks on."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )

@@ -1,0 +1,58 @@
+"""What ``torch.utils.flop_counter`` counts for the operators: what it counts for PyTorch's own convolutions; T-ReLU,
+like ReLU, as nothing. What a backward makes again is not counted: the same
+work is the same number, however it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+
+def _depthwise(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * prod(out_shape) * prod(weight_shape[1:])
+
+
+def _depthwise_backward(
+    grad_shape: Sequence[int],
+    x_shape: Any,
+    weight_shape: Sequence[int],
+    *settings: Any,
+    out_shape: Any = None,
+    **_: Any,
+) -> int:
+    return sum(settings[-1][:2]) * 2 * prod(grad_shape) * prod(weight_shape[1:])
+
+
+def _separable(
+    x_shape: Any, depthwise: Sequence[int], pointwise: Sequence[int], *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    pixels = out_shape[0] * prod(out_shape[2:])
+    return 2 * pixels * (prod(depthwise) + prod(pointwise))
+
+
+def _separable_backward(
+    grad_shape: Sequence[int], y_shape: Any, x_shape: Any, depthwise: Any, pointwise: Any, *settings: Any, **_: Any
+) -> int:
+    mask, pixels = settings[-1], grad_shape[0] * prod(grad_shape[2:])
+    depthwise_grads = mask[0] + mask[1]
+    pointwise_grads = (mask[0] or mask[1] or mask[3]) + mask[2]
+    return 2 * pixels * (depthwise_grads * prod(depthwise) + pointwise_grads * prod(pointwise))
+
+
+FORMULAS = {
+    "depthwise_conv2d": _depthwise,
+    "depthwise_conv2d_backward": _depthwise_backward,
+    "separable_conv2d": _separable,
+    "separable_conv2d_backward": _separable_backward,
+}
+"""By operator; arguments as ``torch.utils.flop_counter.register_flop_formula`` passes them, tensors as their shapes."""
+
+
+def register(packets: Any) -> None:
+    """Tell ``torch.utils.flop_counter``, which must be imported, of a namespace's operators."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, formula in FORMULAS.items():
+        declare: Any = register_flop_formula(getattr(packets, name))
+        declare(formula)

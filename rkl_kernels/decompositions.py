@@ -1,0 +1,113 @@
+"""The operators in PyTorch's own: for exporters that know no others (ONNX gets Conv, Where and Tanh), for DTensor, and
+for what PyTorch is to differentiate or to map again.
+
+``torch.compile`` does not ask for these: there the operators stay whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+
+aten = torch.ops.aten
+
+
+def trelu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """Slope 1 where y > 0, 1 - y^2 elsewhere."""
+    return torch.where(y > 0, grad, grad * (1 - y * y))
+
+
+def depthwise_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, mask: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of image, filter and bias where ``mask`` says so, empty tensors elsewhere."""
+    channels = x.shape[1]
+    grads = aten.convolution_backward(
+        grad, x, weight, [channels], stride, padding, dilation, False, [0, 0], channels, list(mask)
+    )
+    return tuple(g if m else x.new_empty(0) for g, m in zip(grads, mask, strict=True))
+
+
+def separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    inner_activation: int,
+    activation: int,
+) -> Tensor:
+    """The reference, with numbers for activations."""
+    names = _checks.activation_name(inner_activation), _checks.activation_name(activation)
+    weights = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
+    return reference.separable_conv2d(x, *weights, stride, padding, dilation, *names)
+
+
+def separable_conv2d_backward(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    inner_activation: int,
+    activation: int,
+    mask: Any,
+    groups: int = 1,
+) -> tuple[Tensor, ...]:
+    """Gradients of image, both filters and both biases where ``mask`` says so, empty tensors elsewhere. ``groups``: of
+    the pointwise step."""
+    inner = _checks.activation_name(inner_activation)
+    if y is not None:
+        grad = _times_slope(_checks.activation_name(activation), grad, y, y)
+    middle = reference.depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+    wants_middle = mask[0] or mask[1] or mask[3]
+    of_inner, of_pointwise, _ = aten.convolution_backward(
+        grad, reference.activate(middle, inner), pointwise_weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups,
+        [wants_middle, mask[2], False],
+    )  # fmt: skip
+    of_image = tuple(x.new_empty(0) for _ in range(3))
+    if wants_middle:
+        of_middle = _times_slope(inner, of_inner, middle, reference.trelu(middle) if inner == "trelu" else middle)
+        wanted = [mask[0], mask[1], mask[3]]
+        of_image = depthwise_conv2d_backward(of_middle, x, depthwise_weight, stride, padding, dilation, wanted)
+    return (
+        *of_image[:2],
+        of_pointwise if mask[2] else x.new_empty(0),
+        of_image[2],
+        grad.sum((0, 2, 3)) if mask[4] else x.new_empty(0),
+    )
+
+
+def _times_slope(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``grad`` times the slope of an activation, told from its input; from its output, where that is given for both."""
+    if name == "relu":
+        return aten.threshold_backward(grad, x, 0)
+    if name == "relu6":
+        return aten.hardtanh_backward(grad, x, 0, 6)
+    if name == "trelu":
+        return trelu_backward(grad, y)
+    if name == "silu":
+        slope = torch.sigmoid(x)  # written out, since silu_backward has no gradient of its own
+        return grad * slope * (1 + x * (1 - slope))
+    return aten.gelu_backward(grad, x) if name == "gelu" else grad
+
+
+DECOMPOSITIONS = {
+    "trelu": reference.trelu,
+    "trelu_backward": trelu_backward,
+    "depthwise_conv2d": reference.depthwise_conv2d,
+    "depthwise_conv2d_backward": depthwise_conv2d_backward,
+    "separable_conv2d": separable_conv2d,
+    "separable_conv2d_backward": separable_conv2d_backward,
+}

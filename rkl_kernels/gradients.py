@@ -1,0 +1,125 @@
+"""The operators' gradients: each formula once, for every backend, for plain calls and for the dispatcher.
+
+A formula is a pair ``setup(ctx, inputs, output)`` and ``backward(ctx, *gradients)``. Each is made of a backend's own
+operators, which is why it is built from them: ``ops`` has each as an attribute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fusion
+from ._operator import Formula
+from .decompositions import separable_conv2d_backward
+
+
+def formulas(ops: Any) -> dict[str, Formula]:
+    """The formula of each operator that has a gradient, by name."""
+    return {**_trelu(ops), **_depthwise(ops), **_separable(ops)}
+
+
+def _none_where_unwanted(mask: list[bool], grads: tuple[Tensor, ...]) -> list[Tensor | None]:
+    return [g if m else None for g, m in zip(grads, mask, strict=True)]
+
+
+def _trelu(ops: Any) -> dict[str, Formula]:
+    """dy/dx = 1 where y > 0, 1 - y^2 elsewhere: the output is all that is kept."""
+
+    def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return ops.trelu_backward(grad, *ctx.saved_tensors)
+
+    def setup_again(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward_again(ctx: Any, second: Tensor) -> tuple[Tensor, Tensor]:
+        grad, y = ctx.saved_tensors
+        return ops.trelu_backward(second, y), torch.where(y > 0, 0, -2 * y * grad * second)
+
+    once = setup, backward
+    return {"trelu": once, "trelu_": once, "trelu_backward": (setup_again, backward_again)}
+
+
+def _depthwise(ops: Any) -> dict[str, Formula]:
+    """The image's gradient is a convolution with the flipped filter, the filter's a correlation of image and gradient;
+    both are bilinear, so their own gradients are made of the same two operators."""
+
+    def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, weight, _, *ctx.window = inputs
+        ctx.save_for_backward(x, weight)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        mask = list(ctx.needs_input_grad[:3])
+        grads = ops.depthwise_conv2d_backward(grad, *ctx.saved_tensors, *ctx.window, mask)
+        return *_none_where_unwanted(mask, grads), None, None, None
+
+    def setup_again(ctx: Any, inputs: Any, output: Any) -> None:
+        grad, x, weight, *ctx.window, ctx.mask = inputs
+        ctx.save_for_backward(grad, x, weight)
+
+    def backward_again(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:
+        grad, x, weight = ctx.saved_tensors
+        gx, gw, gb = (s if m else None for s, m in zip(seconds, ctx.mask, strict=True))
+        want_grad, want_x, want_weight = ctx.needs_input_grad[:3]
+        to_grad = to_x = to_weight = None
+        if want_grad:
+            to_grad = torch.zeros_like(grad)
+            if gx is not None:
+                to_grad = to_grad + ops.depthwise_conv2d(gx, weight, None, *ctx.window)
+            if gw is not None:
+                to_grad = to_grad + ops.depthwise_conv2d(x, gw, None, *ctx.window)
+            if gb is not None:
+                to_grad = to_grad + gb[:, None, None]
+        if want_x and gw is not None:
+            to_x = ops.depthwise_conv2d_backward(grad, x, gw, *ctx.window, [True, False, False])[0]
+        if want_weight and gx is not None:
+            to_weight = ops.depthwise_conv2d_backward(grad, gx, weight, *ctx.window, [False, True, False])[1]
+        return to_grad, to_x, to_weight, None, None, None, None
+
+    return {"depthwise_conv2d": (setup, backward), "depthwise_conv2d_backward": (setup_again, backward_again)}
+
+
+def _separable(ops: Any) -> dict[str, Formula]:
+    """The depthwise output is made again in backward: one activation less is kept. Differentiated again, the gradient
+    is PyTorch's own of the reference."""
+
+    def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+        *tensors, _, ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation = inputs
+        ctx.fused = fusion.overruled()
+        ctx.save_for_backward(output if ctx.activation else None, *tensors)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        mask = list(ctx.needs_input_grad[:5])
+        settings = ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation
+        with fusion.use_fusion(ctx.fused):  # on a GPU, autograd calls this from a thread of its own
+            grads = ops.separable_conv2d_backward(grad, *ctx.saved_tensors, *settings, mask)
+        return *_none_where_unwanted(mask, grads), *[None] * 5
+
+    def setup_again(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation, ctx.mask = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward_again(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:
+        settings: Any = ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation
+        tensors: Any = ctx.saved_tensors
+        given = [i for i, t in enumerate(tensors) if t is not None]
+
+        def once(*some: Tensor) -> tuple[Tensor, ...]:
+            everything: list[Any] = list(tensors)
+            for i, t in zip(given, some, strict=True):
+                everything[i] = t
+            everything += [*settings, ctx.mask]
+            return separable_conv2d_backward(*everything)
+
+        vjp: Any = torch.func.vjp(once, *[tensors[i] for i in given])
+        grads: list[Tensor | None] = [None] * len(tensors)
+        for i, grad in zip(given, vjp[1](tuple(seconds)), strict=True):
+            grads[i] = grad if ctx.needs_input_grad[i] else None
+        return *grads, *[None] * 6
+
+    return {"separable_conv2d": (setup, backward), "separable_conv2d_backward": (setup_again, backward_again)}

@@ -1,0 +1,153 @@
+"""torch.compile of every operator: whole graphs, any batch, both directions; and for a GPU that is not there."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import rkl_kernels as rk
+from rkl_kernels import fusion
+
+backends = importlib.import_module("rkl_kernels.backends")  # the package's attribute is the function
+
+W, P = torch.randn(3, 1, 3, 3), torch.randn(4, 3, 1, 1)
+
+CALLS = {
+    "trelu": lambda library, x: library.trelu(x) + 1,
+    "trelu in place": lambda library, x: library.trelu(x * 2, inplace=True),
+    "depthwise": lambda library, x: library.depthwise_conv2d(x, W, padding="same", dilation=2),
+    "separable": lambda library, x: library.separable_conv2d(x, W, P, inner_activation="silu", activation="gelu"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_inductor_whole_graph_any_batch(call):
+    compiled = torch.compile(lambda x: call(rk, x), fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 5):
+            results = []
+            for function in (compiled, lambda x: call(rk.reference, x)):
+                x = torch.randn(batch, 3, 9, 8, generator=torch.Generator().manual_seed(batch)).requires_grad_()
+                y = function(x)
+                results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_choice_of_backend_is_seen_by_the_compiler():
+    """Around the compiled call, within it, and from a thread's setting that changed since."""
+    kinds = []
+
+    def count(graph, inputs):
+        kinds.append("rkl" if any("rkl" in str(node.target) for node in graph.graph.nodes) else "aten")
+        return graph.forward
+
+    compiled = torch.compile(rk.trelu, fullgraph=True, backend=count)
+    x = torch.randn(3, 4)
+    compiled(x)
+    with rk.use_backend("reference"):
+        compiled(x)
+    compiled(x)
+
+    @torch.compile(fullgraph=True, backend=count)
+    def within(x):
+        with rk.use_backend("reference"):
+            return rk.trelu(x)
+
+    within(x)
+    assert kinds == ["rkl", "aten", "aten"]
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))])
+def test_function_transforms_within(transform):
+    x = torch.randn(2, 3, 5, 5)
+    results = [
+        torch.compile(transform(lambda q, lib=lib: lib.depthwise_conv2d(q, W).square().sum()), fullgraph=True,
+                      backend="aot_eager")(x)
+        for lib in (rk, rk.reference)
+    ]  # fmt: skip
+    torch.testing.assert_close(*results)
+
+
+def test_direct_in_place_operator_compiles():
+    def function(x):
+        y = x * 2
+        torch.ops.rkl.trelu_(y)
+        return y
+
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), rk.reference.trelu(x * 2))
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """The choice of backend takes the branch of a GPU with both backends; a table says Triton for one operator."""
+    available = {"cuda": True, "triton": True, "reference": True, "cpu": True}
+    monkeypatch.setattr(backends, "status", lambda name: backends.Status(available[name], "as if"))
+    monkeypatch.setattr(fusion, "_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(fusion, "_measured", lambda: {"GPU 0": {"separable_conv2d": "triton"}})
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # of others' operators, PyTorch calls what it says
+    monkeypatch.setattr(
+        torch._C,
+        "_dispatch_has_kernel_for_dispatch_key",
+        lambda name, key: (name.startswith("rkl::") and key == "CUDA") or has_kernel(name, key),
+    )
+    caches = backends._decision, fusion._order
+    for cache in caches:
+        cache.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+    for cache in caches:
+        cache.cache_clear()
+
+
+class Net(nn.Module):
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.depthwise = rk.DepthwiseConv2d(3, 3, device=device)
+        self.separable = rk.SeparableConv2d(3, 4, 3, device=device, activation="trelu")
+        self.act = rk.TReLU()
+
+    def forward(self, x):
+        return self.act(self.separable(self.depthwise(x)))
+
+
+def test_choice_for_a_gpu_is_traced(fake_gpu):
+    targets = []
+
+    def look(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("rkl"))
+        return graph.forward
+
+    net = torch.compile(Net("cuda"), fullgraph=True, dynamic=True, backend=look)
+    y = net(torch.empty(2, 3, 9, 9, device="cuda"))
+    assert y.device.type == "cuda"
+    assert targets == ["rkl.depthwise_conv2d.default", "rkl_triton.separable_conv2d.default", "rkl.trelu.default"]
+
+
+def test_device_of_the_choice_is_that_of_the_tensor(fake_gpu):
+    """GPU 0 has a table that prefers Triton, GPU 1 has none; the current device has no say."""
+    assert [backends.choose("separable_conv2d", torch.empty(1, device=f"cuda:{i}")) for i in (0, 1)] == [
+        "triton",
+        "cuda",
+    ]
+
+
+def test_export_for_a_gpu(fake_gpu):
+    program = torch.export.export(Net("cuda"), (torch.empty(2, 3, 9, 9, device="cuda"),), strict=True)
+    assert "torch.ops.rkl_triton.separable_conv2d.default" in program.graph_module.code
+
+
+def test_reduce_overhead_mode_of_a_layer():
+    """CUDA graphs are for GPUs; on a CPU the mode is to do no harm."""
+    layer = rk.SeparableConv2d(3, 4, 3)
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(torch.compile(layer, mode="reduce-overhead", fullgraph=True)(x), layer(x))

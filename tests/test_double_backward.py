@@ -1,0 +1,55 @@
+"""Gradients of gradients of separable convolutions, for a fused pair too, beside PyTorch's two layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rkl_kernels as rk
+
+
+def penalty(function, *leaves):
+    """Gradients of a gradient penalty, which is what wants them."""
+    y = function(*leaves)
+    grads = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+
+@pytest.mark.parametrize(("inner", "activation"), [(None, None), ("trelu", "relu6"), ("silu", "trelu"), (None, "gelu")])
+@pytest.mark.parametrize("biased", [True, False])
+def test_separable(inner, activation, biased):
+    shapes = (2, 3, 6, 5), (3, 1, 3, 3), (4, 3, 1, 1), *(((3,), (4,)) if biased else ())
+    leaves = [(torch.randn(shape) / 2).requires_grad_() for shape in shapes]
+    settings = {"padding": 1, "stride": (1, 2), "inner_activation": inner, "activation": activation}
+    with rk.use_backend("cpu"):
+        ours = penalty(lambda *t: rk.separable_conv2d(*t, **settings), *leaves)
+    theirs = penalty(lambda *t: rk.reference.separable_conv2d(*t, **settings), *leaves)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * max(t.abs().max().item() for t in theirs))
+
+
+def test_third_derivative():
+    x, w, p = torch.randn(1, 2, 4, 4, requires_grad=True), torch.randn(2, 1, 3, 3), torch.randn(2, 2, 1, 1)
+
+    def third(library):
+        y = library.separable_conv2d(x, w, p, inner_activation="trelu").pow(4).sum()
+        for _ in range(3):
+            (g,) = torch.autograd.grad(y, x, create_graph=True)
+            y = g.square().sum()
+        return g
+
+    torch.testing.assert_close(third(rk), third(rk.reference), rtol=1e-3, atol=1e-2)
+
+
+def test_a_converted_model_keeps_it():
+    plain = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Conv2d(3, 4, 1))
+    converted = copy.deepcopy(plain)
+    assert rk.convert(converted).separable
+    x = torch.randn(2, 3, 6, 6)
+    results = []
+    for model in (converted, plain):
+        grads = torch.autograd.grad(model(x).pow(2).sum(), list(model.parameters()), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), list(model.parameters())))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,57 @@
+"""Errors of PyTorch's below an operator come in PyTorch's words and type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rkl_kernels as rk
+from rkl_kernels._operator import Operator
+
+BY_PYTORCH = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
+@pytest.mark.skipif(not BY_PYTORCH, reason="PyTorch hands its words over from 2.13 on")
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_memory(grad):
+    """An image that takes no memory, whose output takes 256 TiB, more than addresses reach."""
+    x = torch.zeros(1, 1, 1, 1).expand(1, 4, 1 << 22, 1 << 22)
+    w, p = torch.zeros(4, 1, 1, 1, requires_grad=grad), torch.zeros(2, 4, 1, 1)
+
+    def text(function):
+        with pytest.raises(RuntimeError) as caught:
+            function()
+        return str(caught.value)
+
+    theirs = text(lambda: F.relu(x))
+    assert "you tried to allocate" in theirs
+    for function in (
+        lambda: rk.trelu(x),
+        lambda: rk.depthwise_conv2d(x, w),
+        lambda: rk.separable_conv2d(x, w, p),
+        lambda: torch.ops.rkl.depthwise_conv2d(x, w, None, [1, 1], [0, 0], [1, 1]),
+    ):
+        ours = text(function)
+        assert "you tried to allocate" in ours
+        assert "API call failed" not in ours
+
+
+def test_no_memory_on_a_gpu_has_the_type_that_programs_catch():
+    words = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+    def registered(*args):
+        raise RuntimeError(words)
+
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2.00 GiB"):
+        Operator(registered)(torch.zeros(1))
+
+
+def test_other_errors_stay_as_they_are():
+    def registered(*args):
+        raise RuntimeError("x must be so") from KeyError("why")
+
+    with pytest.raises(RuntimeError, match="x must be so") as caught:
+        Operator(registered)(torch.zeros(1))
+    assert type(caught.value) is RuntimeError
+    assert isinstance(caught.value.__cause__, KeyError)

@@ -1,0 +1,130 @@
+"""torch.export, its files, AOTInductor packages and ONNX, each read back and run; DTensor."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import rkl_kernels as rk
+
+BATCH = ({0: torch.export.Dim("batch", min=2)},)
+
+
+class Net(nn.Module):
+    """Every operator, every activation's kind, and a window that is not square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = rk.DepthwiseConv2d(4, (3, 5), padding="same")
+        self.first = rk.SeparableConv2d(4, 6, 3, stride=(2, 1), inner_activation="relu6", activation="gelu")
+        self.second = rk.SeparableConv2d(6, 6, 3, padding=1, depthwise_bias=True, inner_activation="trelu", bias=False)
+        self.act = rk.TReLU()
+
+    def forward(self, x):
+        return self.act(self.second(self.first(self.depthwise(x))))
+
+
+def example(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 4, 10, 12)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_program_for_any_batch(strict):
+    net = Net()
+    program = torch.export.export(net, (example(2),), dynamic_shapes=BATCH, strict=strict)
+    assert "torch.ops.rkl.separable_conv2d.default" in program.graph_module.code
+    for batch in (2, 7):
+        x = example(batch)
+        torch.testing.assert_close(program.module()(x), net(x))
+
+
+def test_saved_program_needs_the_import_and_nothing_else(tmp_path):
+    net, x, file = Net(), example(2), tmp_path / "net.pt2"
+    torch.export.save(torch.export.export(net, (x,)), file)
+    torch.save((x, net(x).detach()), tmp_path / "expected.pt")
+    code = """
+import sys, torch
+{}
+x, y = torch.load(sys.argv[1] + "/expected.pt")
+torch.testing.assert_close(torch.export.load(sys.argv[1] + "/net.pt2").module()(x), y)
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", code.format(line), tmp_path], capture_output=True, text=True, check=False)
+        for line in ("import rkl_kernels", "")
+    ]
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert runs[1].returncode != 0
+
+
+def test_onnx_as_it_is(tmp_path):
+    """Standard operators alone, and ONNX Runtime's numbers."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="extra [bench] not installed")
+    pytest.importorskip("onnxscript", reason="extra [bench] not installed")
+    net, file = Net().eval(), tmp_path / "net.onnx"
+    program = torch.onnx.export(net, (example(2),), dynamo=True, dynamic_shapes=BATCH, verbose=False)
+    assert {node.domain for node in program.model.graph} == {""}
+    kinds = [node.op_type for node in program.model.graph]
+    assert kinds.count("Conv") == 5
+    program.save(str(file), external_data=False)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for batch in (2, 5):
+        x = example(batch)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), net(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_of_an_exported_program():
+    pytest.importorskip("onnxscript", reason="extra [bench] not installed")
+    exported = torch.export.export(Net().eval(), (example(2),))
+    program = torch.onnx.export(exported, dynamo=True, verbose=False)
+    assert {node.domain for node in program.model.graph} == {""}
+
+
+def test_aot_inductor_package(tmp_path):
+    net = Net().eval()
+    exported = torch.export.export(net, (example(2),), dynamic_shapes=BATCH)
+    file = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "net.pt2"))
+    loaded = torch._inductor.aoti_load_package(file)
+    for batch in (2, 3):
+        x = example(batch)
+        torch.testing.assert_close(loaded(x), net(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_sharded_by_batch_as_pytorchs_layers():
+    """DTensors along the batch, and FSDP of one layer: placements of two devices' ranks, without the devices."""
+    code = """
+import torch, torch.distributed as dist, rkl_kernels as rk
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+images = torch.randn(4, 3, 6, 6)
+weights = torch.randn(3, 1, 3, 3), torch.randn(5, 3, 1, 1)
+def placements(function):
+    x = distribute_tensor(images, mesh, [Shard(0)]).requires_grad_()
+    w, p = (distribute_tensor(t, mesh, [Replicate()]).requires_grad_() for t in weights)
+    y = function(x, w, p)
+    y.sum().backward()
+    whole = function(images[:2], *weights)  # of the first rank
+    torch.testing.assert_close(y.to_local(), whole)
+    return [y.placements, *(t.grad.placements for t in (x, w, p) if t.grad is not None)]
+for call in (
+    lambda library, x, w, p: library.trelu(x),
+    lambda library, x, w, p: library.depthwise_conv2d(x, w, padding=1),
+    lambda library, x, w, p: library.separable_conv2d(x, w, p, activation="trelu", inner_activation="relu"),
+):
+    ours, theirs = (placements(lambda *t: call(library, *t)) for library in (rk, rk.reference))
+    assert ours == theirs, (ours, theirs)
+layer = rk.DepthwiseConv2d(4, 3)
+fully_shard(layer, mesh=mesh)
+layer(torch.randn(2, 4, 6, 6)).sum().backward()
+assert layer.weight.grad is not None
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,62 @@
+"""Arguments at the edge of what integers hold, beside what ``F.conv2d`` answers: an error, never a wrong shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rkl_kernels as rk
+
+X, W, P = torch.randn(2, 4, 8, 8), torch.randn(4, 1, 3, 3), torch.randn(6, 4, 1, 1)
+BIG = 2**31
+HUGE = [
+    {"dilation": BIG // 2 + 1}, {"dilation": BIG + 1}, {"dilation": 2**32 + 1}, {"padding": BIG}, {"padding": 2**32},
+    {"stride": 2**32 + 1, "dilation": 2**32},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("window", HUGE, ids=str)
+def test_huge_windows_are_refused(window):
+    with pytest.raises((RuntimeError, ValueError)):
+        F.conv2d(X, W, groups=4, **window)
+    with pytest.raises((RuntimeError, ValueError)):
+        rk.depthwise_conv2d(X, W, **window)
+    with pytest.raises((RuntimeError, ValueError)):
+        rk.separable_conv2d(X, W, P, **window)
+    pairs = [[n, n] for n in (window.get("stride", 1), window.get("padding", 0), window.get("dilation", 1))]
+    for call in (
+        lambda: torch.ops.rkl.depthwise_conv2d(X, W, None, *pairs),
+        lambda: torch.ops.rkl.separable_conv2d(X, W, P, None, None, *pairs, 0, 0),
+        lambda: torch.ops.rkl.depthwise_conv2d_backward(X, X, W, *pairs, [True] * 3),
+    ):
+        with pytest.raises(RuntimeError, match="must"):
+            call()
+
+
+def test_large_strides_are_served():
+    for stride in (100, BIG - 1):
+        ours = rk.depthwise_conv2d(X, W, stride=stride)
+        torch.testing.assert_close(ours, F.conv2d(X, W, stride=stride, groups=4))
+
+
+def test_no_channels():
+    x, w, p = X[:, :0], W[:0], torch.randn(6, 0, 1, 1)
+    with pytest.raises(RuntimeError):
+        F.conv2d(x, w, groups=0)
+    for backend in ("cpu", "reference"):
+        with rk.use_backend(backend):
+            with pytest.raises(ValueError, match="at least one channel"):
+                rk.depthwise_conv2d(x, w)
+            with pytest.raises(ValueError, match="at least one channel"):
+                rk.separable_conv2d(x, w, p)
+    pairs = [1, 1], [1, 1], [1, 1]
+    with pytest.raises(RuntimeError, match="at least one channel"):
+        torch.ops.rkl.separable_conv2d(x, w, p, None, None, *pairs, 0, 0)
+    with pytest.raises(RuntimeError, match="at least one channel"):
+        torch.ops.rkl.separable_conv2d_backward(x, None, x, w, p, None, *pairs, 0, 0, [True] * 5)
+
+
+def test_no_output_channels():
+    ours = rk.separable_conv2d(X, W, P[:0])
+    assert ours.shape == (2, 0, 6, 6)

@@ -1,0 +1,85 @@
+"""In-place T-ReLU beside ``torch.relu_``: what other operators saved, leaves, views, and the raw operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rkl_kernels as rk
+
+IN_PLACE = {
+    "relu_": torch.relu_,
+    "public": lambda x: rk.trelu(x, inplace=True),
+    "layer": rk.TReLU(inplace=True),
+    "raw": lambda x: torch.ops.rkl.trelu_(x),
+}
+each = pytest.mark.parametrize("in_place", IN_PLACE.values(), ids=IN_PLACE)
+
+
+@each
+def test_backward_refuses_what_was_overwritten(in_place):
+    x = torch.randn(4, 5, requires_grad=True)
+    middle = x * 2
+    y = middle.square()  # saves middle
+    in_place(middle)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@each
+@pytest.mark.parametrize("grad", [True, False])
+def test_each_write_counts(in_place, grad):
+    x = torch.randn(3, requires_grad=grad) * 1.0
+    before = x._version
+    with torch.set_grad_enabled(grad):
+        in_place(x)
+    assert x._version == before + 1
+
+
+@each
+def test_a_result_that_is_overwritten_is_refused(in_place):
+    x = torch.randn(4, requires_grad=True)
+    y = x * 1.0
+    in_place(y)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@each
+def test_leaves_are_refused_and_left_alone(in_place):
+    for leaf, view in ((torch.randn(3, requires_grad=True),) * 2, (x := torch.randn(3, 4, requires_grad=True), x[1:])):
+        before = leaf.detach().clone()
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad is being used in an in-place"):
+            in_place(view)
+        assert torch.equal(leaf.detach(), before)
+    with torch.no_grad():
+        in_place(leaf)
+
+
+def test_the_raw_operator_has_its_gradient():
+    x = torch.randn(4, 5, requires_grad=True)
+    y = x * 1.0
+    torch.ops.rkl.trelu_(y)
+    y.square().sum().backward()
+    expected = torch.autograd.grad(rk.reference.trelu(x).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+@each
+def test_views_of_what_is_no_leaf(in_place):
+    x = torch.randn(4, 6, requires_grad=True)
+    base = x * 1.0
+    in_place(base[:, 1:4])
+    function = torch.relu if in_place is torch.relu_ else rk.reference.trelu
+    again = torch.cat([x[:, :1], function(x[:, 1:4]), x[:, 4:]], 1)
+    torch.testing.assert_close(base, again)
+    weight = torch.randn(4, 6)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (base, again)))
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        x = torch.randn(5)
+        expected = rk.reference.trelu(x)
+        torch.testing.assert_close(rk.trelu(x, inplace=True), expected)
