@@ -22,9 +22,11 @@ def depthwise_conv2d(
     """Convolve each channel with a filter of its own (equation 3).
 
     Equivalent to ``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, forward, backward and double
-    backward, with sums in float32. Deterministic on every backend. On a GPU, filters of 9 columns and more in 16 bits
-    (stride and dilation 1) go to the tensor cores, where an infinity or NaN of ``x`` may make outputs, and taps of the
-    filter's gradient, NaN beside those that it has a part in.
+    backward, with sums in float32. Deterministic on every backend. Finite numbers
+    give finite results wherever the exact ones are. Others spread on a GPU: in 16 bits, channels_last, an infinity or
+    NaN in one channel makes NaN in all of its group of eight within the filter's window (rounded up to 3, 5 or 7), and
+    in that group's gradients; with filters of 9 columns and more, or in float32 with filters rounded up, it may make
+    outputs of its own channel NaN beside those that it has a part in.
 
     Args:
         x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.

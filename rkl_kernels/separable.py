@@ -32,6 +32,8 @@ def separable_conv2d(
     Equivalent to ``act(F.conv2d(inner_act(F.conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation,
     groups=C)), pointwise_weight, pointwise_bias))``. The depthwise output is not kept for backward: it is made again.
 
+    Infinities and NaNs spread between channels on a GPU as :func:`depthwise_conv2d` says.
+
     Args:
         x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.
         depthwise_weight: (C, 1, kh, kw).
