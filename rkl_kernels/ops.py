@@ -148,9 +148,20 @@ def define(namespace: str) -> Any:
     for name, decomposition in decompositions.DECOMPOSITIONS.items():
         declare: Any = torch._decomp.register_decomposition(getattr(ops, name).registered)
         declare(decomposition)
+    names = [f"{namespace}::{name}" for name in SCHEMAS]
+    when_imported("torch._inductor.lowering", lambda: _keep_whole(names))
     when_imported("torch.utils.flop_counter", lambda: counting.register(packets))
     when_imported("torch.distributed.tensor", lambda: sharding.register(packets))
     return ops
+
+
+def _keep_whole(names: list[str]) -> None:
+    """Inductor calls the operators as they are. Where the environment has CI set, it refuses an operator that has a
+    decomposition and no place in this list."""
+    from torch._inductor import lowering
+
+    for name in names:
+        lowering.FALLBACK_ALLOW_LIST.add(name)
 
 
 def _register_in_place(library: torch.library.Library, operator: Operator) -> None:
