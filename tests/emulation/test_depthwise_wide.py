@@ -95,8 +95,9 @@ def test_unaligned_views_take_the_general_kernel(gpu: Gpu) -> None:
 # Bounds of forward, data gradient and filter gradient. The filters of 3 rows keep the test short; what exceeds 1 is the
 # filter, read by each block, and of a map of several tiles the rows and columns that neighbours share: here 68 of 64
 # rows and, by 8, 80 of 64 columns; by 16, 96, in NCHW, where those make a sector. The filter's gradient reads 76 of 64
-# columns (96 in NCHW) and the rows of its image only; to it come the
-# parts' sums, written and read again: each up to a tenth of what it reads.
+# columns (96 in NCHW) and the rows of its image only; to it come the parts' sums, up to an eighth of what it reads, and
+# the result itself: parts have the channels side by side, so a block writes 2 taps of 16 channels (4 of 8), each to a
+# sector of its own: 16 sectors a block, 10 kB in all beside 525 kB (0.02), and beside the 100 kB of 7 x 7 maps 0.1.
 WIDE_TRAFFIC = [
     (Case(batch=8, channels=16, size=(32, 32), kernel=(3, 13), padding=(1, 6)), (1.03, 1.03, 1.10)),
     (Case(batch=8, channels=8, size=(32, 32), kernel=(3, 13), padding=(1, 6), nhwc=False), (1.03, 1.03, 1.10)),
