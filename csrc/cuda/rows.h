@@ -56,11 +56,6 @@ Tiling tiling(const Conv2d& g, const Kernel& kernel, int images, int rows);
 // even one fits.
 int images_at_once(const Conv2d& g);
 
-// The data gradient at stride 2 makes two rows and two columns of dx at a time, which meet the same rows and columns of
-// the gradient: it is a convolution of stride 1 of the gradient whose outputs are such pairs. This is its geometry,
-// with half of the kernel's filter; rows and columns of dx are counted with the padding.
-Conv2d pairs_of(const Conv2d& g, const Kernel& kernel);
-
 // The compiled kernels. More than two slots are for dilated filters and stride 2, whose rows are wider. Registers and
 // the sizes of blocks are those that ran fastest on an H200 (fewer registers spilled, at 10 % of the time for the first
 // one).

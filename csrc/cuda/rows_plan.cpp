@@ -57,16 +57,6 @@ int images_at_once(const Conv2d& g) {
   return int(std::min({by_elements, kMostGroups, g.batch}));
 }
 
-Conv2d pairs_of(const Conv2d& g, const Kernel& kernel) {
-  Conv2d p = g;
-  const auto side = [](int64_t size, int padding) { return (size - 1 + padding) / 2 - padding / 2 + 1; };
-  p.in_h = g.out_h, p.in_w = g.out_w;
-  p.out_h = side(g.in_h, g.padding_h), p.out_w = side(g.in_w, g.padding_w);
-  p.stride_h = p.stride_w = 1;
-  p.padding_h = kernel.kernel_h - 1 - g.padding_h / 2, p.padding_w = kernel.kernel_w - 1 - g.padding_w / 2;
-  return p;
-}
-
 namespace {
 
 // A compiled kernel for a convolution, and what it is the kernel of: for pairs of stride 2's data gradient, of these.
@@ -127,7 +117,9 @@ MaybePlan plan_rows(Result result, const Conv2d& g, Dtype dtype, const Device& d
   if (g.stride_h == 2 && (g.dilation_h != 1 || g.dilation_w != 1)) return std::nullopt;
   const auto itself = [&](const Kernel& k) { return std::pair(g, k); };
   const auto gradient = [&](const Kernel& k) { return std::pair(data_grad_as_convolution(g), k); };
-  const auto pairs = [&](const Kernel& k) { return std::pair(pairs_of(g, halved(k)), halved(k)); };
+  const auto pairs = [&](const Kernel& k) {
+    return std::pair(stride2_data_grad_as_pairs(g, k.kernel_h, k.kernel_w), halved(k));
+  };
   switch (result) {
     case Result::output:
       return plan_kernel(find(kConvolutions, g, itself), result, g, 2, device);

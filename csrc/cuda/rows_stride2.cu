@@ -2,8 +2,8 @@
 //
 // Rows and columns of dx, counted with the padding, go by two. The even one of a pair meets the filter's even taps, the
 // odd one its odd taps, and both the same rows and columns of the gradient. So this is a convolution of stride 1 of the
-// gradient with a filter of half the size (pairs_of in rows.h), which has four outputs for each of its places: of even
-// and odd rows, of even and odd columns.
+// gradient with a filter of half the size (stride2_data_grad_as_pairs in plan.h), which has four outputs for each of
+// its places: of even and odd rows, of even and odd columns.
 #include "cuda/rows_launch.cuh"
 
 namespace rkl::cuda {
@@ -176,10 +176,11 @@ void launch_rows_stride2_data_grad(const Convolution& a, const Plan& plan, Dtype
   by_kernel<sizeof(kStride2DataGrads) / sizeof(Kernel)>(plan.kernel, dtype, [&](auto k, auto zero) {
     using T = decltype(zero);
     constexpr int number = decltype(k)::value;
-    constexpr Kernel tile = halved(kStride2DataGrads[number]);
+    constexpr Kernel kernel = kStride2DataGrads[number], tile = halved(kernel);
     allow_shared(reinterpret_cast<const void*>(&rows_stride2_data_grad<T, number>), plan.shared);
     by_images(a.g, [&](int64_t first, int images) {
-      const Tiling t = tiling(pairs_of(a.g, tile), tile, images, plan.rows);
+      const Tiling t =
+          tiling(stride2_data_grad_as_pairs(a.g, kernel.kernel_h, kernel.kernel_w), tile, images, plan.rows);
       const Conv2d& g = a.g;
       const Image dx{int(g.in_h), int(g.in_w), g.padding_h % 2, g.padding_w % 2};
       rows_stride2_data_grad<T, number>
