@@ -1,6 +1,8 @@
 // Which kernel family serves a depthwise convolution on a GPU. Host only: the families say what they serve and how.
 #include "cuda/plan.h"
 
+#include "cuda/plan_cache.h"
+
 namespace rkl::cuda {
 namespace {
 
@@ -28,9 +30,11 @@ MaybePlan plan_fast(Result result, const Conv2d& g, Dtype dtype, bool aligned, c
 }  // namespace
 
 MaybePlan plan_result(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
-  const MaybePlan plan = plan_fast(result, g, dtype, aligned, device);
-  if (plan || result == Result::both_grads) return plan;
-  return plan_general(result, g, dtype, aligned, device);
+  return remembered(plan_key(g, dtype, aligned, device, int64_t(result)), [&]() -> MaybePlan {
+    const MaybePlan plan = plan_fast(result, g, dtype, aligned, device);
+    if (plan || result == Result::both_grads) return plan;
+    return plan_general(result, g, dtype, aligned, device);
+  });
 }
 
 bool takes_planes(const Conv2d& g, Dtype dtype) {

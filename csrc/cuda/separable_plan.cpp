@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/kernels.h"
+#include "cuda/plan_cache.h"
 #include "cuda/rows_plan.h"
 #include "cuda/separable_rows.h"
 
@@ -20,11 +21,10 @@ SeparableTiling separable_outputs(const SeparableKernel& kernel, int64_t outputs
   return {int(outputs), 2 * kernel.deep | 1, int(ceil_div(outputs, 16)) * 2 | 1};
 }
 
-MaybePlan plan_separable(const Conv2d& g, int64_t outputs, Activation inner, Activation act, Dtype dtype, bool aligned,
-                         const Device& device) {
-  const bool plain = g.kernel_h == g.kernel_w && g.stride_h == g.stride_w && g.dilation_h == 1 && g.dilation_w == 1;
-  if (dtype == Dtype::f32 || !g.nhwc || !aligned || !plain || g.channels % 8 || outputs % 8) return std::nullopt;
-  if (!rows::is_short(inner) || !rows::is_short(act)) return std::nullopt;
+namespace {
+
+// The first of the compiled kernels that serves.
+MaybePlan find(const Conv2d& g, int64_t outputs, const Device& device) {
   const int images = std::min(rows::images_at_once(g), rows::images_at_once(outputs_of(g, outputs)));
   if (!images) return std::nullopt;
   constexpr int kCount = sizeof(kSeparableKernels) / sizeof(SeparableKernel);
@@ -47,6 +47,16 @@ MaybePlan plan_separable(const Conv2d& g, int64_t outputs, Activation inner, Act
     return plan;
   }
   return std::nullopt;
+}
+
+}  // namespace
+
+MaybePlan plan_separable(const Conv2d& g, int64_t outputs, Activation inner, Activation act, Dtype dtype, bool aligned,
+                         const Device& device) {
+  const bool plain = g.kernel_h == g.kernel_w && g.stride_h == g.stride_w && g.dilation_h == 1 && g.dilation_w == 1;
+  if (dtype == Dtype::f32 || !g.nhwc || !aligned || !plain || g.channels % 8 || outputs % 8) return std::nullopt;
+  if (!rows::is_short(inner) || !rows::is_short(act)) return std::nullopt;
+  return remembered(plan_key(g, dtype, aligned, device, outputs), [&] { return find(g, outputs, device); });
 }
 
 }  // namespace rkl::cuda

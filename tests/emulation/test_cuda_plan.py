@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -92,3 +93,23 @@ def test_sums_of_parts_are_few(gpu: Gpu, dtype: str) -> None:
         sums = 8 * plan.parts * (case.kernel * case.filter_width + 1) * case.channels
         small = read < 64 << 20 or plan.family.name == "general"
         assert sums <= read / 8 or small, f"{shape.id}: {plan.parts} parts, {sums / read:.2f}"
+
+
+def test_a_remembered_plan_is_the_one_that_would_be_made(gpu: Gpu) -> None:
+    """A thread remembers its last plans by all that they are made from; another thread makes them itself."""
+
+    def numbers() -> list[tuple[object, ...]]:
+        fields = ("family", "kernel", "rows", "parts", "blocks", "threads", "shared")
+        return [
+            (shape.id, dtype, nhwc, device, name, *(getattr(plan, field) for field in fields))
+            for shape in SHAPES
+            for dtype in ("f32", "bf16", "f16")
+            for nhwc in (True, False)
+            for device in DEVICES
+            for name, plan in plans(gpu, shape, dtype, nhwc, device).items()
+        ]
+
+    with ThreadPoolExecutor(1) as other:
+        assert numbers() == numbers() == other.submit(numbers).result()
+    h200, l4 = (plans(gpu, SHAPES[0], "bf16", True, device)["output"] for device in ("H200", "L4"))
+    assert h200.parts != l4.parts, "the device's facts are part of what a plan is remembered by"
