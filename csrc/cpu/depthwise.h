@@ -40,10 +40,8 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   const Tiling tiles = Rows::tiling(g, lanes, to_weight);
   const int taps = g.kernel_h * g.kernel_w;
   const bool wants_sums = dweight || dbias;
-  // Few enough that adding the slices stays small beside reading the images.
   const int64_t pixels = g.batch * g.out_h * g.out_w;
-  const int64_t most = std::min({tiles.units(), 32 / tiles.groups() + 1, pixels / (8 * taps) + 1});
-  const int64_t slices = wants_sums ? most : tiles.units();
+  const int64_t slices = wants_sums ? tiles.slices(pixels, taps) : tiles.units();
   const int64_t slice_size = Lanes::at(lanes.vectors(), 0, taps + 1), tasks = slices * tiles.groups();
   std::vector<float> sums(wants_sums ? slices * slice_size : 0);
   const int64_t work = 2 * pixels * g.channels * (taps + 4) / tasks;

@@ -72,9 +72,7 @@ void gradient_windows(const Conv2d& g, const T* grad, const T* x, const T* weigh
   const bool wants_sums = dweight || dbias;
   const Tiling tiles = window_tiling<T>(g, pairs, g.batch * g.channels * pairs);
   const int64_t pixels = g.batch * g.out_h * g.out_w;
-  // Few enough that adding the slices stays small beside reading the images.
-  const int64_t most = std::min({tiles.units(), 32 / tiles.groups() + 1, pixels / (8 * taps) + 1});
-  const int64_t slices = wants_sums ? most : tiles.units();
+  const int64_t slices = wants_sums ? tiles.slices(pixels, taps) : tiles.units();
   const int64_t slice_size = Lanes::at(lanes.vectors(), 0, taps + 1), tasks = slices * tiles.groups();
   std::vector<float> sums(wants_sums ? slices * slice_size : 0);
   const int64_t work = 2 * pixels * g.channels * (taps + 4) / tasks;

@@ -41,8 +41,10 @@ bool takes_planes(const Conv2d& g, Dtype dtype) {
   constexpr Device least{86, 1, 99 << 10, 100 << 10};  // the smallest shared memory, so that no device need be asked
   Conv2d planes = g;
   planes.nhwc = false;
-  return plan_fast(Result::output, planes, dtype, true, least) &&
-         plan_fast(Result::data_grad, planes, dtype, true, least);
+  const auto fast = [&](Result result) {
+    return plan_result(result, planes, dtype, true, least)->family != Family::general;
+  };
+  return fast(Result::output) && fast(Result::data_grad);
 }
 
 Plan plan_forward(const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
