@@ -20,8 +20,8 @@ struct Tiling {
   int64_t bands() const { return (rows + band - 1) / band; }
   int64_t units() const { return images * bands(); }
 
-  // Parts of the units whose sums for a filter's gradient are made apart, and then added in their order: few enough that
-  // adding them stays small beside reading the images, which have so many pixels.
+  // Parts of the units whose sums for a filter's gradient are made apart, and then added in their order: few enough
+  // that adding them stays small beside reading the images, which have so many pixels.
   int64_t slices(int64_t pixels, int taps) const {
     return std::min({units(), 32 / groups() + 1, pixels / (8 * taps) + 1});
   }

@@ -1,5 +1,6 @@
-// Plans that a thread has made before. To plan an output weighs up to hundreds of cuts, 8 to 10 us on one core of an AMD
-// EPYC, as long as all else that a call costs the host; and a network calls with the same few shapes again and again.
+// Plans that a thread has made before. To plan an output weighs up to hundreds of cuts, 8 to 10 us on one core of an
+// AMD EPYC, as long as all else that a call costs the host; and a network calls with the same few shapes again and
+// again.
 #pragma once
 #include <array>
 #include <cstddef>
