@@ -58,9 +58,9 @@ def fused_or_not(fused: bool, layout: str) -> Rival:
     def prepare(case: Case, device: str) -> Callable[[], Any]:
         run = ours(layout, "triton").prepare(case, device)
 
-        def forced() -> Any:
+        def forced(*image: torch.Tensor) -> Any:
             with fusion.use_fusion(fused):
-                return run()
+                return run(*image)
 
         return forced
 

@@ -14,6 +14,13 @@ extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_ba
 
 namespace rkl {
 
+// What an older PyTorch is taken to have said where a new tensor could not be made.
+#ifdef USE_CUDA
+constexpr const char* kNoMemory = "CUDA out of memory. PyTorch wrote to stderr how much was asked for.";
+#else
+constexpr const char* kNoMemory = "out of memory. PyTorch wrote to stderr how much was asked for.";
+#endif
+
 template <auto function>
 struct InPyTorchsWords;
 
@@ -26,8 +33,11 @@ struct InPyTorchsWords<function> {
       return function(std::forward<Args>(args)...);
     } catch (const std::exception& error) {
       const bool wordless = std::string(error.what()).find("API call failed at") != std::string::npos;
-      if (!wordless || !torch_exception_get_what_without_backtrace) throw;
-      throw std::runtime_error(torch_exception_get_what_without_backtrace());
+      if (!wordless) throw;
+      if (torch_exception_get_what_without_backtrace)
+        throw std::runtime_error(torch_exception_get_what_without_backtrace());
+      if (std::string(error.what()).find("empty") == std::string::npos) throw;
+      throw std::runtime_error(kNoMemory);
     }
   }
 };

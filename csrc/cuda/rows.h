@@ -52,13 +52,12 @@ struct Tiling {
 // The tiling of g, with `images` of the batch at a time; g is the convolution that the kernel makes.
 Tiling tiling(const Conv2d& g, const Kernel& kernel, int images, int rows);
 
-// Images that a launch may have: elements are counted in 31 bits, and a grid has 65,535 groups of images. 0 where not
-// even one fits.
+// Images that a launch may have: elements are counted in 31 bits. 0 where not even one fits.
 int images_at_once(const Conv2d& g);
 
-// The compiled kernels. More than two slots are for dilated filters and stride 2, whose rows are wider. Registers and
-// the sizes of blocks are those that ran fastest on an H200 (fewer registers spilled, at 10 % of the time for the first
-// one).
+// The compiled kernels. More than two slots are for dilated filters and stride 2, whose rows are wider. Registers are
+// what each takes without spilling in its loops (one spilled register cost a tenth of the time on an H200), rounded up
+// to the number at which a multiprocessor still has as many blocks.
 constexpr Kernel kConvolutions[] = {
     {3, 3, 1, 2, 8, 80},  {3, 3, 1, 4, 8, 96},  {3, 3, 2, 3, 8, 80},  {5, 5, 1, 2, 8, 128},
     {5, 5, 1, 4, 8, 128}, {5, 5, 2, 3, 8, 128}, {7, 7, 1, 2, 4, 168}, {7, 7, 1, 4, 4, 168},

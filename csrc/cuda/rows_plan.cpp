@@ -51,10 +51,10 @@ Tiling tiling(const Conv2d& g, const Kernel& kernel, int images, int rows) {
 }
 
 int images_at_once(const Conv2d& g) {
-  constexpr int64_t kMostElements = int64_t(1) << 31, kMostGroups = 65535;
+  constexpr int64_t kMostElements = int64_t(1) << 31;
   const int64_t pixels = std::max(g.in_h * g.in_w, g.out_h * g.out_w);
   const int64_t by_elements = (kMostElements - 1) / std::max<int64_t>(1, pixels * g.channels);
-  return int(std::min({by_elements, kMostGroups, g.batch}));
+  return int(std::min(by_elements, g.batch));
 }
 
 namespace {

@@ -124,11 +124,12 @@ LAYERS = 4
 """Layers in a row, where a layer's output can be the next one's image."""
 
 
-def layers(case: Case, run: Callable[..., Any]) -> tuple[Callable[[], None], int]:
+def layers(case: Case, run: Callable[..., Any], device: str = "cpu") -> tuple[Callable[[], None], int]:
     """The work as a network does it, and how many layers that is: what a call gives is read by what comes next.
 
-    Layers in a row where the shape allows it; an in-place ReLU over the result elsewhere. A call that is timed over and
-    over while nobody reads its output rewards what keeps it out of the caches, where a network would look for it.
+    Layers in a row where the shape allows it; elsewhere, on a CPU, an in-place ReLU over the result. A call that is
+    timed over and over while nobody reads its output rewards what keeps it out of the caches, where a network would
+    look for it. On a GPU the shapes exceed the cache, and the ReLU would take up to as long as the work.
     """
     if case.repeats:
 
@@ -138,6 +139,8 @@ def layers(case: Case, run: Callable[..., Any]) -> tuple[Callable[[], None], int
                 (y,) = run(y)
 
         return in_a_row, LAYERS
+    if device == "cuda":
+        return run, 1
 
     def followed() -> None:
         run()[0].relu_()
@@ -146,7 +149,12 @@ def layers(case: Case, run: Callable[..., Any]) -> tuple[Callable[[], None], int
 
 
 def _placed(case: Case, layout: str, device: str) -> tuple[Tensor, Results, Tensor]:
-    """The inputs in the case's type and the layout asked for."""
+    """The inputs in the case's type and the layout asked for; all contestants share them."""
+    return _of_type(replace(case, direction="forward", name="", tf32=False), layout, device)
+
+
+@lru_cache(maxsize=len(FORMATS))
+def _of_type(case: Case, layout: str, device: str) -> tuple[Tensor, Results, Tensor]:
     given = inputs(case, device)
     kind: Any = {"device": device, "dtype": TYPES[case.dtype], "memory_format": FORMATS[layout]}
     return given.x.to(**kind), tuple(w.to(**kind) for w in given.weights), given.grad.to(**kind)

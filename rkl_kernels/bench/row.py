@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from .timing import (
     interleave,
     keep_memory,
     multiplier,
+    recorded,
     timer_for,
 )
 
@@ -119,7 +120,7 @@ def measure(
         busy: CPU time and shortest samples instead of wall time and medians, to look at a kernel on one thread while
             the machine does other work. Such figures are for looking, not for keeping.
     """
-    with products(case.tf32):
+    with products(case.tf32), torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
         return _measure(case, rivals, device, budget, busy, faulting)
 
 
@@ -141,8 +142,8 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
             runs[rival.id] = run
     product, operations = multiplier(TYPES[case.dtype], device)
     timer = busy_timer if busy else timer_for(device)
-    chains = {name: layers(case, run) for name, run in runs.items()}
-    contestants = {name: chain for name, (chain, _) in chains.items()}
+    chains = {name: layers(case, run, device) for name, run in runs.items()}
+    contestants = {name: recorded(chain) if device == "cuda" else chain for name, (chain, _) in chains.items()}
     times = interleave(contestants | {COPY: copier(case.bytes, device), MATRIX: product}, timer, budget, fastest=busy)
     copy, matrix = times.pop(COPY), times.pop(MATRIX)
     row = Row(case, copy, operations / matrix.seconds, _a_layer(times, chains), rejected)

@@ -72,7 +72,10 @@ def test_depthwise_kernel_31(backend, device):
     check(depthwise(31), ((2, 8, 32, 32), (8, 1, 31, 31), (8,)), device, torch.bfloat16, 2e-2, backend)
 
 
-@pytest.mark.parametrize(("k", "names"), [(3, "one pass"), (7, "the NHWC kernel"), (31, "the tensor cores")])
+@pytest.mark.parametrize(("k", "names"), [
+    (3, "gradients of image and filter in one pass: rows"), (7, "gradients of image and filter: rows"),
+    (31, "gradients of image and filter: the tensor cores"),
+])  # fmt: skip
 def test_explain_names_the_kernels(device, k, names):
     if device == "cpu":
         pytest.skip("the CPU's kernels are not named")
@@ -80,7 +83,7 @@ def test_explain_names_the_kernels(device, k, names):
     weight = x.new_empty(64, 1, k, k)
     with rk.use_backend("cuda"):
         told = rk.explain("depthwise_conv2d", x, weight, padding=k // 2)
-    assert f"gradients of image and filter: {names}" in told.kernels
+    assert names in told.kernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
