@@ -128,6 +128,8 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
     runs: dict[str, Callable[[], Any]] = {}
     rejected: dict[str, str] = {}
     for rival in rivals:
+        if device == "cuda":
+            torch.cuda.empty_cache()  # of the float64 copies: the largest shapes need the room
         try:
             run = rival.prepare(case, device)
             wrong = error(run(), reference(case, device))
@@ -143,7 +145,8 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
     product, operations = multiplier(TYPES[case.dtype], device)
     timer = busy_timer if busy else timer_for(device)
     chains = {name: layers(case, run, device) for name, run in runs.items()}
-    contestants = {name: recorded(chain) if device == "cuda" else chain for name, (chain, _) in chains.items()}
+    pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
+    contestants = {name: recorded(chain, pool) if pool else chain for name, (chain, _) in chains.items()}
     times = interleave(contestants | {COPY: copier(case.bytes, device), MATRIX: product}, timer, budget, fastest=busy)
     copy, matrix = times.pop(COPY), times.pop(MATRIX)
     row = Row(case, copy, operations / matrix.seconds, _a_layer(times, chains), rejected)

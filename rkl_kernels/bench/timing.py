@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -47,19 +48,20 @@ def cuda_timer(run: Run, calls: int) -> float:
     return start.elapsed_time(end) * 1e-3 / calls
 
 
-def recorded(run: Run) -> Run:
+def recorded(run: Run, pool: Any = None) -> Run:
     """The launches of ``run`` as a CUDA graph, or ``run`` itself where they cannot be recorded.
 
     A replay costs the host one call, so that the device's time is what the clock sees: autograd's way to a gradient
     takes 0.1 to 0.2 ms, longer than most of the kernels that it launches. A network whose layers are queued ahead of
     the device does not wait for it either. What a call costs the host has rows of its own (host.py).
 
-    On a side stream, whose work alone can be recorded; ``run`` has to be prepared there.
+    On a side stream, whose work alone can be recorded; ``run`` has to be prepared there. Recordings of one ``pool``
+    share memory, since nobody reads what they leave.
     """
     graph = torch.cuda.CUDAGraph()
     run()  # whatever is made once, a compiled kernel or a library's workspace, is made before the recording
     try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
             run()
     except RuntimeError:
         torch.cuda.synchronize()
