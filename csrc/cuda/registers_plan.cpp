@@ -3,6 +3,18 @@
 
 namespace rkl::cuda {
 namespace registers {
+namespace {
+
+// Vectors of a block: as many for each, but whole sectors of 4. A sector that two blocks write is written twice: 15 of
+// 72 vectors took 320 us where 16, of the last block the half idle, take 188 (56 px, 144 channels, fp32, H100).
+int vectors_of_block(int vectors, int most) {
+  constexpr int kSector = 4;
+  if (vectors <= most) return vectors;
+  const int each = int(ceil_div(vectors, ceil_div(vectors, most)));
+  return int(ceil_div(each, kSector)) * kSector;
+}
+
+}  // namespace
 
 Sizes sizes_of(const Conv2d& g, int rows, int columns, int vector, int most) {
   Sizes s{};
@@ -16,8 +28,8 @@ Sizes sizes_of(const Conv2d& g, int rows, int columns, int vector, int most) {
   s.chunks = int(ceil_div(height, s.rows));
   s.groups = int(ceil_div(width, columns));
   const int vectors = int(ceil_div(g.channels, vector));
-  s.channel_blocks = int(ceil_div(vectors, most));
-  s.vectors = int(ceil_div(vectors, s.channel_blocks));
+  s.vectors = vectors_of_block(vectors, most);
+  s.channel_blocks = int(ceil_div(vectors, s.vectors));
   return s;
 }
 
