@@ -11,7 +11,11 @@ namespace rkl {
 // Kernels: struct with
 //   static forward(Conv2d, x, weight, bias or null, activation, y, dtype, like) and
 //   static backward(Conv2d, grad, x, weight, dx or null, dweight or null, dbias or null, dtype, like)
-// over dense memory; `like` is a tensor on the device.
+// over dense memory; `like` is a tensor on the device; and
+//   static transposes(Conv2d, dtype, of_filter) -> bool
+//   static dense(x, nhwc), in_format(x, nhwc), as tensor_args.h has them
+// where the first says whether NCHW images are computed as NHWC ones, for the output or the image's gradient alone, or
+// for the filter's gradient too.
 template <class Kernels>
 struct DepthwiseOps {
   using Ints = std::vector<int64_t>;
@@ -20,15 +24,17 @@ struct DepthwiseOps {
   static Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
                         const Ints& padding, const Ints& dilation) {
     const Dtype dtype = dtype_of(x, "x");
-    const Conv2d g = conv2d(x, weight, stride, padding, dilation);
+    Conv2d g = conv2d(x, weight, stride, padding, dilation);
+    const bool nhwc = g.nhwc;
     check_bias(bias, x, g.channels);
+    g.nhwc = nhwc || Kernels::transposes(g, dtype, false);
     Tensor y = empty_image(x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
-    if (!y.numel()) return y;
-    const Tensor x_in = dense(x, g.nhwc), weight_in = as_contiguous(weight);
+    if (!y.numel()) return Kernels::in_format(y, nhwc);
+    const Tensor x_in = Kernels::dense(x, g.nhwc), weight_in = as_contiguous(weight);
     const std::optional<Tensor> bias_in = contiguous(bias);
     Kernels::forward(g, x_in.const_data_ptr(), weight_in.const_data_ptr(), data_or_null(bias_in), Activation::none,
                      y.mutable_data_ptr(), dtype, x);
-    return y;
+    return Kernels::in_format(y, nhwc);
   }
 
   // mask: which of the gradients of x, weight and bias are wanted; the others come back empty.
@@ -37,7 +43,9 @@ struct DepthwiseOps {
                                                      const Bools& mask) {
     const Dtype dtype = dtype_of(x, "x");
     Conv2d g = conv2d(x, weight, stride, padding, dilation);
-    g.nhwc = suggests_nhwc(x);  // the image's gradient has the image's layout
+    const bool nhwc = suggests_nhwc(x);  // the image's gradient has the image's layout
+    g.nhwc = nhwc;
+    g.nhwc = nhwc || Kernels::transposes(g, dtype, mask.size() > 1 && mask[1]);
     check_grad(grad, x, g, g.channels);
     STD_TORCH_CHECK(mask.size() == 3, "mask must have 3 values");
     Tensor dx = mask[0] ? empty_image(x, g.batch, g.channels, g.in_h, g.in_w, g.nhwc) : empty_vector(x, 0);
@@ -45,13 +53,14 @@ struct DepthwiseOps {
     Tensor dbias = empty_vector(x, mask[2] ? g.channels : 0);
     if (!grad.numel()) {
       for (Tensor* t : {&dx, &dweight, &dbias}) torch::stable::zero_(*t);
-      return {dx, dweight, dbias};
+      return {mask[0] ? Kernels::in_format(dx, nhwc) : dx, dweight, dbias};
     }
-    const Tensor grad_in = dense(grad, g.nhwc), x_in = dense(x, g.nhwc), weight_in = as_contiguous(weight);
+    const Tensor grad_in = Kernels::dense(grad, g.nhwc), x_in = Kernels::dense(x, g.nhwc),
+                 weight_in = as_contiguous(weight);
     Kernels::backward(g, grad_in.const_data_ptr(), x_in.const_data_ptr(), weight_in.const_data_ptr(),
                       mask[0] ? dx.mutable_data_ptr() : nullptr, mask[1] ? dweight.mutable_data_ptr() : nullptr,
                       mask[2] ? dbias.mutable_data_ptr() : nullptr, dtype, x);
-    return {dx, dweight, dbias};
+    return {mask[0] ? Kernels::in_format(dx, nhwc) : dx, dweight, dbias};
   }
 };
 

@@ -19,7 +19,8 @@ struct CpuTRelu {
   }
 };
 
-struct CpuConv {
+struct CpuConv : PyTorchFormats {
+  static constexpr bool transposes(const Conv2d&, Dtype, bool) { return false; }
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor&) {
     cpu::kernels(dtype).depthwise(g, x, weight, bias, act, y, dtype);

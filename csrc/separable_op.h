@@ -108,7 +108,7 @@ struct SeparableOps {
             g.batch * g.out_h * g.out_w,
             activation_of(inner_activation),
             activation_of(activation),
-            dense(x, g.nhwc),
+            Kernels::dense(x, g.nhwc),
             as_contiguous(depthwise),
             as_contiguous(as_matrix(pointwise)),
             contiguous(depthwise_bias)};
@@ -133,7 +133,7 @@ struct SeparableOps {
     const Maybe bias = contiguous(pointwise_bias);
     Maybe y = Kernels::fused_forward(call, bias);
     if (!y) y = Kernels::pointwise(call, depthwise(call, call.inner_act), call.pointwise, bias, call.act);
-    return in_format(*y, call.nhwc);
+    return Kernels::in_format(*y, call.nhwc);
   }
 
   // The pointwise step's gradients, one step after the other.
@@ -190,11 +190,12 @@ struct SeparableOps {
     if (!call.rows || !g.channels || !call.c_out) {
       for (Tensor* t : {&dx, &d_depthwise, &d_pointwise, &d_depthwise_bias, &d_pointwise_bias})
         torch::stable::zero_(*t);
-      return {mask[0] ? in_format(dx, nhwc) : dx, d_depthwise, d_pointwise, d_depthwise_bias, d_pointwise_bias};
+      return {mask[0] ? Kernels::in_format(dx, nhwc) : dx, d_depthwise, d_pointwise, d_depthwise_bias,
+              d_pointwise_bias};
     }
 
-    const Tensor grad_in = dense(grad, g.nhwc);
-    const Maybe y_in = activated ? Maybe(dense(*y, g.nhwc)) : std::nullopt;
+    const Tensor grad_in = Kernels::dense(grad, g.nhwc);
+    const Maybe y_in = activated ? Maybe(Kernels::dense(*y, g.nhwc)) : std::nullopt;
     const bool wants_inner = mask[0] || mask[1] || mask[3];
     Tensor d_inner;
     const PointwiseGradients wanted{wants_inner ? &d_inner : nullptr, mask[2] ? &d_pointwise : nullptr,
@@ -205,7 +206,7 @@ struct SeparableOps {
       Kernels::backward(g, d_inner.const_data_ptr(), call.x.const_data_ptr(), call.depthwise.const_data_ptr(),
                         pointer_if(mask[0], dx), pointer_if(mask[1], d_depthwise),
                         pointer_if(mask[3], d_depthwise_bias), call.dtype, x);
-    return {mask[0] ? in_format(dx, nhwc) : dx, d_depthwise, d_pointwise, d_depthwise_bias, d_pointwise_bias};
+    return {mask[0] ? Kernels::in_format(dx, nhwc) : dx, d_depthwise, d_pointwise, d_depthwise_bias, d_pointwise_bias};
   }
 };
 

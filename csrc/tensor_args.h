@@ -55,13 +55,18 @@ inline std::array<int64_t, 4> image_strides(int64_t c, int64_t h, int64_t w, boo
   return {some(c) * some(h) * some(w), some(h) * some(w), some(w), 1};
 }
 
-// The tensor dense in the given layout: itself where it is so already (sizes of 1 do not count). That is looked up here
-// first, since PyTorch is asked by the operator's name, which it looks up at each call.
-inline Tensor dense(const Tensor& x, bool nhwc) {
+// Whether the tensor is dense in the given layout (sizes of 1 do not count).
+inline bool is_dense(const Tensor& x, bool nhwc) {
   const std::array<int64_t, 4> strides = image_strides(x.size(1), x.size(2), x.size(3), nhwc);
   bool same = x.numel() > 0;
   for (int64_t d = 0; d < 4; ++d) same = same && (x.size(d) == 1 || x.stride(d) == strides[d]);
-  return same ? x : torch::stable::contiguous(x, format_of(nhwc));
+  return same;
+}
+
+// The tensor dense in the given layout: itself where it is so already. That is looked up here first, since PyTorch is
+// asked by the operator's name, which it looks up at each call.
+inline Tensor dense(const Tensor& x, bool nhwc) {
+  return is_dense(x, nhwc) ? x : torch::stable::contiguous(x, format_of(nhwc));
 }
 
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -95,14 +100,23 @@ inline Tensor pixel_rows(const Tensor& x) {
 }
 
 // x with the strides of the given format, whatever its sizes of 1; x itself where it has them.
-inline Tensor in_format(const Tensor& x, bool nhwc) {
+inline bool has_strides(const Tensor& x, bool nhwc) {
   const std::array<int64_t, 4> strides = image_strides(x.size(1), x.size(2), x.size(3), nhwc);
   bool same = true;
   for (int64_t d = 0; d < 4; ++d) same = same && strides[d] == x.stride(d);
-  if (same) return x;
+  return same;
+}
+inline Tensor in_format(const Tensor& x, bool nhwc) {
+  if (has_strides(x, nhwc)) return x;
   Tensor out = empty_image(x, x.size(0), x.size(1), x.size(2), x.size(3), nhwc);
   return torch::stable::copy_(out, x);
 }
+
+// Both as PyTorch does them, for devices that have no better way.
+struct PyTorchFormats {
+  static Tensor dense(const Tensor& x, bool nhwc) { return rkl::dense(x, nhwc); }
+  static Tensor in_format(const Tensor& x, bool nhwc) { return rkl::in_format(x, nhwc); }
+};
 
 // For a filter's gradient. (C, 1, kh, kw) has its elements in the same order in either format; the strides differ.
 inline Tensor empty_filter(const Tensor& weight) {

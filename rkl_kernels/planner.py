@@ -152,6 +152,7 @@ _CUDA_FAMILIES = (
     "planes in shared memory (NCHW)",
     "the tensor cores (filters of 9 columns and more, 16 bits)",
 )
+_NHWC_FAMILIES = (1, 2)
 
 
 def _facts_of(x: Tensor) -> list[int]:
@@ -173,7 +174,10 @@ def _cuda_kernels(
         nhwc = layout == torch.channels_last
         dtype = KERNEL_TYPES.index(x.dtype)
         numbers = torch.ops.rkl.cuda_depthwise_plan(geometry, nhwc, dtype, result, _facts_of(x))
-        return _CUDA_FAMILIES[numbers[0]] if numbers else ""
+        if not numbers:
+            return ""
+        transposed = "transposed to NHWC, " if not nhwc and numbers[0] in _NHWC_FAMILIES else ""
+        return transposed + _CUDA_FAMILIES[numbers[0]]
 
     with _device_of(x):
         forward = family(0, ops.output_format(x, weight))

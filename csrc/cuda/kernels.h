@@ -30,6 +30,11 @@ int64_t plane_sums_workspace(int64_t images, int64_t channels);
 void plane_sums(const void* image, void* out, int64_t images, int64_t channels, int64_t plane, float* workspace,
                 Dtype dtype, cudaStream_t stream);
 
+// Dense NCHW images to NHWC, or back; where can_transpose agrees.
+bool can_transpose(int64_t images, int64_t channels, int64_t pixels, Dtype dtype, const void* from);
+void transpose(const void* from, void* to, bool to_nhwc, int64_t images, int64_t channels, int64_t pixels, Dtype dtype,
+               cudaStream_t stream);
+
 // Separable convolution in one kernel, over NHWC images; the biases may be null. The plan is plan_separable's: nothing
 // where no kernel serves, and the steps are to run one by one.
 MaybePlan plan_separable(const Conv2d& g, int64_t c_out, Activation inner, Activation act, Dtype dtype, bool aligned,

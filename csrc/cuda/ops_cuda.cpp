@@ -50,6 +50,21 @@ float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()
 
 // Kernels of the convolutions, as DepthwiseOps takes them.
 struct CudaConv {
+  static bool transposes(const Conv2d& g, Dtype dtype, bool of_filter) { return cuda::transposes(g, dtype, of_filter); }
+  static Tensor dense(const Tensor& x, bool nhwc) {
+    return is_dense(x, nhwc) || !is_dense(x, !nhwc) ? rkl::dense(x, nhwc) : transposed_image(x, nhwc);
+  }
+  static Tensor in_format(const Tensor& x, bool nhwc) {
+    return has_strides(x, nhwc) || !is_dense(x, !nhwc) ? rkl::in_format(x, nhwc) : transposed_image(x, nhwc);
+  }
+  static Tensor transposed_image(const Tensor& x, bool nhwc) {
+    const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
+    const Dtype dtype = dtype_of(x, "x");
+    if (!cuda::can_transpose(n, c, pixels, dtype, x.const_data_ptr())) return rkl::in_format(rkl::dense(x, nhwc), nhwc);
+    Tensor out = empty_image(x, n, c, x.size(2), x.size(3), nhwc);
+    cuda::transpose(x.const_data_ptr(), out.mutable_data_ptr(), nhwc, n, c, pixels, dtype, OnDeviceOf(x).stream);
+    return out;
+  }
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor& like) {
     const OnDeviceOf device(like);
@@ -75,8 +90,27 @@ struct CudaSeparable : CudaConv {
                     int64_t channels, Dtype dtype, const Tensor& like) {
     cuda::slope(grad, values, act, from_output, out, rows * channels, dtype, OnDeviceOf(like).stream);
   }
+  // cuBLAS is the better one of whole 128-byte rows, and otherwise up to 1.7 times slower than cuDNN (728 to 728
+  // channels, 19 px, H100). fp32 stays with cuBLAS, whose products are exact by default, where cuDNN's are in TF32.
+  static bool by_cudnn(const SeparableCall& call, const Tensor& image, const Tensor& filter) {
+    constexpr int64_t kRow = 64;
+    return call.dtype != Dtype::f32 && (image.size(1) % kRow || filter.size(0) % kRow);
+  }
+  static Tensor pointwise_by_cudnn(const SeparableCall& call, const Tensor& image, const Tensor& filter,
+                                   const std::optional<Tensor>& bias, Activation act) {
+    const std::vector<int64_t> ones{1, 1}, zeros{0, 0}, size{filter.size(0), filter.size(1), 1, 1};
+    const Tensor filters = torch::stable::view(as_contiguous(filter), size);
+    Tensor out = dense(aten("aten::convolution", "", image, filters, std::optional<Tensor>(), ones, zeros, ones, false,
+                            zeros, int64_t(1)),
+                       true);
+    if (bias || act != Activation::none)
+      epilogue(out.const_data_ptr(), data_or_null(bias), act, out.mutable_data_ptr(), call.rows, filter.size(0),
+               call.dtype, image);
+    return out;
+  }
   static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,
                           const std::optional<Tensor>& bias, Activation act) {
+    if (call.g.nhwc && by_cudnn(call, image, filter)) return pointwise_by_cudnn(call, image, filter, bias, act);
     if (call.g.nhwc) return pointwise_by_matrix<CudaSeparable>(call, image, filter, bias, act);
     // filter (C', C) times each image's (C, pixels), as a batch of products that share the filter: nothing is turned.
     const Conv2d& g = call.g;
@@ -164,12 +198,14 @@ std::vector<int64_t> numbers_of(const cuda::MaybePlan& plan) {
 }
 
 // The plan of a depthwise convolution's result, for rk.explain and the tests: family, kernel, rows, parts, blocks,
-// threads, shared, steps. All tensors begin at multiples of 16 bytes. Nothing where no family makes the result, which
-// may be so of Result::both_grads.
+// threads, shared, steps; of NHWC's kernels where images are transposed. All tensors begin at multiples of 16 bytes.
+// Nothing where no family makes the result, which may be so of Result::both_grads.
 std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, int64_t dtype, int64_t result,
                                     std::vector<int64_t> device) {
-  return numbers_of(
-      cuda::plan_result(cuda::Result(result), conv2d_of(geometry, nhwc), Dtype(dtype), true, device_of(device)));
+  Conv2d g = conv2d_of(geometry, nhwc);
+  const cuda::Result wanted = cuda::Result(result);
+  g.nhwc = nhwc || cuda::transposes(g, Dtype(dtype), wanted != cuda::Result::output);
+  return numbers_of(cuda::plan_result(wanted, g, Dtype(dtype), true, device_of(device)));
 }
 
 // The same of a separable convolution in one kernel; nothing where it runs step by step.

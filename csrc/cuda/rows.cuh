@@ -6,7 +6,7 @@
 // 1.3 times what the fp32 units could, with a tenth of the instructions (measured on an H200).
 //
 // A warp has 8 channels ("a group") of 32 output columns ("a strip") and slides down the image. Rows of the image come
-// by cp.async into a ring in shared memory, kAhead rows ahead, with one barrier a row. A tap's shift is an address. A
+// by cp.async into a ring in shared memory, several rows ahead, with one barrier a row. A tap's shift is an address. A
 // row meets every row of the filter while it is there, so kernel_h rows of sums are in flight; the first mma of each
 // takes the sums of the row before (its D is not its C), so that the window moves without moves.
 //
@@ -78,6 +78,19 @@ struct Lane {
       : pixel(threadIdx.x / t.groups),
         group(threadIdx.x - pixel * t.groups),
         channel((channel_block * t.groups + group) * 8) {}
+};
+
+// The steps of a task whose rows of inputs are not all padding. Rows of padding add nothing: of a map of 8 rows and a
+// filter of 7 they are 6 of 14.
+template <int stride>
+struct Inside {
+  int begin, end;
+
+  // first: the row of the image that step 0 begins with. In a step of stride 2 the second row may be inside alone.
+  __device__ Inside(int first, int dilation, int height)
+      : begin(max(0, stride == 1 ? (dilation - 1 - first) / dilation : -first / 2)),
+        end((height - first + stride * dilation - 1) / (stride * dilation)) {}
+  __device__ bool has(int s) const { return s >= begin && s < end; }
 };
 
 // A pixel's place in a row of shared memory. At stride 2 even columns come before odd ones, so that neighbouring
@@ -220,6 +233,20 @@ __device__ inline void add_row(uint32_t row, const Operands<kernel_w, stride>& a
       }
     }
   }
+}
+
+// A row of padding: the window moves on, and a new row begins with the bias.
+template <int flight>
+__device__ inline void add_nothing(const float (&bias)[4], Sums (&sums)[flight]) {
+#pragma unroll
+  for (int i = 0; i < flight * 8; ++i)
+    sums[i / 8][i / 4 % 2][i % 4] =
+        i / 8 + 1 < flight ? sums[i / 8 + 1 < flight ? i / 8 + 1 : 0][i / 4 % 2][i % 4] : bias[i % 4];
+}
+template <int flight>
+__device__ inline void begin_all(const float (&bias)[4], Sums (&sums)[flight]) {
+#pragma unroll
+  for (int i = 0; i < flight * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] = bias[i % 4];
 }
 
 // A thread's 16 bytes of each finished row: to shared memory as the tensor cores have them, from there to the image.

@@ -7,7 +7,6 @@
 namespace rkl::cuda::rows {
 
 constexpr int kOctet = 8, kOctets = 4, kStrip = kOctet * kOctets;  // columns; octets of a strip
-constexpr int kRing = 8, kAhead = 6;                               // rows in shared memory, rows on their way
 
 // A compiled kernel. slots: 16-byte pieces of a row that a thread copies, so a row has at most 32 * slots pixels.
 // groups: at most, so that a block has 32 * groups threads. registers: of a thread, which a test holds the machine code
@@ -15,6 +14,10 @@ constexpr int kRing = 8, kAhead = 6;                               // rows in sh
 struct Kernel {
   int kernel_h, kernel_w, stride, slots, groups, registers;
 
+  // Rows in shared memory, and rows on their way. Wide rows are those of dilated filters, which meet few rows of an
+  // image: a small ring leaves room for more blocks, which hide each other's waits.
+  constexpr int ring() const { return slots > 3 ? 4 : 8; }
+  constexpr int ahead() const { return slots > 3 ? 3 : 6; }
   constexpr int threads() const { return 32 * groups; }
   constexpr int blocks() const { return 65536 / (registers * threads()); }
 };

@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(kConvolutions[k].threads(), kConvolutions[k].b
                      bool flipped, int tasks) {
   constexpr int kernel_h = kConvolutions[k].kernel_h, kernel_w = kConvolutions[k].kernel_w;
   constexpr int stride = kConvolutions[k].stride, flight = in_flight(kernel_h, stride);
+  constexpr int kRing = kConvolutions[k].ring(), kAhead = kConvolutions[k].ahead();
   extern __shared__ __align__(128) unsigned char memory[];
   const int channel_block = blockIdx.x % t.channel_blocks, first_task = blockIdx.x / t.channel_blocks;
   const int step = gridDim.x / t.channel_blocks, channel = (channel_block * t.groups + threadIdx.x / 32) * 8;
@@ -50,28 +51,40 @@ __global__ void __launch_bounds__(kConvolutions[k].threads(), kConvolutions[k].b
       cp_async_commit();
     };
     __syncthreads();  // the rows of the task before have been read
+    const Inside<stride> inside(first, t.dilation_h, t.in_h);
+    const int steps = task.rows + flight - 1, first_step = min(inside.begin, flight - 1);
 #pragma unroll
-    for (int s = 0; s < kAhead; ++s) load(s);
+    for (int s = 0; s < kAhead; ++s) load(first_step * stride + s);
     Sums sums[flight];
-#pragma unroll
-    for (int i = 0; i < flight * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] = 0.f;
+    begin_all(begin, sums);
 
-    const int steps = task.rows + flight - 1;
-    for (int s = 0; s < steps; ++s) {
+    const auto store = [&](int s) {  // the row that step s - 1 has finished
+      if (s >= flight) writer.write(outputs, buffers + (s - 1 & 1) * column_bytes);
+    };
+    const auto finish = [&](int s) {
+      if (s < flight - 1) return;
+      if constexpr (activated) activate_all<T, true>(act, flat(sums[0]));
+      put_row<T>(put_at + (s & 1) * column_bytes, sums[0]);
+    };
+    int s = first_step;
+    for (; s < min(inside.end, steps); ++s) {
       cp_async_wait<kAhead - stride>();
       // This step's rows are there for all. The slots of the rows before the last ones are free, and so is the buffer
       // that was written before the last one.
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < stride; ++i) load(s * stride + kAhead + i);
-      if (s >= flight) writer.write(outputs, buffers + (s - 1 & 1) * column_bytes);
+      store(s);
       add_row<T, kernel_h, kernel_w, stride, 0>(ring + s * stride % kRing * row_bytes, operands, taps, begin, sums);
       if constexpr (stride == 2)
-        add_row<T, kernel_h, kernel_w, stride, 1>(ring + (s * 2 + 1) % kRing * row_bytes, operands, taps, begin, sums);
-      if (s >= flight - 1) {
-        if constexpr (activated) activate_all<T, true>(act, flat(sums[0]));
-        put_row<T>(put_at + (s & 1) * column_bytes, sums[0]);
-      }
+        add_row<T, kernel_h, kernel_w, 2, 1>(ring + (s * 2 + 1) % kRing * row_bytes, operands, taps, begin, sums);
+      finish(s);
+    }
+    for (; s < steps; ++s) {
+      __syncthreads();
+      store(s);
+      add_nothing(begin, sums);
+      finish(s);
     }
     __syncthreads();
     writer.write(outputs, buffers + (steps - 1 & 1) * column_bytes);

@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kFilterGrads[k].threads(), kFilterGrads[k].blo
                      int tasks) {
   constexpr int kernel_h = kFilterGrads[k].kernel_h, kernel_w = kFilterGrads[k].kernel_w;
   constexpr int stride = kFilterGrads[k].stride, flight = in_flight(kernel_h, stride), pairs = (kernel_w + 1) / 2;
+  constexpr int kRing = kFilterGrads[k].ring(), kAhead = kFilterGrads[k].ahead();
   extern __shared__ __align__(128) unsigned char memory[];
   const int channel_block = blockIdx.x % t.channel_blocks, part = blockIdx.x / t.channel_blocks;
   const int channel = (channel_block * t.groups + threadIdx.x / 32) * 8;
@@ -127,8 +128,8 @@ __global__ void __launch_bounds__(kFilterGrads[k].threads(), kFilterGrads[k].blo
 #pragma unroll
     for (int i = 0; i < flight * 4; ++i) newest[i / 4][i % 4] = 0;
 
-    const int steps = task.rows + flight - 1;
-    for (int s = 0; s < steps; ++s) {
+    const Inside<stride> inside(first, t.dilation_h, t.in_h);
+    for (int s = 0; s < task.rows + flight - 1; ++s) {
       cp_async_wait<kAhead - stride>();
       __syncthreads();  // this step's rows are there for all; the slots of the rows before last are free
 #pragma unroll
@@ -143,6 +144,7 @@ __global__ void __launch_bounds__(kFilterGrads[k].threads(), kFilterGrads[k].blo
           const uint32_t ones[4] = {two_ones<T>(), two_ones<T>(), two_ones<T>(), two_ones<T>()};
           mma_m16n8k16<T>(sums.bias, ones, newest[flight - 1][2 * i], newest[flight - 1][2 * i + 1], sums.bias);
         }
+      if (!inside.has(s)) continue;
 #pragma unroll
       for (int phase = 0; phase < stride; ++phase) {
         const uint32_t row = ring + (s * stride + phase) % kRing * row_bytes;
@@ -174,6 +176,7 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
     rows_both_grads(Tiling t, FilterGrad a, const T* images, const T* gradients, const T* weight, T* image_gradients,
                     int first_part, int parts, int tasks) {
   constexpr int kernel_h = kBothGrads[k].kernel_h, kernel_w = kBothGrads[k].kernel_w, pairs = (kernel_w + 1) / 2;
+  constexpr int kRing = kBothGrads[k].ring(), kAhead = kBothGrads[k].ahead();
   extern __shared__ __align__(128) unsigned char memory[];
   const int channel_block = blockIdx.x % t.channel_blocks, part = blockIdx.x / t.channel_blocks;
   const int channel = (channel_block * t.groups + threadIdx.x / 32) * 8;
@@ -208,11 +211,12 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
     writer.to = writer.begin + out_group;
     __syncthreads();  // the rows of the task before have been read
     const int first = task.row - t.padding_h, steps = task.rows + kernel_h - 1;
+    const Inside<1> inside(first, t.dilation_h, t.in_h);
     const unsigned end = max(0, min(t.in_h, first + (steps - 1) * t.dilation_h + 1));
     const auto load = [&](int s) {
       const int row = first + s * t.dilation_h;
-      const bool inside = unsigned(row) < end, in_image = s < task.rows;
-      grads.load(ring + s % kRing * row_bytes, gradients, in_group + row * (t.in_w * t.channels), inside);
+      const bool in_gradient = unsigned(row) < end, in_image = s < task.rows;
+      grads.load(ring + s % kRing * row_bytes, gradients, in_group + row * (t.in_w * t.channels), in_gradient);
       columns.load(image_ring + s % kRing * column_bytes, images,
                    out_group + (task.row + s * t.dilation_h) * (t.out_w * t.channels), in_image);
       cp_async_commit();
@@ -226,11 +230,18 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
 #pragma unroll
     for (int i = 0; i < kernel_h * 4; ++i) image[i / 4][i % 4] = 0;
 
-    for (int s = 0; s < steps; ++s) {
+    const auto store = [&](int s) {
+      if (s >= kernel_h) writer.write(image_gradients, buffers + (s - 1 & 1) * column_bytes);
+    };
+    const auto finish = [&](int s) {
+      if (s >= kernel_h - 1) put_row<T>(put_at + (s & 1) * column_bytes, sums[0]);
+    };
+    int s = 0;
+    for (; s < min(inside.end, steps); ++s) {
       cp_async_wait<kAhead - 1>();
       __syncthreads();
       load(s + kAhead);
-      if (s >= kernel_h) writer.write(image_gradients, buffers + (s - 1 & 1) * column_bytes);
+      store(s);
       const uint32_t row = ring + s % kRing * row_bytes;
       add_row<T, kernel_h, kernel_w, 1, 0>(row, operands, taps, zeros, sums);
       // This row of the gradient has met row kh of the filter at the image's row s - (kernel_h - 1) + kh.
@@ -249,7 +260,13 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
           if (q == 0 && a.with_bias && s >= 1 && s <= task.rows)
             mma_m16n8k16<T>(tap_sums.bias, in, two_ones<T>(), two_ones<T>(), tap_sums.bias);
         }
-      if (s >= kernel_h - 1) put_row<T>(put_at + (s & 1) * column_bytes, sums[0]);
+      finish(s);
+    }
+    for (; s < steps; ++s) {
+      __syncthreads();
+      store(s);
+      add_nothing(zeros, sums);
+      finish(s);
     }
     __syncthreads();
     writer.write(image_gradients, buffers + (steps - 1 & 1) * column_bytes);

@@ -84,8 +84,14 @@ Choice find(const Kernel (&kernels)[count], const Conv2d& g, F tiled_by) {
   return best;
 }
 
-// shared_columns: rows of 32 columns in shared memory, beside the ring of inputs.
-MaybePlan plan_kernel(const Choice& c, Result result, const Conv2d& g, int shared_columns, const Device& device) {
+// Rows of 32 columns that a kernel has in shared memory beside the ring of inputs: those that it stores, two at a time,
+// and another ring where it reads images and gradients.
+int shared_columns(const Choice& c, Result result, int stored) {
+  const bool two_rings = result == Result::filter_grad || result == Result::both_grads;
+  return stored + (two_rings ? c.kernel.ring() : 0);
+}
+
+MaybePlan plan_kernel(const Choice& c, Result result, const Conv2d& g, int stored, const Device& device) {
   const int images = images_at_once(g);
   if (c.number < 0 || !images) return std::nullopt;
   const Tiling whole = tiling(c.tiled, c.kernel, images, 1 << 30);
@@ -93,13 +99,13 @@ MaybePlan plan_kernel(const Choice& c, Result result, const Conv2d& g, int share
   plan.family = Family::rows;
   plan.kernel = c.number;
   plan.threads = 32 * whole.groups;
-  plan.shared = kRing * whole.row_bytes() + shared_columns * whole.column_bytes();
+  plan.shared = c.kernel.ring() * whole.row_bytes() + shared_columns(c, result, stored) * whole.column_bytes();
   if (plan.shared > device.block_shared) return std::nullopt;
   const int64_t at_once = blocks_at_once(c.kernel.registers, plan, device);
   const int64_t height = ceil_div(c.tiled.out_h, c.tiled.dilation_h);
   const auto with = [&](int rows) { return tiling(c.tiled, c.kernel, images, rows); };
   if (result == Result::output || result == Result::data_grad) {
-    cut_outputs(plan, height, c.kernel, at_once, with);
+    cut_outputs(plan, height, c.kernel, at_once, with, output_cost);
   } else {
     cut_gradients(plan, height, c.kernel, at_once, with);
     plan.parts *= int(ceil_div(g.batch, images));  // each launch has its own
@@ -127,12 +133,12 @@ MaybePlan plan_rows(Result result, const Conv2d& g, Dtype dtype, const Device& d
       if (g.stride_h == 2) return plan_kernel(find(kStride2DataGrads, g, pairs), result, g, 8, device);
       return plan_kernel(find(kConvolutions, g, gradient), result, g, 2, device);
     case Result::filter_grad:
-      return plan_kernel(find(kFilterGrads, g, itself), result, g, kRing, device);
+      return plan_kernel(find(kFilterGrads, g, itself), result, g, 0, device);
     case Result::both_grads: {
       // The bias's gradient takes every element of the gradient at the filter's middle, which must fall on the image.
       const bool middle = g.padding_h <= g.dilation_h && g.padding_w <= g.dilation_w;
       if (g.stride_h != 1 || g.kernel_h != 3 || g.kernel_w != 3 || !middle) return std::nullopt;
-      return plan_kernel(find(kBothGrads, g, gradient), result, g, kRing + 2, device);
+      return plan_kernel(find(kBothGrads, g, gradient), result, g, 2, device);
     }
   }
   return std::nullopt;

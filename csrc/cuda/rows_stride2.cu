@@ -79,6 +79,19 @@ __device__ inline void add_gradient_row(uint32_t row, const Operands<(kernel + 1
   }
 }
 
+// A row of padding: the window moves on.
+template <int half>
+__device__ inline void add_nothing(Sums (&sums)[2][half][2]) {
+#pragma unroll
+  for (int parity = 0; parity < 2; ++parity)
+#pragma unroll
+    for (int j = 0; j < half; ++j)
+#pragma unroll
+      for (int e = 0; e < 16; ++e)
+        sums[parity][j][e / 8][e / 4 % 2][e % 4] =
+            j + 1 < half ? sums[parity][j + 1 < half ? j + 1 : 0][e / 8][e / 4 % 2][e % 4] : 0.f;
+}
+
 // A thread's pieces of each pair of rows of dx: both columns of its pair, in both rows.
 template <class T>
 struct PairWriter {
@@ -113,6 +126,7 @@ template <class T, int k>
 __global__ void __launch_bounds__(kStride2DataGrads[k].threads(), kStride2DataGrads[k].blocks())
     rows_stride2_data_grad(Tiling t, Image size, const T* gradients, const T* weight, T* image_gradients, int tasks) {
   constexpr int kernel = kStride2DataGrads[k].kernel_h, half = (kernel + 1) / 2;
+  constexpr int kRing = kStride2DataGrads[k].ring(), kAhead = kStride2DataGrads[k].ahead();
   extern __shared__ __align__(128) unsigned char memory[];
   const int channel_block = blockIdx.x % t.channel_blocks, first_task = blockIdx.x / t.channel_blocks;
   const int step = gridDim.x / t.channel_blocks;
@@ -145,23 +159,38 @@ __global__ void __launch_bounds__(kStride2DataGrads[k].threads(), kStride2DataGr
       cp_async_commit();
     };
     __syncthreads();  // the rows of the task before have been read
+    const Inside<1> inside(first, 1, t.in_h);
+    const int first_step = min(inside.begin, half - 1);
 #pragma unroll
-    for (int s = 0; s < kAhead; ++s) load(s);
+    for (int s = 0; s < kAhead; ++s) load(first_step + s);
     Sums sums[2][half][2];
 #pragma unroll
     for (int i = 0; i < 4 * half; ++i)
 #pragma unroll
       for (int e = 0; e < 8; ++e) sums[i / (2 * half)][i / 2 % half][i % 2][e / 4][e % 4] = 0.f;
 
-    for (int s = 0; s < steps; ++s) {
+    const auto store = [&](int s) {
+      if (s >= half) writer.write(t, size, image_gradients, buffers + (s - 1 & 1) * 4 * column_bytes, column_bytes);
+    };
+    const auto finish = [&](int s) {
+      if (s < half - 1) return;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) put_row<T>(put_at + ((s & 1) * 4 + i) * column_bytes, sums[i / 2][0][i % 2]);
+    };
+    int s = first_step;
+    for (; s < min(inside.end, steps); ++s) {
       cp_async_wait<kAhead - 1>();
       __syncthreads();  // as in rows_convolution
       load(s + kAhead);
-      if (s >= half) writer.write(t, size, image_gradients, buffers + (s - 1 & 1) * 4 * column_bytes, column_bytes);
+      store(s);
       add_gradient_row<T, kernel>(ring + s % kRing * row_bytes, operands, taps, sums);
-      if (s >= half - 1)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) put_row<T>(put_at + ((s & 1) * 4 + i) * column_bytes, sums[i / 2][0][i % 2]);
+      finish(s);
+    }
+    for (; s < steps; ++s) {
+      __syncthreads();
+      store(s);
+      add_nothing<half>(sums);
+      finish(s);
     }
     __syncthreads();
     writer.write(t, size, image_gradients, buffers + (steps - 1 & 1) * 4 * column_bytes, column_bytes);

@@ -1,5 +1,6 @@
 // Whether a separable convolution is one kernel, and how it is cut.
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/kernels.h"
 #include "cuda/plan_cache.h"
@@ -23,6 +24,13 @@ SeparableTiling separable_outputs(const SeparableKernel& kernel, int64_t outputs
 
 namespace {
 
+// Every block loads the pointwise filters, so that few and long ones are best: one round of them, if they fit.
+double cost(const rows::Tiling& t, const rows::Kernel& kernel, int each, double blocks_over_at_once) {
+  constexpr double kFilters = 8, kFew = 4;
+  const double rounds = blocks_over_at_once < kFew ? std::ceil(blocks_over_at_once) : blocks_over_at_once + 0.5;
+  return rounds * (kFilters + each * (t.rows + kernel.kernel_h + rows::kWait));
+}
+
 // The first of the compiled kernels that serves.
 MaybePlan find(const Conv2d& g, int64_t outputs, const Device& device) {
   const int images = std::min(rows::images_at_once(g), rows::images_at_once(outputs_of(g, outputs)));
@@ -40,10 +48,11 @@ MaybePlan find(const Conv2d& g, int64_t outputs, const Device& device) {
     plan.family = Family::rows;
     plan.kernel = i;
     plan.threads = 32 * whole.groups;
-    plan.shared = rows::kRing * whole.row_bytes() + 2 * (out.inner_bytes() + out.output_bytes());
+    plan.shared = k.window.ring() * whole.row_bytes() + 2 * (out.inner_bytes() + out.output_bytes());
     if (plan.shared > device.block_shared) continue;
     const int64_t at_once = rows::blocks_at_once(k.window.registers, plan, device);
-    rows::cut_outputs(plan, g.out_h, k.window, at_once, [&](int rows) { return separable_tiling(g, k, images, rows); });
+    const auto tiling = [&](int rows) { return separable_tiling(g, k, images, rows); };
+    rows::cut_outputs(plan, g.out_h, k.window, at_once, tiling, cost);
     return plan;
   }
   return std::nullopt;

@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(kSeparableKernels[k].window.threads(), kSepara
     separable_rows(Tiling t, SeparableTiling out, SeparableArguments a, int tasks) {
   constexpr Kernel window = kSeparableKernels[k].window;
   constexpr int kernel_h = window.kernel_h, kernel_w = window.kernel_w, stride = window.stride;
+  constexpr int kRing = window.ring(), kAhead = window.ahead();
   constexpr int flight = in_flight(kernel_h, stride), deep = kSeparableKernels[k].deep,
                 wide = kSeparableKernels[k].wide;
   extern __shared__ __align__(128) unsigned char memory[];

@@ -43,7 +43,7 @@ def expected_families(shape: Shape, dtype: str, nhwc: bool) -> set[str]:
     if wide:
         return {"general"} if dtype == "f32" else {"toeplitz"}
     if nhwc:
-        if dtype == "f32" or (shape.width or shape.size) <= 4:
+        if dtype == "f32" or ((shape.width or shape.size) <= 4 and shape.kernel <= 3):
             return {"registers"}
         return {"rows", "registers"}  # registers where a strip of rows has no room for the halo
     square = shape.kernel_width in (None, shape.kernel)
@@ -71,6 +71,26 @@ def test_no_shape_in_16_bits_nhwc_is_left_to_the_general_kernel(gpu: Gpu) -> Non
         for shape in SHAPES:
             for result, plan in plans(gpu, shape, "bf16", True, device).items():
                 assert plan.family.name != "general", f"{device}, {shape.id}, {result}"
+
+
+def test_images_are_transposed_where_it_pays(gpu: Gpu) -> None:
+    """NCHW where planes have no kernel and NHWC has one, and where planes' are several times slower."""
+
+    def transposes(channels: int, dtype: str, kernel: int = 3, dilation: int = 1, nhwc: bool = False) -> list[bool]:
+        sizes = dict.fromkeys(("in_h", "in_w", "out_h", "out_w"), 20)
+        pairs = {"kernel": kernel, "stride": 1, "padding": dilation * (kernel // 2), "dilation": dilation}
+        window = {f"{name}_{axis}": value for name, value in pairs.items() for axis in "hw"}
+        g = gpu.kernels.Conv2d(batch=2, channels=channels, nhwc=nhwc, **sizes, **window)
+        return [gpu.kernels.transposes(g, getattr(gpu.kernels.Dtype, dtype), of_filter) for of_filter in (False, True)]
+
+    assert transposes(16, "bf16", dilation=2) == [True, True]
+    assert transposes(16, "f32", dilation=2) == [True, True]
+    assert transposes(16, "bf16") == [False, True]
+    assert transposes(16, "bf16", 7) == [True, True]
+    assert transposes(16, "f32", 7) == [False, False]
+    assert transposes(16, "bf16", 13) == [False, False]
+    assert transposes(3, "bf16", dilation=2) == [False, False]
+    assert transposes(16, "bf16", dilation=2, nhwc=True) == [False, False]
 
 
 def test_rows_are_cut_by_waves(gpu: Gpu) -> None:
@@ -111,5 +131,5 @@ def test_a_remembered_plan_is_the_one_that_would_be_made(gpu: Gpu) -> None:
 
     with ThreadPoolExecutor(1) as other:
         assert numbers() == numbers() == other.submit(numbers).result()
-    h200, l4 = (plans(gpu, SHAPES[0], "bf16", True, device)["output"] for device in ("H200", "L4"))
+    h200, l4 = (plans(gpu, SHAPES[0], "bf16", True, device)["filter_grad"] for device in ("H200", "L4"))
     assert h200.parts != l4.parts, "the device's facts are part of what a plan is remembered by"
