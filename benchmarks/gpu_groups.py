@@ -51,7 +51,7 @@ def _of(rows: Sequence[Row], directions: str) -> list[Row]:
     return [row for row in rows if row.case.direction in directions.split()]
 
 
-def _over(row: Row, layout: str | None = None) -> float | None:
+def over_best(row: Row, layout: str | None = None) -> float | None:
     """How many times we are faster in NHWC than the best rival in any layout, or in a layout than the best in it."""
     rivals = [name for name in row.times if not name.startswith(OURS) and name.endswith(layout or "")]
     best = min(rivals, key=lambda name: row.times[name].seconds, default=None)
@@ -71,14 +71,16 @@ def _share(least: float, directions: str, smallest: int = 0) -> Bar:
 
 def _times(least: float, directions: str) -> Bar:
     what = f"{directions.replace(' ', ', ')}: x the best rival, NHWC, geometric mean"
-    return Bar(what, least, lambda rows: geometric_mean(_over(row) for row in _of(rows, directions)))
+    return Bar(what, least, lambda rows: geometric_mean(over_best(row) for row in _of(rows, directions)))
 
 
 def _lowest(least: float, directions: str, layout: str | None = None) -> Bar:
     where = layout.upper() if layout else "NHWC"
     what = f"{directions.replace(' ', ', ')}: x the best rival{' in ' + where if layout else ', ' + where}, lowest"
     return Bar(
-        what, least, lambda rows: min((x for row in _of(rows, directions) if (x := _over(row, layout))), default=None)
+        what,
+        least,
+        lambda rows: min((x for row in _of(rows, directions) if (x := over_best(row, layout))), default=None),
     )
 
 

@@ -1,7 +1,11 @@
-"""A run of ``make gpu`` as Markdown: each group's bars beside what was found, models, host, counters, every row."""
+"""A run of ``make gpu`` as Markdown: each group's bars beside what was found, models, host, counters, every row.
+
+``python -m benchmarks.gpu_report FILE.json`` writes it anew from a record.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,10 +13,10 @@ from typing import Any
 
 from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import Row
-from rkl_kernels.bench.table import COLUMNS, cells
+from rkl_kernels.bench.table import COLUMNS, cells, geometric_mean
 
 from . import gpu_models, report
-from .gpu_groups import GROUPS, Group
+from .gpu_groups import GROUPS, Group, over_best
 from .gpu_host import PASSES, HostRow
 from .models import ModelRow
 from .report import _markdown_table as table
@@ -47,6 +51,27 @@ def bar_lines(group: Group, rows: Sequence[Row]) -> list[list[str]]:
         sign = "<=" if bar.at_most else ">="
         met = "-" if found is None else "yes" if bar.met(found) else "**no**"
         lines.append([bar.what, f"{sign} {bar.bar:{bar.form}}", "-" if found is None else f"{found:{bar.form}}", met])
+    return lines
+
+
+SUMMARY = ("group", "direction", "rows", "of floor", "x the best rival", "lowest", "below 1")
+
+
+def summary_lines(group: Group, rows: Sequence[Row]) -> list[list[str]]:
+    """Each direction's rows in NHWC: geometric means of the share of the floor and of the times over the best rival in
+    any layout, the lowest of these, and how many are below 1."""
+    lines = []
+    for direction in dict.fromkeys(row.case.direction for row in rows):
+        of_it = [row for row in rows if row.case.direction == direction]
+        share = geometric_mean(row.of_floor("ours nhwc") for row in of_it)
+        times = [x for row in of_it if (x := over_best(row)) is not None]
+        if share is None or not times:
+            continue
+        below = sum(x < 0.995 for x in times)
+        mean = geometric_mean(times)
+        lines.append(
+            [group.name, direction, str(len(times)), f"{share:.0%}", _text(mean), _text(min(times)), str(below)]
+        )
     return lines
 
 
@@ -110,6 +135,8 @@ def markdown(run: GpuRun, plot_name: str | None) -> str:
     if measured:
         lines = [[group.name, str(len(rows)), *line] for group, rows in measured for line in bar_lines(group, rows)]
         parts += ["## Bars", table(("group", "rows", "figure", "bar", "found", "met"), lines)]
+        lines = [line for group, rows in measured for line in summary_lines(group, rows)]
+        parts += ["## Groups, NHWC, geometric means", table(SUMMARY, lines)]
     if run.models:
         parts += ["## Models, bf16, channels_last", table(_MODEL_COLUMNS, model_lines(run.models))]
     if run.host:
@@ -133,3 +160,8 @@ def _left_out(run: GpuRun) -> list[str]:
     ]
     parts = ["## Not reached in time", ", ".join(run.left_out)] if run.left_out else []
     return parts + (["## Not timed", table(("row", "contestant", "why"), rejected)] if rejected else [])
+
+
+if __name__ == "__main__":
+    record = Path(sys.argv[1])
+    write(GpuRun.load(record), record)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +34,9 @@ MOST_BUDGET = 1.5
 """Seconds of timing a row at most."""
 AGAIN = 8
 """Rows that are measured a second time at the end: how far apart the two are is the run's own noise."""
+
+
+AnyRun = TypeVar("AnyRun", bound="Run")
 
 
 @dataclass
@@ -60,10 +63,10 @@ class Run:
         draft.write_text(json.dumps(data, indent=1) + "\n")
         draft.replace(path)
 
-    @staticmethod
-    def load(path: Path) -> Run:
+    @classmethod
+    def load(cls: type[AnyRun], path: Path) -> AnyRun:
         data = json.loads(path.read_text())
-        return Run(
+        return cls(
             **data
             | {
                 "copy_rates": {int(size): rate for size, rate in data["copy_rates"].items()},

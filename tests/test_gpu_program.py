@@ -80,6 +80,9 @@ def test_a_bar_is_held_against_what_was_found():
     assert lines["forward, data: x the best rival, NHWC, lowest"] == [">= 1.00", "0.50", "**no**"]
     (share,) = (line for name, line in lines.items() if "of the floor" in name)
     assert share == [">= 85%", "71%", "**no**"]
+    assert gpu_report.summary_lines(groups["depthwise"], rows) == [
+        ["depthwise", "forward", "2", "71%", "1.41", "0.50", "1"]
+    ]
     ((_, *nchw),) = gpu_report.bar_lines(groups["nchw"], rows)
     assert nchw == [">= 1.00", "3.00", "yes"]
     published = gpu_report.bar_lines(groups["kernelbench"], [row("kb-82", 1.0, 1.0, dtype="fp32")])[-1]
