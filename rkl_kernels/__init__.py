@@ -2,7 +2,7 @@
 
 from . import reference
 from .backends import Status, backends, use_backend
-from .convert import Conversion, convert
+from .convert import Conversion, convert, restore
 from .depthwise import depthwise_conv2d
 from .layers import DepthwiseConv2d, SeparableConv2d, TReLU
 from .planner import Explanation, explain
@@ -23,6 +23,7 @@ __all__ = [
     "depthwise_conv2d",
     "explain",
     "reference",
+    "restore",
     "separable_conv2d",
     "trelu",
     "use_backend",

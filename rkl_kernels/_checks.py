@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ._surroundings import recorded, unrecorded
 
-ACTIVATIONS = ("relu", "relu6", "trelu", "silu", "gelu")
+Activation = Literal["relu", "relu6", "trelu", "silu", "gelu"]
+
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 """The activations' names; operators take the position here plus one, 0 for none (csrc/activation.h)."""
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,18 +32,25 @@ LARGEST = 2**31 - 1
 IntPair = int | Sequence[int]
 """Integers of other kinds too, NumPy's say: whatever has ``__index__``."""
 
+Padding = IntPair | Literal["same", "valid"]
+"""Zeros around an image: so many rows and columns, as many as keep its size, or none."""
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+"""What a layer pads an image with."""
+
 
 class Window(NamedTuple):
     """How a filter moves over an image: stride, symmetric padding and dilation, each (height, width).
 
     ``before`` is what must be padded onto the image's bottom and right first: "same" with an even filter is
-    lopsided, and PyTorch puts the odd row and column there.
+    lopsided, and PyTorch puts the odd row and column there. ``multiplied`` says that channels have several filters.
     """
 
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     extra: tuple[int, int] = (0, 0)
+    multiplied: bool = False
 
     def pad_extra(self, x: Tensor) -> Tensor:
         """``x`` with the lopsided part of "same" padding added (``x`` itself where there is none)."""
@@ -86,20 +95,20 @@ def activation(name: str, value: str | None) -> int:
     return ACTIVATIONS.index(value) + 1
 
 
-def activation_name(number: int) -> str | None:
+def activation_name(number: int) -> Activation | None:
     """The activation of an operator's number; None for 0."""
     return ACTIVATIONS[number - 1] if number else None
 
 
 def depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: IntPair, padding: IntPair | str, dilation: IntPair
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: IntPair, padding: Padding, dilation: IntPair
 ) -> Window:
     """Check the arguments of a depthwise convolution against each other and settle its window."""
     if recorded():
         with unrecorded():
             return depthwise(x, weight, bias, stride, padding, dilation)
     floating("x", x, CONVOLVED)
-    window = _window(x, weight, stride, padding, dilation, "weight")
+    window = _window(x, weight, stride, padding, dilation, "weight", may_multiply=True)
     if bias is not None:
         _bias("bias", bias, weight.shape[0], x)
     return window
@@ -112,7 +121,7 @@ def separable(
     depthwise_bias: Tensor | None,
     pointwise_bias: Tensor | None,
     stride: IntPair,
-    padding: IntPair | str,
+    padding: Padding,
     dilation: IntPair,
 ) -> Window:
     """The same for a separable convolution."""
@@ -130,17 +139,32 @@ def separable(
     return window
 
 
-def _window(x: Tensor, weight: Tensor, stride: IntPair, padding: IntPair | str, dilation: IntPair, name: str) -> Window:
-    """Check image and depthwise filter against each other and settle "same" and "valid" padding."""
+def _window(
+    x: Tensor,
+    weight: Tensor,
+    stride: IntPair,
+    padding: Padding,
+    dilation: IntPair,
+    name: str,
+    may_multiply: bool = False,
+) -> Window:
+    """Check image and depthwise filter against each other and settle "same" and "valid" padding.
+
+    ``may_multiply``: every channel may have several filters, the same number for each.
+    """
     _same_kind(x, name, weight)
     image, taps = x.shape, weight.shape
     if len(image) not in (3, 4):
         raise ValueError(f"x must have shape (N, C, H, W) or (C, H, W), got {tuple(image)}")
     channels, height, width = image[-3:]
+    multiplied = False
     if len(taps) != 4 or taps[1] != 1 or taps[0] != channels:
-        raise ValueError(
-            f"{name} must have shape (C, 1, kh, kw) with C = {channels}, the channels of x, got {tuple(taps)}"
-        )
+        multiplied = may_multiply and len(taps) == 4 and taps[1] == 1 and taps[0] > 0 < channels
+        if not multiplied or taps[0] % channels:
+            raise ValueError(
+                f"{name} must have shape (C, 1, kh, kw) with C = {channels}, the channels of x"
+                f"{', or a multiple of it' if may_multiply else ''}, got {tuple(taps)}"
+            )
     if channels < 1:
         raise ValueError(f"x must have at least one channel, got shape {tuple(image)}")
     kernel_h, kernel_w = taps[2:]
@@ -164,7 +188,7 @@ def _window(x: Tensor, weight: Tensor, stride: IntPair, padding: IntPair | str, 
             f"the dilated filter ({span[0] + 1} x {span[1] + 1}) must fit into the padded image, got "
             f"{height} x {width} padded by {padding}; use a larger padding or a smaller {name}"
         )
-    return Window(stride, padding, dilation, extra)
+    return Window(stride, padding, dilation, extra, multiplied)
 
 
 def _same_kind(x: Tensor, name: str, other: Tensor) -> None:

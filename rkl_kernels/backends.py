@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from . import fusion, ops
 from ._setting import Setting
 from ._surroundings import differentiated, settled_while_compiled
 
-NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+NAMES: tuple[Backend, ...] = get_args(Backend)
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Triton reads the variable when it is imported, and so do the kernels: then they run on the CPU, for tests.
@@ -108,7 +109,7 @@ def backends() -> dict[str, Status]:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend) -> Iterator[None]:
     """Serve calls in the block by one backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     It holds for the calling thread, and for forward calls: a backward runs on the backend that served its forward.
@@ -129,9 +130,15 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def refusal(
-    backend: str, operator: str, device: torch.device, dtype: torch.dtype, differentiated: bool = False
+    backend: str,
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    differentiated: bool = False,
+    multiplied: bool = False,
 ) -> str | None:
-    """Why ``backend`` cannot serve ``operator`` on such tensors; None where it can."""
+    """Why ``backend`` cannot serve ``operator`` on such tensors; None where it can. ``multiplied``: several filters a
+    channel."""
     if backend == "reference":
         return None
     found = status(backend)
@@ -144,6 +151,8 @@ def refusal(
         return f"it serves float32, bfloat16 and float16, got {dtype}"
     if device.type != served:
         return f"it serves {served} tensors, got {device}"
+    if multiplied:
+        return "it serves one filter a channel"
     if differentiated:
         return "torch.func and forward-mode AD differentiate PyTorch's own operators only"
     if backend == "triton" and _INTERPRETED and dtype == torch.bfloat16:
@@ -154,32 +163,32 @@ def refusal(
     return None
 
 
-def choose(operator: str, x: Tensor) -> str:
+def choose(operator: str, x: Tensor, multiplied: bool = False) -> str:
     """The backend that serves ``operator`` on tensors like ``x``, here and now."""
-    return _chosen(_forced.value, operator, x.device, x.dtype, differentiated())
+    return _chosen(_forced.value, operator, x.device, x.dtype, differentiated(), multiplied)
 
 
 # Settled once a compilation: nothing that it depends on changes while the process lives.
 @settled_while_compiled
-def _chosen(forced: str, operator: str, device: torch.device, dtype: torch.dtype, differentiated: bool) -> str:
-    return _decision(forced, operator, device, dtype, differentiated)
+def _chosen(forced: str, operator: str, device: torch.device, dtype: torch.dtype, *how: bool) -> str:
+    return _decision(forced, operator, device, dtype, *how)
 
 
 @lru_cache(maxsize=1024)
-def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dtype, differentiated: bool) -> str:
+def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dtype, *how: bool) -> str:
     if forced != "auto":
-        reason = refusal(forced, operator, device, dtype, differentiated)
+        reason = refusal(forced, operator, device, dtype, *how)
         if reason:
             raise RuntimeError(f"backend {forced!r} cannot serve this call: {reason}; use use_backend('auto')")
         return forced
     order = fusion.preferred(operator, device) if device.type == "cuda" else ("cpu",)
-    fit = (backend for backend in order if refusal(backend, operator, device, dtype, differentiated) is None)
+    fit = (backend for backend in order if refusal(backend, operator, device, dtype, *how) is None)
     return next(fit, "reference")
 
 
-def namespace_for(operator: str, x: Tensor) -> Any:
+def namespace_for(operator: str, x: Tensor, multiplied: bool = False) -> Any:
     """The operators of the backend that serves the call; None for the reference."""
-    return _NAMESPACES[choose(operator, x)]
+    return _NAMESPACES[choose(operator, x, multiplied)]
 
 
 _NAMESPACES = {"reference": None, "cpu": ops.rkl, "cuda": ops.rkl, "triton": ops.rkl_triton}

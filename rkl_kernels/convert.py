@@ -1,197 +1,140 @@
-"""Swap the layers of an existing model for this package's, in place."""
+"""Swap the layers of an existing model for this package's, in place, and back.
+
+A swap gives a module another class and touches nothing else: it stays the same object, wherever it is used, with its
+parameters, keys, hooks and mode. Each layer is decided by itself, from what it is. Nothing is concluded from how the
+model calls it, so nothing that a model does at a call, or that is done to it later, can make a swap wrong.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import torch
-import torch.fx
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils import parametrize
 
-from .fold import fold, foldable
-from .layers import DepthwiseConv2d, TReLU, separable_layers
+from .layers import DepthwiseConv2d, TReLU
+
+_WAS = "_rkl_was"
+"""The attribute of a swapped module that holds the class it had."""
 
 
 @dataclass
 class Conversion:
-    """What :func:`convert` did: names of the swapped modules, and of the convolutions it had to leave, with why."""
+    """What :func:`convert` did; print it.
+
+    Attributes:
+        depthwise: names of the depthwise convolutions that were swapped.
+        activations: names of the activations that were replaced.
+        left: names of the depthwise convolutions that stay PyTorch's, with why.
+    """
 
     depthwise: list[str] = field(default_factory=list)
-    separable: list[tuple[str, str]] = field(default_factory=list)
-    folded: list[tuple[str, ...]] = field(default_factory=list)
     activations: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [
-            (
-                f"{len(self.separable)} depthwise + pointwise pairs fused, {len(self.folded)} more in inference with "
-                f"the batch norm between them, {len(self.depthwise)} other depthwise convolutions swapped, "
-                f"{len(self.activations)} activations replaced"
-            )
-        ]
-        return "\n".join(lines + [f"left {name}: {why}" for name, why in self.left.items()])
+        done = f"{len(self.depthwise)} depthwise convolutions swapped, {len(self.activations)} activations replaced"
+        return "\n".join([done, *(f"left {name}: {why}" for name, why in self.left.items())])
 
 
-class _FusedPair(DepthwiseConv2d):
-    """A depthwise convolution that also runs the pointwise one after it, whose place then passes its input on.
+def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Conversion:
+    """Swap a model's depthwise convolutions for :class:`rkl_kernels.DepthwiseConv2d`, in place.
 
-    The partner stays a registered module where it was, so every state_dict key keeps its name; here it stands in a
-    tuple, which registers nothing.
-    """
-
-    partner: tuple[_Absorbed]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return separable_layers(x, self, self.partner[0])
-
-
-class _Absorbed(nn.Conv2d):
-    """A pointwise convolution that the depthwise one before it has already run: parameters only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def convert(model: nn.Module, activation: str | None = None) -> Conversion:
-    """Swap depthwise convolutions, and depthwise + pointwise pairs, for this package's layers, in place.
-
-    Weights, hooks, training mode and state_dict keys stay as they are: a swapped layer is the same object with another
-    class. A pair is fused where one forward passes the depthwise output to the pointwise convolution and to nothing
-    else (next to each other in an ``nn.Sequential``, say). With a batch norm, and perhaps an activation, between them
-    they are one call in inference on a CPU (``eval()`` under ``no_grad()`` or ``inference_mode()``), else separate.
+    The model gives what it gave, in training and in inference, with the same parameters, state_dict keys and hooks; a
+    swapped layer is the same object with another class. Converting twice changes nothing more; :func:`restore` undoes
+    it. To fuse a whole chain of layers for inference, see :func:`rkl_kernels.fuse_for_inference`.
 
     Args:
-        model: any module; its children are searched, at every depth.
-        activation: "trelu" to replace every ``nn.ReLU`` too; None leaves activations alone.
+        model: any module, itself a layer perhaps; its children are searched, at every depth.
+        activation: "trelu" to replace every ``nn.ReLU`` too, which changes what the model computes; None leaves them.
 
     Returns:
-        The report of what was done; print it.
+        The report of what was done, and of the depthwise convolutions that were left, with why.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: ``activation`` is neither None nor "trelu".
+
+    >>> print(convert(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))))
+    1 depthwise convolutions swapped, 0 activations replaced
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     if activation not in (None, "trelu"):
         raise ValueError(f"activation must be None or 'trelu', got {activation!r}")
     report = Conversion()
     for name, module in model.named_modules():
-        if activation and type(module) is nn.ReLU:
-            module.__class__ = TReLU  # type: ignore[assignment]
+        if activation and type(module) is nn.ReLU and "forward" not in vars(module):
+            _swap(module, TReLU)
             report.activations.append(name)
-    for prefix, parent in model.named_modules():
-        readers = dict(_sole_readers(parent))
-        _fuse_children(prefix, parent, readers, report)
-        _fold_children(prefix, parent, readers, report)
-    for name, module in model.named_modules():
-        if type(module) is nn.Conv2d and _is_depthwise(name, module, report):
-            module.__class__ = DepthwiseConv2d
-            report.depthwise.append(name)
+        elif isinstance(module, nn.Conv2d) and is_depthwise(module) and not isinstance(module, DepthwiseConv2d):
+            why = _why_left(module)
+            if why:
+                report.left[name] = why
+            else:
+                _swap(module, DepthwiseConv2d)
+                report.depthwise.append(name)
     return report
 
 
-def _fuse_children(prefix: str, parent: nn.Module, readers: dict[str, str], report: Conversion) -> None:
-    """Fuse every pair of convolutions among the children where the second is all that reads the first."""
-    children = dict(parent.named_children())
-    for first_name, second_name in readers.items():
-        first, second = children[first_name], children[second_name]
-        if not (type(first) is nn.Conv2d and type(second) is nn.Conv2d and _is_pointwise(second)):
-            continue
-        names = _join(prefix, first_name), _join(prefix, second_name)
-        if _has_hooks(first) or _has_hooks(second) or not _is_depthwise(names[0], first, report):
-            continue
-        first.__class__, second.__class__ = _FusedPair, _Absorbed
-        first.partner = (second,)  # type: ignore[assignment]
-        report.separable.append(names)
+def restore(model: nn.Module) -> list[str]:
+    """Undo :func:`convert`, in place: every module that it swapped has its former class again.
 
+    The modules stay the same objects, with the parameters, keys and hooks that they have by now. Layers that were
+    built as this package's stay so. Restoring twice changes nothing more.
 
-def _fold_children(prefix: str, parent: nn.Module, readers: dict[str, str], report: Conversion) -> None:
-    """Fold every chain among the children of depthwise, batch norm, perhaps an activation, and pointwise; what comes
-    before the pointwise may stand in an ``nn.Sequential`` of its own."""
-    for start in readers:
-        chain = _chain(parent, start, readers)
-        modules = [module for _, module in chain]
-        if not foldable(modules) or any(_has_hooks(module) for module in [*modules, parent.get_submodule(start)]):
-            continue
-        first, last = modules[0], modules[-1]
-        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)  # noqa: PT018  for mypy; foldable() asked
-        names = tuple(_join(prefix, name) for name, _ in chain)
-        if _is_pointwise(last) and _is_depthwise(names[0], first, report):
-            fold(modules)
-            report.folded.append(names)
+    Args:
+        model: a module that was converted, or a copy of one, or a module that holds such.
 
+    Returns:
+        The names of the modules that were restored.
 
-def _chain(parent: nn.Module, start: str, readers: dict[str, str]) -> list[tuple[str, nn.Module]]:
-    """The modules from child ``start`` to the next convolution after it, each the only reader of the one before."""
-    chain: list[tuple[str, nn.Module]] = []
-    name: str | None = start
-    while name is not None and len(chain) < 4:
-        child = parent.get_submodule(name)
-        if type(child).forward is nn.Sequential.forward:
-            chain += [(_join(name, inner), module) for inner, module in child.named_children()]
-        else:
-            chain.append((name, child))
-        if len(chain) > 1 and type(chain[-1][1]) is nn.Conv2d:
-            break
-        name = readers.get(name)
-    return chain
+    Raises:
+        TypeError: ``model`` is no module.
 
-
-class _Shallow(torch.fx.Tracer):
-    """Records which child feeds which, without looking into the children."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _sole_readers(parent: nn.Module) -> list[tuple[str, str]]:
-    """Pairs of children, each called once, of which the second is the only reader of the first's output.
-
-    A forward that cannot be traced (control flow on data, say) yields none: its layers are then swapped one by one.
+    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
+    >>> _ = convert(model)
+    >>> restore(model), type(model[0])
+    (['0'], <class 'torch.nn.modules.conv.Conv2d'>)
     """
-    near = [module for child in parent.children() for module in (child, *child.children())]
-    if not any(type(module) is nn.Conv2d and module.groups > 1 for module in near):
-        return []
-    try:
-        nodes = list(_Shallow().trace(parent).nodes)
-    except Exception:  # whatever the model's own code raises when called with a stand-in for a tensor
-        return []
-    calls = Counter(node.target for node in nodes if node.op == "call_module")
-    return [
-        (str(node.target), str(reader.target))
-        for node in nodes
-        for reader in node.users
-        if node.op == reader.op == "call_module"
-        and len(node.users) == len(reader.args) == calls[node.target] == calls[reader.target] == 1
-    ]
+    _check_module(model)
+    swapped = [(name, module) for name, module in model.named_modules() if _WAS in vars(module)]
+    for _, module in swapped:
+        _give_class(module, vars(module).pop(_WAS))
+    return [name for name, _ in swapped]
 
 
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether every input channel has filters of its own. With one channel any convolution is, and gains nothing."""
+    return conv.groups == conv.in_channels > 1
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Hooks on either layer would see another tensor after fusing, so such a pair stays two calls."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _is_depthwise(name: str, conv: nn.Conv2d, report: Conversion) -> bool:
-    if conv.groups == 1 or conv.groups != conv.in_channels:
-        return False
+def _why_left(conv: nn.Conv2d) -> str | None:
+    """Why a depthwise convolution stays as it is; None where it can be swapped."""
+    if "forward" in vars(conv):
+        return "its forward was replaced on the object"
+    kind: Any = parametrize.type_before_parametrizations(conv)
+    if kind is not nn.Conv2d:
+        return f"{kind.__module__}.{kind.__qualname__} is a subclass of nn.Conv2d and may compute something else"
     if conv.out_channels != conv.in_channels:
-        report.left[name] = f"{conv.out_channels // conv.in_channels} filters a channel; one is served"
-        return False
-    if conv.padding_mode != "zeros":
-        report.left[name] = f"padding_mode={conv.padding_mode!r}; 'zeros' is served"
-        return False
-    return True
+        return f"{conv.out_channels // conv.in_channels} filters a channel; one is served by kernels"
+    return None
 
 
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1) and conv.padding in (
-        (0, 0),
-        "same",
-        "valid",
-    )
+def _swap(module: nn.Module, kind: type[nn.Module]) -> None:
+    was = parametrize.type_before_parametrizations(module)
+    _give_class(module, kind)
+    vars(module)[_WAS] = was
+
+
+def _give_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change a module's class. Parametrizations live in a class made for the module, above the one that is changed."""
+    if parametrize.is_parametrized(module):
+        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        kind = type(f"Parametrized{kind.__name__}", (kind,), own)
+    module.__class__ = kind

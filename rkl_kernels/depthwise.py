@@ -7,7 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, reference
 from ._autocast import autocast
-from ._checks import IntPair
+from ._checks import IntPair, Padding
 from .backends import namespace_for
 
 
@@ -16,7 +16,7 @@ def depthwise_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntPair = 1,
-    padding: IntPair | str = 0,
+    padding: Padding = 0,
     dilation: IntPair = 1,
 ) -> Tensor:
     """Convolve each channel with a filter of its own (equation 3).
@@ -30,15 +30,16 @@ def depthwise_conv2d(
 
     Args:
         x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.
-        weight: (C, 1, kh, kw).
-        bias: (C,) or None.
+        weight: (C, 1, kh, kw), or (m C, 1, kh, kw) for m filters a channel: those are served by PyTorch's own
+            convolution, on every device (backend "reference").
+        bias: (C,) or None; (m C,) with m filters a channel.
         stride: pixels between two outputs, an int or (height, width).
         padding: zeros around the image, an int or (height, width), or "same" or "valid".
         dilation: pixels between two taps of the filter, an int or (height, width).
 
     Returns:
-        (N, C, H', W') with H' = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1, in the memory format that
-        ``F.conv2d`` gives.
+        (N, C, H', W') with H' = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1, m C channels with m filters
+        a channel, in the memory format that ``F.conv2d`` gives.
 
     Raises:
         TypeError: an argument has a type that is not served.
@@ -49,7 +50,7 @@ def depthwise_conv2d(
         return handle_torch_function(depthwise_conv2d, tensors, *tensors, stride, padding, dilation)
     x, weight, bias = autocast(x, weight, bias)
     window = _checks.depthwise(x, weight, bias, stride, padding, dilation)
-    operators = namespace_for("depthwise_conv2d", x)
+    operators = namespace_for("depthwise_conv2d", x, window.multiplied)
     padded, settings = window.pad_extra(x), window[:3]
     if operators is None:
         return reference.depthwise_conv2d(padded, weight, bias, *settings)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks
-from ._checks import IntPair
+from ._checks import Activation, IntPair, Padding, PaddingMode
 from .depthwise import depthwise_conv2d
 from .separable import separable_conv2d
 from .trelu import trelu
@@ -27,10 +30,24 @@ class TReLU(nn.Module):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution as a layer: equivalent to ``nn.Conv2d(channels, channels, kernel_size, groups=channels)``.
+    """Depthwise convolution as a layer, (N, C, H, W) to (N, m C, H', W'), m filters a channel.
 
-    It is an ``nn.Conv2d``, with its attributes, initial values and state_dict keys, so tools that look for one (weight
-    decay filters, pruning, converters) go on working.
+    Equivalent to ``nn.Conv2d(channels, multiplier * channels, kernel_size, groups=channels)``. It is an ``nn.Conv2d``,
+    with its attributes, initial values and state_dict keys, so tools that look for one (weight decay filters, pruning,
+    converters) go on working. With a ``multiplier`` above 1 PyTorch's own convolution serves it, on every device.
+
+    Args:
+        channels: C.
+        kernel_size, stride, padding, dilation: as in :func:`rkl_kernels.depthwise_conv2d`.
+        bias: whether a bias is added, one value an output channel.
+        padding_mode: what the image is padded with; "reflect", "replicate" and "circular" pad it before the kernel.
+        multiplier: m, the filters a channel.
+
+    Raises:
+        TypeError, ValueError: a size is no integer, or too small; no such ``padding_mode``.
+
+    >>> DepthwiseConv2d(8, 3, padding=1)(torch.randn(2, 8, 5, 5)).shape
+    torch.Size([2, 8, 5, 5])
     """
 
     def __init__(
@@ -38,40 +55,51 @@ class DepthwiseConv2d(nn.Conv2d):
         channels: int,
         kernel_size: IntPair,
         stride: IntPair = 1,
-        padding: IntPair | str = 0,
+        padding: Padding = 0,
         dilation: IntPair = 1,
         bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        multiplier: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             channels,
-            channels,
+            channels * _checks.pair("multiplier", multiplier, 1)[0],
             tuple(_checks.pair("kernel_size", kernel_size, 1)),  # type: ignore[arg-type]
             tuple(_checks.pair("stride", stride, 1)),  # type: ignore[arg-type]
             padding if isinstance(padding, str) else tuple(_checks.pair("padding", padding, 0)),  # type: ignore[arg-type]
             tuple(_checks.pair("dilation", dilation, 1)),  # type: ignore[arg-type]
             groups=channels,
             bias=bias,
+            padding_mode=padding_mode,
             device=device,
             dtype=dtype,
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        image, padding = _padded(x, self)
+        return depthwise_conv2d(image, self.weight, self.bias, self.stride, padding, self.dilation)
 
 
 class SeparableConv2d(nn.Module):
     """Depthwise, then pointwise convolution in one kernel where that pays (equation 5).
 
     Equivalent to ``nn.Sequential(nn.Conv2d(c_in, c_in, kernel_size, groups=c_in), nn.Conv2d(c_in, c_out, 1))`` with
-    the activations between and after. Parameters: ``depthwise.weight``, ``pointwise.weight`` and their biases.
+    the activations between and after; (N, c_in, H, W) to (N, c_out, H', W'). Parameters: ``depthwise.weight``,
+    ``pointwise.weight`` and their biases.
 
     Args:
         c_in, c_out: channels before and after.
-        kernel_size, stride, padding, dilation: of the depthwise step.
+        kernel_size, stride, padding, dilation, padding_mode: of the depthwise step, as in :class:`DepthwiseConv2d`.
         bias: a bias after the pointwise step; the depthwise step has one only with ``depthwise_bias=True``.
         inner_activation, activation: names as in :func:`rkl_kernels.separable_conv2d`.
+
+    Raises:
+        TypeError, ValueError: a size is no integer, or too small; no such activation or ``padding_mode``.
+
+    >>> SeparableConv2d(8, 16, 3, stride=2, inner_activation="relu6")(torch.randn(2, 8, 5, 5)).shape
+    torch.Size([2, 16, 2, 2])
     """
 
     def __init__(
@@ -80,12 +108,13 @@ class SeparableConv2d(nn.Module):
         c_out: int,
         kernel_size: IntPair,
         stride: IntPair = 1,
-        padding: IntPair | str = 0,
+        padding: Padding = 0,
         dilation: IntPair = 1,
         bias: bool = True,
         depthwise_bias: bool = False,
-        inner_activation: str | None = None,
-        activation: str | None = None,
+        inner_activation: Activation | None = None,
+        activation: Activation | None = None,
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -93,36 +122,34 @@ class SeparableConv2d(nn.Module):
         _checks.activation("inner_activation", inner_activation)
         _checks.activation("activation", activation)
         self.depthwise = DepthwiseConv2d(
-            c_in, kernel_size, stride, padding, dilation, bias=depthwise_bias, device=device, dtype=dtype
+            c_in, kernel_size, stride, padding, dilation, depthwise_bias, padding_mode, device=device, dtype=dtype
         )
         self.pointwise = nn.Conv2d(c_in, c_out, 1, bias=bias, device=device, dtype=dtype)
         self.inner_activation = inner_activation
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return separable_layers(x, self.depthwise, self.pointwise, self.inner_activation, self.activation)
+        depthwise, pointwise = self.depthwise, self.pointwise
+        image, padding = _padded(x, depthwise)
+        return separable_conv2d(
+            image,
+            depthwise.weight,
+            pointwise.weight,
+            depthwise.bias,
+            pointwise.bias,
+            depthwise.stride,
+            padding,
+            depthwise.dilation,
+            self.inner_activation,
+            self.activation,
+        )
 
     def extra_repr(self) -> str:
         return f"inner_activation={self.inner_activation}, activation={self.activation}"
 
 
-def separable_layers(
-    x: Tensor,
-    depthwise: nn.Conv2d,
-    pointwise: nn.Conv2d,
-    inner_activation: str | None = None,
-    activation: str | None = None,
-) -> Tensor:
-    """The two layers' parameters through one call of :func:`rkl_kernels.separable_conv2d`."""
-    return separable_conv2d(
-        x,
-        depthwise.weight,
-        pointwise.weight,
-        depthwise.bias,
-        pointwise.bias,
-        depthwise.stride,
-        depthwise.padding,
-        depthwise.dilation,
-        inner_activation,
-        activation,
-    )
+def _padded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Any]:
+    """The image with the padding that is not zeros, and the zeros that are left for the kernel to pad with."""
+    if conv.padding_mode == "zeros":
+        return x, conv.padding
+    return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0

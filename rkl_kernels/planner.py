@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, fusion, ops
+from ._checks import Activation
 from .backends import KERNEL_TYPES, choose
 
 
@@ -26,8 +27,8 @@ class _SeparableCall:
     stride: Any = 1
     padding: Any = 0
     dilation: Any = 1
-    inner_activation: str | None = None
-    activation: str | None = None
+    inner_activation: Activation | None = None
+    activation: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
         raise ValueError(f"operator must be one of {', '.join(counts)}, got {operator!r}")
     moved, operations, x = counts[operator](*args, **kwargs)
     moved *= x.element_size()
-    backend = choose(operator, x)
+    multiplied = operator == "depthwise_conv2d" and _multiplied(*args, **kwargs)
+    backend = choose(operator, x, multiplied)
     namespace = {"reference": "rkl_kernels.reference", "triton": "torch.ops.rkl_triton"}.get(backend, "torch.ops.rkl")
     fused, reason = _fusion(backend, _SeparableCall(*args, **kwargs)) if operator == "separable_conv2d" else (None, "")
     kernel, floor = f"{namespace}.{operator}", _floor(moved, operations, x)
@@ -209,11 +211,16 @@ def _image(*args: Any) -> tuple[int, Tensor]:
     return n * height * width, x
 
 
+def _multiplied(x: Tensor, weight: Tensor, *rest: Any, **others: Any) -> bool:
+    """Whether a depthwise filter has several planes a channel."""
+    return weight.shape[0] != x.shape[-3]
+
+
 def _depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1
 ) -> tuple[int, int, Tensor]:
     pixels, x = _image(x, weight, stride, padding, dilation)
-    outputs = pixels * x.shape[1]
+    outputs = pixels * weight.shape[0]
     return x.numel() + weight.numel() + outputs, 2 * outputs * weight[0].numel(), x
 
 

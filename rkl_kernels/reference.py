@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import IntPair
+from ._checks import Activation, IntPair, Padding
 
 
 def trelu(x: Tensor, inplace: bool = False) -> Tensor:
@@ -21,7 +21,7 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
     return x.copy_(y) if inplace else y
 
 
-def activate(x: Tensor, name: str | None) -> Tensor:
+def activate(x: Tensor, name: Activation | None) -> Tensor:
     """The named activation of ``x``; ``x`` itself for None."""
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "relu": F.relu,
@@ -38,11 +38,11 @@ def depthwise_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntPair = 1,
-    padding: IntPair | str = 0,
+    padding: Padding = 0,
     dilation: IntPair = 1,
 ) -> Tensor:
-    """Depthwise convolution, equation (3): one filter a channel."""
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups=weight.shape[0])
+    """Depthwise convolution, equation (3): a filter or more a channel."""
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[-3])
 
 
 def separable_conv2d(
@@ -52,10 +52,10 @@ def separable_conv2d(
     depthwise_bias: Tensor | None = None,
     pointwise_bias: Tensor | None = None,
     stride: IntPair = 1,
-    padding: IntPair | str = 0,
+    padding: Padding = 0,
     dilation: IntPair = 1,
-    inner_activation: str | None = None,
-    activation: str | None = None,
+    inner_activation: Activation | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """Depthwise then pointwise convolution, equation (5), each with an optional bias and activation."""
     inner = activate(depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation), inner_activation)

@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, reference
 from ._autocast import autocast
-from ._checks import IntPair
+from ._checks import Activation, IntPair, Padding
 from .backends import namespace_for
 
 INVERTIBLE = ("relu", "relu6", "trelu")
@@ -22,10 +22,10 @@ def separable_conv2d(
     depthwise_bias: Tensor | None = None,
     pointwise_bias: Tensor | None = None,
     stride: IntPair = 1,
-    padding: IntPair | str = 0,
+    padding: Padding = 0,
     dilation: IntPair = 1,
-    inner_activation: str | None = None,
-    activation: str | None = None,
+    inner_activation: Activation | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """Depthwise, then pointwise convolution, each with an optional bias and activation (equation 5).
 

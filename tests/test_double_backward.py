@@ -1,4 +1,4 @@
-"""Gradients of gradients of separable convolutions, for a fused pair too, beside PyTorch's two layers."""
+"""Gradients of gradients of separable convolutions, and of a converted model, beside PyTorch's two layers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_third_derivative():
 def test_a_converted_model_keeps_it():
     plain = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Conv2d(3, 4, 1))
     converted = copy.deepcopy(plain)
-    assert rk.convert(converted).separable
+    assert rk.convert(converted).depthwise == ["0"]
     x = torch.randn(2, 3, 6, 6)
     results = []
     for model in (converted, plain):

@@ -101,14 +101,14 @@ def test_explanation_is_what_the_profiler_sees(channels, outputs, size, layout, 
 
 def explain_as_cuda(monkeypatch, kernel: int, dtype: torch.dtype) -> Explanation:
     """Of tensors that only have shapes."""
-    monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x: "cuda")
+    monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x, multiplied: "cuda")
     shapes = ((8, 64, 32, 30), (64, 1, kernel, kernel), (48, 64, 1, 1))
     tensors = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
     return rk.explain("separable_conv2d", *tensors, stride=2, padding=1)
 
 
 def explain_depthwise_as_cuda(monkeypatch, kernel: int, nhwc: bool = True, **window: int) -> str:
-    monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x: "cuda")
+    monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x, multiplied: "cuda")
     layout = torch.channels_last if nhwc else torch.contiguous_format
     x = torch.empty(8, 64, 32, 30, dtype=torch.bfloat16, device="meta").contiguous(memory_format=layout)
     weight = torch.empty(64, 1, kernel, kernel, dtype=torch.bfloat16, device="meta")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import rkl_kernels as rk
+from rkl_kernels.backends import Backend
 
 from .case import Case
 
@@ -183,7 +184,7 @@ class Rival:
         return f"{self.name} {self.layout}"
 
 
-def ours(layout: str, backend: str = "auto") -> Rival:
+def ours(layout: str, backend: Backend = "auto") -> Rival:
     """This package; named "ours", or by the backend where one is asked for."""
 
     def prepare(case: Case, device: str) -> Callable[..., Any]:

@@ -25,8 +25,8 @@ from .operators import Operators, register, rkl_emulated
 def operators(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operators]:
     """The emulated kernels, serving every call of the public functions but the reference's."""
 
-    def namespace_for(operator: str, x: Tensor) -> Any:
-        return None if choose(operator, x) == "reference" else rkl_emulated
+    def namespace_for(operator: str, x: Tensor, multiplied: bool = False) -> Any:
+        return None if choose(operator, x, multiplied) == "reference" else rkl_emulated
 
     for module in ("trelu", "depthwise", "separable"):
         monkeypatch.setattr(sys.modules[f"rkl_kernels.{module}"], "namespace_for", namespace_for)

@@ -1,0 +1,250 @@
+"""rk.convert and rk.restore: the same results whatever the model is and whatever is done to it later."""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval, parametrizations, parametrize, prune
+
+import rkl_kernels as rk
+
+X = torch.randn(2, 4, 7, 6, generator=torch.Generator().manual_seed(0))
+
+
+def pair() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 1))
+
+
+def assert_alike(ours: nn.Module, theirs: nn.Module) -> None:
+    """Outputs and the gradients of every parameter."""
+    results = []
+    for model in (ours, theirs):
+        model.zero_grad()
+        y = model(X)
+        if y.requires_grad:
+            y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+class Kept(nn.Module):
+    """A flag, a tap, a loop over a ModuleList, a pointwise that two parents share, gradients off for a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([pair(), pair()])
+        self.blocks[1][1] = self.blocks[0][1]
+        self.register_buffer("calls", torch.zeros(()))
+        self.tapped = self.without = False
+
+    def forward(self, x):
+        self.calls += 1
+        for block in self.blocks:
+            with torch.set_grad_enabled(not self.without):
+                middle = block[0](x)
+            x = middle if self.tapped else block[1](middle)
+        return x
+
+
+def test_everything_stays_the_same_object():
+    model = Kept()
+    modules, tensors, keys = list(model.modules()), list(model.parameters()), list(model.state_dict())
+    states = torch.get_rng_state(), random.getstate()
+    report = rk.convert(model)
+    assert report.depthwise == ["blocks.0.0", "blocks.1.0"]
+    assert not report.left
+    assert str(report) == "2 depthwise convolutions swapped, 0 activations replaced"
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert all(a is b for a, b in zip(model.parameters(), tensors, strict=True))
+    assert list(model.state_dict()) == keys
+    assert model.calls == 0
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert all(isinstance(block[0], rk.DepthwiseConv2d) for block in model.blocks)
+
+
+@pytest.mark.parametrize("flag", ["tapped", "without"])
+def test_a_forward_may_change_its_mind(flag):
+    model, plain = Kept(), Kept()
+    rk.convert(model)
+    assert_alike(model, plain)
+    for one in (model, plain):
+        setattr(one, flag, True)
+    assert_alike(model, plain)
+
+
+def prune_pointwise(model):
+    prune.l1_unstructured(model[1], "weight", amount=0.5)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+
+
+class Low(nn.Module):
+    """A low-rank addition around a layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        torch.manual_seed(1)
+        self.base, self.down, self.up = base, nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def own_forward(model):
+    was = model[1].forward
+    model[1].forward = lambda x: was(x) * 2
+
+
+def normalize(model):
+    torch.manual_seed(2)
+    parametrizations.weight_norm(model[0])
+    parametrizations.spectral_norm(model[1]).eval()
+
+
+DONE = {
+    "pruned": prune_pointwise,
+    "wrapped": lambda model: model.__setitem__(1, Low(model[1])),
+    "depthwise wrapped": lambda model: model.__setitem__(0, Low(model[0])),
+    "replaced": lambda model: model.__setitem__(1, nn.Identity()),
+    "forward on the object": own_forward,
+    "hooked": lambda model: model[0].register_forward_hook(lambda module, inputs, output: output + 1) and None,
+    "sliced": lambda model: model.__delitem__(1),
+    "parametrized": normalize,
+    "in float64": lambda model: model.double().float(),
+}
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", DONE)
+def test_what_is_done_to_layers_before_or_after(name, before):
+    model, plain = pair(), pair()
+    DONE[name](plain)
+    if before:
+        DONE[name](model)
+    rk.convert(model)
+    if not before:
+        DONE[name](model)
+    assert_alike(model, plain)
+    rk.restore(model)
+    assert_alike(model, plain)
+    assert not any(isinstance(module, rk.DepthwiseConv2d) for module in model.modules())
+
+
+def test_parametrizations_can_be_removed_afterwards():
+    model = pair()
+    parametrizations.weight_norm(model[0])
+    rk.convert(model)
+    twin = copy.deepcopy(model)
+    rk.restore(model)
+    for one, kind in ((model, nn.Conv2d), (twin, rk.DepthwiseConv2d)):
+        parametrize.remove_parametrizations(one[0], "weight")
+        assert type(one[0]) is kind
+    assert_alike(model, twin)
+
+
+def test_batch_norm_folded_by_pytorch():
+    model = nn.Sequential(*pair()[:1], nn.BatchNorm2d(4)).eval()
+    model[1].running_mean.normal_()
+    plain = fuse_conv_bn_eval(model[0], model[1])
+    rk.convert(model)
+    torch.testing.assert_close(fuse_conv_bn_eval(model[0], model[1])(X), plain(X))
+
+
+def test_data_parallel_replicas():
+    model = pair()
+    rk.convert(model)
+    replica = model[0]._replicate_for_data_parallel()
+    replica.weight, replica.bias = model[0].weight * 2, model[0].bias * 2
+    torch.testing.assert_close(replica(X), 2 * model[0](X))
+
+
+def test_copied_saved_and_restored():
+    model = pair()
+    before = [type(module) for module in model.modules()]
+    rk.convert(model)
+    assert not rk.convert(model).depthwise
+    assert not rk.convert(model).left
+    twin = copy.deepcopy(model)
+    twin[1].weight.data.zero_()
+    torch.testing.assert_close(twin(X), twin[1].bias[:, None, None].expand(2, 4, 7, 6))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for one in (model, twin, loaded):
+        assert rk.restore(one) == ["0"]
+        assert rk.restore(one) == []
+        assert [type(module) for module in one.modules()] == before
+        assert all(vars(module).keys() == vars(nn.Conv2d(4, 4, 1)).keys() for module in one)
+    assert_alike(loaded, pair())
+    assert_alike(model, pair())
+
+
+def test_restore_leaves_layers_that_were_built():
+    model = nn.Sequential(rk.DepthwiseConv2d(4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU())
+    rk.convert(model, activation="trelu")
+    assert rk.restore(model) == ["1", "2"]
+    assert [type(layer) for layer in model] == [rk.DepthwiseConv2d, nn.Conv2d, nn.ReLU]
+
+
+def test_a_layer_alone():
+    layer = nn.Conv2d(4, 4, 3, groups=4, padding_mode="reflect", padding=1)
+    want = layer(X)
+    assert rk.convert(layer).depthwise == [""]
+    torch.testing.assert_close(layer(X), want)
+
+
+class Same(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+def test_what_is_left_and_why():
+    model = nn.ModuleDict(
+        {
+            "multiplied": nn.Conv2d(4, 8, 3, groups=4),
+            "subclass": Same(4, 4, 2, groups=4),
+            "own": nn.Conv2d(4, 4, 3, groups=4),
+            "grouped": nn.Conv2d(8, 8, 3, groups=2),
+            "plain": nn.Conv2d(1, 1, 3),
+            "reflected": nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="reflect"),
+        }
+    )
+    model["own"].forward = lambda x: x
+    report = rk.convert(model)
+    assert report.depthwise == ["reflected"]
+    assert list(report.left) == ["multiplied", "subclass", "own"]
+    assert "2 filters a channel" in report.left["multiplied"]
+    assert "Same is a subclass of nn.Conv2d" in report.left["subclass"]
+    assert "left own: its forward was replaced on the object" in str(report)
+
+
+def test_activations_on_request():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.ReLU6())
+    report = rk.convert(model, activation="trelu")
+    assert report.activations == ["0"]
+    assert isinstance(model[0], rk.TReLU)
+    assert model[0].inplace
+
+
+@pytest.mark.parametrize("name", ["repghostnet_050", "coat_tiny", "tf_mobilenetv3_small_minimal_100", "convnext_tiny"])
+def test_known_models(name):
+    timm = pytest.importorskip("timm", reason="extra [train] not installed")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4).eval()
+    size = 224 if name == "coat_tiny" else 64
+    x = torch.randn(1, 3, size, size)
+    depthwise = sum(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules())
+    with torch.no_grad():
+        expected = model(x)
+        report = rk.convert(model)
+        torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+    assert len(report.depthwise) + len(report.left) == depthwise > 0
+    assert all("Conv2dSame" in why for why in report.left.values())
+    assert bool(report.left) == (name == "tf_mobilenetv3_small_minimal_100")
