@@ -4,6 +4,7 @@ from . import reference
 from .backends import Status, backends, use_backend
 from .convert import Conversion, convert, restore
 from .depthwise import depthwise_conv2d
+from .inference import Fusion, fuse_for_inference
 from .layers import DepthwiseConv2d, SeparableConv2d, TReLU
 from .planner import Explanation, explain
 from .separable import separable_conv2d
@@ -15,6 +16,7 @@ __all__ = [
     "Conversion",
     "DepthwiseConv2d",
     "Explanation",
+    "Fusion",
     "SeparableConv2d",
     "Status",
     "TReLU",
@@ -22,6 +24,7 @@ __all__ = [
     "convert",
     "depthwise_conv2d",
     "explain",
+    "fuse_for_inference",
     "reference",
     "restore",
     "separable_conv2d",

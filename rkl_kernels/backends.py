@@ -129,6 +129,11 @@ def use_backend(name: Backend) -> Iterator[None]:
         yield
 
 
+def forced() -> str:
+    """What ``use_backend`` asks of this thread's calls; "auto" where it does not."""
+    return str(_forced.value)
+
+
 def refusal(
     backend: str,
     operator: str,

@@ -34,7 +34,7 @@ class Conversion:
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        done = f"{len(self.depthwise)} depthwise convolutions swapped, {len(self.activations)} activations replaced"
+        done = f"depthwise convolutions swapped: {len(self.depthwise)}; activations replaced: {len(self.activations)}"
         return "\n".join([done, *(f"left {name}: {why}" for name, why in self.left.items())])
 
 
@@ -57,9 +57,9 @@ def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Con
         ValueError: ``activation`` is neither None nor "trelu".
 
     >>> print(convert(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))))
-    1 depthwise convolutions swapped, 0 activations replaced
+    depthwise convolutions swapped: 1; activations replaced: 0
     """
-    _check_module(model)
+    check_module(model)
     if activation not in (None, "trelu"):
         raise ValueError(f"activation must be None or 'trelu', got {activation!r}")
     report = Conversion()
@@ -97,7 +97,7 @@ def restore(model: nn.Module) -> list[str]:
     >>> restore(model), type(model[0])
     (['0'], <class 'torch.nn.modules.conv.Conv2d'>)
     """
-    _check_module(model)
+    check_module(model)
     swapped = [(name, module) for name, module in model.named_modules() if _WAS in vars(module)]
     for _, module in swapped:
         _give_class(module, vars(module).pop(_WAS))
@@ -109,7 +109,7 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups == conv.in_channels > 1
 
 
-def _check_module(model: object) -> None:
+def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import io
 import random
 
@@ -52,6 +54,12 @@ class Kept(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("name", ["convert", "inference", "layers"])
+def test_examples_in_docstrings(name):
+    found = doctest.testmod(importlib.import_module(f"rkl_kernels.{name}"), extraglobs={"torch": torch, "nn": nn})
+    assert found.attempted > 0 == found.failed
+
+
 def test_everything_stays_the_same_object():
     model = Kept()
     modules, tensors, keys = list(model.modules()), list(model.parameters()), list(model.state_dict())
@@ -59,7 +67,7 @@ def test_everything_stays_the_same_object():
     report = rk.convert(model)
     assert report.depthwise == ["blocks.0.0", "blocks.1.0"]
     assert not report.left
-    assert str(report) == "2 depthwise convolutions swapped, 0 activations replaced"
+    assert str(report) == "depthwise convolutions swapped: 2; activations replaced: 0"
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert all(a is b for a, b in zip(model.parameters(), tensors, strict=True))
     assert list(model.state_dict()) == keys

@@ -1,0 +1,234 @@
+"""Depthwise convolution, norm, activation, pointwise convolution, norm, activation: one layer for inference.
+
+A norm with running statistics is a scale and a shift of each channel. They go into the filter and the bias of the
+convolution before it, computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import Activation
+from .convert import is_depthwise
+from .layers import DepthwiseConv2d, SeparableConv2d, TReLU
+
+# By name, so that neither library is imported to ask.
+_NORMS = {
+    "torch.nn.modules.batchnorm.BatchNorm2d",
+    "torch.nn.modules.batchnorm.SyncBatchNorm",
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+}
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)
+"""What does nothing in inference."""
+
+_ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    TReLU: "trelu",
+}
+
+
+C = TypeVar("C", bound=nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A scale and a shift of each channel, in float64."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A layer that does in inference what so many modules in a row did."""
+
+    layer: nn.Module
+    modules: int
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module's class is one of the norms that are known here; its own code is then not read."""
+    return _class_name(module) in _NORMS
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says: it has hooks, or a forward on the object."""
+    hooks: tuple[dict[Any, Any], ...] = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(module)
+
+
+def why_not_first(module: nn.Module) -> str | None:
+    """Why a depthwise convolution cannot begin a fused layer; None where it can, or where it is none."""
+    if is_altered(module):
+        return "it has hooks (pruning and weight norm are such), or a forward of its own"
+    if type(module) not in (nn.Conv2d, DepthwiseConv2d):
+        return f"{type(module).__qualname__} is a subclass of nn.Conv2d and may compute something else"
+    if module.weight.is_meta:
+        return "its weight has no values on the meta device"
+    return None
+
+
+def fuse(modules: Sequence[nn.Module]) -> Fused | None:
+    """The layer that does what the first of these modules do, as many as can be; None where nothing is gained.
+
+    Args:
+        modules: in the order of their calls, in inference mode, each the only reader of the one before.
+    """
+    first = modules[0]
+    if not isinstance(first, nn.Conv2d) or not is_depthwise(first) or why_not_first(first):
+        return None
+    if first.out_channels != first.in_channels:
+        return None
+    reader = _Reader(modules[1:])
+    of_depthwise = reader.affine()
+    before_pointwise = reader.at
+    inner = reader.activation()
+    pointwise = reader.pointwise()
+    if pointwise is None:
+        reader.at = before_pointwise
+        layer: nn.Module | None = _depthwise(first, of_depthwise) if of_depthwise else None
+    else:
+        of_pointwise = reader.affine()
+        layer = _separable(first, of_depthwise, inner, pointwise, of_pointwise, reader.activation())
+    if layer is None or not all(torch.isfinite(p).all() for p in layer.parameters()):
+        return None  # in 16 bits a folded filter may be too large for its type
+    served, rest = reader.served()
+    return Fused(nn.Sequential(layer, *rest) if rest else layer, 1 + served)
+
+
+class _Reader:
+    """Goes along what modules do in inference: an affine map, nothing at all, or the module itself."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.steps = [(number, step) for number, module in enumerate(modules) for step in _steps(module)]
+        self.at = 0
+
+    def _next(self) -> Any:
+        return self.steps[self.at][1] if self.at < len(self.steps) else None
+
+    def affine(self) -> Affine | None:
+        step = self._next()
+        if not isinstance(step, Affine):
+            return None
+        self.at += 1
+        return step
+
+    def activation(self) -> Activation | None:
+        step = self._next()
+        name = _ACTIVATIONS.get(type(step))
+        if name is None or is_altered(step) or getattr(step, "approximate", "none") != "none":
+            return None
+        self.at += 1
+        return name
+
+    def pointwise(self) -> nn.Conv2d | None:
+        step = self._next()
+        if type(step) is not nn.Conv2d or is_altered(step) or not _is_pointwise(step):
+            return None
+        self.at += 1
+        return step
+
+    def served(self) -> tuple[int, list[nn.Module]]:
+        """How many modules are read, the last perhaps in part, and what is left of that one."""
+        if self.at == 0:
+            return 0, []
+        last = self.steps[self.at - 1][0]
+        return last + 1, [step for number, step in self.steps[self.at :] if number == last]
+
+
+def _steps(module: nn.Module) -> list[Any]:
+    """What a module does in inference. Of a norm with an activation inside, both."""
+    if is_altered(module):
+        return [module]
+    if type(module) in _NOTHING:
+        return []
+    affine = _affine(module) if is_norm(module) else None
+    if affine is None:
+        return [module]
+    inside = [getattr(module, name) for name in ("drop", "act") if hasattr(module, name)]
+    return [affine, *(step for part in inside for step in _steps(part))]
+
+
+def _affine(norm: Any) -> Affine | None:
+    """None where the norm takes its statistics from the batch, or where they do not give finite numbers."""
+    if norm.running_mean is None or norm.running_var is None or norm.training or norm.running_mean.is_meta:
+        return None
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    finite = torch.isfinite(scale).all() and torch.isfinite(shift).all()
+    return Affine(scale, shift) if finite else None
+
+
+def _folded(conv: nn.Conv2d, affine: Affine | None) -> tuple[Tensor, Tensor | None]:
+    """A convolution's filter and bias with the affine map after it; copies, in the convolution's own type."""
+    weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
+    if affine is None:
+        return weight.clone(), None if bias is None else bias.clone()
+    shift = affine.shift if bias is None else bias.double() * affine.scale + affine.shift
+    scaled = weight.double() * affine.scale[:, None, None, None]
+    return scaled.to(weight.dtype, memory_format=torch.preserve_format), shift.to(weight.dtype)
+
+
+def _depthwise(conv: nn.Conv2d, affine: Affine | None) -> DepthwiseConv2d:
+    weight, bias = _folded(conv, affine)
+    as_it_is: Any = {"padding": conv.padding, "padding_mode": conv.padding_mode}
+    layer = DepthwiseConv2d(
+        conv.in_channels, conv.kernel_size, conv.stride, dilation=conv.dilation, device="meta", **as_it_is
+    )
+    return _with(layer, weight, bias)
+
+
+def _separable(
+    conv: nn.Conv2d,
+    of_depthwise: Affine | None,
+    inner: Activation | None,
+    pointwise: nn.Conv2d,
+    of_pointwise: Affine | None,
+    activation: Activation | None,
+) -> SeparableConv2d:
+    layer = SeparableConv2d(
+        conv.in_channels, pointwise.out_channels, 1, inner_activation=inner, activation=activation, device="meta"
+    )
+    layer.depthwise = _depthwise(conv, of_depthwise)
+    _with(layer.pointwise, *_folded(pointwise, of_pointwise))
+    return layer.eval()
+
+
+def _with(layer: C, weight: Tensor, bias: Tensor | None) -> C:
+    """The layer, built without values, with these; they are not for training."""
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return layer.eval()
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return (
+        (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1)
+        and conv.padding in ((0, 0), "same", "valid")
+        and not conv.weight.is_meta
+    )
+
+
+def _class_name(module: nn.Module) -> str:
+    kind: Any = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"

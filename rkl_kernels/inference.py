@@ -1,0 +1,274 @@
+"""A copy of a model for inference, in which whole chains of layers are one operator each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx
+from torch import Tensor, nn
+
+from . import _reading, fold
+from .convert import check_module, convert, is_depthwise
+from .fold import is_altered
+
+
+@dataclass
+class Fusion:
+    """What :func:`fuse_for_inference` did; print it.
+
+    Attributes:
+        fused: for each fused layer, the names of the modules whose work it does, in the order of their calls.
+        left: names of the depthwise convolutions that are in no fused layer, with why.
+    """
+
+    fused: list[tuple[str, ...]] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        layers = sum(map(len, self.fused))
+        lines = [f"chains fused: {len(self.fused)}, of {layers} layers"]
+        return "\n".join(lines + [f"left {name}: {why}" for name, why in self.left.items()])
+
+
+def fuse_for_inference(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for inference, its chains of depthwise convolution, batch norm, activation, pointwise
+    convolution, batch norm and activation fused into one operator each, the norms folded into the filters.
+
+    Equivalent to ``model.eval()`` in what a call returns, up to rounding; it has no gradients but the input's. The
+    model itself is not touched, nor called with data, nor is random state. The copy is for calls alone: to train, to
+    load weights or to change a layer, do so to the model and fuse again.
+
+    The copy is read by ``torch.fx``. A module whose forward cannot be read, since it decides on data, draws random
+    numbers, changes itself or takes flags, say, keeps its own code, and in it only the layers of an ``nn.Sequential``
+    are fused, for calls of that as a whole. What the model's Python code decides on its own attributes is decided as
+    they are now. Depthwise layers that are not fused are swapped as by :func:`rkl_kernels.convert`.
+
+    Args:
+        model: any module; of any dtype, on any device.
+
+    Returns:
+        A copy in inference mode: a ``torch.fx.GraphModule`` where the whole model could be read, else a module of the
+        model's own class. Its attribute ``fusion`` holds the report, a :class:`Fusion`: what was fused, and why the
+        rest was left.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    >>> fused = fuse_for_inference(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)))
+    >>> print(fused.fusion)
+    chains fused: 1, of 3 layers
+    """
+    check_module(model)
+    whole = copied(model).eval().requires_grad_(False)
+    convert(whole)
+    fuser = _Fuser(whole)
+    fused = fuser.fuse()
+    vars(fused)["fusion"] = fuser.report
+    return fused
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy. What hooks make before each call (a pruned weight, say) is copied as a plain tensor."""
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, memo)
+
+
+class Entry(nn.Module):
+    """Stands where a graph begins: passes tensors on and refuses what the graph was not read for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, (Tensor, torch.fx.Proxy)):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}; call the model this one was made from")
+        return x
+
+    def train(self, mode: bool = True) -> Entry:
+        _refuse_training(mode)
+        return super().train(mode)
+
+
+class FusedSequential(nn.Sequential):
+    """An ``nn.Sequential`` whose call as a whole runs fused steps. Its layers stay as they are, for whoever takes them
+    one by one; the steps are in a list, which registers nothing."""
+
+    steps: list[nn.Module]
+
+    def forward(self, input: Any) -> Any:
+        return self.steps[0](input)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedSequential:
+        self.steps[0]._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> FusedSequential:
+        _refuse_training(mode)
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise RuntimeError("a fused copy cannot load weights; load them into the model it was made from and fuse again")
+
+
+def _refuse_training(mode: bool) -> None:
+    if mode:
+        raise ValueError("mode must be False for a model fused for inference, got True; train the one it was made from")
+
+
+class _Fuser:
+    """Fuses one copy of a model.
+
+    Attributes:
+        closed: modules that keep their own code, with why.
+    """
+
+    def __init__(self, whole: nn.Module) -> None:
+        self.whole = whole
+        self.names = {module: name for name, module in whole.named_modules()}
+        self.report = Fusion()
+        self.closed: dict[nn.Module, str] = {}
+        self.graphs: dict[nn.Module, torch.fx.Graph] = {}
+
+    def fuse(self) -> nn.Module:
+        depthwise = [m for m in self.names if isinstance(m, nn.Conv2d) and is_depthwise(m)]
+        if not depthwise:
+            return self.whole
+        self._read(self.whole, set())
+        fused = self.whole
+        closed = list(self.closed)
+        if self.whole in self.graphs and self.whole not in self.closed:
+            fused = self._fused(self.whole)
+        for module in closed:
+            for sequential in self._sequentials(module):
+                self._swap(sequential)
+        done = {name for chain in self.report.fused for name in chain}
+        for module in depthwise:
+            if self.names[module] not in done:
+                self.report.left.setdefault(self.names[module], self._why_not_read(self.names[module]))
+        return fused
+
+    def _read(self, module: nn.Module, seen: set[nn.Module]) -> None:
+        """Read every module, those below first: what cannot be read is not looked into from above."""
+        if module in seen:
+            return
+        seen.add(module)
+        for child in module.children():
+            self._read(child, seen)
+        if _reading.is_leaf(module):
+            return
+        memo: dict[int, Any] = {}
+        probe = copy.deepcopy(module, memo)
+        graph = _reading.read(probe, {memo[id(m)] for m in self.closed if id(m) in memo})
+        if isinstance(graph, str):
+            self.closed[module] = graph
+            return
+        self.graphs[module] = graph
+        if is_altered(module):
+            self.closed[module] = "it has hooks, or a forward of its own"
+
+    def _sequentials(self, module: nn.Module) -> Iterator[nn.Module]:
+        """A module that keeps its own code, where it is an ``nn.Sequential``, or the outermost below it."""
+        if type(module) is nn.Sequential and module in self.graphs and "forward" not in vars(module):
+            yield module
+        elif type(module) is not FusedSequential:
+            for child in module.children():
+                yield from self._sequentials(child)
+
+    def _swap(self, sequential: nn.Module) -> None:
+        before = len(self.report.fused)
+        steps = self._fused(sequential)
+        if len(self.report.fused) > before:
+            sequential.__class__ = FusedSequential
+            vars(sequential)["steps"] = [steps]
+
+    def _fused(self, module: nn.Module) -> torch.fx.GraphModule:
+        """The graph of a module with its chains fused, over the module's own layers."""
+        graph = self.graphs[module]
+        parts: dict[str, Any] = {}
+        for node in list(graph.nodes):
+            if node.op == "call_module" and not node._erased:
+                self._fuse_from(module, node, parts)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                _insert_entry(graph, node, parts)
+            elif node.op in ("call_module", "get_attr") and node.target not in parts:
+                parts[node.target] = _attribute(module, node.target)
+        return torch.fx.GraphModule(parts, graph, type(module).__name__)
+
+    def _fuse_from(self, module: nn.Module, node: torch.fx.Node, parts: dict[str, Any]) -> None:
+        """Put a fused layer in the place of ``node`` and the nodes after it, where it begins a chain."""
+        nodes = _chain(node)
+        modules = [module.get_submodule(str(n.target)) for n in nodes]
+        first = modules[0] if modules else None
+        if not isinstance(first, nn.Conv2d) or not is_depthwise(first):
+            return
+        fused = fold.fuse(modules)
+        if fused is None:
+            self.report.left[self.names[first]] = _why_not_fused(node, modules)
+            return
+        nodes = nodes[: fused.modules]
+        names = tuple(self.names[m] for m in modules[: fused.modules])
+        if names not in self.report.fused:
+            self.report.fused.append(names)
+        target = f"{str(node.target).replace('.', '_')}_fused"
+        while target in parts or hasattr(module, target):
+            target += "_"
+        parts[target] = fused.layer
+        with node.graph.inserting_before(node):
+            served = node.graph.call_module(target, node.args)
+        nodes[-1].replace_all_uses_with(served)
+        for done in reversed(nodes):
+            node.graph.erase_node(done)
+
+    def _why_not_read(self, name: str) -> str:
+        """The reason that keeps the nearest module above closed."""
+        while name:
+            name = name.rpartition(".")[0]
+            why = self.closed.get(self.whole.get_submodule(name))
+            if why:
+                return f"in {name or 'the model'}: {why}"
+        return "the model's forward does not call it as a layer"
+
+
+def _chain(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """``node`` and the modules called after it, each with one argument and alone in reading the one before."""
+    nodes = [node]
+    if len(node.args) != 1 or node.kwargs:
+        return nodes[:0]
+    while len(nodes[-1].users) == 1:
+        (reader,) = nodes[-1].users
+        if reader.op != "call_module" or reader.args != (nodes[-1],) or reader.kwargs:
+            break
+        nodes.append(reader)
+    return nodes
+
+
+def _why_not_fused(node: torch.fx.Node, modules: list[nn.Module]) -> str:
+    why = fold.why_not_first(modules[0])
+    if why:
+        return why
+    if len(node.users) != 1:
+        return f"its output is read {len(node.users)} times"
+    if len(modules) == 1:
+        return "its output goes to something else than a layer"
+    return f"no norm with statistics and no pointwise convolution follows it, but {type(modules[1]).__name__}"
+
+
+def _insert_entry(graph: torch.fx.Graph, placeholder: torch.fx.Node, parts: dict[str, Any]) -> None:
+    parts["entry_fused"] = Entry()
+    with graph.inserting_after(placeholder):
+        entry = graph.call_module("entry_fused", (placeholder,))
+    placeholder.replace_all_uses_with(entry, delete_user_cb=lambda user: user is not entry)
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    value: Any = module
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value
