@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint bench bench-compare gpu static pins clean
+.PHONY: help env build demo test lint fuzz bench bench-compare gpu static pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ demo: build ## train ResNet-KL on scanned digits in under 3 minutes, then ten se
 test: build lint ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton
+
+fuzz: build ## 2,000 random programs, converted and fused, in 4 minutes; make test runs 200
+	OMP_NUM_THREADS=1 RKL_PROGRAMS=2000 $(BIN)/python -m pytest tests/test_programs.py
 
 lint: build ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

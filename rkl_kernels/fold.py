@@ -156,7 +156,7 @@ def _steps(module: nn.Module) -> list[Any]:
     """What a module does in inference. Of a norm with an activation inside, both."""
     if is_altered(module):
         return [module]
-    if type(module) in _NOTHING:
+    if type(module) in _NOTHING and not module.training:
         return []
     affine = _affine(module) if is_norm(module) else None
     if affine is None:

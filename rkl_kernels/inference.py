@@ -50,15 +50,15 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         model: any module; of any dtype, on any device.
 
     Returns:
-        A copy in inference mode: a ``torch.fx.GraphModule`` where the whole model could be read, else a module of the
-        model's own class. Its attribute ``fusion`` holds the report, a :class:`Fusion`: what was fused, and why the
-        rest was left.
+        A copy in inference mode: a ``torch.fx.GraphModule`` where the whole model could be read and has such a chain,
+        else a module of the model's own class. Its attribute ``fusion_report`` is a :class:`Fusion`: what was fused,
+        and why the rest was left.
 
     Raises:
         TypeError: ``model`` is no module.
 
     >>> fused = fuse_for_inference(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)))
-    >>> print(fused.fusion)
+    >>> print(fused.fusion_report)
     chains fused: 1, of 3 layers
     """
     check_module(model)
@@ -66,7 +66,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     convert(whole)
     fuser = _Fuser(whole)
     fused = fuser.fuse()
-    vars(fused)["fusion"] = fuser.report
+    vars(fused)["fusion_report"] = fuser.report
     return fused
 
 
@@ -96,15 +96,16 @@ class Entry(nn.Module):
 
 class FusedSequential(nn.Sequential):
     """An ``nn.Sequential`` whose call as a whole runs fused steps. Its layers stay as they are, for whoever takes them
-    one by one; the steps are in a list, which registers nothing."""
+    one by one; the steps are in a tuple, which registers nothing. A slice of it is made of its class, without steps."""
 
-    steps: list[nn.Module]
+    steps: tuple[nn.Module, ...] = ()
 
     def forward(self, input: Any) -> Any:
-        return self.steps[0](input)
+        return self.steps[0](input) if self.steps else super().forward(input)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedSequential:
-        self.steps[0]._apply(fn, recurse)
+        for graph in self.steps:
+            graph._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
 
@@ -141,10 +142,9 @@ class _Fuser:
             return self.whole
         self._read(self.whole, set())
         fused = self.whole
-        closed = list(self.closed)
-        if self.whole in self.graphs and self.whole not in self.closed:
-            fused = self._fused(self.whole)
-        for module in closed:
+        if self.whole not in self.closed:
+            fused = self._fused(self.whole) or self.whole
+        for module in self.closed:
             for sequential in self._sequentials(module):
                 self._swap(sequential)
         done = {name for chain in self.report.fused for name in chain}
@@ -181,19 +181,20 @@ class _Fuser:
                 yield from self._sequentials(child)
 
     def _swap(self, sequential: nn.Module) -> None:
-        before = len(self.report.fused)
         steps = self._fused(sequential)
-        if len(self.report.fused) > before:
+        if steps is not None:
             sequential.__class__ = FusedSequential
-            vars(sequential)["steps"] = [steps]
+            vars(sequential)["steps"] = (steps,)
 
-    def _fused(self, module: nn.Module) -> torch.fx.GraphModule:
-        """The graph of a module with its chains fused, over the module's own layers."""
+    def _fused(self, module: nn.Module) -> torch.fx.GraphModule | None:
+        """The graph of a module with its chains fused, over the module's own layers; None where it has no chain."""
         graph = self.graphs[module]
         parts: dict[str, Any] = {}
         for node in list(graph.nodes):
             if node.op == "call_module" and not node._erased:
                 self._fuse_from(module, node, parts)
+        if not parts:
+            return None
         for node in graph.nodes:
             if node.op == "placeholder":
                 _insert_entry(graph, node, parts)

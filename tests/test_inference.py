@@ -61,8 +61,8 @@ def test_a_chain_is_one_layer(inner, settings, outer):
     plain = chain(*(kind() for kind in inner), outer=outer, **settings)
     fused = rk.fuse_for_inference(plain)
     names = tuple(str(i) for i in range(len(plain)))
-    assert [tuple(n for n in found) for found in fused.fusion.fused] == [names]
-    assert not fused.fusion.left
+    assert [tuple(n for n in found) for found in fused.fusion_report.fused] == [names]
+    assert not fused.fusion_report.left
     assert layers(fused) == [rk.SeparableConv2d, rk.DepthwiseConv2d]
     assert_same(fused, plain)
 
@@ -106,15 +106,15 @@ NORMS = {"SyncBatchNorm": nn.SyncBatchNorm, "FrozenBatchNorm2d": frozen} | {
 def test_norms_of_other_kinds(name):
     plain = chain(norm=NORMS[name])
     fused = rk.fuse_for_inference(plain)
-    assert fused.fusion.fused == [("0", "1", "2")]
+    assert fused.fusion_report.fused == [("0", "1", "2")]
     assert_same(fused, plain)
 
 
 def test_a_norm_without_statistics_is_left():
     plain = chain(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
     fused = rk.fuse_for_inference(plain)
-    assert not fused.fusion.fused
-    assert "follows it, but BatchNorm2d" in fused.fusion.left["0"]
+    assert not fused.fusion_report.fused
+    assert "follows it, but BatchNorm2d" in fused.fusion_report.left["0"]
     assert_same(fused, plain)
 
 
@@ -122,7 +122,7 @@ def test_a_norm_without_statistics_is_left():
 def test_an_activation_that_no_operator_has_stays(norm):
     plain = chain(nn.Hardswish(), norm=norm)
     fused = rk.fuse_for_inference(plain)
-    assert fused.fusion.fused == [("0", "1")]
+    assert fused.fusion_report.fused == [("0", "1")]
     assert layers(fused) == [rk.DepthwiseConv2d]
     assert_same(fused, plain)
 
@@ -152,7 +152,7 @@ def test_altered_layers_keep_their_work(name):
     plain = chain(nn.ReLU())
     ALTERED[name](plain)
     fused = rk.fuse_for_inference(plain)
-    assert not any(len(names) == 4 for names in fused.fusion.fused)
+    assert not any(len(names) == 4 for names in fused.fusion_report.fused)
     torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -161,7 +161,7 @@ def test_a_filter_too_large_for_its_type_is_left():
     plain[1].weight.data.fill_(60000)
     plain[1].running_var.fill_(0)
     fused = rk.fuse_for_inference(plain)
-    assert not fused.fusion.fused
+    assert not fused.fusion_report.fused
     torch.testing.assert_close(fused(X.half()), plain(X.half()), equal_nan=True)
 
 
@@ -199,7 +199,7 @@ def in_place_between(self, x):
 def test_an_image_changed_in_place_between():
     plain = Block(in_place_between).eval()
     fused = rk.fuse_for_inference(plain)
-    assert ("dw", "bn", "act", "pw") in fused.fusion.fused
+    assert ("dw", "bn", "act", "pw") in fused.fusion_report.fused
     with torch.no_grad():
         torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
 
@@ -271,7 +271,7 @@ WAYS = {
 def test_forwards_that_can_be_read_and_that_cannot(way):
     plain = Block(way).eval()
     fused = rk.fuse_for_inference(plain)
-    told = fused.fusion
+    told = fused.fusion_report
     assert ("tail.0", "tail.1", "tail.2", "tail.3") in told.fused
     if WAYS[way]:
         assert list(told.left) == ["dw"]
@@ -287,7 +287,7 @@ def test_forwards_that_can_be_read_and_that_cannot(way):
 def test_what_depends_on_gradients_is_left():
     plain = Block(lambda self, x: self.straight(x) * (2 if torch.is_grad_enabled() else 1)).eval()
     fused = rk.fuse_for_inference(plain)
-    assert "whether gradients are recorded" in fused.fusion.left["dw"]
+    assert "whether gradients are recorded" in fused.fusion_report.left["dw"]
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():
             torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
@@ -309,7 +309,7 @@ class Flagged(nn.Module):
 def test_a_sequential_in_code_that_cannot_be_read():
     plain = Flagged().eval()
     fused = rk.fuse_for_inference(plain)
-    assert fused.fusion.fused == [("body.0", "body.1", "body.2", "body.3")]
+    assert fused.fusion_report.fused == [("body.0", "body.1", "body.2", "body.3")]
     assert type(fused) is Flagged
     assert isinstance(fused.body, nn.Sequential)
     assert list(fused.state_dict()) == list(plain.state_dict())
@@ -328,7 +328,7 @@ def test_a_hook_on_a_container_sees_what_it_saw():
     seen = []
     plain[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     fused = rk.fuse_for_inference(plain)
-    assert len(fused.fusion.fused) == 2
+    assert len(fused.fusion_report.fused) == 2
     assert_same(fused, plain)
     assert len(seen) == 4
     assert len(set(seen)) == 1
@@ -342,7 +342,7 @@ def test_what_a_copy_refuses():
         fused([X])
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got Tensor"):
         rk.fuse_for_inference(X)
-    assert "chains fused: 1, of 4 layers" in str(fused.fusion)
+    assert "chains fused: 1, of 4 layers" in str(fused.fusion_report)
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
@@ -384,5 +384,5 @@ def test_a_shared_pointwise_layer():
     plain[0][3] = plain[2][3] = shared
     plain[1] = nn.ReLU()
     fused = rk.fuse_for_inference(plain)
-    assert len(fused.fusion.fused) == 2
+    assert len(fused.fusion_report.fused) == 2
     assert_same(fused, plain)

@@ -1,0 +1,207 @@
+"""Which layers of published models are swapped and fused, what is left and why, and how exact the results are.
+
+    python -m benchmarks.model_matrix [--only NAME] [--out docs/models.md]
+
+Every classifier of torchvision and a model of each family of timm that have depthwise layers, with random weights, on
+two small images. Numbers are held against float64: the output in inference, and all gradients of its squares' mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import rkl_kernels as rk
+
+BATCH, SIZE = 2, 64
+TIMM = [
+    "mobilenetv1_100",
+    "mobilenetv2_100",
+    "mobilenetv3_small_050",
+    "tf_mobilenetv3_small_minimal_100",
+    "mobilenetv4_conv_small",
+    "efficientnet_b0",
+    "tf_efficientnet_lite0",
+    "mnasnet_small",
+    "fbnetc_100",
+    "hardcorenas_a",
+    "tinynet_e",
+    "lcnet_050",
+    "mixnet_s",
+    "rexnet_100",
+    "ghostnet_050",
+    "repghostnet_050",
+    "mobileone_s0",
+    "repvit_m0_9",
+    "fastvit_t8",
+    "legacy_xception",
+    "xception41",
+    "convnext_atto",
+    "convmixer_768_32",
+    "edgenext_xx_small",
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "efficientvit_b0",
+    "starnet_s050",
+    "coat_tiny",
+    "pvt_v2_b0",
+]
+
+
+@dataclass
+class Row:
+    """One model.
+
+    Attributes:
+        depthwise, swapped: its depthwise convolutions, and those that ``convert`` swapped.
+        chains, layers: chains that ``fuse_for_inference`` fused, and the layers in them.
+        left: reasons for depthwise convolutions in no chain, with how many each keeps.
+        errors: by "PyTorch", "converted" and "fused": of the output, and of the gradients where there are any; the
+            largest difference from float64 as a share of the largest value.
+    """
+
+    name: str
+    size: int
+    depthwise: int = 0
+    swapped: int = 0
+    chains: int = 0
+    layers: int = 0
+    left: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+
+
+def candidates() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Names and builders, of the libraries that are installed."""
+    try:
+        import torchvision
+
+        for name in torchvision.models.list_models(module=torchvision.models):
+            yield f"torchvision {name}", lambda name=name: torchvision.models.get_model(name, weights=None)
+    except ImportError:
+        pass
+    try:
+        import timm
+
+        for name in TIMM:
+            yield f"timm {name}", lambda name=name: timm.create_model(name)
+    except ImportError:
+        pass
+
+
+def has_depthwise(build: Callable[[], nn.Module]) -> bool:
+    with torch.device("meta"):
+        return _depthwise(build()) > 0
+
+
+def _depthwise(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules())
+
+
+def examine(name: str, build: Callable[[], nn.Module]) -> Row:
+    """Build the model, settle its statistics on some images, and compare."""
+    torch.manual_seed(0)
+    model = build()
+    size = _size(model)
+    row = Row(name, size, _depthwise(model))
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(torch.randn(8, 3, size, size))
+    model.eval()
+    x = torch.randn(BATCH, 3, size, size)
+    exact = _results(copy.deepcopy(model).double(), x.double())
+    row.errors["PyTorch"] = _errors(_results(model, x), exact)
+    fused = rk.fuse_for_inference(model)
+    report = fused.fusion_report
+    row.chains, row.layers = len(report.fused), sum(map(len, report.fused))
+    row.left = Counter(why.rpartition(": ")[2] if why.startswith("in ") else why for why in report.left.values())
+    with torch.no_grad():
+        row.errors["fused"] = _error(fused(x), exact[0]), None
+    row.swapped = len(rk.convert(model).depthwise)
+    row.errors["converted"] = _errors(_results(model, x), exact)
+    return row
+
+
+def _size(model: nn.Module) -> int:
+    """The small size, where the model takes it; else the one it was published with."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, SIZE, SIZE))
+    except Exception:  # whatever the model says to a size that it does not take
+        return 224
+    return SIZE
+
+
+def _results(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, and all gradients in a row."""
+    model.zero_grad()
+    y = model(x)
+    y.square().mean().backward()
+    return y.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def _errors(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    return _error(got[0], want[0]), _error(got[1], want[1])
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).abs().max() / want.abs().max())
+
+
+def table(rows: list[Row], failed: dict[str, str]) -> str:
+    lines = [
+        "# Models",
+        "",
+        f"What `rk.convert` swaps and `rk.fuse_for_inference` fuses, with random weights, on {BATCH} images of the",
+        "size given, on a CPU, in float32. Errors are the largest difference from float64 as a share of the largest",
+        "value: of the output, and of all gradients. Made by `python -m benchmarks.model_matrix`.",
+        "",
+        "| model | size | depthwise | swapped | chains (layers) | output: PyTorch, converted, fused "
+        "| gradients: PyTorch, converted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        outputs = ", ".join(f"{row.errors[key][0]:.1e}" for key in ("PyTorch", "converted", "fused"))
+        gradients = ", ".join(f"{row.errors[key][1]:.1e}" for key in ("PyTorch", "converted"))
+        counts = f"{row.depthwise} | {row.swapped} | {row.chains} ({row.layers})"
+        lines.append(f"| {row.name} | {row.size} | {counts} | {outputs} | {gradients} |")
+    lines += ["", "Depthwise layers in no fused chain, and why:", ""]
+    lines += [
+        f"- {row.name}: " + "; ".join(f"{n} x {why}" for why, n in row.left.most_common()) for row in rows if row.left
+    ]
+    if failed:
+        lines += ["", "Not run:", "", *(f"- {name}: {why}" for name, why in failed.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="models whose name holds this")
+    parser.add_argument("--out", type=Path, default=Path("docs/models.md"))
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for name, build in candidates():
+        if options.only not in name:
+            continue
+        try:
+            if has_depthwise(build):
+                rows.append(examine(name, build))
+                print(name, rows[-1].errors, flush=True)
+        except Exception as problem:  # one model that fails must not cost the others their rows
+            failed[name] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+            print(name, failed[name], flush=True)
+        options.out.write_text(table(rows, failed))
+
+
+if __name__ == "__main__":
+    main()
