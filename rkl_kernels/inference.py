@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
@@ -62,10 +63,11 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     chains fused: 1, of 3 layers
     """
     check_module(model)
-    whole = copied(model).eval().requires_grad_(False)
-    convert(whole)
-    fuser = _Fuser(whole)
-    fused = fuser.fuse()
+    with torch.inference_mode(False):  # its tensors do not count the writes that tell of a forward that changes them
+        whole = copied(model).eval().requires_grad_(False)
+        convert(whole)
+        fuser = _Fuser(whole)
+        fused = fuser.fuse()
     vars(fused)["fusion_report"] = fuser.report
     return fused
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import rkl_kernels as rk
+from benchmarks import model_matrix
 
 X = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(1))
 
@@ -83,6 +84,26 @@ def test_the_model_and_random_numbers_are_untouched():
     assert not any(p.requires_grad for p in fused.parameters())
     plain[0].weight.data.zero_()
     assert_same(fused, before.eval())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_may_be_made_in_any_mode(mode):
+    plain = chain(nn.ReLU())
+    with mode():
+        fused = rk.fuse_for_inference(plain)
+        made_there = rk.fuse_for_inference(copy.deepcopy(plain))
+    for one in (fused, made_there):
+        assert one.fusion_report.fused == [("0", "1", "2", "3")]
+        assert_same(one, plain)
+
+
+def test_hooks_of_all_modules_keep_everything_as_it_is():
+    plain = chain(nn.ReLU())
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        assert "hooks are registered for all modules" in rk.fuse_for_inference(plain).fusion_report.left["0"]
+    finally:
+        handle.remove()
 
 
 def frozen(channels: int) -> nn.Module:
@@ -386,3 +407,27 @@ def test_a_shared_pointwise_layer():
     fused = rk.fuse_for_inference(plain)
     assert len(fused.fusion_report.fused) == 2
     assert_same(fused, plain)
+
+
+MODELS = {
+    "torchvision mobilenet_v2": (17, 85),
+    "torchvision mobilenet_v3_small": (11, 28),
+    "torchvision shufflenet_v2_x0_5": (19, 95),
+    "torchvision convnext_tiny": (0, 0),
+    "timm mobilenetv2_100": (17, 102),
+    "timm legacy_xception": (34, 124),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sample_of_the_table_of_models(name):
+    builders = dict(model_matrix.candidates())
+    if name not in builders:
+        pytest.skip("extra [train] not installed")
+    row = model_matrix.examine(name, builders[name])
+    assert (row.chains, row.layers) == MODELS[name]
+    assert row.swapped == row.depthwise
+    of_pytorch = row.errors.pop("PyTorch")
+    for output, gradients in row.errors.values():
+        assert output <= 4 * of_pytorch[0]
+        assert gradients is None or gradients <= 4 * of_pytorch[1]
