@@ -18,7 +18,8 @@ import torch.fx
 from torch import Tensor, nn
 
 from .backends import forced
-from .fold import is_altered, is_norm
+from .fold import is_norm
+from .layers import is_altered
 
 
 def read(module: nn.Module, closed: set[nn.Module]) -> torch.fx.Graph | str:

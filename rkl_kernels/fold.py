@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._checks import Activation
 from .convert import is_depthwise
-from .layers import DepthwiseConv2d, SeparableConv2d, TReLU
+from .layers import DepthwiseConv2d, SeparableConv2d, TReLU, is_altered, is_pointwise
 
 # By name, so that neither library is imported to ask.
 _NORMS = {
@@ -62,23 +62,14 @@ def is_norm(module: nn.Module) -> bool:
     return _class_name(module) in _NORMS
 
 
-def is_altered(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says: it has hooks, or a forward on the object."""
-    hooks: tuple[dict[Any, Any], ...] = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(hooks) or "forward" in vars(module)
-
-
 def why_not_first(module: nn.Module) -> str | None:
     """Why a depthwise convolution cannot begin a fused layer; None where it can, or where it is none."""
     if is_altered(module):
         return "it has hooks (pruning and weight norm are such), or a forward of its own"
     if type(module) not in (nn.Conv2d, DepthwiseConv2d):
         return f"{type(module).__qualname__} is a subclass of nn.Conv2d and may compute something else"
+    if module.out_channels != module.in_channels:
+        return f"it has {module.out_channels // module.in_channels} filters a channel"
     if module.weight.is_meta:
         return "its weight has no values on the meta device"
     return None
@@ -92,8 +83,6 @@ def fuse(modules: Sequence[nn.Module]) -> Fused | None:
     """
     first = modules[0]
     if not isinstance(first, nn.Conv2d) or not is_depthwise(first) or why_not_first(first):
-        return None
-    if first.out_channels != first.in_channels:
         return None
     reader = _Reader(modules[1:])
     of_depthwise = reader.affine()
@@ -139,7 +128,7 @@ class _Reader:
 
     def pointwise(self) -> nn.Conv2d | None:
         step = self._next()
-        if type(step) is not nn.Conv2d or is_altered(step) or not _is_pointwise(step):
+        if not isinstance(step, nn.Conv2d) or not is_pointwise(step) or step.weight.is_meta:
             return None
         self.at += 1
         return step
@@ -219,14 +208,6 @@ def _with(layer: C, weight: Tensor, bias: Tensor | None) -> C:
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer.eval()
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return (
-        (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1)
-        and conv.padding in ((0, 0), "same", "valid")
-        and not conv.weight.is_meta
-    )
 
 
 def _class_name(module: nn.Module) -> str:

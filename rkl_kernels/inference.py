@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import _reading, fold
 from .convert import check_module, convert, is_depthwise
-from .fold import is_altered
+from .layers import is_altered
 
 
 @dataclass

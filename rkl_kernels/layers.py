@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks
+from . import _checks, reference
 from ._checks import Activation, IntPair, Padding, PaddingMode
 from .depthwise import depthwise_conv2d
 from .separable import separable_conv2d
@@ -87,7 +87,8 @@ class SeparableConv2d(nn.Module):
 
     Equivalent to ``nn.Sequential(nn.Conv2d(c_in, c_in, kernel_size, groups=c_in), nn.Conv2d(c_in, c_out, 1))`` with
     the activations between and after; (N, c_in, H, W) to (N, c_out, H', W'). Parameters: ``depthwise.weight``,
-    ``pointwise.weight`` and their biases.
+    ``pointwise.weight`` and their biases. Where a step was replaced, pruned, hooked or parametrized, the two are called
+    one after the other, and do whatever they do by now.
 
     Args:
         c_in, c_out: channels before and after.
@@ -130,6 +131,9 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         depthwise, pointwise = self.depthwise, self.pointwise
+        if not (_has_one_filter(depthwise) and is_pointwise(pointwise)):
+            middle = _activate(depthwise(x), self.inner_activation)
+            return _activate(pointwise(middle), self.activation)
         image, padding = _padded(x, depthwise)
         return separable_conv2d(
             image,
@@ -146,6 +150,34 @@ class SeparableConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"inner_activation={self.inner_activation}, activation={self.activation}"
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says: it has hooks, or a forward on the object."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+def _has_one_filter(module: nn.Module) -> bool:
+    """Whether a module is a depthwise layer of one filter a channel, and nothing more."""
+    return _is_plain(module, DepthwiseConv2d) and module.out_channels == module.in_channels
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's own 1 x 1 convolution, and nothing more."""
+    if not _is_plain(module, nn.Conv2d):
+        return False
+    window: Any = module.kernel_size, module.stride, module.groups
+    return window == ((1, 1), (1, 1), 1) and module.padding in ((0, 0), "same", "valid")
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module is what its class says."""
+    return type(module) is kind and not is_altered(module)
+
+
+def _activate(x: Tensor, name: Activation | None) -> Tensor:
+    return trelu(x) if name == "trelu" else reference.activate(x, name)
 
 
 def _padded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import rkl_kernels as rk
 
@@ -57,6 +58,65 @@ def test_padding_modes(mode, padding):
     torch.testing.assert_close(ours(x[0]), theirs(x[0]))
     torch.testing.assert_close(pair(x), pair.pointwise(theirs(x)))
     assert f"padding_mode={mode}" in repr(ours)
+
+
+class Added(nn.Module):
+    """A wrapper around a layer, as adapters make."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.scale = base, nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.base(x) * (1 + self.scale)
+
+
+def _prune(pair):
+    for step in (pair.depthwise, pair.pointwise):
+        prune.l1_unstructured(step, "weight", amount=0.4)
+
+
+def _wrap(pair):
+    pair.pointwise, pair.depthwise = Added(pair.pointwise), Added(pair.depthwise)
+
+
+ALTERED = {
+    "pruned": _prune,
+    "wrapped": _wrap,
+    "other steps": lambda pair: (
+        setattr(pair, "depthwise", rk.DepthwiseConv2d(4, 3, padding=1, multiplier=2)),
+        setattr(pair, "pointwise", nn.Conv2d(8, 4, 1, stride=2)),
+    ),
+    "parametrized": lambda pair: parametrizations.spectral_norm(pair.pointwise),
+    "hooked": lambda pair: pair.depthwise.register_forward_hook(lambda module, inputs, output: output + 1) and None,
+    "forward on the object": lambda pair: setattr(pair.pointwise, "forward", pair.depthwise.forward),
+}
+
+
+class Plain(rk.SeparableConv2d):
+    """The same layer as two calls."""
+
+    def forward(self, x):
+        return rk.reference.trelu(self.pointwise(nn.functional.silu(self.depthwise(x))))
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_separable_layer_does_what_its_steps_do_by_now(name):
+    """Through a step of training, where a weight that was made once would be stale."""
+    ours = rk.SeparableConv2d(4, 4, 3, padding=1, inner_activation="silu", activation="trelu")
+    theirs = Plain(4, 4, 3, padding=1)
+    theirs.load_state_dict(ours.state_dict())
+    x, generator = torch.randn(2, 4, 7, 6), torch.get_rng_state()
+    for layer in (ours, theirs):
+        torch.set_rng_state(generator)
+        ALTERED[name](layer)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
 def test_several_filters_a_channel():
