@@ -62,14 +62,12 @@ def is_leaf(module: nn.Module) -> bool:
     return known or torch.fx.Tracer().is_leaf_module(module, "")
 
 
-class _Image(torch.fx.Proxy):
-    """A stand-in for a tensor. Code that asks for its type is told: the image's is known, what is made of it is not."""
+class _StandIn(torch.fx.Proxy):
+    """Stands for what a call makes. Code that asks whether it is a tensor would get the wrong answer, and gets none."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        if self.node.op == "placeholder":
-            return Tensor
-        raise RuntimeError("it asks for the type of what a layer or a function returns")
+        raise RuntimeError("it asks for the type of a value")
 
 
 class _Tracer(torch.fx.Tracer):
@@ -84,10 +82,10 @@ class _Tracer(torch.fx.Tracer):
         return m in self.closed or is_altered(m) or is_leaf(m)
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
-        return _Image(node, self)
+        return _StandIn(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _Image else super().create_arg(a)
+        return a.node if type(a) is _StandIn else super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         if _surroundings() != self.surroundings:
@@ -136,14 +134,12 @@ def _state(module: nn.Module) -> list[Any]:
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    yield value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple, set)) else ()
-    for part in parts:
+    kind = type(value)  # a stand-in that was left behind does not say what it is an instance of
+    parts: Any = value.values() if issubclass(kind, Mapping) else value
+    for part in (value, *(parts if issubclass(kind, (Mapping, list, tuple, set)) else ())):
         yield part
-        if isinstance(part, Tensor):
+        if issubclass(type(part), Tensor):
             yield part._version
-    if isinstance(value, Tensor):
-        yield value._version
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

@@ -62,8 +62,8 @@ def is_norm(module: nn.Module) -> bool:
     return _class_name(module) in _NORMS
 
 
-def why_not_first(module: nn.Module) -> str | None:
-    """Why a depthwise convolution cannot begin a fused layer; None where it can, or where it is none."""
+def why_not_first(module: nn.Conv2d) -> str | None:
+    """Why a depthwise convolution cannot begin a fused layer; None where it can."""
     if is_altered(module):
         return "it has hooks (pruning and weight norm are such), or a forward of its own"
     if type(module) not in (nn.Conv2d, DepthwiseConv2d):

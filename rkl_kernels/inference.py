@@ -213,7 +213,7 @@ class _Fuser:
             return
         fused = fold.fuse(modules)
         if fused is None:
-            self.report.left[self.names[first]] = _why_not_fused(node, modules)
+            self.report.left[self.names[first]] = fold.why_not_first(first) or _why_not_fused(node, modules)
             return
         nodes = nodes[: fused.modules]
         names = tuple(self.names[m] for m in modules[: fused.modules])
@@ -253,9 +253,6 @@ def _chain(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 
 def _why_not_fused(node: torch.fx.Node, modules: list[nn.Module]) -> str:
-    why = fold.why_not_first(modules[0])
-    if why:
-        return why
     if len(node.users) != 1:
         return f"its output is read {len(node.users)} times"
     if len(modules) == 1:

@@ -118,7 +118,12 @@ def timms(name: str, act: type[nn.Module] = nn.ReLU):
     return build
 
 
-NORMS = {"SyncBatchNorm": nn.SyncBatchNorm, "FrozenBatchNorm2d": frozen} | {
+def timms_synchronized(channels: int) -> nn.Module:
+    norms = pytest.importorskip("timm.layers.norm_act", reason="extra [train] not installed")
+    return norms.convert_sync_batchnorm(timms("BatchNormAct2d")(channels))
+
+
+NORMS = {"SyncBatchNormAct": timms_synchronized, "SyncBatchNorm": nn.SyncBatchNorm, "FrozenBatchNorm2d": frozen} | {
     name: timms(name) for name in ("BatchNormAct2d", "FrozenBatchNormAct2d")
 }
 
@@ -127,6 +132,7 @@ NORMS = {"SyncBatchNorm": nn.SyncBatchNorm, "FrozenBatchNorm2d": frozen} | {
 def test_norms_of_other_kinds(name):
     plain = chain(norm=NORMS[name])
     fused = rk.fuse_for_inference(plain)
+    assert type(plain[1]).__name__ == name
     assert fused.fusion_report.fused == [("0", "1", "2")]
     assert_same(fused, plain)
 
@@ -275,7 +281,7 @@ def by_reference(self, x):
 WAYS = {
     Block.straight: "",
     twice: "",
-    asking_for_type: "",
+    asking_for_type: "asks for the type",
     asking_for_gradients: "",
     tapped: "read 2 times",
     without_gradients: "gradient mode",
@@ -312,6 +318,29 @@ def test_what_depends_on_gradients_is_left():
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():
             torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
+
+
+class Sizes(nn.Module):
+    """Takes a size, no tensor: PyTorch's C++ must not take its stand-in for one."""
+
+    def forward(self, shape):
+        return torch.zeros(shape)
+
+
+class WithSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.sizes = chain(nn.ReLU()), Sizes()
+
+    def forward(self, x):
+        return self.body(x) + self.sizes((4, 9, 7))
+
+
+def test_a_module_that_takes_no_tensor():
+    plain = WithSizes().eval()
+    fused = rk.fuse_for_inference(plain)
+    assert len(fused.fusion_report.fused) == 1
+    assert_same(fused, plain)
 
 
 class Flagged(nn.Module):
