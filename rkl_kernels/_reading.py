@@ -69,6 +69,11 @@ class _StandIn(torch.fx.Proxy):
     def __class__(self) -> type:
         raise RuntimeError("it asks for the type of a value")
 
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):
+            raise AttributeError(f"a tensor has no {name}")
+        return super().__getattr__(name)
+
 
 class _Tracer(torch.fx.Tracer):
     """Looks into every module that is not PyTorch's own, altered, or closed."""

@@ -103,7 +103,7 @@ class FusedSequential(nn.Sequential):
     steps: tuple[nn.Module, ...] = ()
 
     def forward(self, input: Any) -> Any:
-        return self.steps[0](input) if self.steps else super().forward(input)
+        return self.steps[0](input) if self.steps and isinstance(input, Tensor) else super().forward(input)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedSequential:
         for graph in self.steps:

@@ -1,0 +1,222 @@
+"""Which forwards rk.fuse_for_inference reads through, and which keep their own code."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from chains import X, assert_same, chain
+from torch import nn
+
+import rkl_kernels as rk
+
+
+class Block(nn.Module):
+    """Layers as attributes, and a forward that a test chooses."""
+
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.dw, self.bn, self.act, self.pw = chain(nn.ReLU())
+        self.tail = chain(nn.ReLU(), norm=nn.BatchNorm2d)
+        self.tail[3] = nn.Conv2d(6, 6, 1)
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen, self.way = [], forward
+        self.back = nn.Conv2d(4, 6, 1)
+
+    def straight(self, x):
+        return self.pw(self.act(self.bn(self.dw(x))))
+
+    def forward(self, x):
+        return self.tail(self.back(self.way(self, x)))
+
+
+def tapped(self, x):
+    middle = self.dw(x)
+    return self.pw(self.act(self.bn(middle))) + middle.mean()
+
+
+def in_place_between(self, x):
+    x = x * 1
+    middle = self.dw(x)
+    x.add_(1)
+    return self.pw(self.act(self.bn(middle))) + x.mean()
+
+
+def test_an_image_changed_in_place_between():
+    plain = Block(in_place_between).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert ("dw", "bn", "act", "pw") in fused.fusion_report.fused
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
+
+
+def twice(self, x):
+    return self.straight(x) + self.straight(x + 1)
+
+
+def without_gradients(self, x):
+    with torch.no_grad():
+        y = self.dw(x)
+    return self.pw(self.bn(y)) + x.mean()
+
+
+def counting(self, x):
+    self.calls += 1
+    return self.straight(x) * self.calls
+
+
+def remembering(self, x):
+    self.seen.append(x)
+    return self.straight(x)
+
+
+def drawing(self, x):
+    random.random()
+    return self.straight(x) + torch.randn(1) * 0
+
+
+def asking_for_data(self, x):
+    return self.straight(x) if x.sum() > 0 else self.straight(-x)
+
+
+def asking_for_gradients(self, x):
+    return self.straight(x) if torch.is_grad_enabled() else self.pw(self.act(self.bn(self.dw(x))))
+
+
+def asking_for_type(self, x):
+    return self.straight(x if isinstance(x, torch.Tensor) else x[0])
+
+
+def asking_for_an_attribute(self, x):
+    return self.straight(x.tensors if hasattr(x, "tensors") else x)
+
+
+def asking_for_a_result(self, x):
+    y = self.straight(x)
+    return y if isinstance(y, torch.Tensor) else y[0]
+
+
+def by_reference(self, x):
+    with rk.use_backend("reference"):
+        return self.straight(x)
+
+
+WAYS = {
+    Block.straight: "",
+    twice: "",
+    asking_for_type: "asks for the type",
+    asking_for_gradients: "",
+    asking_for_an_attribute: "",
+    tapped: "read 2 times",
+    without_gradients: "gradient mode",
+    by_reference: "backend",
+    counting: "changes the module",
+    remembering: "changes the module",
+    drawing: "random numbers",
+    asking_for_data: "cannot be used",
+    asking_for_a_result: "asks for the type",
+}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_forwards_that_can_be_read_and_that_cannot(way):
+    plain = Block(way).eval()
+    fused = rk.fuse_for_inference(plain)
+    told = fused.fusion_report
+    assert ("tail.0", "tail.1", "tail.2", "tail.3") in told.fused
+    if WAYS[way]:
+        assert list(told.left) == ["dw"]
+        assert WAYS[way].lower() in told.left["dw"].lower()
+    else:
+        assert ("dw", "bn", "act", "pw") in told.fused
+        assert isinstance(fused, torch.fx.GraphModule)
+    torch.manual_seed(5)
+    assert_same(fused, plain)
+    assert len(plain.seen) == len(getattr(fused, "seen", plain.seen))
+
+
+def test_what_depends_on_gradients_is_left():
+    plain = Block(lambda self, x: self.straight(x) * (2 if torch.is_grad_enabled() else 1)).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert "whether gradients are recorded" in fused.fusion_report.left["dw"]
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
+
+
+class Sizes(nn.Module):
+    """Takes a size, no tensor: PyTorch's C++ must not take its stand-in for one."""
+
+    def forward(self, shape):
+        return torch.zeros(shape)
+
+
+class WithSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.sizes = chain(nn.ReLU()), Sizes()
+
+    def forward(self, x):
+        return self.body(x) + self.sizes((4, 9, 7))
+
+
+def test_a_module_that_takes_no_tensor():
+    plain = WithSizes().eval()
+    fused = rk.fuse_for_inference(plain)
+    assert len(fused.fusion_report.fused) == 1
+    assert_same(fused, plain)
+
+
+class Flagged(nn.Module):
+    """Takes a flag, and takes its blocks apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain(nn.ReLU())
+
+    def forward(self, x, apart=False):
+        if not apart:
+            return self.body(x)
+        return [x := layer(x) for layer in self.body]
+
+
+def test_a_sequential_in_code_that_cannot_be_read():
+    plain = Flagged().eval()
+    fused = rk.fuse_for_inference(plain)
+    assert fused.fusion_report.fused == [("body.0", "body.1", "body.2", "body.3")]
+    assert type(fused) is Flagged
+    assert isinstance(fused.body, nn.Sequential)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert_same(fused, plain)
+    torch.testing.assert_close(fused(X, True), plain(X, True))
+    twin = copy.deepcopy(fused).double()
+    torch.testing.assert_close(twin(X.double()), plain.double()(X.double()), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="cannot load weights"):
+        fused.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="mode must be False"):
+        fused.train()
+
+
+class Second(nn.Module):
+    """Takes a pair, and goes on with a tensor."""
+
+    def forward(self, pair):
+        return pair[1]
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Second(), *chain(nn.ReLU()))
+
+    def forward(self, x, scale=1):
+        return self.body((x, x * scale))
+
+
+def test_a_sequential_that_takes_no_tensor():
+    plain = Pairs().eval()
+    fused = rk.fuse_for_inference(plain)
+    for scale in (1, 2):
+        torch.testing.assert_close(fused(X, scale), plain(X, scale), rtol=1e-4, atol=1e-4)
