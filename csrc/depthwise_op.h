@@ -12,10 +12,11 @@ namespace rkl {
 //   static forward(Conv2d, x, weight, bias or null, activation, y, dtype, like) and
 //   static backward(Conv2d, grad, x, weight, dx or null, dweight or null, dbias or null, dtype, like)
 // over dense memory; `like` is a tensor on the device; and
+//   static left_to_pytorch(Conv2d, dtype) -> bool
 //   static transposes(Conv2d, dtype, of_filter) -> bool
 //   static dense(x, nhwc), in_format(x, nhwc), as tensor_args.h has them
-// where the first says whether NCHW images are computed as NHWC ones, for the output or the image's gradient alone, or
-// for the filter's gradient too.
+// where the first says whether PyTorch's own convolution makes the output sooner, and the second whether NCHW images
+// are computed as NHWC ones, for the output or the image's gradient alone, or for the filter's gradient too.
 template <class Kernels>
 struct DepthwiseOps {
   using Ints = std::vector<int64_t>;
@@ -27,6 +28,11 @@ struct DepthwiseOps {
     Conv2d g = conv2d(x, weight, stride, padding, dilation);
     const bool nhwc = g.nhwc;
     check_bias(bias, x, g.channels);
+    if (Kernels::left_to_pytorch(g, dtype)) {
+      const Ints none{0, 0};
+      return Kernels::in_format(
+          aten("aten::convolution", "", x, weight, bias, stride, padding, dilation, false, none, g.channels), nhwc);
+    }
     g.nhwc = nhwc || Kernels::transposes(g, dtype, false);
     Tensor y = empty_image(x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
     if (!y.numel()) return Kernels::in_format(y, nhwc);

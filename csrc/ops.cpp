@@ -20,6 +20,7 @@ struct CpuTRelu {
 };
 
 struct CpuConv : PyTorchFormats {
+  static bool left_to_pytorch(const Conv2d& g, Dtype dtype) { return cpu::left_to_pytorch(g, dtype); }
   static constexpr bool transposes(const Conv2d&, Dtype, bool) { return false; }
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor&) {
@@ -104,16 +105,24 @@ bool separable_fuses(const Tensor& x, const Tensor& depthwise, int64_t outputs, 
   return cpu::fuses({g, outputs, none, none, dtype, nullptr, nullptr, nullptr, nullptr, nullptr});
 }
 
+// Whether PyTorch's own convolution makes a depthwise output, for rk.explain.
+bool depthwise_by_pytorch(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
+                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+  return cpu::left_to_pytorch(conv2d(x, weight, stride, padding, dilation), dtype_of(x, "x"));
+}
+
 }  // namespace
 }  // namespace rkl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) {
+  m.def("cpu_depthwise_by_pytorch(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> bool");
   m.def(
       "cpu_separable_fuses(Tensor x, Tensor depthwise_weight, int outputs, int[2] stride, int[2] padding, "
       "int[2] dilation) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CPU, m) {
+  m.impl("cpu_depthwise_by_pytorch", RKL_BOX(rkl::depthwise_by_pytorch));
   m.impl("cpu_separable_fuses", RKL_BOX(rkl::separable_fuses));
   using TRelu = rkl::TReluOps<rkl::CpuTRelu>;
   m.impl("trelu", RKL_BOX(TRelu::forward));

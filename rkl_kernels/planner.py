@@ -96,7 +96,9 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     namespace = {"reference": "rkl_kernels.reference", "triton": "torch.ops.rkl_triton"}.get(backend, "torch.ops.rkl")
     fused, reason = _fusion(backend, _SeparableCall(*args, **kwargs)) if operator == "separable_conv2d" else (None, "")
     kernel, floor = f"{namespace}.{operator}", _floor(moved, operations, x)
-    kernels = _cuda_kernels(*args, **kwargs) if (operator, backend) == ("depthwise_conv2d", "cuda") else ""
+    kernels = ""
+    if operator == "depthwise_conv2d" and backend in _KERNELS:
+        kernels = _KERNELS[backend](*args, **kwargs)
     return Explanation(operator, backend, kernel, moved, operations, floor, fused, reason, kernels)
 
 
@@ -153,6 +155,7 @@ _CUDA_FAMILIES = (
     "a window in registers (NHWC)",
     "planes in shared memory (NCHW)",
     "the tensor cores (filters of 9 columns and more, 16 bits)",
+    "PyTorch's own convolution",  # kPyTorch in csrc/cuda/ops_cuda.cpp
 )
 _NHWC_FAMILIES = (1, 2)
 
@@ -189,6 +192,19 @@ def _cuda_kernels(
     if data == filter_:
         return f"output: {forward}; gradients of image and filter: {data}"
     return f"output: {forward}; image's gradient: {data}; filter's gradient: {filter_}"
+
+
+def _cpu_kernels(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1
+) -> str:
+    """What makes a depthwise convolution's output on a CPU."""
+    geometry, x = _geometry(x, weight, stride, padding, dilation)
+    window = geometry[8:10], geometry[10:12], geometry[12:14]
+    by_pytorch = torch.ops.rkl.cpu_depthwise_by_pytorch(x, weight, *window)
+    return "output: PyTorch's own convolution, the faster one here" if by_pytorch else "output: windows that slide"
+
+
+_KERNELS: dict[str, Callable[..., str]] = {"cuda": _cuda_kernels, "cpu": _cpu_kernels}
 
 
 def _trelu(x: Tensor, inplace: bool = False) -> tuple[int, int, Tensor]:

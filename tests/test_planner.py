@@ -158,3 +158,20 @@ needs_cuda_extension = pytest.mark.skipif(
 def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
     """Without a GPU too: that these are not served needs none."""
     assert "serves 16-bit images, k = 3, 5 or 7" in explain_as_cuda(monkeypatch, kernel, dtype).reason
+
+
+@pytest.mark.skipif(not rk.backends()["cpu"].available, reason="the CPU extension is not built")
+def test_cpu_kernels_are_named():
+    """Whether the output is PyTorch's depends on the instruction set; that it is told, and right, does not."""
+    for size, kernel in ((8, 7), (40, 3)):
+        x, w = torch.randn(2, 16, size, size), torch.randn(16, 1, kernel, kernel)
+        told = rk.explain("depthwise_conv2d", x, w, padding=kernel // 2).kernels
+        by_pytorch = torch.ops.rkl.cpu_depthwise_by_pytorch(x, w, [1, 1], [kernel // 2] * 2, [1, 1])
+        assert ("PyTorch" in told) == by_pytorch
+        torch.testing.assert_close(
+            rk.depthwise_conv2d(x, w, padding=kernel // 2),
+            rk.reference.depthwise_conv2d(x, w, padding=kernel // 2),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    assert not by_pytorch, "3 x 3 is always the package's own"

@@ -53,6 +53,10 @@ struct Kernels {
   void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
 };
 
+// Whether PyTorch's own convolution makes a depthwise output sooner than these kernels: filters of 5 and 7 on small
+// maps.
+bool left_to_pytorch(const Conv2d& g, Dtype dtype);
+
 // Those for elements of this type, of the widest instruction set that this machine has, or that ATEN_CPU_CAPABILITY
 // (PyTorch's own variable: default, avx2 or avx512) allows.
 const Kernels& kernels(Dtype dtype);

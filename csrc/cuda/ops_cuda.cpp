@@ -50,6 +50,7 @@ float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()
 
 // Kernels of the convolutions, as DepthwiseOps takes them.
 struct CudaConv {
+  static bool left_to_pytorch(const Conv2d& g, Dtype dtype) { return cuda::left_to_pytorch(g, dtype); }
   static bool transposes(const Conv2d& g, Dtype dtype, bool of_filter) { return cuda::transposes(g, dtype, of_filter); }
   static Tensor dense(const Tensor& x, bool nhwc) {
     return is_dense(x, nhwc) || !is_dense(x, !nhwc) ? rkl::dense(x, nhwc) : transposed_image(x, nhwc);
@@ -197,6 +198,9 @@ std::vector<int64_t> numbers_of(const cuda::MaybePlan& plan) {
           plan->blocks,          plan->threads, plan->shared, plan->steps};
 }
 
+// In the place of a family: PyTorch's own convolution.
+constexpr int64_t kPyTorch = 5;
+
 // The plan of a depthwise convolution's result, for rk.explain and the tests: family, kernel, rows, parts, blocks,
 // threads, shared, steps; of NHWC's kernels where images are transposed. All tensors begin at multiples of 16 bytes.
 // Nothing where no family makes the result, which may be so of Result::both_grads.
@@ -204,6 +208,7 @@ std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, in
                                     std::vector<int64_t> device) {
   Conv2d g = conv2d_of(geometry, nhwc);
   const cuda::Result wanted = cuda::Result(result);
+  if (wanted == cuda::Result::output && cuda::left_to_pytorch(g, Dtype(dtype))) return {kPyTorch};
   g.nhwc = nhwc || cuda::transposes(g, Dtype(dtype), wanted != cuda::Result::output);
   return numbers_of(cuda::plan_result(wanted, g, Dtype(dtype), true, device_of(device)));
 }

@@ -54,6 +54,14 @@ bool takes_planes(const Conv2d& g, Dtype dtype) {
          family_anywhere(Result::data_grad, g, false, dtype) != Family::general;
 }
 
+// Stride 2 to maps of 4 columns and less leaves three quarters of a strip's pixels idle, and a register kernel waits
+// for its loads: 42 and 56 us (8 and 4 px, bf16, H200), where cuDNN takes 29 and 32. In fp32 cuDNN may take TF32.
+bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
+  constexpr int64_t kNarrow = 4;
+  return dtype != Dtype::f32 && g.nhwc && g.stride_h == 2 && g.stride_w == 2 && g.kernel_h == 3 && g.kernel_w == 3 &&
+         g.out_w <= kNarrow && g.channels % 8 == 0;
+}
+
 // To transpose takes two or three passes over memory more. The general kernel takes 5 to 100 times what NHWC's take
 // (dilation 6 to 18, 33 px, bf16, H100: 1.0 and 0.12 ms forward, 15 and 0.15 ms for the filter's gradient). The kernels
 // of planes take twice as long at 3 x 3, which does not pay for it, and 4 to 9 times at 5 x 5 and more, and for the

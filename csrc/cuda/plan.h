@@ -60,6 +60,8 @@ std::optional<Plan> plan_result(Result result, const Conv2d& g, Dtype dtype, boo
 // depthwise step, on any GPU. Else transposing them is paid back by NHWC's faster kernels (in 16 bits 0.15 + 2 x 0.1 ms
 // where the steps in NCHW took 0.53: 240 to 80 channels, 14 px, H100).
 bool takes_planes(const Conv2d& g, Dtype dtype);
+// Whether PyTorch's own convolution, here cuDNN's, makes the output sooner than these kernels.
+bool left_to_pytorch(const Conv2d& g, Dtype dtype);
 // Whether NCHW images are transposed into NHWC for a depthwise convolution, and its results back. of_filter: for the
 // filter's gradient too. The same on any GPU.
 bool transposes(const Conv2d& g, Dtype dtype, bool of_filter);

@@ -117,6 +117,7 @@ void bind_kernels(py::module_& m) {
   define(m, "plane_sums_workspace", cuda::plane_sums_workspace);
   define(m, "plane_sums", cuda::plane_sums);
   define(m, "takes_planes", cuda::takes_planes);
+  define(m, "left_to_pytorch", cuda::left_to_pytorch);
   define(m, "transposes", cuda::transposes);
   define(m, "can_transpose", cuda::can_transpose);
   define(m, "transpose", cuda::transpose);

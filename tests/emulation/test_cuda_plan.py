@@ -19,19 +19,23 @@ DEVICES = {
 }
 
 
-def plans(gpu: Gpu, shape: Shape, dtype: str, nhwc: bool, device: str) -> dict[str, Any]:
-    """The plan of each result that has one."""
-    kernels, case = gpu.kernels, shape.case("depthwise", device="cuda")
+def geometry(gpu: Gpu, shape: Shape, nhwc: bool) -> Any:
+    case = shape.case("depthwise", device="cuda")
     out_h, out_w = (
         (i + 2 * case.padding - case.dilation * (k - 1) - 1) // case.stride + 1
         for i, k in ((case.height, case.kernel), (case.width, case.filter_width))
     )
     pairs = {name: getattr(case, name) for name in ("stride", "padding", "dilation")}
-    g = kernels.Conv2d(
+    return gpu.kernels.Conv2d(
         batch=case.batch, channels=case.channels, in_h=case.height, in_w=case.width, out_h=out_h, out_w=out_w,
         kernel_h=case.kernel, kernel_w=case.filter_width, nhwc=nhwc,
         **{f"{name}_{axis}": value for name, value in pairs.items() for axis in "hw"},
     )  # fmt: skip
+
+
+def plans(gpu: Gpu, shape: Shape, dtype: str, nhwc: bool, device: str) -> dict[str, Any]:
+    """The plan of each result that has one."""
+    kernels, g = gpu.kernels, geometry(gpu, shape, nhwc)
     facts, number = kernels.Device(*DEVICES[device]), getattr(kernels.Dtype, dtype)
     results = {name: getattr(kernels.Result, name) for name in ("output", "data_grad", "filter_grad", "both_grads")}
     made = {name: kernels.plan_result(result, g, number, True, facts) for name, result in results.items()}
@@ -91,6 +95,17 @@ def test_images_are_transposed_where_it_pays(gpu: Gpu) -> None:
     assert transposes(16, "bf16", 13) == [False, False]
     assert transposes(3, "bf16", dilation=2) == [False, False]
     assert transposes(16, "bf16", dilation=2, nhwc=True) == [False, False]
+
+
+def test_what_is_left_to_pytorch(gpu: Gpu) -> None:
+    """Of the shapes, outputs of stride 2 of 4 columns and less, in 16 bits and NHWC."""
+
+    def left(dtype: str, nhwc: bool) -> set[str]:
+        number = getattr(gpu.kernels.Dtype, dtype)
+        return {s.id for s in SHAPES if gpu.kernels.left_to_pytorch(geometry(gpu, s, nhwc), number)}
+
+    assert left("bf16", True) == {"rkl-8-k3s2", "rkl-4-k3s2"}
+    assert left("f32", True) == left("bf16", False) == set()
 
 
 def test_rows_are_cut_by_waves(gpu: Gpu) -> None:
