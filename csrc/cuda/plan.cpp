@@ -49,7 +49,7 @@ Family family_anywhere(Result result, Conv2d g, bool nhwc, Dtype dtype) {
 }  // namespace
 
 bool takes_planes(const Conv2d& g, Dtype dtype) {
-  if (dtype != Dtype::f32) return false;
+  if (dtype != Dtype::f32 && g.stride_h == 1) return false;
   return family_anywhere(Result::output, g, false, dtype) != Family::general &&
          family_anywhere(Result::data_grad, g, false, dtype) != Family::general;
 }
