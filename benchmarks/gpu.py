@@ -2,9 +2,8 @@
 
 Needs torch, Triton, NumPy, matplotlib and pytest, no network; pytest-xdist, timm and ncu where they are there.
 Whatever fails is reported and the rest goes on: what runs on the device has a process of its own, which is replaced
-when a kernel breaks it or hangs. Writes benchmarks/results/<device>.json, .md and .png, and the planner's table, which
-the package takes from rkl_kernels/planner_table.json. ``--only depthwise`` measures one group in 20 seconds;
-``--device cpu`` tries all of it on tiny shapes without a GPU.
+when a kernel breaks it or hangs. Writes benchmarks/results/<device>.json, .md and .png. ``--only depthwise``
+measures one group in 20 seconds; ``--device cpu`` tries all of it on tiny shapes without a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from .gpu_rows import (
     attempt,
     measure_machine,
     measure_rows,
-    save_planner_table,
 )
 from .suite import RESULTS
 from .worker import Worker
@@ -151,8 +149,6 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / f"{slug(run.machine)}{part}.json"
     run.save(path)
     attempt("report", lambda: gpu_report.write(run, path))
-    if options.only is None:
-        attempt("planner table", lambda: save_planner_table(run.rows, options.device, options.out))
     print(f"{run.seconds:.0f} s; written: {path} and beside it")
     return 0
 

@@ -1,14 +1,12 @@
-"""Rows on a GPU: the contestants, row after row in a process of their own, and the planner's table from them."""
+"""Rows on a GPU: the contestants, row after row in a process of their own."""
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ import torch
 import rkl_kernels as rk
 from rkl_kernels import fusion
 from rkl_kernels.bench import Case, compiled, eager, measure, ours
-from rkl_kernels.bench.machine import machine, slug
 from rkl_kernels.bench.rivals import TYPES, Rival
 from rkl_kernels.bench.row import Row
 from rkl_kernels.bench.timing import copier, interleave, multiplier, timer_for
@@ -143,42 +140,3 @@ def print_row(row: Row) -> None:
     print(f"{row.case.id:<40} {times:5.2f}x the best rival, {share:4.0%} of the floor", flush=True)
     for name, why in row.rejected.items():
         print(f"    {name} {why}", flush=True)
-
-
-def planner_table(rows: list[Row]) -> dict[str, str]:
-    """The package's table (rkl_kernels/fusion.py): for each separable shape, the faster of the fused and the composed
-    Triton path; for each operator "triton" where it was faster than the CUDA kernels in every row, else "cuda"."""
-    table = {}
-    for row in rows:
-        times = {name: row.times.get(f"ours-triton-{name} nhwc") for name in ("fused", "composed")}
-        if row.case.operator != "separable" or None in times.values():
-            continue
-        c, backward = row.case, row.case.direction == "backward"
-        pixels = c.height * c.width, c.out_height * c.out_width
-        element = TYPES[c.dtype].itemsize
-        taps = c.kernel * c.filter_width
-        work = fusion.Separable(c.batch, c.channels, c.out_channels, *pixels, taps, element, backward)
-        table[work.key] = min(times, key=lambda name: times[name].seconds)  # type: ignore[union-attr]
-    for operator in ("trelu", "depthwise", "separable"):
-        pairs = [[_fastest(row, name) for name in ("cuda", "triton")] for row in rows if row.case.operator == operator]
-        ratios = [cuda / triton for cuda, triton in pairs if cuda and triton]
-        if ratios:
-            table[operator if operator == "trelu" else f"{operator}_conv2d"] = "triton" if min(ratios) > 1 else "cuda"
-    return table
-
-
-def _fastest(row: Row, backend: str) -> float | None:
-    """Seconds of a backend in its better layout."""
-    return min((t.seconds for name, t in row.times.items() if name.startswith(f"ours-{backend} ")), default=None)
-
-
-def save_planner_table(rows: list[Row], device: str, out: Path) -> None:
-    """Into ``out`` beside the results, and for the package where it was measured on a GPU."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    path = out / f"{slug(machine(device))}.planner.json"
-    targets = [path] + ([fusion.TABLE] if device == "cuda" else [])
-    for target in targets:
-        known = json.loads(target.read_text()) if target.exists() else {}
-        draft = target.with_suffix(".tmp")
-        draft.write_text(json.dumps(known | {name: planner_table(rows)}, indent=1, sort_keys=True) + "\n")
-        draft.replace(target)

@@ -1,29 +1,21 @@
-"""Which kernels a GPU is given: a separable convolution as one kernel or as depthwise kernel and matrix product; and,
-where it was measured, CUDA C++ or Triton.
+"""Which Triton kernels a separable convolution is given: one kernel, or depthwise kernel and matrix product.
 
 Fusing saves writing and reading the depthwise output, and loses where the depthwise tile has to be made more than once
 (all output channels do not fit into one block) or where the product alone decides and the library's is the better one.
-Decided by counts of bytes and operations over the device's rates, or by a measured table where the device has one.
+Decided by counts of bytes and operations over the device's rates.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from math import log2
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ._setting import Setting
-
-TABLE = Path(__file__).parent / "planner_table.json"
-"""Measured choices, ``{device: {key: choice}}``: "fused" or "composed" by :attr:`Separable.key`, "cuda" or "triton" by
-operator; written by benchmarks/gpu.py."""
 
 _override: Setting[bool | None] = Setting(None)
 
@@ -85,13 +77,6 @@ class Separable:
         """Operations of the pointwise step; the backward has two of them."""
         return 2 * self.images * self.out_pixels * self.channels * self.outputs * (2 if self.backward else 1)
 
-    @property
-    def key(self) -> str:
-        """Name in the measured table: sizes to the nearest power of two, since neighbours want the same choice."""
-        sizes = (self.images * self.out_pixels, self.channels, self.outputs)
-        pass_ = "backward" if self.backward else "forward"
-        return "-".join([pass_, str(self.element * 8), str(self.taps), *(str(round(log2(n))) for n in sizes)])
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -113,33 +98,10 @@ def _architecture(index: int) -> int:
     return 90 if torch.cuda.get_device_capability(index) >= (9, 0) else 80
 
 
-@cache
-def _measured() -> dict[str, dict[str, str]]:
-    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
-
-
-@cache
-def _order(operator: str, device: str) -> tuple[str, ...]:
-    first = _measured().get(device, {}).get(operator, "cuda")
-    return ("triton", "cuda") if first == "triton" else ("cuda", "triton")
-
-
-def preferred(operator: str, device: torch.device) -> tuple[str, ...]:
-    """The backends for a GPU's tensors, the one to ask first in front: CUDA C++, whose calls cost the host less, unless
-    Triton's kernels were the faster ones when measured on this device."""
-    return _order(operator, _device_name(device.index))
-
-
-@cache
-def _device_name(index: int) -> str:
-    # A tensor may have a GPU's device where there is no GPU: a fake one, while a model for another machine is traced.
-    return torch.cuda.get_device_name(index) if torch.cuda.is_available() else ""
-
-
 @lru_cache(4096)
-def choose(work: Separable, unit: str, arch: int, block: int, device: str = "") -> Choice:
+def choose(work: Separable, unit: str, arch: int, block: int) -> Choice:
     """The choice for ``work`` with the product on ``unit`` ("tensor", "tf32" or "scalar"), ``block`` output channels a
-    program of the fused kernel, on ``device`` (its name in the measured table)."""
+    program of the fused kernel."""
     rates = RATES[arch]
     repeats = -(-work.outputs // block)
     if work.backward:
@@ -159,9 +121,6 @@ def choose(work: Separable, unit: str, arch: int, block: int, device: str = "") 
         + max((composed_bytes - work.image - work.middle) / rates.memory, work.product / (LIBRARY_SHARE * rate))
         + rates.launch
     )
-    measured = _measured().get(device, {}).get(work.key)
-    if measured:
-        return Choice(measured == "fused", f"{measured} was faster when measured here", fused_bytes, composed_bytes)
     saved = 100 * (1 - fused_bytes / composed_bytes)
     counts = f"fusing moves {saved:.0f}% fewer bytes"
     if fused <= composed:
@@ -181,8 +140,7 @@ def fuse_separable(
         n, channels, outputs, in_h * in_w, out_size[0] * out_size[1], depthwise.shape[2] * depthwise.shape[3],
         x.element_size(), backward,
     )  # fmt: skip
-    device = _device_name(x.device.index) if x.device.type == "cuda" else ""
-    choice = choose(work, unit, architecture(x), block, device)
+    choice = choose(work, unit, architecture(x), block)
     overrule = overruled()
     if overrule is None:
         return choice

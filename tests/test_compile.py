@@ -10,7 +10,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rkl_kernels as rk
-from rkl_kernels import fusion
 
 backends = importlib.import_module("rkl_kernels.backends")  # the package's attribute is the function
 
@@ -89,24 +88,21 @@ def test_direct_in_place_operator_compiles():
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """The choice of backend takes the branch of a GPU with both backends; a table says Triton for one operator."""
+    """The choice of backend takes the branch of a GPU with both backends, the first of which lacks an operator."""
     available = {"cuda": True, "triton": True, "reference": True, "cpu": True}
     monkeypatch.setattr(backends, "status", lambda name: backends.Status(available[name], "as if"))
-    monkeypatch.setattr(fusion, "_device_name", lambda index: f"GPU {index}")
-    monkeypatch.setattr(fusion, "_measured", lambda: {"GPU 0": {"separable_conv2d": "triton"}})
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # of others' operators, PyTorch calls what it says
-    monkeypatch.setattr(
-        torch._C,
-        "_dispatch_has_kernel_for_dispatch_key",
-        lambda name, key: (name.startswith("rkl::") and key == "CUDA") or has_kernel(name, key),
-    )
-    caches = backends._decision, fusion._order
-    for cache in caches:
-        cache.cache_clear()
+
+    def as_if(name: str, key: str) -> bool:
+        if name.startswith("rkl::") and key == "CUDA":
+            return name != "rkl::separable_conv2d"
+        return has_kernel(name, key)
+
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", as_if)
+    backends._decision.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
-    for cache in caches:
-        cache.cache_clear()
+    backends._decision.cache_clear()
 
 
 class Net(nn.Module):
@@ -133,12 +129,12 @@ def test_choice_for_a_gpu_is_traced(fake_gpu):
     assert targets == ["rkl.depthwise_conv2d.default", "rkl_triton.separable_conv2d.default", "rkl.trelu.default"]
 
 
-def test_device_of_the_choice_is_that_of_the_tensor(fake_gpu):
-    """GPU 0 has a table that prefers Triton, GPU 1 has none; the current device has no say."""
-    assert [backends.choose("separable_conv2d", torch.empty(1, device=f"cuda:{i}")) for i in (0, 1)] == [
-        "triton",
-        "cuda",
-    ]
+def test_order_of_backends_on_a_gpu(fake_gpu):
+    """CUDA C++ first; Triton serves what that lacks, and the reference what neither does."""
+    image = torch.empty(1, 3, 5, 5, device="cuda")
+    assert backends.choose("depthwise_conv2d", image) == "cuda"
+    assert backends.choose("separable_conv2d", image) == "triton"
+    assert backends.choose("separable_conv2d", image.double()) == "reference"
 
 
 def test_export_for_a_gpu(fake_gpu):

@@ -13,7 +13,6 @@ from torch import nn
 from benchmarks import gpu, gpu_counters, gpu_groups, gpu_host, gpu_models, gpu_report, gpu_rows
 from benchmarks.models import Model, ModelRow
 from benchmarks.worker import Worker
-from rkl_kernels import fusion
 from rkl_kernels.bench import Case
 from rkl_kernels.bench.row import Row
 from rkl_kernels.bench.timing import Timing
@@ -29,7 +28,7 @@ def test_whole_program_on_tiny_shapes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_groups, "QUICK", ("rkl-4-k3",))
     monkeypatch.setattr(gpu_rows, "MOST_BUDGET", 0.01)
     assert gpu.main(["--device", "cpu", "--quick", "--no-tests", "--within", "100", "--out", str(tmp_path)]) == 0
-    (results,) = (path for path in tmp_path.glob("*.json") if not path.name.endswith(".planner.json"))
+    (results,) = tmp_path.glob("*.json")
     assert results.with_suffix(".png").stat().st_size > 10_000
     data = json.loads(results.read_text())
     assert len(data["rows"]) + len(data["left_out"]) == len(gpu_groups.cases("cpu", True))
@@ -88,19 +87,6 @@ def test_a_bar_is_held_against_what_was_found():
     published = gpu_report.bar_lines(groups["kernelbench"], [row("kb-82", 1.0, 1.0, dtype="fp32")])[-1]
     assert published == ["kb-82, fp32, NCHW: ms (best published, H100)", "<= 1.225", "3000.000", "**no**"]
     assert gpu_report.bar_lines(groups["gradients"], rows)[0][-2:] == ["-", "-"]  # nothing found
-
-
-def test_planner_table_names_the_faster_path():
-    def row(direction: str, fused: float, composed: float) -> Row:
-        case = Case("separable", 4, 16, 8, 8, out_channels=32, padding=1, dtype="bf16", direction=direction)
-        names = {"triton-fused": fused, "triton-composed": composed, "cuda": 3.0, "triton": min(fused, composed)}
-        return Row(case, timing(1), 1.0, {f"ours-{name} nhwc": timing(seconds) for name, seconds in names.items()})
-
-    table = gpu_rows.planner_table([row("forward", 1.0, 2.0), row("backward", 2.0, 1.0)])
-    assert sorted(table.values()) == ["composed", "fused", "triton"]
-    assert table["separable_conv2d"] == "triton"
-    forward = fusion.Separable(4, 16, 32, 64, 64, 9, 2, backward=False)
-    assert table[forward.key] == "fused"
 
 
 def _small_net() -> nn.Module:

@@ -1,4 +1,4 @@
-"""The choice between one fused kernel and two, by count and by measured table, and what ``explain`` says of it."""
+"""The choice between one fused kernel and two, by count, and what ``explain`` says of it."""
 
 from __future__ import annotations
 
@@ -39,30 +39,11 @@ def test_fusing_loses_where_scalar_units_decide():
     assert not fusion.choose(work(256, channels=256), "scalar", 90, 64).fused
 
 
-def test_measured_table_overrules_the_count(monkeypatch):
-    monkeypatch.setattr(
-        fusion, "_measured", lambda: {"GPU X": {work(64, taps=1).key: "composed", "separable_conv2d": "triton"}}
-    )
-    fusion._order.cache_clear()
-    assert not fusion.choose(work(64, taps=1), "tensor", 90, 256, "GPU X").fused
-    assert fusion.choose(work(64, taps=1), "tensor", 90, 256, "GPU Y").fused
-    assert fusion._order("separable_conv2d", "GPU X") == ("triton", "cuda")
-    assert fusion._order("trelu", "GPU X") == ("cuda", "triton")
-    fusion._order.cache_clear()
-    fusion.choose.cache_clear()
-
-
 def test_choice_can_be_overruled():
     x, depthwise = torch.empty(8, 16, 8, 8, device="meta"), torch.empty(16, 1, 3, 3, device="meta")
     for fused in (True, False):
         with fusion.use_fusion(fused):
             assert fusion.fuse_separable(x, depthwise, 32, (8, 8), "tensor", 64, False).fused is fused
-
-
-def test_neighbouring_shapes_share_a_row_of_the_table():
-    near = fusion.Separable(120, 60, 66, 56 * 56, 56 * 56, 9, 2, False)
-    assert near.key == work(64).key
-    assert work(64, backward=True).key != work(64).key
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
