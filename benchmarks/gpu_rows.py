@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 import rkl_kernels as rk
-from rkl_kernels import fusion
 from rkl_kernels.bench import Case, compiled, eager, measure, ours
 from rkl_kernels.bench.rivals import TYPES, Rival
 from rkl_kernels.bench.row import Row
@@ -48,22 +47,6 @@ def attempt(title: str, work: Callable[[], Any]) -> Any:
         return None
 
 
-def fused_or_not(fused: bool, layout: str) -> Rival:
-    """The Triton separable operator as one kernel, or composed."""
-    name = "fused" if fused else "composed"
-
-    def prepare(case: Case, device: str) -> Callable[[], Any]:
-        run = ours(layout, "triton").prepare(case, device)
-
-        def forced(*image: torch.Tensor) -> Any:
-            with fusion.use_fusion(fused):
-                return run(*image)
-
-        return forced
-
-    return Rival(f"ours-triton-{name}", layout, prepare)
-
-
 def contestants(case: Case, device: str, compile_too: bool) -> list[Rival]:
     """This package by its own choice and, in NHWC, by each backend; PyTorch (cuDNN or native, as it chooses) and, where
     asked for, its compiler, in both layouts."""
@@ -73,8 +56,6 @@ def contestants(case: Case, device: str, compile_too: bool) -> list[Rival]:
         if compile_too:
             chosen.append(compiled(layout, "max-autotune-no-cudagraphs" if device == "cuda" else "default"))
     chosen += [ours("nhwc", name) for name in ("cuda", "triton") if rk.backends()[name].available]
-    if case.operator == "separable" and rk.backends()["triton"].available:
-        chosen += [fused_or_not(fused, "nhwc") for fused in (True, False)]
     return chosen
 
 

@@ -133,7 +133,7 @@ def triton_rows() -> list[dict[str, Any]]:
     return triton_rows()
 
 
-WANTED = {"loads_128": "128-bit loads", "stores_128": "128-bit stores", "hmma": "HMMA", "hgmma": "HGMMA"}
+WANTED = {"loads_128": "128-bit loads", "stores_128": "128-bit stores", "hmma": "HMMA"}
 """Instructions that a kernel which had them must not lose."""
 
 

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from benchmarks.static_report import LIMITS, blocks_per_multiprocessor
-from rkl_kernels import fusion
-from rkl_kernels.triton import depthwise, launch, separable, trelu, window
+from rkl_kernels import rates
+from rkl_kernels.triton import depthwise, launch, trelu, window
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -65,14 +65,6 @@ def _depthwise(channels: int, size: int, kernel: int, dtype: torch.dtype, stride
     depthwise.depthwise_conv2d_backward(y, x, weight, *window, [True] * 3)
 
 
-def _separable(channels: int, outputs: int, size: int, kernel: int, dtype: torch.dtype, stride: int = 1) -> None:
-    x, weight = _image(channels, size, dtype), _filter(channels, kernel, dtype)
-    point, bias = torch.empty(outputs, channels, 1, 1, dtype=dtype, device="meta"), x.new_empty(outputs)
-    window = [stride] * 2, [kernel // 2] * 2, [1, 1]
-    y = separable.separable_conv2d(x, weight, point, None, bias, *window, 0, 3)
-    separable.separable_conv2d_backward(y, y, x, weight, point, None, *window, 0, 3, [False, False, True, False, True])
-
-
 def _trelu(dtype: torch.dtype) -> None:
     x = torch.empty(1 << 24, dtype=dtype, device="meta")
     trelu.trelu(x)
@@ -91,39 +83,29 @@ CALLS: dict[str, Any] = {
     "depthwise 64ch 7x7 bf16": lambda: _depthwise(64, 56, 7, BF16),
     "depthwise 384ch 31x31 bf16": lambda: _depthwise(384, 32, 31, BF16),
     "depthwise 64ch 3x3 bf16, over 2^31": lambda: _depthwise(64, 512, 3, BF16, batch=256),
-    "separable 64-64 3x3 bf16": lambda: _separable(64, 64, 32, 3, BF16),
-    "separable 128-256 3x3 bf16": lambda: _separable(128, 256, 28, 3, BF16),
-    "separable 128-256 3x3 s2 fp16": lambda: _separable(128, 256, 28, 3, F16, stride=2),
-    "separable 128-128 7x7 bf16": lambda: _separable(128, 128, 16, 7, BF16),
-    "separable 64-64 3x3 fp32": lambda: _separable(64, 64, 32, 3, F32),
-    "separable 64-128 3x3 tf32": lambda: _separable(64, 128, 32, 3, F32),
 }
 
 
 @contextmanager
-def _pretend(arch: int, tf32: bool, compiled: list[Any]) -> Iterator[None]:
+def _pretend(arch: int, compiled: list[Any]) -> Iterator[None]:
     """Compile launches for ``arch`` instead of running them."""
 
     def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         compiled.append((kernel, kernel.warmup(*args, grid=grid, **constants)))
 
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    modules = (launch, depthwise, separable, trelu, window)
+    modules = (launch, depthwise, trelu, window)
     patches = [mock.patch.object(module, "run", compile_only) for module in modules]
     # The cache is keyed by source and options: a second run takes seconds.
     patches.append(mock.patch.object(triton.knobs.cache, "dir", str(ROOT / "build/triton")))
     patches.append(mock.patch.object(driver, "_active", _Driver(arch)))
-    patches.append(mock.patch.object(fusion, "architecture", return_value=arch))
+    patches.append(mock.patch.object(rates, "architecture", return_value=arch))
     try:
         for patch in patches:
             patch.start()
-        with fusion.use_fusion(True):
-            yield
+        yield
     finally:
         for patch in patches:
             patch.stop()
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _tool(flags: list[str], cubin: bytes) -> str:
@@ -153,8 +135,6 @@ def _row(arch: int, binary: Any) -> dict[str, Any]:
         "loads_128": count(r"LDG\.\S*128|LDGSTS\.\S*128"),
         "loads": count(r"LDG(\.|STS)"),
         "stores_128": count(r"STG\.\S*128"),
-        "hmma": count("HMMA"),
-        "hgmma": count("HGMMA"),
     }
 
 
@@ -175,7 +155,7 @@ def triton_rows(calls: Iterable[str] = tuple(CALLS)) -> list[dict[str, Any]]:
     for arch in LIMITS:
         for name in calls:
             compiled: list[Any] = []
-            with _pretend(arch, "tf32" in name, compiled):
+            with _pretend(arch, compiled):
                 CALLS[name]()
             done: collections.Counter[str] = collections.Counter()
             for kernel, binary in compiled:

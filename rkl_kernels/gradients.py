@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fusion
 from ._operator import Formula
 from .decompositions import separable_conv2d_backward
 
@@ -90,14 +89,12 @@ def _separable(ops: Any) -> dict[str, Formula]:
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
         *tensors, _, ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation = inputs
-        ctx.fused = fusion.overruled()
         ctx.save_for_backward(output if ctx.activation else None, *tensors)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         mask = list(ctx.needs_input_grad[:5])
         settings = ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation
-        with fusion.use_fusion(ctx.fused):  # on a GPU, autograd calls this from a thread of its own
-            grads = ops.separable_conv2d_backward(grad, *ctx.saved_tensors, *settings, mask)
+        grads = ops.separable_conv2d_backward(grad, *ctx.saved_tensors, *settings, mask)
         return *_none_where_unwanted(mask, grads), *[None] * 5
 
     def setup_again(ctx: Any, inputs: Any, output: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, fusion, ops
+from . import _checks, ops, rates
 from ._checks import Activation
 from .backends import KERNEL_TYPES, choose
 
@@ -64,8 +64,7 @@ class Explanation:
             f"  {self.bytes / 1e6:.3g} MB to move, {self.operations / 1e6:.3g} MFLOP; floor: {self.floor}",
         ]
         if self.reason:
-            choice = {True: "fused", False: "not fused", None: "fused or not"}[self.fused]
-            lines.append(f"  {choice}: {self.reason}")
+            lines.append(f"  {'fused' if self.fused else 'not fused'}: {self.reason}")
         if self.kernels:
             lines.append(f"  {self.kernels}")
         return "\n".join(lines)
@@ -74,8 +73,7 @@ class Explanation:
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would serve ``rkl_kernels.<operator>(*args, **kwargs)`` and what the call costs at least.
 
-    The choice of backend is overruled by ``use_backend``; Triton's of one kernel for both steps of a separable
-    convolution by ``fusion.use_fusion``.
+    The choice of backend is overruled by ``use_backend``.
 
     >>> explain("trelu", torch.zeros(4))  # doctest: +SKIP
 
@@ -107,32 +105,29 @@ def _floor(moved: int, operations: int, x: Tensor) -> str:
     intensity = operations / max(moved, 1)
     if x.device.type != "cuda":
         return f"{intensity:.2g} FLOP a byte; which side binds on a CPU, `rkl bench` measures"
-    rates = fusion.RATES[fusion.architecture(x)]
-    balance = (rates.scalar if x.dtype == torch.float32 else rates.tensor) / rates.memory
+    device = rates.RATES[rates.architecture(x)]
+    balance = (device.scalar if x.dtype == torch.float32 else device.tensor) / device.memory
     side = "memory" if intensity < balance else "arithmetic"
     return f"{side}, with {intensity:.2g} FLOP a byte where {balance:.0f} are in balance"
 
 
-def _fusion(backend: str, call: _SeparableCall) -> tuple[bool | None, str]:
+def _fusion(backend: str, call: _SeparableCall) -> tuple[bool, str]:
     """Whether the separable operator's forward would do both steps at once, and why."""
     if backend == "reference":
         return False, "the reference calls two convolutions"
+    if backend == "triton":
+        return False, "a depthwise kernel and the library's product; backward makes the depthwise output again"
     weight, outputs = call.depthwise_weight, call.pointwise_weight.shape[0]
     geometry, x = _geometry(call.x, weight, call.stride, call.padding, call.dilation)
     if backend == "cpu":
         window = geometry[8:10], geometry[10:12], geometry[12:14]
         fused = torch.ops.rkl.cpu_separable_fuses(x, weight, outputs, *window)
         return fused, _CPU_REASONS[fused]
-    if backend == "cuda":
-        activations = [_checks.activation(n, getattr(call, n)) for n in ("inner_activation", "activation")]
-        with _device_of(x):
-            dtype = KERNEL_TYPES.index(x.dtype)
-            plan = torch.ops.rkl.cuda_separable_plan(geometry, outputs, *activations, dtype, _facts_of(x))
-        return (True, _CUDA_FUSED) if plan else (False, _CUDA_COMPOSED)
-    from .triton.separable import plan as triton_plan
-
-    choice = triton_plan(x, weight, outputs, geometry[4:6], backward=False)
-    return choice.fused, choice.reason
+    activations = [_checks.activation(n, getattr(call, n)) for n in ("inner_activation", "activation")]
+    with _device_of(x):
+        dtype = KERNEL_TYPES.index(x.dtype)
+        plan = torch.ops.rkl.cuda_separable_plan(geometry, outputs, *activations, dtype, _facts_of(x))
+    return (True, _CUDA_FUSED) if plan else (False, _CUDA_COMPOSED)
 
 
 _CPU_REASONS = {

@@ -1,4 +1,4 @@
-"""The choice between one fused kernel and two, by count, and what ``explain`` says of it."""
+"""What ``explain`` says of a call: who serves it, in which steps, and what bounds it."""
 
 from __future__ import annotations
 
@@ -6,44 +6,7 @@ import pytest
 import torch
 
 import rkl_kernels as rk
-from rkl_kernels import fusion
 from rkl_kernels.planner import Explanation
-
-
-def work(outputs: int, taps: int = 9, backward: bool = False, channels: int = 64) -> fusion.Separable:
-    return fusion.Separable(128, channels, outputs, 56 * 56, 56 * 56, taps, 2, backward)
-
-
-def test_fusing_wins_where_memory_decides():
-    choice = fusion.choose(work(64, taps=1), "tensor", 90, 256)
-    assert choice.fused
-    # Image and output once, against the depthwise output written and read on top.
-    image = 128 * 56 * 56 * 64 * 2
-    assert (choice.fused_bytes, choice.composed_bytes) == (2 * image, 4 * image)
-    assert "50% fewer bytes" in choice.reason
-
-
-def test_fusing_loses_where_making_the_depthwise_tile_decides():
-    choice = fusion.choose(work(64), "tensor", 90, 256)
-    assert not choice.fused
-    assert "slower depthwise step" in choice.reason
-
-
-def test_fusing_loses_where_the_depthwise_tile_is_made_many_times():
-    choice = fusion.choose(work(1536, taps=49, channels=384), "tensor", 80, 128)
-    assert not choice.fused
-    assert "12 times" in choice.reason
-
-
-def test_fusing_loses_where_scalar_units_decide():
-    assert not fusion.choose(work(256, channels=256), "scalar", 90, 64).fused
-
-
-def test_choice_can_be_overruled():
-    x, depthwise = torch.empty(8, 16, 8, 8, device="meta"), torch.empty(16, 1, 3, 3, device="meta")
-    for fused in (True, False):
-        with fusion.use_fusion(fused):
-            assert fusion.fuse_separable(x, depthwise, 32, (8, 8), "tensor", 64, False).fused is fused
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

@@ -204,14 +204,6 @@ def by_tap(weight: Tensor) -> Tensor:
     return weight.squeeze(1).permute(1, 2, 0).contiguous()
 
 
-def empty_output(x: Tensor, weight: Tensor, channels: int, stride: Sequence[int], padding: Sequence[int],
-                 dilation: Sequence[int]) -> Tensor:  # fmt: skip
-    """What the operators' fake kernels promise: the size of the convolution, in the format of ``F.conv2d``."""
-    size = ops.output_size(x, weight.shape[2:], stride, padding, dilation)
-    shape = (x.shape[0], channels, *size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=ops.output_format(x, weight))
-
-
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, window: tuple[int, ...],
               activation: int = 0) -> None:  # fmt: skip
     stride, padding, dilation = window[:2], window[2:4], window[4:]
@@ -271,8 +263,10 @@ def depthwise_conv2d(
     dilation: Sequence[int],
     activation: int = 0,
 ) -> Tensor:
-    """The operator; ``activation`` is for the separable operator's first step, where it runs alone."""
-    y = empty_output(x, weight, x.shape[1], stride, padding, dilation)
+    """The operator; ``activation`` is for the separable operator's first step."""
+    size = ops.output_size(x, weight.shape[2:], stride, padding, dilation)
+    shape = (*x.shape[:2], *size)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=ops.output_format(x, weight))
     if y.numel():
         _convolve(x, weight, bias, y, (*stride, *padding, *dilation), activation)
     return y

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import fusion
+from .. import rates
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -42,7 +42,7 @@ def interpreter_serves_bf16() -> bool:
 
 def architecture(x: Tensor) -> int:
     """Row of the configuration tables: 90, 80, or 0 for the interpreter."""
-    return 0 if INTERPRETED else fusion.architecture(x)
+    return 0 if INTERPRETED else rates.architecture(x)
 
 
 def span(*tensors: Tensor) -> int:

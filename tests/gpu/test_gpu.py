@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import rkl_kernels as rk
-from rkl_kernels import fusion
 
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 DTYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 2e-2), "fp16": (torch.float16, 3e-3)}
@@ -87,12 +86,10 @@ def test_explain_names_the_kernels(device, k, names):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fused", [True, False, None], ids=["fused", "composed", "planned"])
 @pytest.mark.parametrize(("channels", "outputs", "size", "k"), [(32, 64, 20, 3), (72, 40, 13, 5), (64, 256, 8, 7)])
-def test_separable(backend, device, dtype, fused, channels, outputs, size, k):
+def test_separable(backend, device, dtype, channels, outputs, size, k):
     shapes = (3, channels, size, size), (channels, 1, k, k), (outputs, channels, 1, 1), (channels,), (outputs,)
-    with fusion.use_fusion(fused):
-        check(separable(k), shapes, device, *DTYPES[dtype], backend)
+    check(separable(k), shapes, device, *DTYPES[dtype], backend)
 
 
 @pytest.mark.parametrize(("inner", "activation"), [("silu", "trelu"), ("trelu", "gelu")])

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import rkl_kernels as rk
-from rkl_kernels import fusion
 
 
 @pytest.fixture
@@ -85,21 +84,21 @@ def test_no_memory_has_its_type(gpu):
         rk.trelu(x)
 
 
-def test_backward_obeys_what_held_for_its_forward(gpu):
-    """Autograd runs it in a thread of its own, which knows of no ``use_fusion``."""
-    if not rk.backends()["triton"].available:
-        pytest.skip(rk.backends()["triton"].reason)
+def test_backward_runs_on_the_backend_of_its_forward(gpu):
+    """Autograd runs it in a thread of its own, which knows of no ``use_backend``."""
+    if not all(rk.backends()[name].available for name in ("cuda", "triton")):
+        pytest.skip("wants both backends of a GPU")
     shapes = (2, 32, 12, 12), (32, 1, 3, 3), (32, 32, 1, 1)
     leaves = [torch.randn(shape, device=gpu, requires_grad=True) for shape in shapes]
     kernels = []
-    for fused in (True, False):
-        with rk.use_backend("triton"), fusion.use_fusion(fused):
+    for backend in ("cuda", "triton"):
+        with rk.use_backend(backend):
             y = rk.separable_conv2d(*leaves)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             y.sum().backward()
             torch.cuda.synchronize()
         kernels.append({event.key for event in profile.key_averages()})
-    assert kernels[0] != kernels[1]
+    assert [any("_window_kernel" in name for name in names) for names in kernels] == [False, True]
 
 
 def test_another_device_than_the_current_one(gpu):

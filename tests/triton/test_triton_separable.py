@@ -1,13 +1,11 @@
-"""Separable convolution in Triton, fused and composed: every type, layout and activation, against float64."""
+"""Separable convolution in Triton: every type, layout and activation, against float64."""
 
 import pytest
 import torch
 from bounds import TYPES, assert_near, copies, image, magnitudes, roundoff
 
 import rkl_kernels as rk
-from rkl_kernels import fusion
 from rkl_kernels._checks import ACTIVATIONS
-from rkl_kernels.triton import depthwise, tiles
 
 # (N, C, H, W), C', kernel, stride, padding, dilation
 CASES = {
@@ -56,34 +54,27 @@ def check(case, dtype, layout, inner=None, activation=None):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
-def test_forward_and_gradients(case, fused):
-    with fusion.use_fusion(fused):
-        check(CASES[case], torch.float32, LAYOUTS[case])
+def test_forward_and_gradients(case):
+    check(CASES[case], torch.float32, LAYOUTS[case])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
-def test_sixteen_bits(dtype, fused):
-    with fusion.use_fusion(fused):
-        check(CASES["3x3"], TYPES[dtype], "NHWC")
+def test_sixteen_bits(dtype):
+    check(CASES["3x3"], TYPES[dtype], "NHWC")
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
 @pytest.mark.parametrize(
     ("inner", "activation"), [(None, "trelu"), ("trelu", None), ("silu", "trelu"), ("gelu", "silu")]
 )
-def test_smooth_activations(inner, activation, fused):
+def test_smooth_activations(inner, activation):
     """T-ReLU, silu and gelu have no kink, so that the bound of rounding holds for their gradients too."""
-    with fusion.use_fusion(fused):
-        check(CASES["3x3"], torch.float32, "NHWC", inner, activation)
+    check(CASES["3x3"], torch.float32, "NHWC", inner, activation)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation(name, fused):
+def test_every_activation(name):
     inputs = tensors((1, 6, 5, 7), 9, 3, torch.float32, "NHWC")
-    with fusion.use_fusion(fused), rk.use_backend("triton"):
+    with rk.use_backend("triton"):
         y = rk.separable_conv2d(*inputs, padding=1, inner_activation=name, activation=name)
         grads = torch.autograd.grad(y.square().sum(), inputs)
     twins = copies(*inputs)
@@ -92,54 +83,16 @@ def test_every_activation(name, fused):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_tiles_of_a_gpu(arch, dtype, monkeypatch):
-    """The rows that GPUs use: several blocks in every direction, several splits."""
-    monkeypatch.setattr(tiles, "architecture", lambda x: arch)
-    monkeypatch.setattr(depthwise, "architecture", lambda x: arch)
-    monkeypatch.setattr(tiles, "PROGRAMS", 4)
-    with fusion.use_fusion(True):
-        check(((1, 20, 5, 7), 70 if dtype == "fp32" else 40, 3, 1, 1, 1), TYPES[dtype], "NHWC")
-
-
-def test_tf32_rounds_the_products_inputs(monkeypatch):
-    inputs = [t.detach() for t in tensors((1, 64, 4, 4), 64, 3, torch.float32, "NHWC")]
-    exact = rk.reference.separable_conv2d(*(t.double() for t in inputs), padding=1)
-
-    def error() -> float:
-        with rk.use_backend("triton"), fusion.use_fusion(True):
-            return (rk.separable_conv2d(*inputs, padding=1) - exact).abs().max().item()
-
-    true_float32 = error()
-    monkeypatch.setattr(tiles, "unit", lambda x: "tf32")
-    assert true_float32 < 1e-4 < 1e-3 < error()
-
-
-def test_precision_follows_torch():
-    x, matmul = torch.zeros(1), torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    try:
-        for allowed, name in ((False, "scalar"), (True, "tf32")):
-            matmul.allow_tf32 = allowed
-            assert tiles.unit(x) == name
-            assert tiles.unit(x.half()) == "tensor"
-    finally:
-        matmul.allow_tf32 = before
-
-
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
 @pytest.mark.parametrize("wanted", range(5))
-def test_unwanted_gradients_come_back_empty(wanted, fused):
+def test_unwanted_gradients_come_back_empty(wanted):
     x, dw, pw, db, _ = (t.detach() for t in tensors((1, 3, 5, 4), 6, 3, torch.float32, "NCHW"))
     grad = torch.randn(1, 6, 5, 4)
     settings = [1, 1], [1, 1], [1, 1], 3, 0
     backward = torch.ops.rkl_triton.separable_conv2d_backward
-    with fusion.use_fusion(fused):
-        everything = backward(grad, None, x, dw, pw, db, *settings, [True] * 5)
-        mask = [i == wanted for i in range(5)]
-        for i, got in enumerate(backward(grad, None, x, dw, pw, db, *settings, mask)):
-            assert torch.equal(got, everything[i]) if i == wanted else got.shape == (0,)
+    everything = backward(grad, None, x, dw, pw, db, *settings, [True] * 5)
+    mask = [i == wanted for i in range(5)]
+    for i, got in enumerate(backward(grad, None, x, dw, pw, db, *settings, mask)):
+        assert torch.equal(got, everything[i]) if i == wanted else got.shape == (0,)
 
 
 def test_empty_batch():
@@ -163,13 +116,10 @@ def test_operator_is_well_formed():
     torch.library.opcheck(torch.ops.rkl_triton.separable_conv2d_backward.default, args, test_utils=CHECKS)
 
 
-def test_explanation_tells_the_plan():
+def test_explanation_names_both_steps():
     x, dw, pw, *_ = (t.detach() for t in tensors((2, 16, 8, 8), 32, 3, torch.float16, "NHWC"))
     with rk.use_backend("triton"):
         told = rk.explain("separable_conv2d", x, dw, pw, None, None, 1, 1)
-        with fusion.use_fusion(not told.fused):
-            other = rk.explain("separable_conv2d", x, dw, pw, padding="same")
     assert told.kernel == "torch.ops.rkl_triton.separable_conv2d"
-    assert "by count" in told.reason
-    assert other.fused is not told.fused
-    assert "use_fusion" in other.reason
+    assert told.fused is False
+    assert "not fused: a depthwise kernel and the library's product" in str(told)
