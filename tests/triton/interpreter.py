@@ -1,10 +1,11 @@
 """Triton's interpreter with its arithmetic put right; a test imports it before any kernel runs.
 
-Stock (3.6 and 3.7), bfloat16 is a bit pattern to it: sums and products of patterns, casts that cut instead of round,
-and a tl.dot of garbage. It has no TF32, its minimum and maximum treat NaN as NumPy does rather than as a GPU does, and
-it refuses nothing that a GPU would leave undefined; the last is the sanitizer's part (sanitizer.py).
+Stock (3.6 and 3.7), bfloat16 is a bit pattern to it: sums and products of patterns, casts that cut instead of round.
+Its minimum and maximum treat NaN as NumPy does rather than as a GPU does, and it refuses nothing that a GPU would leave
+undefined; the last is the sanitizer's part (sanitizer.py).
 
 Here every operation on bfloat16 is done in float32 and rounded once, to nearest, ties to even: as the hardware does.
+Only tl.dot, which no kernel calls, is left as it was.
 """
 
 from __future__ import annotations
@@ -44,11 +45,6 @@ def is_bf16(handle: Any) -> bool:
 def values(handle: Any) -> np.ndarray:
     """The handle's numbers, in a type that NumPy can compute with."""
     return widen(handle.data) if is_bf16(handle) else handle.data
-
-
-def round_to_tf32(x: np.ndarray) -> np.ndarray:
-    """The 10-bit mantissa that tensor cores read of a float32."""
-    return ((x.astype(np.float32).view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _cast(self: Any, source: Any, target: Any) -> Any:
@@ -112,19 +108,6 @@ def _clamp(self: Any, x: Any, low: Any, high: Any, propagate_nan: Any) -> Any:
     return self.ternary_op(x, low, high, lambda v, a, b: np.fmin(np.fmax(v, a), b))
 
 
-def _dot(stock: Any) -> Any:
-    def dot(self: Any, a: Any, b: Any, total: Any, precision: Any, imprecise: Any) -> Any:
-        x, y = values(a), values(b)
-        if x.dtype.kind != "f":
-            return stock(self, a, b, total, precision, imprecise)
-        if a.dtype.scalar == tl.float32 and "TF32" in str(precision) and "x3" not in str(precision):
-            x, y = round_to_tf32(x), round_to_tf32(y)
-        product = np.matmul(x.astype(np.float32), y.astype(np.float32))
-        return Handle((product + total.data).astype(total.data.dtype), total.dtype.scalar)
-
-    return dot
-
-
 def _sum(stock: Any) -> Any:
     def total(self: Any, x: Any) -> Any:
         if x.dtype.scalar != tl.bfloat16:
@@ -167,7 +150,6 @@ def install() -> None:
     # maxnum and minnum drop NaN (IEEE maxNum), maximum and minimum keep it.
     Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
-    Builder.create_dot = _dot(Builder.create_dot)
     interpreter.ReduceOps.sum = _sum(interpreter.ReduceOps.sum)
     interpreter._patch_lang_tensor = _index_of_scalars(interpreter._patch_lang_tensor)
     interpreter.GridExecutor._restore_args_dev = _restore(interpreter.GridExecutor._restore_args_dev)

@@ -43,32 +43,6 @@ def test_casts_to_bf16_round_to_nearest_even():
 
 
 @triton.jit
-def product(a, b, out, PRECISION: tl.constexpr, SIZE: tl.constexpr):
-    i = tl.arange(0, SIZE)
-    at = i[:, None] * SIZE + i[None, :]
-    tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision=PRECISION))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "precision", "bound"),
-    [
-        (torch.bfloat16, "ieee", 1e-5),
-        (torch.float16, "ieee", 1e-5),
-        (torch.float32, "ieee", 1e-5),
-        (torch.float32, "tf32", 2e-2),
-    ],
-)
-def test_matrix_product(dtype, precision, bound):
-    a, b = torch.randn(2, 32, 32).to(dtype)
-    out = torch.empty(32, 32)
-    product[(1,)](a, b, out, PRECISION=precision, SIZE=32)
-    error = (out - a.double() @ b.double()).abs().max().item()
-    assert error < bound
-    if precision == "tf32":
-        assert error > 1e-4, "float32 inputs were not rounded to TF32"
-
-
-@triton.jit
 def minmax(x, y, out, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     a, b = tl.load(x + at), tl.load(y + at)
