@@ -24,7 +24,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from benchmarks.static_report import LIMITS, blocks_per_multiprocessor
-from rkl_kernels import rates
 from rkl_kernels.triton import depthwise, launch, trelu, window
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +70,7 @@ def _trelu(dtype: torch.dtype) -> None:
     trelu.trelu_backward(x, x)
 
 
-# One call for every kernel and every row of the configuration tables; sizes from benchmarks/shapes.py.
+# One call for every kernel and every number of rkl_kernels/triton/tiles.py; sizes from benchmarks/shapes.py.
 CALLS: dict[str, Any] = {
     "trelu bf16": lambda: _trelu(BF16),
     "trelu fp32": lambda: _trelu(F32),
@@ -98,7 +97,6 @@ def _pretend(arch: int, compiled: list[Any]) -> Iterator[None]:
     # The cache is keyed by source and options: a second run takes seconds.
     patches.append(mock.patch.object(triton.knobs.cache, "dir", str(ROOT / "build/triton")))
     patches.append(mock.patch.object(driver, "_active", _Driver(arch)))
-    patches.append(mock.patch.object(rates, "architecture", return_value=arch))
     try:
         for patch in patches:
             patch.start()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, ops, rates
+from . import _checks, ops
 from ._checks import Activation
 from .backends import KERNEL_TYPES, choose
 
@@ -100,13 +100,27 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     return Explanation(operator, backend, kernel, moved, operations, floor, fused, reason, kernels)
 
 
+@dataclass(frozen=True)
+class _Rates:
+    """What a GPU moves and does in a second by its data sheet: bytes from memory, operations on tensor cores in 16 bits
+    and on scalar units."""
+
+    memory: float
+    tensor: float
+    scalar: float
+
+
+_AMPERE = _Rates(memory=2.0e12, tensor=312e12, scalar=19.5e12)  # A100 80 GB
+_HOPPER = _Rates(memory=3.35e12, tensor=989e12, scalar=67e12)  # H100 SXM
+
+
 def _floor(moved: int, operations: int, x: Tensor) -> str:
     """Memory or arithmetic: the call's operations a byte against those at which a device does both in the same time."""
     intensity = operations / max(moved, 1)
     if x.device.type != "cuda":
         return f"{intensity:.2g} FLOP a byte; which side binds on a CPU, `rkl bench` measures"
-    device = rates.RATES[rates.architecture(x)]
-    balance = (device.scalar if x.dtype == torch.float32 else device.tensor) / device.memory
+    rates = _HOPPER if torch.cuda.get_device_capability(x.device) >= (9, 0) else _AMPERE
+    balance = (rates.scalar if x.dtype == torch.float32 else rates.tensor) / rates.memory
     side = "memory" if intensity < balance else "arithmetic"
     return f"{side}, with {intensity:.2g} FLOP a byte where {balance:.0f} are in balance"
 

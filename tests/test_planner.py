@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rkl_kernels as rk
 from rkl_kernels.planner import Explanation
@@ -90,6 +91,15 @@ def test_explanation_says_what_the_cuda_plan_is(monkeypatch, answer, fused, reas
     assert told.fused is fused
     assert reason in told.reason
     assert f"{'fused' if fused else 'not fused'}: {told.reason}" in str(told)
+
+
+@pytest.mark.parametrize(("capability", "balance"), [((8, 0), 10), ((8, 9), 10), ((9, 0), 20), ((10, 0), 20)])
+def test_floor_on_a_gpu(monkeypatch, capability, balance):
+    """Operations in fp32 over bytes from memory, by the data sheets: 19.5 T over 2 TB, 67 T over 3.35 TB a second."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with rk.use_backend("reference"), FakeTensorMode():
+        told = rk.explain("trelu", torch.empty(4, device="cuda"))
+    assert told.floor == f"memory, with 0.12 FLOP a byte where {balance} are in balance"
 
 
 needs_cuda_extension = pytest.mark.skipif(

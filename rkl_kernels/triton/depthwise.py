@@ -20,7 +20,7 @@ from .. import ops
 from . import tiles
 from . import window as moving
 from .activation import activate
-from .launch import aligned, alignment, architecture, block, is_wide, run, span, sum_splits
+from .launch import aligned, alignment, block, is_wide, run, span, sum_splits
 
 UNROLLED_TAPS = tl.constexpr(9)
 """Filters up to 3 x 3 are unrolled whole: the loads of all taps are in flight. A 7 x 7 unrolled whole spills."""
@@ -225,12 +225,11 @@ def _image_gradient(grad: Tensor, weight: Tensor, dx: Tensor, window: tuple[int,
 
 def _run_gather(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, window: tuple[int, ...], transposed: bool,
                 activation: int = 0) -> None:  # fmt: skip
-    tile = tiles.GATHER[architecture(x)]
-    channels = min(tile.channels, triton.next_power_of_2(x.shape[1]))
+    channels = min(tiles.CHANNELS, triton.next_power_of_2(x.shape[1]))
     pixels = y.shape[0] * y.shape[2] * y.shape[3]
     run(
         _gather_kernel,
-        (triton.cdiv(pixels, tile.pixels), triton.cdiv(x.shape[1], channels)),
+        (triton.cdiv(pixels, tiles.HERE.gather), triton.cdiv(x.shape[1], channels)),
         x,
         by_tap(weight),
         bias,
@@ -247,10 +246,10 @@ def _run_gather(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, windo
         TRANSPOSED=transposed,
         ACTIVATION=activation,
         ALIGNMENT=min(alignment(x), alignment(y)),
-        PIXELS=tile.pixels,
+        PIXELS=tiles.HERE.gather,
         CHANNELS=channels,
         WIDE=is_wide(span(x, y)),
-        num_warps=tile.warps,
+        num_warps=4,
     )
 
 
@@ -278,8 +277,8 @@ def _gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor, window: tuple[i
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     wanted = taps + want_bias
     block_taps = min(tiles.GRADIENT_TAPS, triton.next_power_of_2(wanted))
-    channels = min(tiles.GRADIENT_CHANNELS, triton.next_power_of_2(C))
-    block_pixels = max(1, min(tiles.GRADIENT_SUMS[architecture(x)] // (block_taps * channels), 4096))
+    channels = min(tiles.CHANNELS, triton.next_power_of_2(C))
+    block_pixels = max(1, min(tiles.HERE.gradient_sums // (block_taps * channels), 4096))
     tap_blocks, channel_blocks = triton.cdiv(wanted, block_taps), triton.cdiv(C, channels)
     steps = triton.cdiv(pixels, block_pixels)
     share = max(1, triton.cdiv(steps, max(1, tiles.PROGRAMS // (tap_blocks * channel_blocks))))

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import rates
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -38,11 +36,6 @@ def interpreter_serves_bf16() -> bool:
     y = torch.zeros_like(x)
     run(_double, (1,), x, y)
     return y.item() == 2.0
-
-
-def architecture(x: Tensor) -> int:
-    """Row of the configuration tables: 90, 80, or 0 for the interpreter."""
-    return 0 if INTERPRETED else rates.architecture(x)
 
 
 def span(*tensors: Tensor) -> int:

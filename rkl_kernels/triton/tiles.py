@@ -1,48 +1,47 @@
-"""Launch configurations, by architecture: 80 and 90 are GPUs, 0 is the interpreter, whose cost is by program.
+"""How much one program of each depthwise kernel has, on a GPU and in the interpreter, whose cost is by program.
 
-Few, and chosen by count rather than by trial at run time. ``benchmarks/static_triton.py`` compiles each of them and
-holds it to no spills and to a block's shared memory; what is said of registers and spills below was read off it.
+Few numbers, the same for every GPU, and chosen by count rather than by trial at run time. With them
+``benchmarks/static_triton.py`` compiles, and holds the result to no spills and to a block's shared memory; what is said
+of registers and spills below was read off it, for programs of 4 warps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .launch import INTERPRETED
+
 PROGRAMS = 1056
 """Programs that a gradient with partial sums aims at: 8 for each of the 132 processors of the largest GPU."""
+CHANNELS = 64
+"""Of 16 bits they are one 128-byte line."""
+GRADIENT_TAPS = 64
+"""In one program of the weight gradient; the taps of larger filters are shared out among programs."""
 
 
 @dataclass(frozen=True)
-class Gather:
-    """Pixels and channels of one program of the depthwise kernel, and its warps."""
+class Tiles:
+    """What one program has.
 
-    pixels: int
-    channels: int
-    warps: int
+    Attributes:
+        gather: pixels of the gather.
+        small_window: columns of the moving window, for filters of up to nine taps.
+        window: the same for larger ones.
+        gradient_sums: sums of the weight gradient, of (pixels, taps, channels).
+    """
 
-
-# 64 channels of 16 bits are one 128-byte line; 32 pixels keep the float32 sums at 16 registers a thread, which leaves
-# room for the loads of nine taps (64 pixels took 180 registers, and spilled in NCHW).
-GATHER = {0: Gather(1024, 64, 4), 80: Gather(32, 64, 4), 90: Gather(32, 64, 4)}
-
-
-@dataclass(frozen=True)
-class Window:
-    """Columns and channels of one program of the moving window, and its warps."""
-
-    columns: int
-    channels: int
-    warps: int
+    gather: int
+    small_window: int
+    window: int
+    gradient_sums: int
 
 
-# Up to nine taps stay in registers beside the sums of three output rows: 8 outputs a thread are 144 registers, 16 were
-# 220. Of larger filters the taps are read again for each row, which pays the more outputs share one: 16 a thread are 18
-# instructions an output and column of seven taps, 8 were 28.
-SMALL_WINDOW = {0: Window(1024, 64, 4), 80: Window(16, 64, 4), 90: Window(16, 64, 4)}
-WINDOW = {0: Window(1024, 64, 4), 80: Window(32, 64, 4), 90: Window(32, 64, 4)}
-
-
-# Of the depthwise weight gradient: the sums of (pixels, taps, channels) in registers, 32 a thread.
-GRADIENT_SUMS = {0: 1 << 20, 80: 4096, 90: 4096}
-GRADIENT_TAPS = 64  # in one program; the taps of larger filters are shared out among programs
-GRADIENT_CHANNELS = 64
+# Gather: 32 pixels keep the float32 sums at 16 registers a thread, which leaves room for the loads of nine taps (64
+# pixels took 180 registers, and spilled in NCHW).
+# Window: up to nine taps stay in registers beside the sums of three output rows: 8 outputs a thread are 144 registers,
+# 16 were 220. Of larger filters the taps are read again for each row, which pays the more outputs share one: 16 a
+# thread are 18 instructions an output and column of seven taps, 8 were 28.
+# Weight gradient: the sums stand in registers, 32 a thread.
+GPU = Tiles(gather=32, small_window=16, window=32, gradient_sums=4096)
+INTERPRETER = Tiles(gather=1024, small_window=1024, window=1024, gradient_sums=1 << 20)
+HERE = INTERPRETER if INTERPRETED else GPU

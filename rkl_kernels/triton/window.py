@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import tiles
 from .activation import activate
-from .launch import aligned, alignment, architecture, block, is_wide, run, span
+from .launch import aligned, alignment, block, is_wide, run, span
 
 MOST_TAPS = 7
 """Of a row and of a column: more sums than these in flight do not fit into a thread's registers."""
@@ -129,10 +129,10 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: in
            dilation: Sequence[int], activation: int) -> None:  # fmt: skip
     """``y`` = ``x`` convolved with ``weight`` (kh, kw, C): see :func:`.depthwise.by_tap`."""
     kh, kw, C = weight.shape
-    tile = (tiles.SMALL_WINDOW if kh * kw <= HELD_TAPS.value else tiles.WINDOW)[architecture(x)]
-    channels = min(tile.channels, triton.next_power_of_2(C))
+    of_program = tiles.HERE.small_window if kh * kw <= HELD_TAPS.value else tiles.HERE.window
+    channels = min(tiles.CHANNELS, triton.next_power_of_2(C))
     columns, height = y.shape[0] * y.shape[3], y.shape[2]
-    across = triton.cdiv(columns, tile.columns), triton.cdiv(C, channels)
+    across = triton.cdiv(columns, of_program), triton.cdiv(C, channels)
     of_one = triton.cdiv(height, dilation[0])  # output rows that one program could have
     # Enough programs for every processor, but not so short ones that they read the rows around theirs in vain.
     pieces = min(triton.cdiv(2 * tiles.PROGRAMS, across[0] * across[1] * dilation[0]), triton.cdiv(of_one, 4 * kh))
@@ -158,8 +158,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: in
         STRIDE=stride,
         ACTIVATION=activation,
         ALIGNMENT=min(alignment(x), alignment(y)),
-        COLUMNS=tile.columns,
+        COLUMNS=of_program,
         CHANNELS=channels,
         WIDE=is_wide(span(x, y)),
-        num_warps=tile.warps,
+        num_warps=4,
     )

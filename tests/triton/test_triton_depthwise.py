@@ -6,7 +6,7 @@ from bounds import TYPES, assert_near, copies, image, magnitudes
 
 import rkl_kernels as rk
 from rkl_kernels.triton import depthwise as kernels
-from rkl_kernels.triton import tiles, window
+from rkl_kernels.triton import tiles
 
 # (N, C, H, W), (kh, kw), stride, padding, dilation, layout
 CASES = {
@@ -74,12 +74,9 @@ GPU_CASES = {
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES)
-def test_tiles_of_a_gpu(case, arch, monkeypatch):
-    """The rows of the tables that GPUs use."""
-    monkeypatch.setattr(kernels, "architecture", lambda x: arch)
-    monkeypatch.setattr(window, "architecture", lambda x: arch)
+def test_tiles_of_a_gpu(case, monkeypatch):
+    monkeypatch.setattr(tiles, "HERE", tiles.GPU)
     monkeypatch.setattr(tiles, "PROGRAMS", 6)
     check(*case, torch.float32)
 
