@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -80,6 +82,22 @@ def test_wheel_is_tagged_abi3(tmp_path):
     assert re.fullmatch(r"resnet_kl-.*-cp310-abi3-.*\.whl", wheel.name)
     files = zipfile.ZipFile(wheel).namelist()
     assert {"rkl_kernels/_C.abi3.so", "rkl_kernels/py.typed", "rkl_kernels/__init__.py"} <= set(files)
+
+
+def test_source_distribution_holds_every_source(tmp_path):
+    """Whether or not there is a CUDA compiler where it is made."""
+    tree = tmp_path / "tree"
+    left_out = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "runs", "dist")
+    shutil.copytree(ROOT, tree, ignore=left_out)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "made")]
+    subprocess.run(command, cwd=tree, env=os.environ | {"FORCE_CUDA": "0"}, capture_output=True, check=True)
+    (archive,) = (tmp_path / "made").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    sources = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.is_file()}
+    assert any(name.endswith(".cu") for name in sources)
+    assert sources <= held
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "tests/conftest.py"} <= held
 
 
 def test_explains_a_call():

@@ -23,6 +23,15 @@ def test_explanation_names_kernel_floor_and_fusion(backend):
     assert told.reason in text
 
 
+@pytest.fixture
+def one_thread():
+    """The profiler does not see what threads of a pool call."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("channels", "outputs", "size", "layout", "fused"),
     [
@@ -32,7 +41,7 @@ def test_explanation_names_kernel_floor_and_fusion(backend):
         (64, 64, 32, torch.channels_last, False),
     ],
 )
-def test_explanation_is_what_the_profiler_sees(channels, outputs, size, layout, fused):
+def test_explanation_is_what_the_profiler_sees(one_thread, channels, outputs, size, layout, fused):
     """On a CPU: a product of the library's for each band, or one over whole images."""
     x = torch.randn(2, channels, size, size).to(memory_format=layout)
     call = x, torch.randn(channels, 1, 3, 3), torch.randn(outputs, channels, 1, 1)
