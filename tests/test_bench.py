@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.run import main as run_main
 from benchmarks.shapes import SHAPES, select
 from rkl_kernels import bench
 from rkl_kernels.bench import Case, contestants, measure, runtimes
+from rkl_kernels.bench import row as row_module
 from rkl_kernels.bench.memory import allocated, peak_memory
 from rkl_kernels.bench.rivals import Rival, eager, error, inputs, layers, ours, reference
 from rkl_kernels.bench.row import Row, from_json, to_json
@@ -299,6 +301,22 @@ def test_a_model_is_timed_in_both_directions_converted_and_not() -> None:
     before = prepared.net[3].weight.clone()
     prepared.step()
     assert not torch.equal(prepared.net[3].weight, before)
+
+
+def test_what_cannot_be_recorded_is_not_timed_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(run: Callable[[], object], pool: object) -> Callable[[], object]:
+        if run is bad:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return run
+
+    def good() -> None: ...
+    def bad() -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(row_module, "recorded", recorded)
+    rejected: dict[str, str] = {}
+    assert row_module._recorded({"ours nhwc": good, "eager nhwc": bad}, rejected) == {"ours nhwc": good}
+    assert rejected == {"eager nhwc": "cannot be recorded: operation not permitted"}
 
 
 @pytest.mark.skipif(allocated() is None, reason="this allocator does not tell how much it has given out: not glibc's")

@@ -145,8 +145,9 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
     product, operations = multiplier(TYPES[case.dtype], device)
     timer = busy_timer if busy else timer_for(device)
     chains = {name: layers(case, run, device) for name, run in runs.items()}
-    pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
-    contestants = {name: recorded(chain, pool) if pool else chain for name, (chain, _) in chains.items()}
+    contestants = {name: chain for name, (chain, _) in chains.items()}
+    if device == "cuda":
+        contestants = _recorded(contestants, rejected)
     times = interleave(contestants | {COPY: copier(case.bytes, device), MATRIX: product}, timer, budget, fastest=busy)
     copy, matrix = times.pop(COPY), times.pop(MATRIX)
     row = Row(case, copy, operations / matrix.seconds, _a_layer(times, chains), rejected)
@@ -155,6 +156,18 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
         row.faulting = _a_layer(interleave(again, timer, budget / 2, fastest=busy), chains)
         keep_memory()
     return row
+
+
+def _recorded(contestants: dict[str, Callable[[], Any]], rejected: dict[str, str]) -> dict[str, Callable[[], Any]]:
+    """Those whose launches can be recorded; the others are rejected."""
+    pool = torch.cuda.graph_pool_handle()
+    found = {}
+    for name, chain in contestants.items():
+        try:
+            found[name] = recorded(chain, pool)
+        except RuntimeError as problem:
+            rejected[name] = f"cannot be recorded: {str(problem).splitlines()[0]}"
+    return found
 
 
 def _a_layer(times: dict[str, Timing], chains: Mapping[str, tuple[Any, int]]) -> dict[str, Timing]:

@@ -49,7 +49,7 @@ def cuda_timer(run: Run, calls: int) -> float:
 
 
 def recorded(run: Run, pool: Any = None) -> Run:
-    """The launches of ``run`` as a CUDA graph, or ``run`` itself where they cannot be recorded.
+    """The launches of ``run`` as a CUDA graph.
 
     A replay costs the host one call, so that the device's time is what the clock sees: autograd's way to a gradient
     takes 0.1 to 0.2 ms, longer than most of the kernels that it launches. A network whose layers are queued ahead of
@@ -57,15 +57,14 @@ def recorded(run: Run, pool: Any = None) -> Run:
 
     On a side stream, whose work alone can be recorded; ``run`` has to be prepared there. Recordings of one ``pool``
     share memory, since nobody reads what they leave.
+
+    Raises:
+        RuntimeError: the launches cannot be recorded. Timed by the host's way they would not compare with the others.
     """
     graph = torch.cuda.CUDAGraph()
     run()  # whatever is made once, a compiled kernel or a library's workspace, is made before the recording
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return run
+    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+        run()
     return graph.replay
 
 

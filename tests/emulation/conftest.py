@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
-    if reason := build.unavailable():
+    if reason := build.unavailable():  # another processor, no g++, no CUDA headers: it says which
         for item in here:
             item.add_marker(pytest.mark.skip(reason=reason))
     if config.getoption("--sanitized", default=False):

@@ -94,6 +94,8 @@ def test_images_are_transposed_where_it_pays(gpu: Gpu) -> None:
     assert transposes(16, "f32", 7) == [False, False]
     assert transposes(16, "bf16", 13) == [False, False]
     assert transposes(3, "bf16", dilation=2) == [False, False]
+    assert transposes(32, "f32", 13) == [True, True]  # the general kernel either way, in NHWC with whole sectors
+    assert transposes(16, "f32", 13) == [False, False]
     assert transposes(16, "bf16", dilation=2, nhwc=True) == [False, False]
 
 
