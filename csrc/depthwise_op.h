@@ -51,9 +51,9 @@ struct DepthwiseOps {
     Conv2d g = conv2d(x, weight, stride, padding, dilation);
     const bool nhwc = suggests_nhwc(x);  // the image's gradient has the image's layout
     g.nhwc = nhwc;
-    g.nhwc = nhwc || Kernels::transposes(g, dtype, mask.size() > 1 && mask[1]);
     check_grad(grad, x, g, g.channels);
     STD_TORCH_CHECK(mask.size() == 3, "mask must have 3 values");
+    g.nhwc = nhwc || Kernels::transposes(g, dtype, mask[1]);
     Tensor dx = mask[0] ? empty_image(x, g.batch, g.channels, g.in_h, g.in_w, g.nhwc) : empty_vector(x, 0);
     Tensor dweight = mask[1] ? empty_filter(weight) : empty_vector(x, 0);
     Tensor dbias = empty_vector(x, mask[2] ? g.channels : 0);

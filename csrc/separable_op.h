@@ -27,6 +27,16 @@ struct PointwiseGradients {
   Tensor *inner, *pointwise, *bias;
 };
 
+// act(out + bias), in place, over the pointwise step's product.
+template <class Kernels>
+Tensor finish_pointwise(const SeparableCall& call, const Tensor& out, const std::optional<Tensor>& bias,
+                        Activation act) {
+  if (bias || act != Activation::none)
+    Kernels::epilogue(out.const_data_ptr(), data_or_null(bias), act, out.mutable_data_ptr(), call.rows, out.size(1),
+                      call.dtype, out);
+  return out;
+}
+
 // The pointwise step as one matrix product over all pixels of NHWC images, for devices without a better way:
 // act(filter (C', C) times image + bias).
 template <class Kernels>
@@ -35,10 +45,7 @@ Tensor pointwise_by_matrix(const SeparableCall& call, const Tensor& image, const
   const Conv2d& g = call.g;
   Tensor out = empty_image(image, g.batch, filter.size(0), g.out_h, g.out_w, true);
   matrix_product(pixel_rows(image), transposed(filter), pixel_rows(out));
-  if (bias || act != Activation::none)
-    Kernels::epilogue(out.const_data_ptr(), data_or_null(bias), act, out.mutable_data_ptr(), call.rows, filter.size(0),
-                      call.dtype, image);
-  return out;
+  return finish_pointwise<Kernels>(call, out, bias, act);
 }
 
 // And its filter's gradient, dz times inner summed over all pixels, into `out`, (C', C).

@@ -101,13 +101,10 @@ struct CudaSeparable : CudaConv {
                                    const std::optional<Tensor>& bias, Activation act) {
     const std::vector<int64_t> ones{1, 1}, zeros{0, 0}, size{filter.size(0), filter.size(1), 1, 1};
     const Tensor filters = torch::stable::view(as_contiguous(filter), size);
-    Tensor out = dense(aten("aten::convolution", "", image, filters, std::optional<Tensor>(), ones, zeros, ones, false,
-                            zeros, int64_t(1)),
-                       true);
-    if (bias || act != Activation::none)
-      epilogue(out.const_data_ptr(), data_or_null(bias), act, out.mutable_data_ptr(), call.rows, filter.size(0),
-               call.dtype, image);
-    return out;
+    const Tensor out = dense(aten("aten::convolution", "", image, filters, std::optional<Tensor>(), ones, zeros, ones,
+                                  false, zeros, int64_t(1)),
+                             true);
+    return finish_pointwise<CudaSeparable>(call, out, bias, act);
   }
   static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,
                           const std::optional<Tensor>& bias, Activation act) {
