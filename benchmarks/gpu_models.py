@@ -27,7 +27,7 @@ DIRECTIONS = ("inference", "training step")
 
 
 def _resnet_kl() -> nn.Module:
-    from rkl.model import ResNetKL
+    from rkl.network.model import ResNetKL
 
     return ResNetKL(classes=10, depth=18, width=64)
 

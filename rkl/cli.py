@@ -35,8 +35,8 @@ class Train(Source):
 
 def train(arguments: Sequence[str]) -> None:
     """Train a model by self-distillation."""
-    from . import report
-    from .train import train as run
+    from .training import report
+    from .training.train import train as run
 
     source, _ = parse(Source, arguments, return_unknown_args=True, add_help=False)
     if source.recipe not in RECIPES:
@@ -72,7 +72,7 @@ class Evaluate:
     """`cpu` or `cuda`; the GPU where there is one."""
 
     def __call__(self) -> None:
-        from .checkpoint import check_classes, open_run
+        from .training.checkpoint import check_classes, open_run
 
         if self.split not in ("test", "val"):
             raise ValueError(f"split must be 'test' or 'val', got {self.split!r}")
@@ -83,12 +83,12 @@ class Evaluate:
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
         run = open_run(self.run, self.checkpoint, device_named(self.device))
-        from . import metrics, report  # these take seconds to import, which a wrong folder need not wait for
-        from .evaluation import collect
-        from .train import load_data
+        from .training import metrics, report  # these take seconds to import, which a wrong folder need not wait for
+        from .training.evaluation import collect
+        from .training.train import load_data
 
         if self.early_exit:
-            from . import exit_report
+            from .deploy import exit_report
 
             record = exit_report.evaluate_early_exit(run, self.target_accuracy, self.target_macs, self.checkpoint)
             title = f"{run.config.model} on {run.config.data}: early exit on the test images"
@@ -123,9 +123,9 @@ class Predict:
     """`cpu` or `cuda`; the GPU where there is one."""
 
     def __call__(self) -> None:
-        from .checkpoint import open_run
-        from .model import ResNetKL
-        from .predict import predict, thresholds_of
+        from .deploy.predict import predict, thresholds_of
+        from .network.model import ResNetKL
+        from .training.checkpoint import open_run
 
         if not self.images:
             raise ValueError("images must name at least one file, got none")
@@ -171,7 +171,7 @@ class Experiments:
     """YAML file of settings that take the place of the scale's, for every row."""
 
     def __call__(self) -> None:
-        from . import experiments, tables
+        from .paper import experiments, tables
 
         overrides = experiments.read_overrides(self.config) if self.config else {}
         if self.data_root:
@@ -189,7 +189,8 @@ class Report:
     """Folder of a run or of experiments."""
 
     def __call__(self) -> None:
-        from . import report, tables
+        from .paper import tables
+        from .training import report
 
         write = report.write_report if (self.folder / "config.yaml").exists() else tables.write
         print(f"report: {write(self.folder)}")
@@ -207,7 +208,7 @@ class Info:
         import rkl_kernels as rk
 
         from . import data
-        from .build import model_names
+        from .network.build import model_names
 
         everything = not (self.models or self.datasets or self.backends)
         if self.models or everything:
@@ -239,12 +240,12 @@ class Prune:
     """`cpu` or `cuda`, for the cut; the GPU where there is one."""
 
     def __call__(self) -> None:
-        from . import report
-        from .checkpoint import open_run
-        from .slim import slim_run
+        from .deploy.prune import prune_run
+        from .training import report
+        from .training.checkpoint import open_run
 
         run = open_run(self.run, self.checkpoint, device_named(self.device))
-        slim_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs)
+        prune_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs)
         before, after = (report.read_metrics(folder) for folder in (self.run, self.out))
         rows = [
             [name, *report.size_rows(record)[-1][1:], f"{record['test'][-1]['accuracy']:.2%}"]
@@ -270,8 +271,8 @@ class Export:
     """`cpu` or `cuda`, which the torch.export file is then for; the GPU where there is one."""
 
     def __call__(self) -> None:
-        from .checkpoint import open_run
-        from .export import export
+        from .deploy.export import export
+        from .training.checkpoint import open_run
 
         run = open_run(self.run, self.checkpoint, device_named(self.device))
         for name in self.format:

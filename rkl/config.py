@@ -12,8 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .blocks import ActivationName, BlockOptions, GateKind, ScaleMode
 from .distill import LossWeights
+from .network.blocks import ActivationName, BlockOptions, GateKind, ScaleMode
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 

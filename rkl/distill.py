@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import Exits
+from .network.model import Exits
 
 
 @dataclass(frozen=True)

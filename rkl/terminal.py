@@ -52,7 +52,7 @@ def device_named(name: str | None) -> str:
     """The device to use: the one asked for, or the GPU where there is one."""
     import torch
 
-    from .evaluation import default_device
+    from .training.evaluation import default_device
 
     kind = name or str(default_device())
     if kind.split(":")[0] not in ("cpu", "cuda") or (kind != "cpu" and not torch.cuda.is_available()):

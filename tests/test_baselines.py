@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rkl import baselines
-from rkl.baselines import BASELINES, create
-from rkl.replknet import RepLKNet
+from rkl.network import baselines
+from rkl.network.baselines import BASELINES, create
+from rkl.network.replknet import RepLKNet
 
 # The parameter counts that torchvision (weights' meta data) and timm (results tables) publish for 1,000 classes.
 PUBLISHED = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rkl.comparison import Estimate, estimate, holm, impossible, paired_difference, smallest_decidable
+from rkl.paper.comparison import Estimate, estimate, holm, impossible, paired_difference, smallest_decidable
 
 
 def test_interval_agrees_with_scipy():

@@ -9,16 +9,16 @@ import pytest
 import torch
 import yaml
 
-from rkl import experiments, latency, records, tables
-from rkl.checkpoint import RunError
 from rkl.cli import main
-from rkl.comparison import estimate
-from rkl.compute import macs
 from rkl.distill import LossWeights
-from rkl.experiments import experiment
-from rkl.gradients import gradient_norms, shares
-from rkl.model import ResNetKL
-from rkl.rows import FACTORS, ROWS, TABLES, Row, Table
+from rkl.network.model import ResNetKL
+from rkl.paper import experiments, latency, records, tables
+from rkl.paper.comparison import estimate
+from rkl.paper.compute import macs
+from rkl.paper.experiments import experiment
+from rkl.paper.gradients import gradient_norms, shares
+from rkl.paper.rows import FACTORS, ROWS, TABLES, Row, Table
+from rkl.training.checkpoint import RunError
 
 pytestmark = pytest.mark.xdist_group("experiments")  # one worker, so that the pass below is made once
 

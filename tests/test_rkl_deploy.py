@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from rkl import early_exit, exit_report, metrics, prune, slim
-from rkl import train as trainer
-from rkl.checkpoint import open_run
 from rkl.cli import main
 from rkl.config import Config
-from rkl.model import ResNet, ResNetKL
+from rkl.deploy import exit_report, prune
+from rkl.network.model import ResNet, ResNetKL
+from rkl.slimming import early_exit, pruning
+from rkl.training import metrics
+from rkl.training import train as trainer
+from rkl.training.checkpoint import open_run
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_early_exit_command(run: Path, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("share", [0.5, 0.8])
 def test_cut_to_macs(model: ResNetKL, share: float) -> None:
     image = torch.zeros(1, 1, 8, 8)
-    cut = slim.cut_to_macs(model, image, share)
+    cut = prune.cut_to_macs(model, image, share)
     assert metrics.count_macs(cut, image) <= share * metrics.count_macs(model, image)
     assert cut(image).shape == (1, 3)
 
@@ -138,12 +140,12 @@ def test_cut_to_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = ResNet(3, 18, 8, 1, 8).eval(), torch.zeros(1, 1, 8, 8)
     whole = metrics.count_parameters(model.deploy())
     pretend(lambda m: 10 * metrics.count_parameters(m) / whole, monkeypatch)
-    assert metrics.count_parameters(slim.cut_to_latency(model, image, 6.0).deploy()) <= 0.6 * whole
+    assert metrics.count_parameters(prune.cut_to_latency(model, image, 6.0).deploy()) <= 0.6 * whole
     pretend(lambda m: 5.0, monkeypatch)
     with pytest.raises(ValueError, match="makes the model faster"):
-        slim.cut_to_latency(model, image, 6.0)
+        prune.cut_to_latency(model, image, 6.0)
     with pytest.raises(ValueError, match="within reach"):
-        slim.cut_to_latency(model, image, 4.0)
+        prune.cut_to_latency(model, image, 4.0)
 
 
 def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -151,7 +153,7 @@ def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     before, after = (open_run(folder).model for folder in (run, tmp_path / "slim"))
     image = torch.zeros(1, 1, 8, 8)
     assert metrics.count_macs(after, image) <= 0.5 * metrics.count_macs(before, image)
-    assert prune.channel_plan(after).keys() == prune.channel_plan(before).keys()
+    assert pruning.channel_plan(after).keys() == pruning.channel_plan(before).keys()
     assert "after" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ from rkl.distill import (
     logit_distillation,
     training_losses,
 )
-from rkl.model import Exits
+from rkl.network.model import Exits
 
 
 def softmax(row: list[float]) -> list[float]:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import rkl_kernels as rk
-from rkl.blocks import BlockOptions, Gate, MultiScaleDepthwise, MultiScaleSeparable
-from rkl.model import Exits, ResNet, ResNetKL
+from rkl.network.blocks import BlockOptions, Gate, MultiScaleDepthwise, MultiScaleSeparable
+from rkl.network.model import Exits, ResNet, ResNetKL
 
 OPTIONS = [
     BlockOptions(),

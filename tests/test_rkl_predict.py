@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from rkl import predict as prediction
-from rkl import train as trainer
-from rkl.checkpoint import open_run
 from rkl.cli import main
 from rkl.config import Config
 from rkl.data import DataError, load
 from rkl.data.formats import image_tensor
-from rkl.early_exit import early_exit, operate
-from rkl.model import ResNetKL
+from rkl.deploy import predict as prediction
+from rkl.network.model import ResNetKL
+from rkl.slimming.early_exit import early_exit, operate
+from rkl.training import train as trainer
+from rkl.training.checkpoint import open_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from rkl import prune
-from rkl.blocks import BlockOptions
 from rkl.distill import LossWeights, training_losses
-from rkl.model import ResNet, ResNetKL, all_exits
+from rkl.network.blocks import BlockOptions
+from rkl.network.model import ResNet, ResNetKL, all_exits
+from rkl.slimming import pruning
 
 MODELS = {
     "kl18": lambda: ResNetKL(5, 18, 10, 2, 8),
@@ -37,7 +37,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return total.item()
 
 
-def silence(model: nn.Module, cut: prune.Cut) -> None:
+def silence(model: nn.Module, cut: pruning.Cut) -> None:
     """Zero what a cut will take: gamma and beta of its channels, so that nothing reaches the layers after them."""
     parameters = dict(model.named_parameters())
     for name, kept in cut.items():
@@ -59,15 +59,15 @@ def test_cutting_silent_channels_changes_nothing(name: str) -> None:
         step(model, optimizer)
     images, _ = batch()
     model.eval()
-    cut = prune.plan_cut(model, images, 0.3)
+    cut = pruning.plan_cut(model, images, 0.3)
     silence(model, cut)
     with torch.no_grad():
         expected = all_exits(model, images)
-        before = prune.channel_plan(model)
-        prune.apply_cut(model, cut)
+        before = pruning.channel_plan(model)
+        pruning.apply_cut(model, cut)
         for ours, theirs in zip(all_exits(model, images).logits, expected.logits, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    after = prune.channel_plan(model)
+    after = pruning.channel_plan(model)
     assert sum(map(sum, after.values())) < sum(map(sum, before.values()))
 
 
@@ -82,11 +82,11 @@ def test_training_goes_on_after_a_cut(name: str) -> None:
     follower = copy.deepcopy(model)
     momenta = {n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()}
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    cut = prune.prune(model, batch()[0], 0.3, optimizer, [follower])
+    cut = pruning.prune(model, batch()[0], 0.3, optimizer, [follower])
     for n, parameter in model.named_parameters():
         kept = cut.get(n, {})
-        assert torch.equal(parameter, prune.narrow(weights[n], kept)), n
-        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], prune.narrow(momenta[n], kept)), n
+        assert torch.equal(parameter, pruning.narrow(weights[n], kept)), n
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], pruning.narrow(momenta[n], kept)), n
     assert len(optimizer.state) == len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     for (n, ours), theirs in zip(model.state_dict().items(), follower.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), n
@@ -102,9 +102,9 @@ def test_the_least_important_channels_leave() -> None:
     with torch.no_grad():
         unit.conv.weight[[1, 4, 7]] *= 1e-3
         unit.norm.weight[[1, 4, 7]] = 1e-3
-    cut = prune.plan_cut(model, batch()[0], 0.3)
+    cut = pruning.plan_cut(model, batch()[0], 0.3)
     kept = set(cut["stages.0.0.branch.0.conv.weight"][0].tolist())
-    assert len(kept) == prune.channels_kept(10, 0.3) == 8
+    assert len(kept) == pruning.channels_kept(10, 0.3) == 8
     assert len(kept & {1, 4, 7}) == 1
 
 
@@ -123,7 +123,7 @@ def test_the_least_important_channels_leave() -> None:
 )
 def test_channels_kept(channels: int, ratio: float, kept: int) -> None:
     """Multiples of 8 where the ratio spans 8 channels, of a smaller power of two where it does not; never too few."""
-    assert prune.channels_kept(channels, ratio) == kept
+    assert pruning.channels_kept(channels, ratio) == kept
     assert kept >= channels * (1 - ratio)
 
 
@@ -132,24 +132,24 @@ def test_a_plan_rebuilds_the_pruned_model(name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
     images, _ = batch()
-    prune.prune(model, images, 0.3)
+    pruning.prune(model, images, 0.3)
     again = MODELS[name]()
-    prune.apply_plan(again, prune.channel_plan(model))
+    pruning.apply_plan(again, pruning.channel_plan(model))
     again.load_state_dict(model.state_dict())
     model.eval()
     again.eval()
     with torch.no_grad():
         assert torch.equal(model(images), again(images))
         torch.testing.assert_close(again.deploy()(images), model(images), rtol=1e-4, atol=1e-4)
-    assert prune.channel_plan(again) == prune.channel_plan(model)
-    prune.prune(again, images, 0.3)
+    assert pruning.channel_plan(again) == pruning.channel_plan(model)
+    pruning.prune(again, images, 0.3)
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
     model = ResNet(5, 18, 4, 2, 8)
     with pytest.raises(ValueError, match="must name this model's layers"):
-        prune.apply_plan(model, prune.channel_plan(ResNetKL(5, 18, 4, 2, 8)))
-    plan = prune.channel_plan(model)
+        pruning.apply_plan(model, pruning.channel_plan(ResNetKL(5, 18, 4, 2, 8)))
+    plan = pruning.channel_plan(model)
     plan["fc"] = [33, 5]
     with pytest.raises(ValueError, match="channels in of fc must be between 1 and 32, got 33"):
-        prune.apply_plan(model, plan)
+        pruning.apply_plan(model, plan)

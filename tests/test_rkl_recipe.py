@@ -13,13 +13,14 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision.amp import MixedPrecision
 
-from rkl import checkpoint, prune
-from rkl import train as trainer
 from rkl.cli import main
 from rkl.config import Config
 from rkl.distill import gammas
-from rkl.learner import Learner, make_fabric, parameter_groups
-from rkl.model import ResNet, ResNetKL
+from rkl.network.model import ResNet, ResNetKL
+from rkl.slimming import pruning
+from rkl.training import checkpoint
+from rkl.training import train as trainer
+from rkl.training.learner import Learner, make_fabric, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,7 +95,7 @@ def test_a_cut_keeps_channels_last_and_ranks_by_taylor_too(tmp_path: Path) -> No
         conv = learner.model.stages[0][0].branch[0].conv
         for weight in (norm.weight, norm.bias, conv.pointwise.weight):
             weight.grad[3] = 0
-    cut = prune.plan_cut(learner.model, torch.zeros(2, 1, 8, 8), 0.2, "taylor")
+    cut = pruning.plan_cut(learner.model, torch.zeros(2, 1, 8, 8), 0.2, "taylor")
     assert 3 not in cut["stages.0.0.branch.0.norm.weight"][0].tolist()
     learner.prune(torch.zeros(2, 1, 8, 8), 0.2)
     images = [p for p in learner.model.parameters() if p.ndim == 4]
@@ -166,7 +167,7 @@ def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
     model = ResNetKL(2, 18, 8, 1, 8)
     head = model.fc.weight[:, :3].detach().clone()
     tuned = checkpoint.start_from(model, first.out)
-    plan, own = prune.channel_plan(wanted), prune.channel_plan(tuned)
+    plan, own = pruning.channel_plan(wanted), pruning.channel_plan(tuned)
     assert {name for name in plan if plan[name] != own[name]} == {"fc", *(f"exits.{i}.fc" for i in range(3))}
     for name, value in tuned.state_dict().items():
         if ".fc." not in f".{name}":

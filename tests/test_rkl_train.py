@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from two_processes import SETTINGS
 
-from rkl import checkpoint
-from rkl import train as trainer
 from rkl.cli import main
 from rkl.config import Config, from_plain, read_yaml, to_plain
 from rkl.distill import LossWeights
+from rkl.training import checkpoint
+from rkl.training import train as trainer
 
 TINY = Config(
     width=4,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from rkl import train as trainer
 from rkl.config import Config
 from rkl.distill import LossWeights
+from rkl.training import train as trainer
 
 SETTINGS = {
     "width": 4,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import rkl_kernels as rk
-from rkl.blocks import BlockOptions
 from rkl.distill import LossWeights, training_losses
-from rkl.model import ResNetKL, all_exits
+from rkl.network.blocks import BlockOptions
+from rkl.network.model import ResNetKL, all_exits
 from rkl_kernels.backends import choose
 
 from .conftest import Gpu

@@ -6,7 +6,7 @@ from torch import nn
 
 import rkl_kernels as rk
 
-model = pytest.importorskip("rkl.model")
+model = pytest.importorskip("rkl.network.model")
 
 
 def test_gradients_of_a_whole_step():

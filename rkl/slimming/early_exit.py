@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rkl_kernels as rk
 
-from .model import ResNet
+from ..network.model import ResNet
 
 NEVER = 2.0
 """A threshold no probability reaches: the exit is not used."""

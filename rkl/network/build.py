@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from torch import nn
 
+from ..config import Config
+from . import baselines
 from .blocks import BlockOptions
-from .config import Config
 from .model import ResNet, ResNetKL
 
 OWN: dict[str, tuple[BlockOptions, bool]] = {
@@ -19,15 +18,7 @@ OWN: dict[str, tuple[BlockOptions, bool]] = {
 
 def model_names() -> list[str]:
     """What ``--model`` takes."""
-    return [*OWN, *(_baselines().BASELINES if _baselines() else [])]
-
-
-def _baselines():  # type: ignore[no-untyped-def]
-    if importlib.util.find_spec("rkl.baselines") is None:
-        return None
-    from . import baselines
-
-    return baselines
+    return [*OWN, *baselines.BASELINES]
 
 
 def build_model(config: Config, classes: int, channels: int, image_size: int) -> nn.Module:
@@ -45,4 +36,4 @@ def build_model(config: Config, classes: int, channels: int, image_size: int) ->
         return ResNet(*shape)
     if config.model not in model_names():
         raise ValueError(f"model must be one of {', '.join(model_names())}, got {config.model!r}")
-    return _baselines().create(config.model, classes, channels, image_size, config.width)
+    return baselines.create(config.model, classes, channels, image_size, config.width)

@@ -11,12 +11,13 @@ from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import checkpoint, prune
-from .blocks import MultiScaleDepthwise
-from .build import build_model
-from .config import Config
-from .data import Dataset
-from .distill import add_l1_gradient
+from ..config import Config
+from ..data import Dataset
+from ..distill import add_l1_gradient
+from ..network.blocks import MultiScaleDepthwise
+from ..network.build import build_model
+from ..slimming import pruning
+from . import checkpoint
 from .evaluation import default_device, precision_on
 
 
@@ -114,7 +115,7 @@ class Learner:
     def prune(self, example: Tensor, ratio: float) -> None:
         """One cut of the model, and of all that follows it; the processes' models are the same, so their cuts are."""
         followers = [self.average.module] if self.average else []
-        prune.prune(self.model, example, ratio, self.optimizer, followers, self.config.importance)
+        pruning.prune(self.model, example, ratio, self.optimizer, followers, self.config.importance)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a run needs to go on, by name."""
@@ -131,7 +132,7 @@ class Learner:
     def facts(self) -> dict[str, Any]:
         """What else a run needs to go on, as JSON: the plan of channels and the scaler's state."""
         return {
-            "plan": prune.channel_plan(self.model),
+            "plan": pruning.channel_plan(self.model),
             "scaler": self.fabric.strategy.precision.state_dict(),
         }
 

@@ -18,8 +18,8 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from .blocks import SEPARABLE
-from .model import all_exits
+from ..network.blocks import SEPARABLE
+from ..network.model import all_exits
 
 Side = Literal["in", "out"]
 Importance = Literal["magnitude", "taylor"]

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import prune
-from .build import build_model
-from .config import Config, read_yaml
+from ..config import Config, read_yaml
+from ..network.build import build_model
+from ..slimming import pruning
 
 
 class RunError(ValueError):
@@ -64,10 +64,10 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def restore_model(model: nn.Module, tensors: dict[str, Tensor], plan: prune.Plan, source: Path) -> None:
+def restore_model(model: nn.Module, tensors: dict[str, Tensor], plan: pruning.Plan, source: Path) -> None:
     """Give the model the checkpoint's channels and values."""
     try:
-        prune.apply_plan(model, plan)
+        pruning.apply_plan(model, plan)
         model.load_state_dict(tensors)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -134,15 +134,15 @@ def start_from(model: nn.Module, folder: Path) -> nn.Module:
     """
     tensors, facts = load(folder / "checkpoints", "last")
     source = folder / "checkpoints" / "last.json"
-    plan, classes = prune.channel_plan(model), len(facts["classes"])
+    plan, classes = pruning.channel_plan(model), len(facts["classes"])
     own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     heads = {name for name in own if facts["plan"].get(name, [0, 0])[1] == classes != plan[name][1]}
     wanted = facts["plan"] | {name: [facts["plan"][name][0], plan[name][1]] for name in heads}
     given = part(tensors, "ema." if any(key.startswith("ema.") for key in tensors) else "model.")
     kept = {key: value for key, value in given.items() if key.rpartition(".")[0] not in heads}
     try:
-        prune.apply_plan(model, wanted)
+        pruning.apply_plan(model, wanted)
     except ValueError as error:
         raise RunError(f"{source}: weights must be of this configuration's model, got another: {error}") from error
-    restore_model(model, model.state_dict() | kept, prune.channel_plan(model), source)
+    restore_model(model, model.state_dict() | kept, pruning.channel_plan(model), source)
     return model

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import metrics, prune
-from .checkpoint import Run, check_classes, example_image
-from .train import load_data, train
+from ..slimming import pruning
+from ..training import metrics
+from ..training.checkpoint import Run, check_classes, example_image
+from ..training.train import load_data, train
 
 LATENCY_BATCH = 16
 
@@ -58,11 +59,11 @@ def _deployed(model: nn.Module) -> nn.Module:
 
 def _smallest_cut(model: nn.Module, image: Tensor, fits: Callable[[nn.Module], bool], target: str) -> nn.Module:
     slim = copy.deepcopy(model)
-    prune.prune(slim, image, prune.smallest_ratio(model, image, fits, target))
+    pruning.prune(slim, image, pruning.smallest_ratio(model, image, fits, target))
     return slim
 
 
-def slim_run(run: Run, out: Path, target_macs: float | None, target_latency_ms: float | None, epochs: int) -> None:
+def prune_run(run: Run, out: Path, target_macs: float | None, target_latency_ms: float | None, epochs: int) -> None:
     """Cut a run's model to one target and train it on in a run folder of its own.
 
     The learning rate starts at a tenth of the run's and falls to zero along half a cosine; everything else is the

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rkl_kernels as rk
 
-from .checkpoint import Run, example_image
+from ..training.checkpoint import Run, example_image
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
 

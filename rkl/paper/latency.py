@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from . import metrics, prune
-from .build import build_model
-from .config import from_plain
-from .evaluation import default_device
+from ..config import from_plain
+from ..network.build import build_model
+from ..slimming import pruning
+from ..training import metrics
+from ..training.evaluation import default_device
 from .records import Results, Run
 
 BATCH = 16
@@ -35,7 +36,7 @@ def rebuilt(run: Run) -> nn.Module:
     """The deployed network of a run with its channels and arbitrary weights, on which speed does not depend."""
     config, (channels, size) = from_plain(run.config), run.metrics["image"]
     model = build_model(replace(config, weights=None), len(run.metrics["classes"]), channels, size)
-    prune.apply_plan(model, run.metrics["plan"])
+    pruning.apply_plan(model, run.metrics["plan"])
     return model.eval().deploy() if hasattr(model, "deploy") else model.eval()
 
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from ..config import Config, read_yaml, to_plain
 from .checkpoint import RunError, write_text
-from .config import Config, read_yaml, to_plain
 
 MAY_CHANGE = {"out", "data_root", "download", "compile"}
 """Fields that a resumed run may set anew: they say where and how fast, not what."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import open_run, write_text
-from .distill import LossWeights, gammas, training_losses
-from .evaluation import default_device
-from .train import load_data, outputs, steps_an_epoch, training_batches
+from ..distill import LossWeights, gammas, training_losses
+from ..training.checkpoint import open_run, write_text
+from ..training.evaluation import default_device
+from ..training.train import load_data, outputs, steps_an_epoch, training_batches
 
 BATCHES = 4
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Run, RunError
-from .data import DataError
-from .data.formats import image_tensor
-from .early_exit import NEVER, early_exit
-from .model import ResNet
+from ..data import DataError
+from ..data.formats import image_tensor
+from ..network.model import ResNet
+from ..slimming.early_exit import NEVER, early_exit
+from ..training.checkpoint import Run, RunError
 
 BATCH = 64
 """Images that are in memory at once."""

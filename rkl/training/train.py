@@ -15,14 +15,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from . import checkpoint, early_exit, metrics, prune, report
-from . import data as datasets
-from .config import Config, to_plain
-from .data import Dataset
-from .distill import gamma_l1, training_losses
+from .. import data as datasets
+from ..config import Config, to_plain
+from ..data import Dataset
+from ..distill import gamma_l1, training_losses
+from ..network.model import Exits, ResNetKL
+from ..slimming import early_exit, pruning
+from . import checkpoint, metrics, report
 from .evaluation import collect, evaluate, evaluation_batches, precision_on, size_of
 from .learner import Learner, make_fabric
-from .model import Exits, ResNetKL
 from .run_log import RunLog, TrainingProgress
 
 TIMED = 16
@@ -257,7 +258,7 @@ def cut_ratio(config: Config, model: nn.Module, image: Tensor, cuts: list[dict[s
     first = cuts[0]["before"]["macs"] if cuts else macs
     limit = first * config.prune_macs ** ((len(cuts) + 1) / len(config.cut_epochs))
     target = f"prune_macs {config.prune_macs}"
-    return prune.smallest_ratio(model, image, lambda slim: metrics.count_macs(slim, image) <= limit, target)
+    return pruning.smallest_ratio(model, image, lambda slim: metrics.count_macs(slim, image) <= limit, target)
 
 
 def taylor_gradients(config: Config, learner: Learner, data: Dataset, epoch: int) -> None:
@@ -295,7 +296,7 @@ def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any
         "val": rows[-1]["val"] if rows else [],
         "training_loss": rows[-1]["losses"] if rows else {},
         "size": size_of(model, example),
-        "plan": prune.channel_plan(model),
+        "plan": pruning.channel_plan(model),
         "image": [data.channels, data.image_size],
         "cuts": facts["cuts"],
         "thresholds": thresholds,

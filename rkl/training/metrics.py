@@ -20,7 +20,7 @@ from torchmetrics.functional.classification import (
 
 import rkl_kernels as rk
 
-from .model import all_exits
+from ..network.model import all_exits
 
 ExitMetrics = dict[str, float]
 

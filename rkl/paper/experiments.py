@@ -1,4 +1,4 @@
-"""The paper's tables and one-factor comparisons (:mod:`rkl.rows`) as sets of runs in folders.
+"""The paper's tables and one-factor comparisons (:mod:`rkl.paper.rows`) as sets of runs in folders.
 
 A cell is one row trained with one seed, in its own folder and its own process; rows that several tables share are
 trained once. Seed s gives every row the same validation split, the same batches and the same initial values where two
@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from .checkpoint import RunError, write_text
+from ..config import Config, from_plain, read_plain, read_yaml, to_plain
+from ..training.checkpoint import RunError, write_text
+from ..training.run_log import MAY_CHANGE
+from ..training.train import load_data, train
 from .compute import at_macs, cut_to_macs, macs
-from .config import Config, from_plain, read_plain, read_yaml, to_plain
 from .gradients import record_gradients
 from .rows import ROWS, SCALES, TABLES
-from .run_log import MAY_CHANGE
-from .train import load_data, train
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def run(
         only: the rows to train now; all of the table's by default. The record is of the whole table either way.
 
     Returns:
-        The plan's record; :func:`rkl.tables.write` makes the page from it.
+        The plan's record; :func:`rkl.paper.tables.write` makes the page from it.
 
     Raises:
         RunError: a folder holds a run of other settings, or cells failed; the others are finished all the same.
@@ -197,7 +197,7 @@ def _in_own_process(config: Config, device: int | None, threads: int) -> str | N
     # A fork of a process that has initialised CUDA cannot use it, and importing the kernels initialises it.
     context = multiprocessing.get_context("forkserver" if device is None else "spawn")
     if device is None:
-        context.set_forkserver_preload(["rkl.experiments", *SLOW_IMPORTS])
+        context.set_forkserver_preload(["rkl.paper.experiments", *SLOW_IMPORTS])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_train_cell, args=(to_plain(config), threads, sender))
     with _only_device(device):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import metrics, report
-from .checkpoint import Run, RunError, check_classes, example_image, write_text
-from .early_exit import OperatingPoint, calibrate, early_exit, exit_costs, frontier, keeping_accuracy, operate
-from .evaluation import evaluation_batches
-from .model import ResNetKL
-from .train import load_data
+from ..network.model import ResNetKL
+from ..slimming.early_exit import OperatingPoint, calibrate, early_exit, exit_costs, frontier, keeping_accuracy, operate
+from ..training import metrics, report
+from ..training.checkpoint import Run, RunError, check_classes, example_image, write_text
+from ..training.evaluation import evaluation_batches
+from ..training.train import load_data
 
 BATCH = 100
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .config import CUTS, RECIPES
+from ..config import CUTS, RECIPES
 
 
 @dataclass(frozen=True)

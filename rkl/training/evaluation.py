@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from . import data as datasets
+from .. import data as datasets
+from ..config import Config, Precision
+from ..data import Dataset, Split
 from . import metrics
-from .config import Config, Precision
-from .data import Dataset, Split
 
 
 def default_device() -> torch.device:

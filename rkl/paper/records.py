@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .checkpoint import RunError
+from ..training.checkpoint import RunError
 from .comparison import Estimate, estimate, paired_difference
 
 
@@ -91,4 +91,4 @@ def _load_run(folder: Path) -> Run:
 
 def published() -> dict[str, Any]:
     """The figures that others printed (published.yaml)."""
-    return yaml.safe_load(resources.files("rkl").joinpath("published.yaml").read_text())
+    return yaml.safe_load(resources.files("rkl.paper").joinpath("published.yaml").read_text())

@@ -7,9 +7,10 @@ from functools import cache
 
 import torch
 
-from . import metrics, prune
-from .build import build_model
-from .config import Config
+from ..config import Config
+from ..network.build import build_model
+from ..slimming import pruning
+from ..training import metrics
 
 KEPT = 0.667
 """Share of its multiply-accumulates that the cuts leave a network whose compute is given."""
@@ -21,7 +22,7 @@ def _macs(config: Config, classes: int, channels: int, image_size: int) -> int:
     image = torch.zeros(1, channels, image_size, image_size)
     # How many channels a cut leaves depends on their number alone, so any weights do.
     for _ in config.cut_epochs if config.prune_macs is None else ():
-        prune.prune(model, image, config.prune_ratio)
+        pruning.prune(model, image, config.prune_ratio)
     return round(metrics.count_macs(model, image) * (config.prune_macs or 1))
 
 

@@ -1,6 +1,6 @@
 """The page of `rkl report`: the paper's tables beside ours, what each factor is worth, and what cannot be.
 
-Every figure of ours is read from run records (:mod:`rkl.records`), every other one from published.yaml.
+Every figure of ours is read from run records (:mod:`rkl.paper.records`), every other one from published.yaml.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..training.checkpoint import write_text
+from ..training.report import exit_names, markdown_table
 from . import figures
-from .checkpoint import write_text
 from .comparison import Estimate, Judged, f1_ceiling, holm, impossible, smallest_decidable
 from .experiments import slug
 from .latency import Latency, measure
 from .records import Results, Run, load_results, published
-from .report import exit_names, markdown_table
 from .rows import FACTORS, TABLES, Factor
 
 NEGLIGIBLE = 0.2

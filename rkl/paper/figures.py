@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..training.report import new_figure, plot_confusion, tidy
 from .latency import Latency
 from .records import Results, Run
-from .report import new_figure, plot_confusion, tidy
 
 
 def _colours(count: int) -> list[Any]:

@@ -1,0 +1,1 @@
+"""The networks: ResNet, ResNet-KL, their blocks, and the paper's baselines."""

@@ -1,0 +1,1 @@
+"""The trainer: one flat loop, and the run folder that it writes."""
