@@ -81,7 +81,7 @@ def extensions() -> tuple[list, dict]:
     modules = [
         CppExtension(
             "rkl_kernels._C",
-            sources("csrc/ops.cpp", "csrc/cpu/*.cpp"),
+            sources("csrc/ops.cpp", "csrc/cpu/**/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
             depends=headers,
             extra_compile_args={"cxx": CXX_FLAGS},

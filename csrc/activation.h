@@ -18,7 +18,7 @@ enum class Activation : int { none = 0, relu, relu6, trelu, silu, gelu };
 RKL_HOST_DEVICE inline float trelu(float x) { return x > 0.f ? x : tanhf(x); }
 
 // dy/dx told from the output alone: 1 where y > 0, else 1 - tanh^2 = 1 - y^2.
-RKL_HOST_DEVICE inline float trelu_slope(float y) { return y > 0.f ? 1.f : 1.f - y * y; }
+RKL_HOST_DEVICE inline float trelu_derivative(float y) { return y > 0.f ? 1.f : 1.f - y * y; }
 
 RKL_HOST_DEVICE inline float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
@@ -39,29 +39,29 @@ RKL_HOST_DEVICE inline float activate(Activation a, float x) {
   }
 }
 
-// The activation's slope told from its output y; silu and gelu are not monotonic, so they have none.
-RKL_HOST_DEVICE inline float slope_from_output(Activation a, float y) {
+// The activation's derivative, from its output y; silu and gelu are not monotonic, so they have none.
+RKL_HOST_DEVICE inline float derivative_from_output(Activation a, float y) {
   switch (a) {
     case Activation::relu:
       return y > 0.f ? 1.f : 0.f;
     case Activation::relu6:
       return y > 0.f && y < 6.f ? 1.f : 0.f;
     case Activation::trelu:
-      return trelu_slope(y);
+      return trelu_derivative(y);
     default:
       return 1.f;
   }
 }
 
-// The activation's slope told from its input x.
-RKL_HOST_DEVICE inline float slope_from_input(Activation a, float x) {
+// The activation's derivative, from its input x.
+RKL_HOST_DEVICE inline float derivative_from_input(Activation a, float x) {
   switch (a) {
     case Activation::relu:
       return x > 0.f ? 1.f : 0.f;
     case Activation::relu6:
       return x > 0.f && x < 6.f ? 1.f : 0.f;
     case Activation::trelu:
-      return trelu_slope(trelu(x));
+      return trelu_derivative(trelu(x));
     case Activation::silu: {
       const float s = sigmoid(x);
       return s * (1.f + x * (1.f - s));

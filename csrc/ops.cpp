@@ -1,7 +1,7 @@
 // The operators on the CPU: guards, outputs and layouts here, arithmetic in cpu/. Schemas: rkl_kernels/ops.py.
 #include "cpu/kernels.h"
-#include "cpu/pointwise.h"
-#include "cpu/separable.h"
+#include "cpu/separable/pointwise.h"
+#include "cpu/separable/separable.h"
 #include "depthwise_op.h"
 #include "module.h"
 #include "separable_op.h"
@@ -34,9 +34,9 @@ struct CpuConv : PyTorchFormats {
                        Dtype dtype, const Tensor&) {
     cpu::kernels(dtype).epilogue(z, bias, act, out, rows, channels, dtype);
   }
-  static void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t rows,
-                    int64_t channels, Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).slope(grad, values, act, from_output, out, rows * channels, dtype);
+  static void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out,
+                                  int64_t rows, int64_t channels, Dtype dtype, const Tensor&) {
+    cpu::kernels(dtype).activation_backward(grad, values, act, from_output, out, rows * channels, dtype);
   }
   static bool takes_planes(const Conv2d& g, Dtype dtype) { return cpu::takes_planes(g, dtype); }
   static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,

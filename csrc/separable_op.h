@@ -1,6 +1,6 @@
 // The separable operators as a depthwise step, a library's matrix product and an epilogue: what serves every shape on
 // every device. Images are taken as NHWC, where the pointwise step is one matrix product over all pixels, unless the
-// device's kernels take NCHW ones where they lie.
+// device's kernels compute in NCHW.
 #pragma once
 #include "depthwise_op.h"
 
@@ -56,7 +56,8 @@ inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& inner, con
 // Kernels: as DepthwiseOps takes them, and over a dense matrix of rows by channels, or of any elements where there is
 // no bias,
 //   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like): out = act(z + bias)
-//   static slope(grad, values, activation, from_output, out, rows, channels, dtype, like): out = grad * act'(...)
+//   static activation_backward(grad, values, activation, from_output, out, rows, channels, dtype, like): out = grad *
+//   act'(...)
 // where out may be the first argument; over images in the format that is computed in,
 //   static pointwise(call, image, filter, bias or none, activation) -> image, as pointwise_by_matrix above
 //   static filter_gradient(call, dz, inner, out), as filter_gradient_by_matrix above
@@ -64,11 +65,11 @@ inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& inner, con
 //   parts; false, nothing done, where the whole of it is wanted
 //   static channel_sums(call, image, out): each channel's sum, the pointwise bias's gradient
 //   static takes_planes(Conv2d, dtype)
-// where the last says whether NCHW images are taken where they lie, else they are turned; and, for devices with kernels
-// that do more at once,
+// where the last says whether NCHW images are computed in NCHW, else they are transposed to NHWC; and, for devices with
+// kernels that do more at once,
 //   static fused_forward(call, pointwise bias or none) -> image or none
 //   static fused_backward(call, grad, y if activated, PointwiseGradients)
-// which give none and false, nothing done, where the steps one by one are to serve.
+// which give none and false, nothing done, where the unfused steps are to serve.
 template <class Kernels>
 struct SeparableOps {
   using Ints = std::vector<int64_t>;
@@ -143,15 +144,15 @@ struct SeparableOps {
     return Kernels::in_format(*y, call.nhwc);
   }
 
-  // The pointwise step's gradients, one step after the other.
+  // The pointwise step's gradients, unfused.
   static void pointwise_backward(const Call& call, const Tensor& grad, const Maybe& y,
                                  const PointwiseGradients& wanted) {
     const int64_t c = call.g.channels, rows = call.rows;
     Tensor dz = grad;
     if (y) {
       dz = new_like(grad);
-      Kernels::slope(grad.const_data_ptr(), y->const_data_ptr(), call.act, true, dz.mutable_data_ptr(), rows,
-                     call.c_out, call.dtype, call.x);
+      Kernels::activation_backward(grad.const_data_ptr(), y->const_data_ptr(), call.act, true, dz.mutable_data_ptr(),
+                                   rows, call.c_out, call.dtype, call.x);
     }
     if (wanted.bias) Kernels::channel_sums(call, dz, *wanted.bias);
     const bool activated = call.inner_act != Activation::none;
@@ -170,8 +171,8 @@ struct SeparableOps {
     if (!wanted.inner) return;
     *wanted.inner = Kernels::pointwise(call, dz, transposed(call.pointwise), std::nullopt, Activation::none);
     if (activated)
-      Kernels::slope(wanted.inner->const_data_ptr(), inner.const_data_ptr(), call.inner_act, false,
-                     wanted.inner->mutable_data_ptr(), rows, c, call.dtype, call.x);
+      Kernels::activation_backward(wanted.inner->const_data_ptr(), inner.const_data_ptr(), call.inner_act, false,
+                                   wanted.inner->mutable_data_ptr(), rows, c, call.dtype, call.x);
   }
 
   // mask: which of the gradients of (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias).

@@ -1,14 +1,14 @@
 """Fused T-ReLU, depthwise and separable convolution for PyTorch: operators and drop-in layers."""
 
 from . import reference
-from .backends import Status, backends, use_backend
-from .convert import Conversion, convert, restore
+from ._backends import Status, backends, use_backend
+from ._convert import Conversion, convert, restore
+from ._trelu import trelu
 from .depthwise import depthwise_conv2d
 from .inference import Fusion, fuse_for_inference
 from .layers import DepthwiseConv2d, SeparableConv2d, TReLU
 from .planner import Explanation, explain
 from .separable import separable_conv2d
-from .trelu import trelu
 
 __version__ = "0.1.0"
 

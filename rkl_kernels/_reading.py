@@ -17,7 +17,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from .backends import forced
+from ._backends import forced
 from .fold import is_norm
 from .layers import is_altered
 

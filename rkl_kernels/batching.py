@@ -67,9 +67,9 @@ def rules(ops: Any) -> dict[str, Rule]:
         size, (*window, inner, outer) = info.batch_size, settings
         places = zip((x, *weights), in_dims, (1, 0, 0, 0, 0), strict=False)
         x, depthwise, pointwise, depthwise_bias, bias = (_into_channels(t, d, size, at) for t, d, at in places)
-        middle = ops.depthwise_conv2d(x, depthwise, depthwise_bias, *window)
+        depthwise_out = ops.depthwise_conv2d(x, depthwise, depthwise_bias, *window)
         inner, outer = _checks.activation_name(inner), _checks.activation_name(outer)
-        y = F.conv2d(reference.activate(middle, inner), pointwise, bias, groups=size)
+        y = F.conv2d(reference.activate(depthwise_out, inner), pointwise, bias, groups=size)
         return reference.activate(y, outer).unflatten(1, (size, -1)), 1
 
     def separable_backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:

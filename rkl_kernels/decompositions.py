@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def trelu_backward(grad: Tensor, y: Tensor) -> Tensor:
-    """Slope 1 where y > 0, 1 - y^2 elsewhere."""
+    """Derivative 1 where y > 0, 1 - y^2 elsewhere."""
     return torch.where(y > 0, grad, grad * (1 - y * y))
 
 
@@ -69,18 +69,20 @@ def separable_conv2d_backward(
     the pointwise step."""
     inner = _checks.activation_name(inner_activation)
     if y is not None:
-        grad = _times_slope(_checks.activation_name(activation), grad, y, y)
-    middle = reference.depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
-    wants_middle = mask[0] or mask[1] or mask[3]
+        grad = _times_derivative(_checks.activation_name(activation), grad, y, y)
+    depthwise_out = reference.depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+    wants_depthwise_out = mask[0] or mask[1] or mask[3]
     of_inner, of_pointwise, _ = aten.convolution_backward(
-        grad, reference.activate(middle, inner), pointwise_weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups,
-        [wants_middle, mask[2], False],
+        grad, reference.activate(depthwise_out, inner), pointwise_weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0],
+        groups, [wants_depthwise_out, mask[2], False],
     )  # fmt: skip
     of_image = tuple(x.new_empty(0) for _ in range(3))
-    if wants_middle:
-        of_middle = _times_slope(inner, of_inner, middle, reference.trelu(middle) if inner == "trelu" else middle)
+    if wants_depthwise_out:
+        of_depthwise_out = _times_derivative(
+            inner, of_inner, depthwise_out, reference.trelu(depthwise_out) if inner == "trelu" else depthwise_out
+        )
         wanted = [mask[0], mask[1], mask[3]]
-        of_image = depthwise_conv2d_backward(of_middle, x, depthwise_weight, stride, padding, dilation, wanted)
+        of_image = depthwise_conv2d_backward(of_depthwise_out, x, depthwise_weight, stride, padding, dilation, wanted)
     return (
         *of_image[:2],
         of_pointwise if mask[2] else x.new_empty(0),
@@ -89,8 +91,8 @@ def separable_conv2d_backward(
     )
 
 
-def _times_slope(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """``grad`` times the slope of an activation, told from its input; from its output, where that is given for both."""
+def _times_derivative(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``grad`` times an activation's derivative, from its input; from its output where both are the output."""
     if name == "relu":
         return aten.threshold_backward(grad, x, 0)
     if name == "relu6":
@@ -98,8 +100,8 @@ def _times_slope(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Tensor
     if name == "trelu":
         return trelu_backward(grad, y)
     if name == "silu":
-        slope = torch.sigmoid(x)  # written out, since silu_backward has no gradient of its own
-        return grad * slope * (1 + x * (1 - slope))
+        gate = torch.sigmoid(x)  # written out, since silu_backward has no gradient of its own
+        return grad * gate * (1 + x * (1 - gate))
     return aten.gelu_backward(grad, x) if name == "gelu" else grad
 
 

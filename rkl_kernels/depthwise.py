@@ -7,8 +7,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, reference
 from ._autocast import autocast
+from ._backends import namespace_for
 from ._checks import IntPair, Padding
-from .backends import namespace_for
 
 
 def depthwise_conv2d(

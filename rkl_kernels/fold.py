@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import Activation
-from .convert import is_depthwise
+from ._convert import is_depthwise
 from .layers import DepthwiseConv2d, SeparableConv2d, TReLU, is_altered, is_pointwise
 
 # By name, so that neither library is imported to ask.

@@ -12,7 +12,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from . import _reading, fold
-from .convert import check_module, convert, is_depthwise
+from ._convert import check_module, convert, is_depthwise
 from .layers import is_altered
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from . import _checks, reference
 from ._checks import Activation, IntPair, Padding, PaddingMode
+from ._trelu import trelu
 from .depthwise import depthwise_conv2d
 from .separable import separable_conv2d
-from .trelu import trelu
 
 
 class TReLU(nn.Module):
@@ -132,8 +132,8 @@ class SeparableConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         depthwise, pointwise = self.depthwise, self.pointwise
         if not (_has_one_filter(depthwise) and is_pointwise(pointwise)):
-            middle = _activate(depthwise(x), self.inner_activation)
-            return _activate(pointwise(middle), self.activation)
+            depthwise_out = _activate(depthwise(x), self.inner_activation)
+            return _activate(pointwise(depthwise_out), self.activation)
         image, padding = _padded(x, depthwise)
         return separable_conv2d(
             image,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import _checks, ops
+from ._backends import KERNEL_TYPES, choose
 from ._checks import Activation
-from .backends import KERNEL_TYPES, choose
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, reference
 from ._autocast import autocast
+from ._backends import namespace_for
 from ._checks import Activation, IntPair, Padding
-from .backends import namespace_for
 
 INVERTIBLE = ("relu", "relu6", "trelu")
 """Activations whose gradient can be told from their output, so that no pre-activation need be kept."""

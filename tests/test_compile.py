@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rkl_kernels as rk
-
-backends = importlib.import_module("rkl_kernels.backends")  # the package's attribute is the function
+from rkl_kernels import _backends as backends
 
 W, P = torch.randn(3, 1, 3, 3), torch.randn(4, 3, 1, 1)
 

@@ -54,7 +54,7 @@ class Kept(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("name", ["convert", "inference", "layers"])
+@pytest.mark.parametrize("name", ["_convert", "inference", "layers"])
 def test_examples_in_docstrings(name):
     found = doctest.testmod(importlib.import_module(f"rkl_kernels.{name}"), extraglobs={"torch": torch, "nn": nn})
     assert found.attempted > 0 == found.failed

@@ -77,10 +77,10 @@ def test_backward_and_odd_lengths(n: int, dtype: torch.dtype) -> None:
     want = torch.where(x > 0, x.double(), torch.tanh(x.double()))
     tolerance = {torch.float32: 3e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=0)
-    slope = torch.where(y > 0, 1.0, 1 - y.double() ** 2)
+    derivative = torch.where(y > 0, 1.0, 1 - y.double() ** 2)
     dx = ops.rkl.trelu_backward(grad, y)
     # 1 - y^2 is rounded at the size of 1, whatever is left of it.
-    torch.testing.assert_close(dx.double(), grad.double() * slope, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(dx.double(), grad.double() * derivative, rtol=tolerance, atol=tolerance)
     ops.rkl.trelu_(x)
     assert torch.equal(x, y)
 

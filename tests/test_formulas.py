@@ -36,10 +36,10 @@ def _activation_backward(grad: Tensor, x: Tensor, activation: int) -> Tensor:
         return torch.ops.aten.gelu_backward(grad, x)
     if name == "silu":
         return torch.ops.aten.silu_backward(grad, x)
-    return grad * _slope_from_output(y, name)
+    return grad * _derivative_from_output(y, name)
 
 
-def _slope_from_output(y: Tensor, name: str | None) -> Tensor:
+def _derivative_from_output(y: Tensor, name: str | None) -> Tensor:
     return {
         None: torch.ones_like(y),
         "relu": (y > 0).to(y.dtype),
@@ -72,7 +72,7 @@ def _separable(x, dw, pw, db, pb, stride, padding, dilation, inner, activation):
 
 def _separable_backward(grad, y, x, dw, pw, db, stride, padding, dilation, inner, activation, mask):
     if activation:
-        grad = grad * _slope_from_output(y, _name(activation))
+        grad = grad * _derivative_from_output(y, _name(activation))
     depthwise = _depthwise(x, dw, db, stride, padding, dilation)
     activated = reference.activate(depthwise, _name(inner))
     ones, zeros = [1, 1], [0, 0]

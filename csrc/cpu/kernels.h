@@ -37,12 +37,12 @@ struct Kernels {
   void (*depthwise_backward)(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
                              void* dweight, void* dbias, Dtype dtype);
 
-  // Over a dense matrix of rows by channels: out = act(z + bias), and grad times the activation's slope told from its
+  // Over a dense matrix of rows by channels: out = act(z + bias), and grad times the activation's derivative, from its
   // output or its input. out may be the first argument.
   void (*epilogue)(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
                    Dtype dtype);
-  void (*slope)(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n,
-                Dtype dtype);
+  void (*activation_backward)(const void* grad, const void* values, Activation act, bool from_output, void* out,
+                              int64_t n, Dtype dtype);
 
   // Serial, over a band that is in cache. z_type is dtype or fp32.
   void (*widen)(const void* in, float* out, int64_t n, Dtype dtype);

@@ -1,5 +1,5 @@
 // Windows of images in shared memory as planes of single channels: what the tensor-core kernels of wide filters read.
-// An NHWC image's vectors of channels are turned into words of neighbouring columns on their way.
+// An NHWC image's vectors of channels are transposed to words of neighbouring columns on their way.
 #pragma once
 #include "cuda/element.cuh"
 #include "cuda/plan.h"

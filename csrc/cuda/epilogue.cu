@@ -80,14 +80,15 @@ __global__ void __launch_bounds__(kThreads) plane_bias_and_activation(const T* z
 
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads)
-    times_slope(const T* grad, const T* values, Activation act, bool from_output, T* out, unsigned n) {
+    times_derivative(const T* grad, const T* values, Activation act, bool from_output, T* out, unsigned n) {
   const unsigned at = (blockIdx.x * kThreads + threadIdx.x) * width;
   if (at >= n) return;
   float v[width], x[width];
   load(grad + at, v);
   load(values + at, x);
 #pragma unroll
-  for (int i = 0; i < width; ++i) v[i] *= from_output ? slope_from_output(act, x[i]) : slope_from_input(act, x[i]);
+  for (int i = 0; i < width; ++i)
+    v[i] *= from_output ? derivative_from_output(act, x[i]) : derivative_from_input(act, x[i]);
   store(out + at, v);
 }
 
@@ -168,14 +169,14 @@ void plane_epilogue(const void* z, const void* bias, Activation act, void* out, 
   check_launch("plane_bias_and_activation");
 }
 
-void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n, Dtype dtype,
-           cudaStream_t stream) {
+void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n,
+                         Dtype dtype, cudaStream_t stream) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     by_width<T>(n, grad, values, out, [&](auto size) {
       constexpr int width = decltype(size)::value;
       by_pieces(n / width, width, [&](int64_t first, unsigned count) {
-        times_slope<T, width><<<dim3(blocks_for(count / width)), dim3(kThreads), 0, stream>>>(
+        times_derivative<T, width><<<dim3(blocks_for(count / width)), dim3(kThreads), 0, stream>>>(
             static_cast<const T*>(grad) + first, static_cast<const T*>(values) + first, act, from_output,
             static_cast<T*>(out) + first, count);
       });

@@ -18,9 +18,9 @@ void epilogue(const void* z, const void* bias, Activation act, void* out, int64_
 // The same over NCHW images of planes of `plane` pixels.
 void plane_epilogue(const void* z, const void* bias, Activation act, void* out, int64_t images, int64_t channels,
                     int64_t plane, Dtype dtype, cudaStream_t stream);
-// out = grad * act', told from the activation's output or its input.
-void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n, Dtype dtype,
-           cudaStream_t stream);
+// out = grad * act', from the activation's output or its input.
+void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n,
+                         Dtype dtype, cudaStream_t stream);
 // workspace: so many floats as column_sums_workspace tells.
 int64_t column_sums_workspace(int64_t rows, int64_t channels);
 void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, float* workspace, Dtype dtype,
@@ -36,7 +36,7 @@ void transpose(const void* from, void* to, bool to_nhwc, int64_t images, int64_t
                cudaStream_t stream);
 
 // Separable convolution in one kernel, over NHWC images; the biases may be null. The plan is plan_separable's: nothing
-// where no kernel serves, and the steps are to run one by one.
+// where no kernel serves, and the unfused steps are to run.
 MaybePlan plan_separable(const Conv2d& g, int64_t c_out, Activation inner, Activation act, Dtype dtype, bool aligned,
                          const Device& device);
 void fused_separable(const Plan& plan, const Conv2d& g, int64_t c_out, const void* x, const void* depthwise,

@@ -87,9 +87,9 @@ struct CudaSeparable : CudaConv {
                        Dtype dtype, const Tensor& like) {
     cuda::epilogue(z, bias, act, out, rows, channels, dtype, OnDeviceOf(like).stream);
   }
-  static void slope(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t rows,
-                    int64_t channels, Dtype dtype, const Tensor& like) {
-    cuda::slope(grad, values, act, from_output, out, rows * channels, dtype, OnDeviceOf(like).stream);
+  static void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out,
+                                  int64_t rows, int64_t channels, Dtype dtype, const Tensor& like) {
+    cuda::activation_backward(grad, values, act, from_output, out, rows * channels, dtype, OnDeviceOf(like).stream);
   }
   // cuBLAS is the better one of whole 128-byte rows, and otherwise up to 1.7 times slower than cuDNN (728 to 728
   // channels, 19 px, H100). fp32 stays with cuBLAS, whose products are exact by default, where cuDNN's are in TF32.
@@ -110,7 +110,8 @@ struct CudaSeparable : CudaConv {
                           const std::optional<Tensor>& bias, Activation act) {
     if (call.g.nhwc && by_cudnn(call, image, filter)) return pointwise_by_cudnn(call, image, filter, bias, act);
     if (call.g.nhwc) return pointwise_by_matrix<CudaSeparable>(call, image, filter, bias, act);
-    // filter (C', C) times each image's (C, pixels), as a batch of products that share the filter: nothing is turned.
+    // filter (C', C) times each image's (C, pixels), as a batch of products that share the filter: nothing is
+    // transposed.
     const Conv2d& g = call.g;
     const int64_t pixels = g.out_h * g.out_w, outputs = filter.size(0);
     Tensor out = empty_image(image, g.batch, outputs, g.out_h, g.out_w, false);
@@ -125,7 +126,7 @@ struct CudaSeparable : CudaConv {
     const Conv2d& g = call.g;
     const int64_t pixels = g.out_h * g.out_w, results = call.c_out * g.channels;
     if (g.nhwc) return filter_gradient_by_matrix(dz, inner, out);
-    // An image's product each, and their sum: where a product is less than what turning both images would move.
+    // An image's product each, and their sum: where a product is less than what transposing both images would move.
     if (results >= (call.c_out + g.channels) * pixels)
       return filter_gradient_by_matrix(dense(dz, true), dense(inner, true), out);
     const std::vector<int64_t> size{g.batch, call.c_out, g.channels};
@@ -166,7 +167,7 @@ struct CudaSeparable : CudaConv {
     return y;
   }
 
-  // The steps one by one: dz, the library's two products, and the depthwise gradients in one pass.
+  // The unfused steps: dz, the library's two products, and the depthwise gradients in one pass.
   static bool fused_backward(const SeparableCall&, const Tensor&, const std::optional<Tensor>&,
                              const PointwiseGradients&) {
     return false;
@@ -210,7 +211,7 @@ std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, in
   return numbers_of(cuda::plan_result(wanted, g, Dtype(dtype), true, device_of(device)));
 }
 
-// The same of a separable convolution in one kernel; nothing where it runs step by step.
+// The same of a separable convolution in one kernel; nothing where it runs unfused.
 std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, int64_t c_out, int64_t inner, int64_t activation,
                                     int64_t dtype, std::vector<int64_t> device) {
   return numbers_of(cuda::plan_separable(conv2d_of(geometry, true), c_out, Activation(inner), Activation(activation),

@@ -8,11 +8,11 @@
 // 40, 13 of 24. Zeros of t meet inputs that no output's window has; one that is not finite makes those outputs NaN too.
 //
 // A warp has a channel, and of it a tile of up to 32 rows by 32 columns of outputs; a block has neighbouring channels.
-// The tile's inputs lie in shared memory as planes, which NHWC images are turned into on their way, and the outputs go
-// the same way back. Rows above and below an image are not stored: their lanes read one row of zeros. The tile's even
-// rows are one mma and its odd rows another: what an odd row meets with filter row kh, the even one before it meets
-// with kh + 1, so that inputs are read from shared memory once for both. Else that reading would take longer than the
-// mmas.
+// The tile's inputs lie in shared memory as planes, to which NHWC images are transposed on their way, and the outputs
+// go the same way back. Rows above and below an image are not stored: their lanes read one row of zeros. The tile's
+// even rows are one mma and its odd rows another: what an odd row meets with filter row kh, the even one before it
+// meets with kh + 1, so that inputs are read from shared memory once for both. Else that reading would take longer than
+// the mmas.
 #include <algorithm>
 
 #include "cuda/activation.cuh"

@@ -17,7 +17,7 @@ struct Forward {
 template <class T>
 struct Backward {
   static constexpr bool two = true;
-  __device__ float operator()(float y, float grad) const { return grad * trelu_slope(y); }
+  __device__ float operator()(float y, float grad) const { return grad * trelu_derivative(y); }
 };
 
 // out[i] = f(a[i], b[i]), or f(a[i]) where f takes no second; `vectors` of them whole, then the tail one by one.

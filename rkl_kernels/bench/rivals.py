@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import rkl_kernels as rk
-from rkl_kernels.backends import Backend
+from rkl_kernels._backends import Backend
 
 from .case import Case
 

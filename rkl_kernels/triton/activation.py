@@ -1,4 +1,4 @@
-"""The activations' formulas and slopes for Triton kernels, once; the same as csrc/activation.h, in float32."""
+"""The activations' formulas and derivatives for Triton kernels, once; the same as csrc/activation.h, in float32."""
 
 import triton
 import triton.language as tl
@@ -32,7 +32,7 @@ def trelu(x):
 
 
 @triton.jit
-def trelu_slope(y):
+def trelu_derivative(y):
     """dy/dx from the output: 1 where y > 0, else 1 - tanh^2 = 1 - y^2."""
     return tl.where(y > 0, 1.0, 1.0 - y * y)
 
@@ -54,27 +54,27 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def slope_from_output(y, ACTIVATION: tl.constexpr):
-    """The activation's slope told from its output; silu and gelu are not monotonic, so they have none."""
-    slope = y * 0 + 1.0
+def derivative_from_output(y, ACTIVATION: tl.constexpr):
+    """The activation's derivative, from its output; silu and gelu are not monotonic, so they have none."""
+    derivative = y * 0 + 1.0
     if ACTIVATION == RELU:
-        slope = tl.where(y > 0, 1.0, 0.0)
+        derivative = tl.where(y > 0, 1.0, 0.0)
     elif ACTIVATION == RELU6:
-        slope = tl.where((y > 0) & (y < 6), 1.0, 0.0)
+        derivative = tl.where((y > 0) & (y < 6), 1.0, 0.0)
     elif ACTIVATION == TRELU:
-        slope = trelu_slope(y)
-    return slope
+        derivative = trelu_derivative(y)
+    return derivative
 
 
 @triton.jit
-def slope_from_input(x, ACTIVATION: tl.constexpr):
-    """The activation's slope told from its input."""
-    slope = slope_from_output(x, ACTIVATION)
+def derivative_from_input(x, ACTIVATION: tl.constexpr):
+    """The activation's derivative, from its input."""
+    derivative = derivative_from_output(x, ACTIVATION)
     if ACTIVATION == TRELU:
-        slope = trelu_slope(trelu(x))
+        derivative = trelu_derivative(trelu(x))
     elif ACTIVATION == SILU:
         s = tl.sigmoid(x)
-        slope = s * (1.0 + x * (1.0 - s))
+        derivative = s * (1.0 + x * (1.0 - s))
     elif ACTIVATION == GELU:
-        slope = 0.5 * (1.0 + tl.erf(x * 0.70710678)) + x * 0.39894228 * tl.exp(-0.5 * x * x)
-    return slope
+        derivative = 0.5 * (1.0 + tl.erf(x * 0.70710678)) + x * 0.39894228 * tl.exp(-0.5 * x * x)
+    return derivative

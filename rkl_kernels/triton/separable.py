@@ -13,7 +13,7 @@ from torch._prims_common import suggest_memory_format
 
 from .. import ops
 from .depthwise import depthwise_conv2d, depthwise_conv2d_backward
-from .trelu import activate, times_slope
+from .trelu import activate, times_derivative
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -47,8 +47,8 @@ def separable_conv2d(
     activation: int,
 ) -> Tensor:
     """The operator."""
-    middle = depthwise_conv2d(x, depthwise, depthwise_bias, stride, padding, dilation, inner)
-    y = activate(_product(middle, pointwise.flatten(1), pointwise_bias), activation)
+    depthwise_out = depthwise_conv2d(x, depthwise, depthwise_bias, stride, padding, dilation, inner)
+    y = activate(_product(depthwise_out, pointwise.flatten(1), pointwise_bias), activation)
     return y.contiguous(memory_format=ops.output_format(x, depthwise))
 
 
@@ -68,16 +68,16 @@ def separable_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of image, both filters and both biases; those that ``mask`` leaves out come back empty."""
     depthwise_mask = [mask[0], mask[1], mask[3]]
-    of_pointwise, of_bias, middle = (grad.new_empty(0) for _ in range(3))
+    of_pointwise, of_bias, depthwise_out = (grad.new_empty(0) for _ in range(3))
     if y is not None:
-        grad = times_slope(grad, y, activation, from_output=True)
+        grad = times_derivative(grad, y, activation, from_output=True)
     if mask[2] or (inner and any(depthwise_mask)):
-        middle = depthwise_conv2d(x, depthwise, depthwise_bias, stride, padding, dilation)
+        depthwise_out = depthwise_conv2d(x, depthwise, depthwise_bias, stride, padding, dilation)
     if mask[2]:
-        of_pointwise = (_rows(grad).T @ _rows(activate(middle, inner))).view_as(pointwise)
+        of_pointwise = (_rows(grad).T @ _rows(activate(depthwise_out, inner))).view_as(pointwise)
     if mask[4]:
         of_bias = grad.sum((0, 2, 3))
     if any(depthwise_mask):
-        grad = times_slope(_product(grad, pointwise.flatten(1).T), middle, inner, from_output=False)
+        grad = times_derivative(_product(grad, pointwise.flatten(1).T), depthwise_out, inner, from_output=False)
     dx, dd, ddb = depthwise_conv2d_backward(grad, x, depthwise, stride, padding, dilation, depthwise_mask)
     return dx, dd, of_pointwise, ddb, of_bias

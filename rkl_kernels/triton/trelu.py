@@ -31,8 +31,8 @@ def _backward(
 ):
     at = block(tl.program_id(0), BLOCK, WIDE)
     v = tl.load(value + at, mask=at < n, other=0.0).to(tl.float32)
-    slope = act.slope_from_output(v, ACTIVATION) if FROM_OUTPUT else act.slope_from_input(v, ACTIVATION)
-    product = tl.load(grad + at, mask=at < n, other=0.0).to(tl.float32) * slope
+    derivative = act.derivative_from_output(v, ACTIVATION) if FROM_OUTPUT else act.derivative_from_input(v, ACTIVATION)
+    product = tl.load(grad + at, mask=at < n, other=0.0).to(tl.float32) * derivative
     tl.store(dx + at, product.to(dx.dtype.element_ty), mask=at < n)
 
 
@@ -56,8 +56,8 @@ def activate(x: Tensor, number: int) -> Tensor:
     return y
 
 
-def times_slope(grad: Tensor, value: Tensor, number: int, from_output: bool) -> Tensor:
-    """``grad`` times the activation's slope at ``value``, its output or its input."""
+def times_derivative(grad: Tensor, value: Tensor, number: int, from_output: bool) -> Tensor:
+    """``grad`` times the activation's derivative at ``value``, its output or its input."""
     if not number:
         return grad
     dx = torch.empty_like(value)
@@ -81,4 +81,4 @@ def trelu_(x: Tensor) -> None:
 
 
 def trelu_backward(grad: Tensor, y: Tensor) -> Tensor:
-    return times_slope(grad, y, act.TRELU.value, from_output=True)
+    return times_derivative(grad, y, act.TRELU.value, from_output=True)

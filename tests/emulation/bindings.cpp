@@ -121,7 +121,7 @@ void bind_kernels(py::module_& m) {
   define(m, "transposes", cuda::transposes);
   define(m, "can_transpose", cuda::can_transpose);
   define(m, "transpose", cuda::transpose);
-  define(m, "slope", cuda::slope);
+  define(m, "activation_backward", cuda::activation_backward);
   define(m, "column_sums_workspace", cuda::column_sums_workspace);
   define(m, "column_sums", cuda::column_sums);
   define(m, "plan_separable", cuda::plan_separable);

@@ -148,7 +148,7 @@ def assert_right(run: Run, *names: str) -> None:
 
 
 def assert_activated(run: Run, number: int) -> None:
-    """The output with ACTIVATIONS[number - 1] at its end, whose slope is at most 1.2."""
+    """The output with ACTIVATIONS[number - 1] at its end, whose derivative is at most 1.2."""
     y, expected = run.forward(activation=number), reference.activate(run.reference()[0], ACTIVATIONS[number - 1])
     bound = TOLERANCE[y.dtype] * (1.2 * run.reference(magnitudes=True)[0] + 1)
     excess = ((y.double() - expected).abs() / bound).max()

@@ -136,9 +136,9 @@ class Operators:
             tensors = (x_in, dw_in, pw_in, db_in, pb_in)
             self._call("fused_separable", plan, g, c_out, *tensors, inner, activation, y, number, 0)
         else:
-            middle = self._image(x, x.shape[1], out_h, out_w)
-            self._call("depthwise", g, x_in, dw_in, db_in, inner, middle, number, 0)
-            torch.mm(pixel_rows(middle), pw_in.t(), out=pixel_rows(y))
+            depthwise_out = self._image(x, x.shape[1], out_h, out_w)
+            self._call("depthwise", g, x_in, dw_in, db_in, inner, depthwise_out, number, 0)
+            torch.mm(pixel_rows(depthwise_out), pw_in.t(), out=pixel_rows(y))
             self._call("epilogue", y, pb_in, activation, y, *pixel_rows(y).shape, number, 0)
         out = self._fetch(y, ops.output_format(x, dw))
         self._finish()
@@ -174,18 +174,18 @@ class Operators:
         inner: int, activation: int, d_inner: Tensor, d_pw: Tensor, d_pb: Tensor,
     ) -> None:  # fmt: skip
         number = self.gpu.dtype(x.dtype)
-        rows, middle = pixel_rows(grad), self._image(x, *d_inner.shape[1:])
+        rows, depthwise_out = pixel_rows(grad), self._image(x, *d_inner.shape[1:])
         if activation:
-            self._call("slope", grad, y, activation, True, grad, grad.numel(), number, 0)
+            self._call("activation_backward", grad, y, activation, True, grad, grad.numel(), number, 0)
         workspace = self.gpu.empty(self._call("column_sums_workspace", *rows.shape))
         self._call("column_sums", grad, d_pb, *rows.shape, workspace, number, 0)
-        self._call("depthwise", g, x, dw, db, 0, middle, number, 0)
-        activated = self._image(x, *middle.shape[1:])
-        self._call("epilogue", middle, None, inner, activated, *pixel_rows(middle).shape, number, 0)
+        self._call("depthwise", g, x, dw, db, 0, depthwise_out, number, 0)
+        activated = self._image(x, *depthwise_out.shape[1:])
+        self._call("epilogue", depthwise_out, None, inner, activated, *pixel_rows(depthwise_out).shape, number, 0)
         torch.mm(rows.t(), pixel_rows(activated), out=d_pw)
         torch.mm(rows, pw, out=pixel_rows(d_inner))
         if inner:
-            self._call("slope", d_inner, middle, inner, False, d_inner, d_inner.numel(), number, 0)
+            self._call("activation_backward", d_inner, depthwise_out, inner, False, d_inner, d_inner.numel(), number, 0)
 
 
 rkl_emulated = ops.define("rkl_emulated")

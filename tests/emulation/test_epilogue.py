@@ -54,21 +54,21 @@ def test_more_than_two_to_the_31_elements(gpu: Gpu) -> None:
 @pytest.mark.sanitized
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_slope(gpu: Gpu, dtype: torch.dtype, activation: str) -> None:
+def test_activation_backward(gpu: Gpu, dtype: torch.dtype, activation: str) -> None:
     grad, x, out = (put(gpu, 33, 7, dtype=dtype) for _ in range(3))
     code, number = ACTIVATIONS.index(activation) + 1, gpu.dtype(dtype)
     exact = x.double().requires_grad_()
     y = reference.activate(exact, activation)
     (expected,) = torch.autograd.grad(y, exact, grad.double())
-    gpu.kernels.slope(grad.data_ptr(), x.data_ptr(), code, False, out.data_ptr(), x.numel(), number, 0)
+    gpu.kernels.activation_backward(grad.data_ptr(), x.data_ptr(), code, False, out.data_ptr(), x.numel(), number, 0)
     torch.testing.assert_close(out.double(), expected, rtol=2 * ROUNDING[dtype], atol=2 * ROUNDING[dtype])
     if activation in ("silu", "gelu"):
         return
     y = gpu.put(y.detach().to(dtype))
-    slopes = {"relu": (y > 0).double(), "relu6": ((y > 0) & (y < 6)).double()}
-    slope = slopes.get(activation, torch.where(y > 0, 1, 1 - y.double() ** 2))
-    gpu.kernels.slope(grad.data_ptr(), y.data_ptr(), code, True, out.data_ptr(), x.numel(), number, 0)
-    torch.testing.assert_close(out.double(), grad.double() * slope, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    derivatives = {"relu": (y > 0).double(), "relu6": ((y > 0) & (y < 6)).double()}
+    derivative = derivatives.get(activation, torch.where(y > 0, 1, 1 - y.double() ** 2))
+    gpu.kernels.activation_backward(grad.data_ptr(), y.data_ptr(), code, True, out.data_ptr(), x.numel(), number, 0)
+    torch.testing.assert_close(out.double(), grad.double() * derivative, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
 
 def column_sums(gpu: Gpu, matrix: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def test_bytes_moved(gpu: Gpu) -> None:
     blocks = z.numel() // 2048
     assert gpu.moved() == 2 * z.nbytes + blocks * bias.nbytes
     before = gpu.moved()
-    gpu.kernels.slope(z.data_ptr(), values.data_ptr(), 1, True, z.data_ptr(), z.numel(), number, 0)
+    gpu.kernels.activation_backward(z.data_ptr(), values.data_ptr(), 1, True, z.data_ptr(), z.numel(), number, 0)
     assert gpu.moved() - before == 3 * z.nbytes
     before = gpu.moved()
     column_sums(gpu, z)

@@ -15,7 +15,7 @@ import rkl_kernels as rk
 from rkl.distill import LossWeights, training_losses
 from rkl.network.blocks import BlockOptions
 from rkl.network.model import ResNetKL, all_exits
-from rkl_kernels.backends import choose
+from rkl_kernels._backends import choose
 
 from .conftest import Gpu
 from .operators import Operators, register, rkl_emulated

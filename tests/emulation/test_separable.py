@@ -98,21 +98,21 @@ class Run:
         )  # fmt: skip
         return y
 
-    def _middle(self) -> Tensor:
+    def _depthwise_out(self) -> Tensor:
         """The depthwise output in fp64, activated."""
         case = self.case
         bias = None if self.depthwise_bias is None else self.depthwise_bias.double()
         x, weight = self.x.double(), self.depthwise.double()
-        middle = F.conv2d(x, weight, bias, case.stride, case.padding, groups=case.channels)
-        return reference.activate(middle, case.inner)
+        depthwise_out = F.conv2d(x, weight, bias, case.stride, case.padding, groups=case.channels)
+        return reference.activate(depthwise_out, case.inner)
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        """The output in fp64, and how far from it one rounding of the middle and one of the output may lead."""
-        case, middle = self.case, self._middle()
+        """The output in fp64, and how far from it one rounding of the depthwise_out and one of the output may lead."""
+        case, depthwise_out = self.case, self._depthwise_out()
         pointwise = self.pointwise.double()[:, :, None, None]
         bias = None if self.pointwise_bias is None else self.pointwise_bias.double()
-        y = reference.activate(F.conv2d(middle, pointwise, bias), case.activation)
-        return y, 1.2 * case.unit * (F.conv2d(middle.abs(), pointwise.abs()) + y.abs()) + 1e-6
+        y = reference.activate(F.conv2d(depthwise_out, pointwise, bias), case.activation)
+        return y, 1.2 * case.unit * (F.conv2d(depthwise_out.abs(), pointwise.abs()) + y.abs()) + 1e-6
 
 
 def assert_within(actual: Tensor, expected: Tensor, allowed: Tensor) -> None:

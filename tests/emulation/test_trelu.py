@@ -36,8 +36,8 @@ def test_values(gpu: Gpu, order: str, dtype: torch.dtype, n: int, offset: int) -
     run(gpu, "trelu", x, y)
     torch.testing.assert_close(y.double(), rk.reference.trelu(x.double()), rtol=TOLERANCE[dtype], atol=SMALLEST[dtype])
     run(gpu, "trelu_backward", grad, y, dx)
-    slope = torch.where(y > 0, 1.0, 1 - y.double() ** 2)
-    torch.testing.assert_close(dx.double(), grad.double() * slope, rtol=ROUNDING[dtype], atol=3 * ROUNDING[dtype])
+    derivative = torch.where(y > 0, 1.0, 1 - y.double() ** 2)
+    torch.testing.assert_close(dx.double(), grad.double() * derivative, rtol=ROUNDING[dtype], atol=3 * ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -44,13 +44,13 @@ def check(case, dtype, layout, inner=None, activation=None):
     sizes = torch.autograd.grad(size, large, grad.double().abs())
     taps, channels, pixels = inputs[1][0].numel(), shape[1], grad.numel() // outputs
     # The depthwise tile (forward) and the gradients on the way down (backward) are rounded to the operands' type, and
-    # an activation's slope, told from a rounded value, carries that rounding once more.
+    # an activation's derivative, from a rounded value, carries that rounding once more.
     rounded = roundoff(dtype) if dtype != torch.float32 else 0.0
-    slope = 1.3 if inner or activation else 1.0  # the steepest that silu and gelu are
-    assert_near(y, exact, slope * size, 2 * (taps + channels), rounded)
+    derivative = 1.3 if inner or activation else 1.0  # the steepest that silu and gelu are
+    assert_near(y, exact, derivative * size, 2 * (taps + channels), rounded)
     terms = (taps + outputs, pixels + outputs, pixels + taps, pixels + outputs, pixels)
     for got, want, magnitude, count in zip(grads, exact_grads, sizes, terms, strict=True):
-        assert_near(got, want, 4 * slope * magnitude, count, 4 * rounded)
+        assert_near(got, want, 4 * derivative * magnitude, count, 4 * rounded)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,7 +6,7 @@ from bounds import TYPES, copies, roundoff
 
 import rkl_kernels as rk
 from rkl_kernels._checks import ACTIVATIONS
-from rkl_kernels.triton.trelu import activate, times_slope
+from rkl_kernels.triton.trelu import activate, times_derivative
 
 SPECIAL = [0.0, -0.0, 1e-30, -1e-30, -0.5499, -0.5501, 80.0, -80.0, 1e4, -1e4, float("inf"), -float("inf")]
 
@@ -73,16 +73,16 @@ def test_in_place(gaps):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_every_activation_and_slope(name):
+def test_every_activation_and_derivative(name):
     """The mirror of csrc/activation.h: each formula against PyTorch's own function and its gradient."""
     x = values(torch.float32)[:-2]
     number = ACTIVATIONS.index(name) + 1
     (twin,) = copies(x)
     exact = rk.reference.activate(twin, name)
-    (slope,) = torch.autograd.grad(exact, twin, torch.ones_like(twin))
+    (derivative,) = torch.autograd.grad(exact, twin, torch.ones_like(twin))
     y = activate(x, number)
     torch.testing.assert_close(y.double(), exact.detach(), rtol=1e-6, atol=2e-6)
     ones = torch.ones_like(x)
-    torch.testing.assert_close(times_slope(ones, x, number, False).double(), slope, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(times_derivative(ones, x, number, False).double(), derivative, rtol=1e-5, atol=2e-6)
     if name in ("relu", "relu6", "trelu"):
-        torch.testing.assert_close(times_slope(ones, y, number, True).double(), slope, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(times_derivative(ones, y, number, True).double(), derivative, rtol=1e-5, atol=2e-6)

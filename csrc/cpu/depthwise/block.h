@@ -1,0 +1,92 @@
+// The convolution of a row of outputs with more taps than a window has registers for: some neighbouring outputs, a
+// vector of channels at a time. Their sums and the weights of one row of the filter are in registers while the pixels
+// under them go by, each loaded once a row.
+#pragma once
+#include "cpu/depthwise/job.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// K taps of a row, outputs S columns apart, B of them at once.
+template <class T, int K, int S, int B>
+class Block {
+  using P = Pixels<T>;
+
+ public:
+  // The first row of the job's outputs.
+  static __attribute__((noinline)) void run(const Job<T>& job) {
+    Job<T> here = job;
+    // Outputs whose taps all lie inside the image.
+    const int64_t inner = here.left <= 0 ? 0 : ceil_div(here.left, S), end = (here.inputs + here.left - K) / S + 1;
+    for (int64_t v = 0; v < job.vectors; ++v) {
+      for (int64_t o = 0; o < here.count; o += B) {
+        if (o >= inner && o + B <= std::min(end, here.count))
+          make<false>(here, o);
+        else
+          make<true>(here, o);
+        here.read.from += B * here.read.step, here.written.from += B * here.written.step;
+      }
+      here.weights += here.weight_vector;
+      here.at += kLanes, here.out[0] += kLanes, here.start[0] += kLanes;
+    }
+  }
+
+ private:
+  template <bool edge>
+  static RKL_INLINE void make(const Job<T>& job, int64_t o) {
+    constexpr int columns = (B - 1) * S + K;
+    const int64_t c = S * o - job.left, at = job.at + c * job.pitch;
+    const int64_t from = edge ? std::max<int64_t>(0, -c) : 0;
+    const int64_t to = edge ? std::min<int64_t>(columns, job.inputs - c) : columns;
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+#pragma GCC unroll 4
+      for (int row = 0; row < S * S; ++row)
+        __builtin_prefetch(job.read.from + b * job.read.step + row * job.read.row, 0, 2);
+      __builtin_prefetch(job.written.from + b * job.written.step, 1, 2);
+    }
+    Vec sum[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) sum[b] = read<Vec>(job.start[0] + (o + b) * job.start_step);
+    const int whole = P::kRows > 1 && job.odd && job.end == job.units ? job.end - 1 : job.end;
+    for (int u = job.begin; u < whole; ++u) add<edge, false>(job, u, at, from, to, sum);
+    if (whole < job.end) add<edge, true>(job, whole, at, from, to, sum);
+    const int64_t count = edge ? std::min<int64_t>(B, job.count - o) : B;
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b) {
+      if (b >= count) break;
+      if (job.sums[0])
+        store(job.sums[0] + (o + b) * kLanes, sum[b]);
+      else
+        store(job.out[0] + (o + b) * job.out_pitch, sum[b]);
+    }
+  }
+
+  // An operand's columns [from, to) of those under the block.
+  template <bool edge, bool upper>
+  static RKL_INLINE void add(const Job<T>& job, int u, int64_t at, int64_t from, int64_t to, Vec (&sum)[B]) {
+    const float* weights = job.weights + u * job.weight_row;
+    const T* const* rows = job.rows + u * P::kRows;
+    Vec weight[K];
+#pragma GCC unroll 8
+    for (int t = 0; t < K; ++t) weight[t] = in_register(read<Vec>(weights + t * kLanes));
+#pragma GCC unroll 24
+    for (int j = 0; j < (B - 1) * S + K; ++j, at += job.pitch) {
+      if (edge && (j < from || j >= to)) continue;
+      Vec x[1];
+      P::load(rows, at, x);
+      if (upper) x[0] = P::upper_alone(x[0]);
+#pragma GCC unroll 8
+      for (int t = 0; t < K; ++t)
+        if (const int b = j - t; b >= 0 && b % S == 0 && b / S < B) sum[b / S] = P::add(sum[b / S], x[0], weight[t]);
+    }
+  }
+};
+
+// Outputs of the blocks of a row: those of 8 or 7 that make fewer in all, of 4 in short rows.
+inline int block_width(int64_t row) {
+  const int64_t by_8 = ceil_div(row, 8) * 8, by_7 = ceil_div(row, 7) * 7, by_4 = ceil_div(row, 4) * 4;
+  if (row < 7 || by_4 + row / 8 < std::min(by_8, by_7)) return 4;
+  return by_8 <= by_7 ? 8 : 7;
+}
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,246 @@
+// The convolution of one or two rows of outputs, a vector of channels at a time: the sums of neighbouring outputs slide
+// over the input columns. A pixel is loaded once for both rows and added to every sum that it belongs to; the sums stay
+// in registers, and take turns in their places, so that nothing is moved. Columns outside the image are not visited:
+// the first outputs begin before it, the last ones end behind it. Rows outside are rows of zeros.
+#pragma once
+#include <utility>
+
+#include "cpu/depthwise/block.h"
+#include "cpu/depthwise/job.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// K taps of a row, outputs S columns apart (any distance for one tap), R rows of V vectors of outputs. Square: the
+// filter has K rows and the outputs are S rows apart.
+//
+// An AVX-512 core of AMD takes a multiply-add's weight from memory at two thirds of its rate, so a square filter's
+// weights are all in registers, and wider filters are made by blocks.
+template <class T, int K, int S, int R, int V, bool square>
+class Window {
+  using P = Pixels<T>;
+  static constexpr int M = (K + S - 1) / S;  // outputs that a column may belong to
+  static constexpr int kUnits = (K + P::kRows - 1) / P::kRows;
+
+ public:
+  static __attribute__((noinline)) void run(const Job<T>& job) {
+    Window window(job);
+    for (int64_t v = 0; v < job.vectors; v += V) {
+      window.slide(std::make_integer_sequence<int, M>());
+      window.next();
+    }
+  }
+
+ private:
+  RKL_INLINE explicit Window(const Job<T>& given)
+      : job(given),
+        weights(given.weights),
+        at_(given.at),
+        to_(0),
+        start_(0),
+        read_(given.read.from),
+        written_(given.written.from) {}
+
+  RKL_INLINE void next() {
+    weights += V * job.weight_vector;
+    at_ += V * kLanes;
+    to_ += V * kLanes;
+    start_ += V * kLanes;
+  }
+
+  RKL_INLINE Vec weight(int v, int64_t place) const {
+    return read<Vec>(weights + v * job.weight_vector + place * kLanes);
+  }
+
+  // Of operand m of the filter's column: of an odd number of rows the last one's lower pixel does not count.
+  static RKL_INLINE Vec part(Vec x, int m) { return K % P::kRows && m == kUnits - 1 ? P::upper_alone(x) : x; }
+
+  template <int phase, int J>
+  RKL_INLINE void square_column(int64_t at) {
+#pragma GCC unroll 16
+    for (int u = 0; u < kUnits + (R - 1) * S; ++u) {
+      Vec x[V];
+      P::load(job.rows + u * P::kRows, at, x);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const int m = u - r * S;
+        if (m < 0 || m >= kUnits) continue;
+#pragma GCC unroll 8
+        for (int t = J; t < K; t += S)
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) {
+            Vec& to = sum[r][(phase - (t - J) / S + M) % M][v];
+            to = P::add(to, part(x[v], m), held[v][m * K + t]);
+          }
+      }
+    }
+  }
+
+  // Operand u times the weights of the first row, in `here`, and of the second.
+  template <int phase, int J, bool first, bool second>
+  RKL_INLINE void add_unit(int64_t at, int u) {
+    Vec x[V];
+    P::load(job.rows + u * P::kRows, at, x);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      if (!(r ? second : first)) continue;
+      const int m = r ? u - job.shift : u;
+      const bool last = P::kRows > 1 && job.odd && m == job.units - 1;
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const Vec pixel = last ? P::upper_alone(x[v]) : x[v];
+        const float* row = weights + v * job.weight_vector + m * job.weight_row;
+#pragma GCC unroll 8
+        for (int t = J; t < K; t += S) {
+          Vec& to = sum[r][(phase - (t - J) / S + M) % M][v];
+          to = P::add(to, pixel, read<Vec>(row + t * kLanes));
+        }
+      }
+    }
+  }
+
+  template <int phase, int J>
+  RKL_INLINE void column(int64_t c) {
+    const int64_t at = at_ + c * job.pitch;
+    const int units = job.units, shift = job.shift, from = job.begin, to = job.end;
+    if constexpr (square) {
+      square_column<phase, J>(at);
+    } else if constexpr (R == 1) {
+      for (int u = from; u < to; ++u) add_unit<phase, J, true, false>(at, u);
+    } else {
+      int u = from;
+      for (; u < std::min({units, shift, to}); ++u) add_unit<phase, J, true, false>(at, u);
+      u = std::max(u, shift);
+      for (; u < std::min(units, to); ++u) add_unit<phase, J, true, true>(at, u);
+      for (u = std::max({units, shift, from}); u < to; ++u) add_unit<phase, J, false, true>(at, u);
+    }
+  }
+
+  template <int place>
+  RKL_INLINE void begin(int64_t output) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v)
+        sum[r][place][v] =
+            read<Vec>((square ? job.start[0] : job.start[r] + output * job.start_step) + start_ + v * kLanes);
+  }
+
+  template <int place>
+  RKL_INLINE void put(int64_t output) {
+    if (output < 0 || output >= job.count) return;
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      if (!square && V == 1 && job.sums[0])
+        store(job.sums[r] + output * kLanes, sum[r][place][0]);
+      else
+        P::store(job.out[r] + to_ + output * job.out_pitch, sum[r][place]);
+    }
+  }
+
+  // Output i begins; the columns are visited that lie under its first S taps; output i - (M - 1) is complete.
+  template <int phase, int... J>
+  RKL_INLINE void step(int64_t i, std::integer_sequence<int, J...>) {
+    begin<phase>(i);
+    if constexpr (K == 1) {
+      column<phase, 0>(i * job.step - job.left);
+    } else if constexpr (S == 1) {
+      column<phase, 0>(i - job.left);
+    } else {
+      const int64_t c = S * i - job.left;
+      ((c + J >= 0 && c + J < job.inputs ? column<phase, J>(c + J) : void()), ...);
+    }
+    put<(phase + 1) % M>(i - (M - 1));
+#pragma GCC unroll 8
+    for (int row = 0; row < R * S * S; ++row) __builtin_prefetch(read_ + row * job.read.row, 0, 2);
+#pragma GCC unroll 2
+    for (int row = 0; row < R; ++row) __builtin_prefetch(written_ + row * job.written.row, 1, 2);
+    read_ += V * job.read.step;
+    written_ += V * job.written.step;
+  }
+
+  // What is incomplete before step i, which would be in this phase.
+  template <int phase, int... Back>
+  RKL_INLINE void finish(int64_t i, std::integer_sequence<int, Back...>) {
+    (put<(phase + 1 + Back) % M>(i - (M - 1) + Back), ...);
+  }
+
+  template <int... phase>
+  RKL_INLINE void slide(std::integer_sequence<int, phase...>) {
+    if constexpr (square)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v)
+#pragma GCC unroll 12
+        for (int i = 0; i < kUnits * K; ++i) held[v][i] = in_register(weight(v, i));
+    ((phase ? begin<phase>(job.first - M + phase) : void()), ...);
+    constexpr std::make_integer_sequence<int, S> columns;
+    constexpr std::make_integer_sequence<int, M - 1> incomplete;
+    const int64_t last = job.last;
+    for (int64_t i = job.first;
+         ((i < last ? (step<phase>(i++, columns), true) : (finish<phase>(i, incomplete), false)) && ...);) {
+    }
+  }
+
+  const Job<T>& job;
+  const float* weights;
+  int64_t at_, to_, start_;
+  const char *read_, *written_;
+  Vec held[V][square ? kUnits * K : 1];
+  Vec sum[R][M][V];
+};
+
+constexpr int kMostTaps = 7;    // of a row at once; wider filters go by pieces
+constexpr int kWindowTaps = 3;  // of a window
+
+// By rows of outputs, less 1: for a vector of channels, and for two where their sums have room beside each other. Or by
+// blocks of 4, 7 and 8 outputs.
+template <class T>
+struct RowCode {
+  using Run = void (*)(const Job<T>&);
+  Run one[2] = {}, two[2] = {}, square_one[2] = {}, square_two[2] = {}, block_4 = nullptr, block_7 = nullptr,
+      block_8 = nullptr;
+
+  // Null where windows serve.
+  Run block(int64_t row) const {
+    const int width = block_width(row);
+    return width == 4 ? block_4 : width == 7 ? block_7 : block_8;
+  }
+};
+
+template <class T, int K, int S>
+constexpr RowCode<T> code_for() {
+  RowCode<T> code;
+  if constexpr (K > kWindowTaps) {
+    code.block_4 = &Block<T, K, S, 4>::run;
+    code.block_7 = &Block<T, K, S, 7>::run;
+    code.block_8 = &Block<T, K, S, 8>::run;
+    return code;
+  } else {
+    code.one[0] = &Window<T, K, S, 1, 1, false>::run;
+    code.one[1] = &Window<T, K, S, 2, 1, false>::run;
+    if constexpr (sizeof(T) == 2) {
+      code.two[0] = &Window<T, K, S, 1, 2, false>::run;
+      code.two[1] = &Window<T, K, S, 2, 2, false>::run;
+    }
+    if constexpr (kRegisters == 32 && K == 3) {
+      code.square_one[0] = &Window<T, K, S, 1, 1, true>::run;
+      code.square_one[1] = &Window<T, K, S, 2, 1, true>::run;
+      if constexpr (sizeof(T) == 2) code.square_two[0] = &Window<T, K, S, 1, 2, true>::run;
+      if constexpr (Pixels<T>::kRows == 2)  // else 18 weights leave too little room
+        code.square_two[1] = &Window<T, K, S, 2, 2, true>::run;
+    }
+    return code;
+  }
+}
+
+// The code for `taps` taps and a step of 1 or 2; any step for a single tap.
+template <class T>
+const RowCode<T>& row_code(int taps, int64_t step) {
+  static constexpr RowCode<T> codes[2][kMostTaps] = {
+      {code_for<T, 1, 1>(), code_for<T, 2, 1>(), code_for<T, 3, 1>(), code_for<T, 4, 1>(), code_for<T, 5, 1>(),
+       code_for<T, 6, 1>(), code_for<T, 7, 1>()},
+      {code_for<T, 1, 1>(), code_for<T, 2, 2>(), code_for<T, 3, 2>(), code_for<T, 4, 2>(), code_for<T, 5, 2>(),
+       code_for<T, 6, 2>(), code_for<T, 7, 2>()}};
+  return codes[step > 1][taps - 1];
+}
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,127 @@
+// Depthwise convolution: tensors cut into tasks by their shapes alone, so that every sum has one order whatever the
+// number of threads.
+#pragma once
+#include "cpu/depthwise/nchw_3x3.h"
+#include "cpu/depthwise/nchw_3x3_stride2.h"
+#include "cpu/depthwise/nchw_transposed.h"
+#include "cpu/depthwise/nhwc.h"
+#include "cpu/simd/elementwise.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+template <class Rows, class T>
+void convolve_all(const Conv2d& g, const Lanes& lanes, const T* x, const Finish& finish, T* y) {
+  const Gather gather = forward_gather(g);
+  const int64_t height = Rows(gather, g, lanes, finish).height();
+  const Tiling tiles = Rows::tiling(g, lanes, height);
+  const int64_t tasks = tiles.units() * tiles.groups();
+  const int64_t work = g.batch * g.channels * g.out_h * g.out_w * (g.kernel_h * g.kernel_w + 4) / tasks;
+  torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    Rows rows(gather, g, lanes, finish);
+    for (int64_t task = begin; task < end; ++task) {
+      // Bands fastest: neighbours share rows.
+      const int64_t band = task % tiles.bands(), group = task / tiles.bands() % tiles.groups();
+      const int64_t image = task / tiles.bands() / tiles.groups();
+      rows.convolve_rows(x, y, tiles.tile(image * tiles.bands() + band, group, height));
+    }
+  });
+}
+
+// Both gradients in one pass: of each band first the image's, then the filter's, while its rows are in the cache.
+// The filter's is summed in slices of the batch, each for itself, and the slices are added in their order.
+template <class Rows, class T>
+void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, const T* weight, T* dx, T* dweight,
+               T* dbias) {
+  using Filter = typename Rows::Filter;
+  const Gather forward = forward_gather(g), gradient = gradient_gather(g);
+  const std::vector<float> weights = Rows::pack(weight, gradient, g, lanes), no_bias(lanes.vectors() * kLanes);
+  const Finish finish{weights.data(), no_bias.data(), Activation::none};
+  const int64_t to_x = Rows(gradient, g, lanes, finish).height(), to_weight = Filter(forward, g, lanes).height();
+  const Tiling tiles = Rows::tiling(g, lanes, to_weight);
+  const int taps = g.kernel_h * g.kernel_w;
+  const bool wants_sums = dweight || dbias;
+  const int64_t pixels = g.batch * g.out_h * g.out_w;
+  const int64_t slices = wants_sums ? tiles.slices(pixels, taps) : tiles.units();
+  const int64_t slice_size = Lanes::at(lanes.vectors(), 0, taps + 1), tasks = slices * tiles.groups();
+  std::vector<float> sums(wants_sums ? slices * slice_size : 0);
+  const int64_t work = 2 * pixels * g.channels * (taps + 4) / tasks;
+  torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
+    Rows to_image(gradient, g, lanes, finish);
+    Filter to_filter(forward, g, lanes);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slice = task % slices, group = task / slices;
+      for (int64_t u = tiles.units() * slice / slices; u < tiles.units() * (slice + 1) / slices; ++u) {
+        const Tile at_x = tiles.tile(u, group, to_x), at_weight = tiles.tile(u, group, to_weight);
+        if (dx && at_x.first_row < at_x.last_row) to_image.convolve_rows(grad, dx, at_x);
+        if (wants_sums && at_weight.first_row < at_weight.last_row)
+          to_filter.correlate_rows(x, grad, sums.data() + slice * slice_size, taps, at_weight);
+      }
+      if (wants_sums) to_filter.flush(sums.data() + slice * slice_size, taps, group * tiles.group);
+    }
+  });
+  if (wants_sums) reduce_sums(sums, slices, taps, lanes, dweight, dbias);
+}
+
+// Calls f with the kind of rows that serves, forward, images which are not in place, as a null pointer.
+template <class T, class F>
+void with_rows(const Conv2d& g, F&& f) {
+#if RKL_LANES == 16
+  if (FlatRows<T>::serves(g)) return f(static_cast<FlatRows<T>*>(nullptr));
+  if (HalvingRows<T>::serves(g)) return f(static_cast<HalvingRows<T>*>(nullptr));
+#endif
+  f(static_cast<PlaneRows<T>*>(nullptr));
+}
+
+inline PackedFilter pack_filter(const Conv2d& g, const void* weight, const void* bias, Dtype dtype) {
+  PackedFilter filter;
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Lanes lanes{g.channels, g.nhwc};
+    const Gather gather = forward_gather(g);
+    const T* from = static_cast<const T*>(weight);
+    filter.bias = as_lanes(static_cast<const T*>(bias), 1, lanes);
+    if (lanes.in_place())
+      filter.weights = pack_weights<T>(from, gather, g.kernel_h, g.kernel_w, lanes);
+    else
+      with_rows<T>(
+          g, [&](auto* rows) { filter.weights = std::remove_pointer_t<decltype(rows)>::pack(from, gather, g, lanes); });
+  });
+  return filter;
+}
+
+inline void depthwise_packed(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y,
+                             Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Lanes lanes{g.channels, g.nhwc};
+    const T* from = static_cast<const T*>(x);
+    const Finish finish{filter.weights.data(), filter.bias.data(), act};
+    if (lanes.in_place()) return convolve_windows(g, from, finish, static_cast<T*>(y));
+    with_rows<T>(g, [&](auto* rows) {
+      convolve_all<std::remove_pointer_t<decltype(rows)>>(g, lanes, from, finish, static_cast<T*>(y));
+    });
+  });
+}
+
+inline void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
+                      Dtype dtype) {
+  depthwise_packed(g, x, pack_filter(g, weight, bias, dtype), act, y, dtype);
+}
+
+inline void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
+                               void* dweight, void* dbias, Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Lanes lanes{g.channels, g.nhwc};
+    const T *from = static_cast<const T*>(grad), *image = static_cast<const T*>(x);
+    const T* filter = static_cast<const T*>(weight);
+    T *to_x = static_cast<T*>(dx), *to_weight = static_cast<T*>(dweight), *to_bias = static_cast<T*>(dbias);
+    if (lanes.in_place()) return gradient_windows(g, from, image, filter, to_x, to_weight, to_bias);
+#if RKL_LANES == 16
+    if (FlatRows<T>::serves(g)) return gradients<FlatRows<T>>(g, lanes, from, image, filter, to_x, to_weight, to_bias);
+#endif
+    gradients<PlaneRows<T>>(g, lanes, from, image, filter, to_x, to_weight, to_bias);
+  });
+}
+
+}  // namespace rkl::cpu::RKL_ISA

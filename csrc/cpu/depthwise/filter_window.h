@@ -1,0 +1,243 @@
+// The filter's gradient of one row of output gradients (or two, where an operand is two pixels), a vector of channels
+// at a time: the output gradients slide over the image's columns. Of a column those gradients are kept that meet it, so
+// each is read once; a row's sums stay in registers.
+#pragma once
+#include "cpu/depthwise/window_rows.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// One row of the filter: the pixels that it meets, and its sums, a vector a tap.
+template <class T>
+struct FilterRow {
+  const T* row[Pixels<T>::kRows];
+  float* sums;
+};
+
+template <class T>
+struct FilterJob {
+  const FilterRow<T>* rows;
+  const T* grad[Pixels<T>::kRows];  // the first output's
+  int64_t at, pitch, grad_at, grad_pitch, sums;
+  int64_t first, last, count, inputs, step, left;  // as a window's
+  Prefetch read, beside;
+};
+
+template <class T, int K, int S, int Q>
+class FilterWindow {
+  using P = Pixels<T>;
+  static constexpr int M = (K + S - 1) / S;
+
+ public:
+  static __attribute__((noinline)) void run(const FilterJob<T>& given) {
+    FilterWindow window(given);
+    window.slide(std::make_integer_sequence<int, M>());
+  }
+
+ private:
+  RKL_INLINE explicit FilterWindow(const FilterJob<T>& given)
+      : job(given), read_(given.read.from), beside_(given.beside.from) {}
+
+  template <int phase, int J>
+  RKL_INLINE void column(int64_t c) {
+    const int64_t at = job.at + c * job.pitch;
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      Vec x[1];
+      P::load(job.rows[q].row, at, x);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+        if (const int t = J + S * m; t < K) sum[q][t] = P::add(sum[q][t], x[0], grad[(phase - m + M) % M]);
+    }
+  }
+
+  template <int place>
+  RKL_INLINE void take(int64_t output) {
+    Vec g[1] = {};
+    if (output >= 0 && output < job.count) P::load(job.grad, job.grad_at + output * job.grad_pitch, g);
+    grad[place] = g[0];
+  }
+
+  template <int phase, int... J>
+  RKL_INLINE void step(int64_t i, std::integer_sequence<int, J...>) {
+    take<phase>(i);
+    if constexpr (K == 1) {
+      column<phase, 0>(i * job.step - job.left);
+    } else if constexpr (S == 1) {
+      column<phase, 0>(i - job.left);
+    } else {
+      const int64_t c = S * i - job.left;
+      ((c + J >= 0 && c + J < job.inputs ? column<phase, J>(c + J) : void()), ...);
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < P::kRows * S; ++row) __builtin_prefetch(read_ + row * job.read.row, 0, 2);
+#pragma GCC unroll 2
+    for (int row = 0; row < P::kRows; ++row) __builtin_prefetch(beside_ + row * job.beside.row, 0, 2);
+    read_ += job.read.step;
+    beside_ += job.beside.step;
+  }
+
+  template <int... phase>
+  RKL_INLINE void slide(std::integer_sequence<int, phase...>) {
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+      for (int t = 0; t < K; ++t) sum[q][t] = read<Vec>(job.rows[q].sums + job.sums + t * kLanes);
+    ((phase ? take<phase>(job.first - M + phase) : void()), ...);
+    constexpr std::make_integer_sequence<int, S> columns;
+    for (int64_t i = job.first; ((i < job.last ? (step<phase>(i++, columns), true) : false) && ...);) {
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 8
+      for (int t = 0; t < K; ++t) store(job.rows[q].sums + job.sums + t * kLanes, sum[q][t]);
+  }
+
+  const FilterJob<T>& job;
+  const char *read_, *beside_;
+  Vec sum[Q][K], grad[M];
+};
+
+// Filter rows at once of K taps each, whose sums have room beside the gradients and a pixel; 0 where not even one has.
+template <class T, int K, int S>
+constexpr int filter_rows_at_once() {
+  return std::min(K, (kRegisters - (K + S - 1) / S - 1) / K);
+}
+
+template <class T>
+struct FilterCode {
+  void (*one)(const FilterJob<T>&) = nullptr;
+  void (*many)(const FilterJob<T>&) = nullptr;
+  int rows = 0;
+};
+
+template <class T, int K, int S>
+constexpr FilterCode<T> filter_code_for() {
+  constexpr int rows = filter_rows_at_once<T, K, S>();
+  if constexpr (rows < 1)
+    return {};
+  else
+    return {&FilterWindow<T, K, S, 1>::run, &FilterWindow<T, K, S, rows>::run, rows};
+}
+
+template <class T>
+const FilterCode<T>& filter_code(int taps, int64_t step) {
+  static constexpr FilterCode<T> codes[2][kMostTaps] = {
+      {filter_code_for<T, 1, 1>(), filter_code_for<T, 2, 1>(), filter_code_for<T, 3, 1>(), filter_code_for<T, 4, 1>(),
+       filter_code_for<T, 5, 1>(), filter_code_for<T, 6, 1>(), filter_code_for<T, 7, 1>()},
+      {filter_code_for<T, 1, 1>(), filter_code_for<T, 2, 2>(), filter_code_for<T, 3, 2>(), filter_code_for<T, 4, 2>(),
+       filter_code_for<T, 5, 2>(), filter_code_for<T, 6, 2>(), filter_code_for<T, 7, 2>()}};
+  return codes[step > 1][taps - 1];
+}
+
+// Rows of output gradients against the image. Sums: of each vector (taps + 1, kLanes), the filter's taps row by row and
+// then the bias.
+template <class T>
+class FilterRows {
+  static constexpr int kRows = Pixels<T>::kRows;
+
+ public:
+  FilterRows(const Gather& forward, const Lanes& lanes, int kernel_h, int kernel_w, int64_t image_row)
+      : lanes_(lanes),
+        down_(lattices_of(forward.vertical, forward.in_h)),
+        across_(lattices_of(forward.horizontal, forward.in_w)),
+        kernel_w_(kernel_w),
+        taps_(kernel_h * kernel_w),
+        zeros_(image_row + kLanes) {}
+
+  int64_t pairs() const {
+    int64_t pairs = 0;
+    for (const Lattice& l : down_) pairs = std::max(pairs, ceil_div(l.count, 2));
+    return pairs;
+  }
+
+  // Of the gradient's rows, those that the pairs before `pair` are.
+  int64_t rows_before(int64_t pair) const { return 2 * pair * down_[0].pitch; }
+
+  // The `pair`-th rows of every lattice, of vectors [first, last); sums: of vector 0.
+  void add(const Image<const T>& in, const Image<const T>& grad, int64_t pair, int64_t first, int64_t last,
+           bool wants_bias, float* sums) {
+    for (const Lattice& down : down_)
+      for (int64_t j = 2 * pair; j < std::min(2 * pair + 2, down.count); j += kRows)
+        rows_of(in, grad, down, j, first, last, wants_bias, sums);
+  }
+
+ private:
+  void rows_of(const Image<const T>& in, const Image<const T>& grad, const Lattice& down, int64_t j, int64_t first,
+               int64_t last, bool wants_bias, float* sums) {
+    const int64_t rows = std::min<int64_t>(kRows, down.count - j), top = down.step * j - down.left;
+    rows_.clear();
+    for (int a = 0; a < down.taps; ++a) {
+      FilterRow<T> row{};
+      bool any = false;
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t c = top + a + i * down.step;
+        const bool inside = i < rows && c >= 0 && c < down.inputs;
+        row.row[i] = inside ? in.first + (down.origin + down.unit * c) * in.row : zeros_.data();
+        any = any || inside;
+      }
+      row.sums = sums + int64_t(a) * kernel_w_ * kLanes;
+      if (any) rows_.push_back(row);
+    }
+    FilterJob<T> job{};
+    for (int i = 0; i < kRows; ++i)
+      job.grad[i] = i < rows ? grad.first + (down.first + down.pitch * (j + i)) * grad.row : zeros_.data();
+    constexpr int64_t size = sizeof(T), vector = kLanes * size;
+    const bool linear = first == 0 && last == lanes_.vectors();
+    const char* read = reinterpret_cast<const char*>(
+        in.first + (down.origin + down.unit * (top + down.step * (rows - 1) + down.taps)) * in.row);
+    const char* beside = reinterpret_cast<const char*>(grad.first + (down.first + down.pitch * (j + rows)) * grad.row);
+    for (int64_t v = first; v < last; ++v) {
+      const int64_t at = lanes_.at(v), of_vector = Lanes::at(v, 0, taps_ + 1);
+      for (const Lattice& l : across_) {
+        job.pitch = l.unit * in.pixel, job.grad_pitch = l.pitch * grad.pixel;
+        job.at = l.origin * in.pixel + at, job.grad_at = l.first * grad.pixel + at;
+        job.count = l.count, job.inputs = l.inputs, job.step = l.step;
+        job.read = {read + (linear ? 0 : job.at * size), linear ? vector : l.step * job.pitch * size,
+                    down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1)};
+        job.beside = {beside + (linear ? 0 : job.grad_at * size), linear ? vector : job.grad_pitch * size,
+                      down.pitch * grad.row * size};
+        if (wants_bias) add_bias(job, int(rows), sums + of_vector + int64_t(taps_) * kLanes);
+        const int64_t steps = run(job, l, of_vector);
+        if (linear) read += steps * vector, beside += steps * vector;
+      }
+    }
+  }
+
+  int64_t run(FilterJob<T>& job, const Lattice& l, int64_t sums) {
+    const int most = l.step > 2 ? 1 : kMostTaps, pieces = (l.taps + most - 1) / most;
+    int64_t taken = 0;
+    for (int p = 0; p < pieces; ++p) {
+      const int first = l.taps * p / pieces, taps = l.taps * (p + 1) / pieces - first;
+      const FilterCode<T>& code = filter_code<T>(taps, l.step);
+      const Steps steps(l, first, taps);
+      job.first = steps.first, job.last = steps.last, job.left = steps.left;
+      job.sums = sums + first * kLanes;
+      if (steps.last == steps.first) continue;
+      for (size_t q = 0; q < rows_.size();) {
+        job.rows = rows_.data() + q;
+        const bool many = q + code.rows <= rows_.size();
+        (many ? code.many : code.one)(job);
+        q += many ? code.rows : 1;
+        // What is asked for is asked for once.
+        taken = std::max(taken, steps.last - steps.first);
+        job.read = job.beside = {reinterpret_cast<const char*>(rows_.data()), 0, 0};
+      }
+    }
+    return taken;
+  }
+
+  static void add_bias(const FilterJob<T>& job, int rows, float* sums) {
+    Vec total = read<Vec>(sums);
+    for (int i = 0; i < rows; ++i)
+      for (int64_t o = 0; o < job.count; ++o) total += load(job.grad[i] + job.grad_at + o * job.grad_pitch);
+    store(sums, total);
+  }
+
+  const Lanes lanes_;
+  const std::vector<Lattice> down_, across_;
+  const int kernel_w_, taps_;
+  const std::vector<T> zeros_;
+  std::vector<FilterRow<T>> rows_;
+};
+
+}  // namespace rkl::cpu::RKL_ISA

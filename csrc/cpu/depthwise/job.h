@@ -1,0 +1,38 @@
+// What one call of a kernel makes: outputs of one or two rows.
+#pragma once
+#include "cpu/depthwise/lattice.h"
+#include "cpu/depthwise/pixels.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// Memory to ask for, a line of some rows at each step: a kernel reads a few pixels of several rows at every vector of
+// channels, too short runs for the hardware to foresee, so what the next rows need is asked for in the order of memory.
+struct Prefetch {
+  const char* from;
+  int64_t step, row;  // bytes from one step's to the next's, from one row's to the next's
+};
+
+// One call: the outputs of a lattice, of one or two rows, of some vectors of channels. Two rows are Pixels::kRows rows
+// of the lattice apart, so that they share their operands and their weights.
+template <class T>
+struct Job {
+  const T* const* rows;               // of the image, Pixels::kRows an operand
+  int units;                          // operands of a column of the filter
+  int shift;                          // operands from the first row of outputs to the second
+  int begin, end;                     // operands of which a pixel lies inside the image
+  bool odd;                           // the last operand's lower pixel does not count
+  const float* weights;               // (vector, operand, tap, lane)
+  int64_t weight_row, weight_vector;  // floats from one operand's, one vector's to the next's
+  int64_t at, pitch;                  // elements from a row's start to the first column, from one column to the next
+  const float* start[2];              // what the sums begin with: the bias, or sums of other taps
+  int64_t start_step;                 // floats from one output's to the next's: 0 for the bias
+  T* out[2];                          // the first output of each row
+  int64_t out_pitch;
+  float* sums[2];                     // where the sums go, instead of rounded ones to out; or null
+  int64_t first, last;                // steps
+  int64_t count, inputs, step, left;  // of the lattice
+  int64_t vectors;
+  Prefetch read, written;
+};
+
+}  // namespace rkl::cpu::RKL_ISA

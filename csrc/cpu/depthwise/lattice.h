@@ -1,0 +1,47 @@
+// The outputs of one dimension in classes that a dense window serves: whatever stride, dilation or phase of a gradient
+// they come from, the outputs of a class read inputs that are neighbours within that class.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "cpu/depthwise/gather.h"
+
+namespace rkl::cpu {
+
+// Output i lies at first + pitch * i. Its tap t reads the class's input step * i + t - left, of which `inputs` exist;
+// the c-th lies at origin + unit * c.
+struct Lattice {
+  int64_t first, pitch, count;
+  int64_t origin, unit, inputs;
+  int64_t step, left;
+  int phase;  // of the axes: which of the filter's taps these are
+  int taps;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Output i of the axis reads step * i + offset + distance * t. With q = distance / gcd(step, distance), the outputs
+// q * j + r read inputs a whole number of distances apart.
+inline void add_lattices(const Axis& axis, int phase, int64_t phases, int64_t in, std::vector<Lattice>& lattices) {
+  const int taps = axis.taps();
+  const int64_t distance = taps > 1 ? axis.offset[1] - axis.offset[0] : 1, first_offset = taps ? axis.offset[0] : 0;
+  const int64_t q = distance / std::gcd<int64_t>(axis.step, distance);
+  for (int64_t r = 0; r < std::min(q, axis.count); ++r) {
+    const int64_t from = axis.step * r + first_offset;
+    const int64_t origin = ((from % distance) + distance) % distance;
+    lattices.push_back({axis.first + phases * r, phases * q, ceil_div(axis.count - r, q), origin, distance,
+                        taps ? std::max<int64_t>(0, ceil_div(in - origin, distance)) : 0, axis.step * q / distance,
+                        (origin - from) / distance, phase, taps});
+  }
+}
+
+inline std::vector<Lattice> lattices_of(const std::vector<Axis>& axes, int64_t in) {
+  std::vector<Lattice> lattices;
+  for (size_t phase = 0; phase < axes.size(); ++phase)
+    add_lattices(axes[phase], int(phase), int64_t(axes.size()), in, lattices);
+  return lattices;
+}
+
+}  // namespace rkl::cpu

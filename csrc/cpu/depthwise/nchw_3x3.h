@@ -1,0 +1,180 @@
+// NCHW planes under a 3 x 3 filter at stride 1, taken as they lie: a vector is any 16 pixels in a row of memory, across
+// the ends of rows. The rows above and below lie at a fixed distance, the columns to the left and right are taken from
+// neighbouring vectors, with a mask where the row ends: three loads a vector, nothing is copied, padded or transposed,
+// and narrow maps waste no lanes. Masks are those of AVX-512.
+#pragma once
+#include "cpu/depthwise/pixels.h"
+#include "cpu/depthwise/tiling.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/math.h"
+#include "cpu/simd/transpose.h"
+
+#if RKL_LANES == 16
+namespace rkl::cpu::RKL_ISA {
+
+// Whether the filter is 3 x 3 with one pixel of padding, at this stride, on NCHW images: what is taken as it lies.
+inline bool is_3_by_3_on_planes(const Conv2d& g, int stride) {
+  const bool one_around = g.padding_h == 1 && g.padding_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+  return !g.nhwc && one_around && g.stride_h == stride && g.stride_w == stride && g.kernel_h == 3 && g.kernel_w == 3;
+}
+
+// bias + the nine pixels times the nine weights, row by row. A sum for each row: one after the other, the nine would
+// wait for each other.
+template <class T>
+RKL_INLINE Vec sum_3_by_3(Vec bias, const Vec (&x)[9], const Vec (&weight)[9], T) {
+  Vec row[3] = {bias, Vec{}, Vec{}};
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
+  return row[0] + (row[1] + row[2]);
+}
+
+// Of a channel's tap among weights or sums that lie as (vector, tap, lane).
+inline int64_t at_channel(int64_t channel, int64_t tap, int64_t taps) {
+  return Lanes::at(channel / kLanes, tap, taps) + channel % kLanes;
+}
+
+template <class T>
+class FlatRows {
+ public:
+  static bool serves(const Conv2d& g) { return is_3_by_3_on_planes(g, 1) && g.in_h * g.in_w <= kMostPixels; }
+
+  // Whole planes, of so many channels that a task is worth its while.
+  static Tiling tiling(const Conv2d& g, const Lanes&, int64_t) {
+    const int64_t group = std::clamp<int64_t>(kGroupPixels / (g.in_h * g.in_w), 1, g.channels);
+    return {g.batch, g.channels, group, g.out_h, g.out_h};
+  }
+
+  using Filter = FlatRows;
+
+  static std::vector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
+    return as_lanes(filter, kTaps, lanes);
+  }
+
+  FlatRows(const Gather& gather, const Conv2d&, const Lanes& lanes, const Finish& finish = {})
+      : lanes_(lanes), finish_(finish), width_(gather.out_w), pixels_(gather.out_h * gather.out_w) {
+    const Axis &down = gather.vertical[0], &across = gather.horizontal[0];
+    for (int i = 0; i < kTaps; ++i) tap_[i] = down.tap[i / 3] * 3 + across.tap[i % 3];
+    masks_.resize((pixels_ + kLanes - 1) / kLanes + 1);
+    for (int64_t v = 0; v + 1 < int64_t(masks_.size()); ++v)
+      for (int i = 0; i < 3; ++i) masks_[v].row[i] = inside(v * kLanes + (i - 1) * width_);
+    for (int64_t first = 0; first < pixels_; first += width_) {
+      const int64_t last = first + width_ - 1;
+      masks_[first / kLanes].left &= ~(1u << first % kLanes);
+      masks_[last / kLanes].right &= ~(1u << last % kLanes);
+    }
+  }
+
+  int64_t height() const { return pixels_ / width_; }
+
+  void convolve_rows(const T* in, T* out, const Tile& tile) {
+    for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
+      const int64_t plane = (tile.image * lanes_.channels + channel) * pixels_;
+      convolve(in + plane, channel, out + plane);
+    }
+  }
+
+  // Adds the tile's share of the filter's gradient, of which flush() gives the sums.
+  void correlate_rows(const T* in, const T* grad, float*, int, const Tile& tile) {
+    sums_.resize((tile.last_vector - tile.first_vector) * kRows * kLanes);
+    for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
+      const int64_t plane = (tile.image * lanes_.channels + channel) * pixels_;
+      correlate(in + plane, grad + plane, sums_.data() + (channel - tile.first_vector) * kRows * kLanes);
+    }
+  }
+
+  // Adds what correlate_rows has summed of the channels from `first` on to sums (vector, tap, lane), and begins anew.
+  void flush(float* sums, int, int64_t first) {
+    sum_lanes(sums_.data(), sums_.size() / kLanes, [&](int64_t i, float sum) {
+      const int64_t row = i % kRows, tap = row < kTaps ? tap_[row] : kTaps;
+      sums[at_channel(first + i / kRows, tap, kRows)] += sum;
+    });
+    sums_.clear();
+  }
+
+ private:
+  static constexpr int kTaps = 9, kRows = kTaps + 1;  // the last row of sums is the bias's
+  static constexpr int64_t kMostPixels = 32768, kGroupPixels = 8192;
+
+  struct Masks {                             // of a vector's lanes
+    uint16_t left = 0xffff, right = 0xffff;  // those that have a pixel beside them in their row
+    uint16_t row[3] = {};                    // that have a pixel above, there and below
+  };
+
+  // Of kLanes neighbouring pixels from `at` on, those inside the plane.
+  uint16_t inside(int64_t at) const {
+    const int64_t first = std::clamp<int64_t>(-at, 0, kLanes), last = std::clamp<int64_t>(pixels_ - at, first, kLanes);
+    return uint16_t((1u << last) - (1u << first));
+  }
+
+  // Vector v of the plane, of the pixels above (0), of itself (1) or of those below (2); zeros outside.
+  RKL_INLINE Vec take(const T* plane, int64_t v, int i) const {
+    const T* from = plane + v * kLanes + (i - 1) * width_;
+    const uint16_t inside = masks_[v].row[i];
+    return inside == 0xffff ? factor(from) : factor_masked(from, inside);
+  }
+
+  // f(v, the pixels of the nine taps of vector v) for each vector of a plane.
+  template <class F>
+  RKL_INLINE void for_windows(const T* plane, F&& f) const {
+    Vec before[3], here[3];
+    // The first pixel has none to its left, so what lies before the first vector is not asked for, nor what lies behind
+    // the last one, which the masks make zero.
+    for (int i = 0; i < 3; ++i) {
+      before[i] = Vec{};
+      here[i] = take(plane, 0, i);
+    }
+    const int64_t vectors = int64_t(masks_.size()) - 1;
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Masks m = masks_[v];
+      Vec x[kTaps];
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const Vec after = take(plane, v + 1, i);
+        x[3 * i] = (Vec)_mm512_maskz_alignr_epi32(m.left, (__m512i)here[i], (__m512i)before[i], kLanes - 1);
+        x[3 * i + 1] = here[i];
+        x[3 * i + 2] = (Vec)_mm512_maskz_alignr_epi32(m.right, (__m512i)after, (__m512i)here[i], 1);
+        before[i] = here[i];
+        here[i] = after;
+      }
+      f(v, x);
+    }
+  }
+
+  void convolve(const T* in, int64_t channel, T* out) const {
+    const float* weights = finish_.weights + at_channel(channel, 0, kTaps);
+    Vec weight[kTaps];
+    for (int i = 0; i < kTaps; ++i) weight[i] = as_factor(broadcast(weights[tap_[i] * kLanes]), T{});
+    const Vec bias = broadcast(finish_.bias[channel]);
+    for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
+      Vec sum = sum_3_by_3(bias, x, weight, T{});
+      if (finish_.act != Activation::none) sum = activate(finish_.act, sum, T{});
+      T* to = out + v * kLanes;
+      if (const int64_t lanes = pixels_ - v * kLanes; lanes >= kLanes)
+        store(to, sum);
+      else
+        store_some(to, sum, lanes);
+    });
+  }
+
+  void correlate(const T* in, const T* grad, float* sums) const {
+    Vec sum[kRows];
+    for (int i = 0; i < kRows; ++i) sum[i] = load(sums + i * kLanes);
+    for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
+      const Vec g = take(grad, v, 1);
+      sum[kTaps] += widened(g, T{});
+#pragma GCC unroll 9
+      for (int i = 0; i < kTaps; ++i) sum[i] = multiply_add(sum[i], x[i], g, T{});
+    });
+    for (int i = 0; i < kRows; ++i) store(sums + i * kLanes, sum[i]);
+  }
+
+  const Lanes lanes_;
+  const Finish finish_;
+  const int64_t width_, pixels_;  // of a plane
+  int64_t tap_[kTaps];
+  std::vector<Masks> masks_;  // a vector
+  std::vector<float> sums_;   // (channel, kRows, kLanes)
+};
+
+}  // namespace rkl::cpu::RKL_ISA
+#endif

@@ -1,0 +1,306 @@
+// Rows of outputs out of windows: which window serves a row's taps, what it reads and where its sums go.
+#pragma once
+#include "cpu/depthwise/convolution_window.h"
+#include "cpu/kernels.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/math.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// An image of which a vector of channels is taken: elements from one row and one pixel to the next.
+template <class T>
+struct Image {
+  T* first;
+  int64_t row, pixel;
+};
+
+// Operands of a column of so many taps.
+template <class T>
+int operands(int taps) {
+  return (taps + Pixels<T>::kRows - 1) / Pixels<T>::kRows;
+}
+
+// A filter (C, kernel_h * kernel_w) as the weights of each phase of a gather, which forward has one of: of each phase
+// down and across, of each vector of channels, of each operand of a column, of each tap of a row.
+// Operand: the type that the pixels have when they meet the weights.
+template <class Operand, class T>
+std::vector<float> pack_weights(const T* filter, const Gather& gather, int kernel_h, int kernel_w, const Lanes& lanes) {
+  using P = Pixels<Operand>;
+  std::vector<float> out;
+  for (const Axis& down : gather.vertical)
+    for (const Axis& across : gather.horizontal) {
+      const auto weight = [&](int64_t c, int a, int t) {
+        return c < 0 || a >= down.taps() ? 0.f : float(filter[(c * kernel_h + down.tap[a]) * kernel_w + across.tap[t]]);
+      };
+      for (int64_t v = 0; v < lanes.vectors(); ++v)
+        for (int u = 0; u < operands<Operand>(down.taps()); ++u)
+          for (int t = 0; t < across.taps(); ++t)
+            for (int lane = 0; lane < kLanes; ++lane) {
+              const int64_t c = lanes.channel(v, lane);
+              out.push_back(P::weight(weight(c, u * P::kRows, t), weight(c, u * P::kRows + 1, t)));
+            }
+    }
+  return out;
+}
+
+// The first and the last step of a window of `taps` taps from the lattice's t0-th on.
+struct Steps {
+  int64_t first, last, left;
+  int64_t most;  // outputs that a column may belong to
+  Steps(const Lattice& l, int t0, int taps) : left(l.left - t0), most(taps == 1 ? 1 : ceil_div(taps, l.step)) {
+    first = left <= 0 ? 0 : taps == 1 ? ceil_div(left, l.step) : left / l.step;
+    const int64_t reached = l.inputs + left <= 0 ? 0 : ceil_div(l.inputs + left, l.step);
+    last = std::max(first, std::min(reached, l.count + most - 1));
+  }
+};
+
+// Rows of outputs. One object a thread.
+template <class T>
+class WindowRows {
+  static constexpr int kRows = Pixels<T>::kRows;
+
+ public:
+  // weights, bias: packed for the gather.
+  WindowRows(const Gather& gather, const Lanes& lanes, const float* weights, const float* bias, Activation act,
+             int64_t image_row)
+      : lanes_(lanes),
+        bias_(bias),
+        act_(act),
+        down_(lattices_of(gather.vertical, gather.in_h)),
+        across_(lattices_of(gather.horizontal, gather.in_w)),
+        phases_across_(int(gather.horizontal.size())),
+        zeros_(image_row + kLanes) {
+    for (const Axis& down : gather.vertical)
+      for (const Axis& across : gather.horizontal) {
+        const int64_t size = int64_t(operands<T>(down.taps())) * across.taps() * kLanes;
+        tables_.push_back({weights, size});
+        weights += size * lanes.vectors();
+      }
+    int64_t most = 0;
+    for (const Lattice& l : across_) {
+      pieces_.push_back(pieces_of(l));
+      if (pieces_.back().size() > 1) most = std::max(most, l.count + 2 * kMostTaps);
+    }
+    sums_.resize(2 * most * kLanes);
+  }
+
+  // Pairs of rows of the longest of the lattices.
+  int64_t pairs() const {
+    int64_t pairs = 0;
+    for (const Lattice& l : down_) pairs = std::max(pairs, ceil_div(l.count, 2 * kRows) * kRows);
+    return pairs;
+  }
+
+  // Of the image's rows, those that the pairs before `pair` are.
+  int64_t rows_before(int64_t pair) const { return pair / kRows * 2 * kRows * down_[0].pitch; }
+
+  // The `pair`-th rows of every lattice, of vectors [first, last). in, out: of row 0 and, unless the images are in
+  // place, of the vector. asks: whether memory has to be asked for ahead.
+  void make(const Image<const T>& in, const Image<T>& out, int64_t pair, int64_t first, int64_t last, bool asks) {
+    for (const Lattice& down : down_) {
+      const int64_t j = pair / kRows * 2 * kRows + pair % kRows;
+      if (j < down.count) rows_of(in, out, down, j, j + kRows < down.count ? 2 : 1, first, last, asks);
+    }
+  }
+
+ private:
+  struct Table {
+    const float* weights;
+    int64_t vector;
+  };
+  struct Piece {
+    int first, taps;
+    const RowCode<T>* code;
+    Steps steps;
+  };
+
+  static std::vector<Piece> pieces_of(const Lattice& l) {
+    std::vector<Piece> pieces;
+    const int most = l.step > 2 ? 1 : kMostTaps, count = (l.taps + most - 1) / most;
+    for (int i = 0; i < count; ++i) {
+      const int first = l.taps * i / count, taps = l.taps * (i + 1) / count - first;
+      pieces.push_back({first, taps, &row_code<T>(taps, l.step), Steps(l, first, taps)});
+    }
+    return pieces;
+  }
+
+  // The image's rows for rows j and j + kRows of the lattice's outputs.
+  void set_rows(const Image<const T>& in, const Lattice& l, int64_t j, int rows, Job<T>& job) {
+    job.units = operands<T>(l.taps);
+    job.shift = int(l.step);
+    job.odd = l.taps % kRows;
+    const int units = job.units + (rows - 1) * job.shift;
+    rows_.clear();
+    job.begin = units, job.end = 0;
+    const int64_t needed = l.taps + (rows - 1) * job.shift * kRows;
+    for (int i = 0; i < units * kRows; ++i) {
+      if (i >= needed) {  // a pixel that does not count: one that is at hand
+        rows_.push_back(rows_.back());
+        continue;
+      }
+      const int64_t c = l.step * j - l.left + i;
+      const bool inside = c >= 0 && c < l.inputs;
+      rows_.push_back(inside ? in.first + (l.origin + l.unit * c) * in.row : zeros_.data());
+      if (!inside) continue;
+      job.begin = std::min(job.begin, i / kRows);
+      job.end = i / kRows + 1;
+    }
+    job.rows = rows_.data();
+  }
+
+  void rows_of(const Image<const T>& in, const Image<T>& out, const Lattice& down, int64_t j, int rows, int64_t first,
+               int64_t last, bool asks) {
+    constexpr int64_t size = sizeof(T), vector = kLanes * size;
+    const bool linear = first == 0 && last == lanes_.vectors();
+    Job<T> base{};
+    set_rows(in, down, j, rows, base);
+    // What the next rows of outputs read first, and those rows: where pairs of rows lie in one another, all of theirs,
+    // shared between them.
+    const int64_t i = j % kRows, together = j - i + 2 * kRows;
+    const int64_t next = down.step * (together - 1 + 2 * i) - down.left + down.taps;
+    const char* read = reinterpret_cast<const char*>(in.first + (down.origin + down.unit * next) * in.row);
+    const char* written =
+        reinterpret_cast<const char*>(out.first + (down.first + down.pitch * (together + 2 * i)) * out.row);
+    jobs_.clear();
+    for (const Lattice& l : across_) {
+      Job<T> job = base;
+      const Table& table = tables_[down.phase * phases_across_ + l.phase];
+      job.weights = table.weights;
+      job.weight_row = int64_t(l.taps) * kLanes;
+      job.at = l.origin * in.pixel, job.pitch = l.unit * in.pixel;
+      job.out_pitch = l.pitch * out.pixel;
+      job.count = l.count, job.inputs = l.inputs, job.step = l.step;
+      for (int r = 0; r < 2; ++r)
+        job.out[r] =
+            out.first + (down.first + down.pitch * (j + std::min(r, rows - 1) * kRows)) * out.row + l.first * out.pixel;
+      if (asks) {
+        const int64_t parts = linear ? std::clamp<int64_t>(l.step, 1, 2) : 1;
+        job.read = {read + (linear ? 0 : job.at * size), linear ? vector : l.step * job.pitch * size,
+                    down.unit * in.row * size / parts};
+        job.written = {written + (linear ? 0 : l.first * out.pixel * size), linear ? vector : job.out_pitch * size,
+                       down.pitch * out.row * size};
+      } else {
+        job.read = job.written = {reinterpret_cast<const char*>(rows_.data()), 0, 0};
+      }
+      jobs_.push_back(job);
+    }
+    int64_t taken = 0;  // steps
+    for (int64_t v = first; v < last;) {
+      // Vectors go together where one window makes all of a row, up to the last one, which may overlap its neighbour.
+      const bool alone = across_.size() > 1 || pieces_[0].size() != 1 || lanes_.at(v) != v * kLanes;
+      const int64_t whole = std::min(last, lanes_.channels / kLanes);
+      const int64_t vectors = alone || v >= whole ? 1 : whole - v;
+      const int64_t at = lanes_.at(v);
+      for (size_t h = 0; h < across_.size(); ++h) {
+        Job<T> job = jobs_[h];
+        job.vectors = vectors;
+        job.at += at;
+        for (T*& p : job.out) p += at;
+        job.weight_vector = tables_[down.phase * phases_across_ + across_[h].phase].vector;
+        job.weights += v * job.weight_vector;
+        job.start[0] = job.start[1] = bias_ + v * kLanes;
+        if (asks) {
+          const int64_t ahead = linear ? taken * vector : at * size;
+          job.read.from += ahead, job.written.from += ahead;
+        }
+        taken += run(job, pieces_[h], down, rows);
+      }
+      v += vectors;
+    }
+  }
+
+  // Every piece of a row's taps, the sums of all but the last kept in scratch. The first one's steps.
+  int64_t run(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down, int rows) {
+    int64_t taken = 0;
+    if (pieces.empty()) fill(job, 0, job.count, rows);  // a phase without taps
+    for (size_t p = 0; p < pieces.size(); ++p) {
+      const Piece& piece = pieces[p];
+      job.first = piece.steps.first, job.last = piece.steps.last, job.left = piece.steps.left;
+      float* scratch[2] = {sums_.data() + kMostTaps * kLanes, sums_.data() + sums_.size() / 2 + kMostTaps * kLanes};
+      for (int r = 0; r < 2; ++r) job.sums[r] = p + 1 < pieces.size() ? scratch[r] : nullptr;
+      const bool square = pieces.size() == 1 && down.taps == piece.taps && down.step == job.step;
+      int64_t steps = job.last - job.first;
+      if (const auto block = piece.code->block(job.count)) {
+        for (int r = 0; r < rows; ++r) block(row_alone(job, r));
+        steps = ceil_div(job.count, block_width(job.count)) * block_width(job.count);
+      } else {
+        call(*piece.code, square, rows, job);
+        fill(job, 0, std::min(job.count, job.first - (piece.steps.most - 1)), rows);
+        fill(job, job.last, job.count, rows);
+      }
+      if (!p) taken = steps * job.vectors;
+      job.weights += piece.taps * kLanes;
+      job.start_step = kLanes;
+      job.read = job.written = {reinterpret_cast<const char*>(rows_.data()), 0, 0};
+      for (int r = 0; r < 2; ++r) job.start[r] = scratch[r];
+    }
+    if (act_ != Activation::none) finish(job, rows);
+    return taken;
+  }
+
+  // Row r of a job's outputs as its first.
+  static Job<T> row_alone(const Job<T>& given, int r) {
+    Job<T> job = given;
+    const int skipped = r * job.shift;
+    job.rows += skipped * kRows;
+    job.begin = std::max(0, job.begin - skipped);
+    job.end = std::min(job.units, job.end - skipped);
+    job.start[0] = job.start[r], job.out[0] = job.out[r], job.sums[0] = job.sums[r];
+    job.read.from += r * job.read.row, job.written.from += r * job.written.row;
+    return job;
+  }
+
+  // As many vectors two by two as there are, the last one alone.
+  static void call(const RowCode<T>& code, bool square, int rows, const Job<T>& given) {
+    const auto one = square && code.square_one[rows - 1] ? code.square_one[rows - 1] : code.one[rows - 1];
+    const auto two = square && code.square_two[rows - 1] ? code.square_two[rows - 1] : code.two[rows - 1];
+    const int64_t pairs = two ? given.vectors / 2 * 2 : 0;
+    if (pairs == given.vectors) return two(given);
+    if (!pairs) return one(given);
+    Job<T> job = given;
+    job.vectors = pairs;
+    two(job);
+    job.vectors = 1;
+    job.weights += pairs * job.weight_vector;
+    job.at += pairs * kLanes;
+    for (int r = 0; r < 2; ++r) job.start[r] += pairs * kLanes, job.out[r] += pairs * kLanes;
+    const int64_t steps = (job.last - job.first) * pairs;
+    job.read.from += steps * job.read.step, job.written.from += steps * job.written.step;
+    one(job);
+  }
+
+  // Outputs that no tap reaches.
+  static void fill(const Job<T>& job, int64_t first, int64_t last, int rows) {
+    for (int64_t o = first; o < last; ++o)
+      for (int r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < job.vectors * kLanes; c += kLanes) {
+          const Vec v = read<Vec>(job.start[r] + o * job.start_step + c);
+          job.sums[r] ? store(job.sums[r] + o * kLanes, v) : store(job.out[r] + o * job.out_pitch + c, v);
+        }
+  }
+
+  // A pass of its own over outputs that are in the nearest cache: beside the sums a switch would cost them their
+  // registers.
+  void finish(const Job<T>& job, int rows) const {
+    for (int r = 0; r < rows; ++r)
+      for (int64_t o = 0; o < job.count; ++o)
+        for (int64_t c = 0; c < job.vectors * kLanes; c += kLanes) {
+          T* to = job.out[r] + o * job.out_pitch + c;
+          store(to, activate(act_, load(to), T{}));
+        }
+  }
+
+  const Lanes lanes_;
+  const float* bias_;
+  const Activation act_;
+  const std::vector<Lattice> down_, across_;
+  const int phases_across_;
+  const std::vector<T> zeros_;
+  std::vector<Table> tables_;               // (phase down, phase across)
+  std::vector<std::vector<Piece>> pieces_;  // of each lattice across
+  std::vector<const T*> rows_;
+  std::vector<Job<T>> jobs_;
+  std::vector<float> sums_;
+};
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,26 @@
+// Every kernel, for the instruction set that RKL_ISA names.
+#pragma once
+#include "cpu/depthwise/depthwise.h"
+#include "cpu/separable/band_kernels.h"
+#include "cpu/simd/elementwise.h"
+#include "cpu/simd/transpose.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {trelu,
+                         trelu_backward,
+                         depthwise,
+                         pack_filter,
+                         depthwise_packed,
+                         depthwise_backward,
+                         epilogue,
+                         activation_backward,
+                         widen,
+                         finish,
+                         add_column_sums,
+                         add_row_sums,
+                         transpose_matrix,
+                         round};
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,17 @@
+// What forward and backward do with a band.
+#pragma once
+#include "cpu/kernels.h"
+#include "cpu/separable/matrix.h"
+#include "cpu/separable/plan.h"
+#include "cpu/simd/scratch.h"
+
+namespace rkl::cpu {
+
+// The depthwise step of a band, into memory of the band's own.
+inline void depthwise_band(const Separable& s, const Band& band, const PackedFilter& filter, Activation act,
+                           void* out) {
+  const int64_t first = (band.image * s.g.in_h + band.first_in_row) * s.g.in_w * s.g.channels;
+  kernels(s.dtype).depthwise_packed(band.g, at(s.x, first, s.dtype), filter, act, out, s.dtype);
+}
+
+}  // namespace rkl::cpu

@@ -1,0 +1,86 @@
+// What stands around a band's matrix products: serial, over matrices that are in cache. Included once an instruction
+// set, as simd/elementwise.h is.
+#pragma once
+#include "cpu/simd/math.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// Calls f(i, count, load, store) for each vector of a row of n elements: whole vectors, then what is left.
+template <class F>
+inline void for_vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+  if (i < n) f(i, n - i);
+}
+
+template <class T>
+inline Vec load_up_to(const T* p, int64_t count) {
+  return count == kLanes ? load(p) : load_some(p, count);
+}
+
+template <class T>
+inline void store_up_to(T* p, Vec v, int64_t count) {
+  count == kLanes ? store(p, v) : store_some(p, v, count);
+}
+
+inline void widen(const void* in, float* out, int64_t n, Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(in);
+    for_vectors(n, [&](int64_t i, int64_t count) { store_up_to(out + i, load_up_to(from + i, count), count); });
+  });
+}
+
+template <class Z, class T>
+void finish_rows(const BandEpilogue& f, Activation act) {
+  const Z* z = static_cast<const Z*>(f.z);
+  const T* bias = static_cast<const T*>(f.bias);
+  T* out = static_cast<T*>(f.out);
+  for (int64_t r = 0; r < f.rows; ++r) {
+    const Vec of_row = bias && f.bias_by_row ? broadcast(float(bias[r])) : Vec{};
+    for_vectors(f.columns, [&](int64_t c, int64_t count) {
+      const Vec b = bias && !f.bias_by_row ? load_up_to(bias + c, count) : of_row;
+      const Vec v = load_up_to(z + r * f.z_stride + c, count);
+      store_up_to(out + r * f.out_stride + c, activate(act, v + b, T{}), count);
+    });
+  }
+}
+
+inline void finish(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    z_type == dtype ? finish_rows<T, T>(f, act) : finish_rows<float, T>(f, act);
+  });
+}
+
+// Adds the sum of each column to sums. In fp32 within the band, in fp64 between bands.
+inline void add_column_sums(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    const auto* in = static_cast<const decltype(zero)*>(matrix);
+    for_vectors(columns, [&](int64_t c, int64_t count) {
+      Vec sum{};
+      for (int64_t r = 0; r < rows; ++r) sum += load_up_to(in + r * columns + c, count);
+      for (int64_t i = 0; i < count; ++i) sums[c + i] += double(sum[i]);
+    });
+  });
+}
+
+// The same for each row's sum, of its lanes in their order.
+inline void add_row_sums(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    const auto* in = static_cast<const decltype(zero)*>(matrix);
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec sum{};
+      for_vectors(columns, [&](int64_t c, int64_t count) { sum += load_up_to(in + r * columns + c, count); });
+      for (int i = 0; i < kLanes; ++i) sums[r] += double(sum[i]);
+    }
+  });
+}
+
+inline void round(const double* in, void* out, int64_t n, Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t i = 0; i < n; ++i) static_cast<T*>(out)[i] = T(float(in[i]));
+  });
+}
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,62 @@
+#include "cpu/separable/pointwise.h"
+
+#include <vector>
+
+#include "cpu/separable/matrix.h"
+
+namespace rkl::cpu {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+// A matrix of pixels by channels as an NHWC image of the other's size: a view.
+Tensor like_image(const Tensor& pixels, const Tensor& image) {
+  const Ints size{image.size(0), image.size(2), image.size(3), pixels.size(1)}, nchw{0, 3, 1, 2};
+  return aten("aten::permute", "", torch::stable::view(pixels, size), nchw);
+}
+
+Tensor convolution(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias) {
+  const Ints none{0, 0}, ones{1, 1}, size{filter.size(0), filter.size(1), 1, 1};
+  return aten("aten::mkldnn_convolution", "", image, torch::stable::reshape(filter, size), bias, none, ones, ones,
+              int64_t(1));
+}
+
+bool has_convolution() {
+  static const bool has = [] {
+    const Ints size{1, 1, 1, 1};
+    const IntList ones(size.data(), size.size());
+    float one = 1;
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    const Tensor x = torch::stable::from_blob(&one, ones, ones, cpu, ScalarType::Float);
+    try {
+      convolution(x, x, std::nullopt);
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return has;
+}
+
+}  // namespace
+
+bool convolves_images(const Conv2d& g) { return g.channels && OneThread::holds() && has_convolution(); }
+
+Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, bool nhwc) {
+  const Dtype dtype = dtype_of(image, "image");
+  if (factor_type(dtype) != dtype) {
+    const auto wide = [](const Tensor& x) { return torch::stable::to(x, ScalarType::Float); };
+    const std::optional<Tensor> wide_bias = bias ? std::optional<Tensor>(wide(*bias)) : std::nullopt;
+    return torch::stable::to(pointwise(wide(image), wide(filter), wide_bias, nhwc), image.scalar_type());
+  }
+  // Of few pixels the inner product begins sooner: 512 to 512 channels, 512 pixels, 0.55 ms against the convolution's
+  // 0.59. In fp32 it is also the faster one of small products with a transposed filter, which it need not pack: the
+  // image's gradient of 256 to 256 channels, 2048 pixels, 0.55 ms against 0.63.
+  constexpr int64_t kFewPixels = 512, kSmall = 1000000000;
+  const int64_t rows = image.size(0) * image.size(2) * image.size(3), c = image.size(1), c_out = filter.size(0);
+  const bool packed = dtype == Dtype::f32 && filter.stride(0) == 1 && 2 * rows * c * c_out <= kSmall;
+  if (nhwc && (rows <= kFewPixels || packed)) return like_image(linear(pixel_rows(image), filter, bias), image);
+  return dense(convolution(image, filter, bias), nhwc);
+}
+
+}  // namespace rkl::cpu

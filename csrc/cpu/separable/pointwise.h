@@ -1,0 +1,30 @@
+// The pointwise step and its gradients over whole images, by the convolutions of the library that torch links (oneDNN):
+// they take images in either layout, write each output once and, in fp32, run twice as fast as MKL's matrix products do
+// on processors that are not Intel's.
+#pragma once
+#include <optional>
+
+#include "cpu/separable/separable.h"
+#include "tensor_args.h"
+
+namespace rkl::cpu {
+
+// Whether torch has that library; where it has not, matrix products over NHWC images are to serve.
+bool convolves_images(const Conv2d& g);
+
+// filter (C', C) times image (N, C, H, W), plus the bias: an image in the same format. Either of the filter's strides
+// may be 1.
+Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, bool nhwc);
+
+// The filter's gradient (C', C): dz (N, C', H, W) times inner (N, C, H, W), summed over all pixels.
+void filter_gradient(const Tensor& dz, const Tensor& inner, bool nhwc, void* out);
+
+// The same from the depthwise step's own input, a band of its output at a time. False, and nothing done, where the
+// whole output is wanted.
+bool filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out);
+
+// The sum of each channel of an image: the bias's gradient.
+void channel_sums(const void* image, void* out, int64_t batch, int64_t pixels, int64_t channels, bool nhwc,
+                  Dtype dtype);
+
+}  // namespace rkl::cpu

@@ -1,0 +1,186 @@
+// The gradient of a pointwise step's filter: a sum over all pixels, in parts that the shapes alone decide, so that it
+// is the same for any number of threads.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/separable/matrix.h"
+#include "cpu/separable/pointwise.h"
+#include "cpu/separable/task_sums.h"
+#include "cpu/simd/scratch.h"
+
+namespace rkl::cpu {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+int64_t pixels_of(const Tensor& image) { return image.size(0) * image.size(2) * image.size(3); }
+
+// All pixels of an NHWC image as one row of an image: a view.
+Tensor as_one_row(const Tensor& image) {
+  const Tensor pixels = pixel_rows(image);
+  const Ints row{1, 1, pixels.size(0), pixels.size(1)}, nchw{0, 3, 1, 2};
+  return aten("aten::permute", "", torch::stable::view(pixels, row), nchw);
+}
+
+Tensor narrow(const Tensor& x, int64_t dim, int64_t first, int64_t count) {
+  Tensor self = x;
+  return torch::stable::narrow(self, dim, first, count);
+}
+
+// Over these images alone, on the calling thread: (C', C, 1, 1) in the images' type. In 16 bits that rounds each share;
+// added up, by no more than the rounding of the factors themselves has already cost sums of random signs.
+Tensor share_of(const Tensor& dz, const Tensor& inner) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  const Ints size{dz.size(1), inner.size(1), 1, 1}, ones{1, 1}, zeros{0, 0};
+  // A dilation of 2 leaves a 1 x 1 filter what it is, and keeps torch from another library's way, which takes twice as
+  // long and which it would choose by the number of threads.
+  const Ints dilation{2, 2};
+  const Tensor filter = torch::stable::new_empty(dz, IntList(size.data(), size.size()));
+  const std::optional<Ints> no_bias;
+  const std::array<bool, 3> filter_alone{false, true, false};
+  const torch::headeronly::HeaderOnlyArrayRef<bool> mask(filter_alone.data(), filter_alone.size());
+  std::array<StableIValue, 11> stack{from(dz),    from(inner),      from(filter),   from(no_bias),
+                                     from(ones),  from(zeros),      from(dilation), from(false),
+                                     from(zeros), from(int64_t(1)), from(mask)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
+  for (int unwanted : {0, 2}) to<Tensor>(stack[unwanted]);  // frees it
+  return torch::stable::contiguous(to<Tensor>(stack[1]));
+}
+
+// Pixels [first, first + count) of NHWC images: (C', C). The inner product is as fast, or faster, where a channel count
+// does not divide by 16 (728 to 728, 19 px, one thread: 28 ms against 35) and of few pixels; else it takes 1.1 to 2.2
+// times as long.
+Tensor share_of_pixels(const Tensor& dz, const Tensor& inner) {
+  constexpr int64_t kFewPixels = 384;
+  const Tensor rows = pixel_rows(dz), right = pixel_rows(inner);
+  const int64_t n = rows.size(0), c_out = rows.size(1), c = right.size(1);
+  if (dtype_of(dz, "dz") != Dtype::f32 || (n > kFewPixels && c % 16 == 0 && c_out % 16 == 0))
+    return share_of(dz, inner);
+  const Ints size{c_out, n};
+  const Tensor left = torch::stable::new_empty(rows, IntList(size.data(), size.size()));
+  kernels(Dtype::f32)
+      .transpose(static_cast<const float*>(rows.const_data_ptr()), static_cast<float*>(left.mutable_data_ptr()), n,
+                 c_out);
+  return linear(left, torch::stable::transpose(right, 0, 1));
+}
+
+// As many parts of the pixels, each with a share of its own. A call costs 40 us, a share as much as some 100 pixels do;
+// a power of 2 gives as many threads equal parts.
+int64_t parts_for(int64_t pixels, int64_t c, int64_t c_out) {
+  const int64_t most = std::min({2 * kTasks, 2 * pixels * c * c_out / 50000000, pixels / 1024});
+  int64_t parts = 2;
+  while (2 * parts <= most) parts *= 2;
+  return parts;
+}
+
+// The sum of the shares that make(i, worker's scratch) gives for i in [0, count), in their order.
+template <class Make>
+void sum_shares(int64_t count, int64_t size, void* out, Dtype dtype, int64_t scratch_bytes, Make&& make) {
+  std::vector<Tensor> shares(count);
+  for_tasks(count, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(scratch_bytes);
+    for (int64_t i = begin; i < end; ++i) shares[i] = make(i, scratch);
+  });
+  round_sum(count, size, out, dtype, [&](int64_t i, int64_t first, int64_t n, float* wide) {
+    kernels(dtype).widen(at(shares[i].const_data_ptr(), first, dtype), wide, n, dtype);
+    return wide;
+  });
+}
+
+// Parts of the pixels: of NHWC images any, of NCHW images whole ones.
+void by_parts(const Tensor& dz, const Tensor& inner, bool nhwc, void* out, Dtype dtype) {
+  const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(inner) : inner;
+  const int64_t c = inner.size(1), c_out = dz.size(1), dim = nhwc ? 3 : 0, all = left.size(dim);
+  const int64_t parts = std::min(all, parts_for(pixels_of(dz), c, c_out));
+  sum_shares(parts, c_out * c, out, dtype, 0, [&](int64_t i, const Scratch&) {
+    const int64_t first = all * i / parts, count = all * (i + 1) / parts - first;
+    const Tensor dz_part = narrow(left, dim, first, count), inner_part = narrow(right, dim, first, count);
+    return nhwc ? share_of_pixels(dz_part, inner_part) : share_of(dz_part, inner_part);
+  });
+}
+
+// Large filters of few pixels: shared out by output channels, as writing another share would take longer than reading
+// the depthwise output again.
+void by_channels(const Tensor& dz, const Tensor& inner, bool nhwc, void* out, Dtype dtype) {
+  const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(inner) : inner;
+  const int64_t c_out = dz.size(1), c = inner.size(1);
+  const int64_t part = std::max<int64_t>(64, ((c_out + kTasks - 1) / kTasks + 15) / 16 * 16);
+  for_tasks((c_out + part - 1) / part, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * part, count = std::min(part, c_out - first);
+      const Tensor share = share_of(narrow(left, 1, first, count), right);
+      std::memcpy(at(out, first * c, dtype), share.const_data_ptr(), count * c * size_of(dtype));
+    }
+  });
+}
+
+// NHWC images in 16 bits: one matrix product over all pixels, shared out by its rows, of which it needs no copy.
+void by_rows(const Tensor& dz, const Tensor& inner, void* out, Dtype dtype) {
+  const int64_t pixels = pixels_of(dz), c = inner.size(1), c_out = dz.size(1);
+  // Each part reads all of the other factor: 200704 x 64 by 32, 10.5 ms by 16 rows, 5.6 in one.
+  const int64_t part = std::max<int64_t>(64, (c_out + kTasks - 1) / kTasks);
+  for_tasks((c_out + part - 1) / part, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * part; first < end * part && first < c_out; first += part) {
+      const int64_t count = std::min(part, c_out - first);
+      const Matrix left{at(const_cast<void*>(dz.const_data_ptr()), first, dtype), dtype, count, pixels, 1, c_out};
+      Product(left, matrix(inner.const_data_ptr(), dtype, pixels, c),
+              matrix(at(out, first * c, dtype), dtype, count, c));
+    }
+  });
+}
+
+enum class Way { rows, channels, parts };
+
+// A matrix product counts where there are few pixels to a channel (bf16, 512 to 512 channels, 14 px: 3.7 ms
+// against 4.4), a convolution where there are many (32 to 64, 112 px: 2.1 against 3.6).
+Way way_for(Dtype dtype, bool nhwc, int64_t pixels, int64_t c, int64_t c_out) {
+  if (nhwc && dtype != Dtype::f32 && pixels < 64 * std::min(c, c_out)) return Way::rows;
+  return 4 * pixels <= c_out && c_out >= 256 ? Way::channels : Way::parts;
+}
+
+}  // namespace
+
+void filter_gradient(const Tensor& dz, const Tensor& inner, bool nhwc, void* out) {
+  const Dtype dtype = dtype_of(dz, "dz");
+  const int64_t c = inner.size(1), c_out = dz.size(1);
+  if (factor_type(dtype) != dtype) {
+    const Scratch wide(c_out * c * sizeof(float));
+    filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(inner, ScalarType::Float), nhwc,
+                    wide.as());
+    kernels(dtype).finish({wide.as(), nullptr, out, c_out, c, c, c}, Activation::none, Dtype::f32, dtype);
+    return;
+  }
+  switch (way_for(dtype, nhwc, pixels_of(dz), c, c_out)) {
+    case Way::rows:
+      return by_rows(dz, inner, out, dtype);
+    case Way::channels:
+      return by_channels(dz, inner, nhwc, out, dtype);
+    default:
+      return by_parts(dz, inner, nhwc, out, dtype);
+  }
+}
+
+bool filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out) {
+  const int64_t c = s.g.channels, all = pixels_of(dz);
+  if (!s.g.nhwc || s.inner != Activation::none || factor_type(s.dtype) != s.dtype ||
+      way_for(s.dtype, true, all, c, s.c_out) != Way::parts)
+    return false;
+  const Bands bands(s, std::max<int64_t>(1, all / parts_for(all, c, s.c_out)));
+  const PackedFilter depthwise = kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
+  const Tensor row = as_one_row(dz);
+  const int64_t bytes = bands.most_pixels() * c * size_of(s.dtype);
+  sum_shares(bands.count(), s.c_out * c, out, s.dtype, bytes, [&](int64_t i, const Scratch& scratch) {
+    const Band band = bands[i];
+    depthwise_band(s, band, depthwise, Activation::none, scratch.as());
+    const Ints size{1, c, 1, band.pixels}, strides{band.pixels * c, 1, band.pixels * c, c};
+    const Tensor inner = torch::stable::from_blob(scratch.as(), IntList(size.data(), 4), IntList(strides.data(), 4),
+                                                  dz.device(), dz.scalar_type());
+    return share_of_pixels(narrow(row, 3, band.first_pixel, band.pixels), inner);
+  });
+  return true;
+}
+
+}  // namespace rkl::cpu

@@ -1,0 +1,203 @@
+// Vectors of floats in the compiler's own vector types, as wide as the instruction set that this header is compiled
+// for. cpu/isa/avx512.cpp, cpu/isa/avx512_bf16.cpp, cpu/isa/avx2.cpp and cpu/isa/baseline.cpp each set RKL_ISA and
+// RKL_LANES and include the kernels once, so that all of them stand here in one form, under the namespace
+// rkl::cpu::RKL_ISA.
+#pragma once
+#include "cpu/simd/element.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+constexpr int kLanes = RKL_LANES;
+// Elements a thread takes at least: below, waking it costs more than it saves.
+constexpr int64_t kGrain = 32768;
+typedef float Vec __attribute__((vector_size(4 * RKL_LANES)));
+typedef int32_t VecInt __attribute__((vector_size(4 * RKL_LANES)));
+typedef uint32_t VecBits __attribute__((vector_size(4 * RKL_LANES)));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * RKL_LANES)));
+
+#ifdef RKL_BF16_ONLY
+// In place of rkl::cpu::by_type: this instruction set's kernels are compiled for one type.
+template <class F>
+void by_type(Dtype, F&& f) {
+  f(bf16{});
+}
+#endif
+
+// Less zero, since the compiler knows that this is x, where x plus zero need not be.
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+// memcpy is how a vector is read from or written to an address of any alignment: one instruction.
+template <class V>
+inline V read(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+inline void write(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// The same value, in a register from here on: GCC would load it again for every multiply-add that it is a factor of.
+inline Vec in_register(Vec v) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
+// ---- 16-bit integers to 32 bits and back. By name where there is an instruction: GCC 12 makes five out of a
+// conversion of a whole vector.
+
+inline VecBits wide_bits(VecHalf v) {
+#if RKL_LANES == 16
+  return (VecBits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif RKL_LANES == 8
+  return (VecBits)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, VecBits);
+#endif
+}
+
+inline VecHalf narrow_bits(VecBits v) {
+#if RKL_LANES == 16
+  return (VecHalf)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#elif RKL_LANES == 8
+  return (VecHalf)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, VecHalf);
+#endif
+}
+
+// ---- kLanes elements at p, as floats
+
+inline Vec load(const float* p) { return read<Vec>(p); }
+
+inline Vec load(const bf16* p) { return (Vec)(wide_bits(read<VecHalf>(p)) << 16); }
+
+inline Vec load(const f16* p) {
+#if RKL_LANES == 16
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, read<__m256i>(p));
+#elif RKL_LANES == 8
+  return (Vec)_mm256_cvtph_ps(read<__m128i>(p));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = float(p[i]);
+  return v;
+#endif
+}
+
+// ---- factors: kLanes elements at p in the form in which multiply_add takes them
+
+inline Vec factor(const float* p) { return load(p); }
+inline Vec factor(const f16* p) { return load(p); }
+
+#ifdef RKL_BF16_ONLY
+// Pairs of bf16 whose second is 0: what _mm512_dpbf16_ps multiplies and adds in fp32 without a shift to widen them. It
+// takes denormal numbers for zero.
+inline Vec factor(const bf16* p) { return (Vec)wide_bits(read<VecHalf>(p)); }
+inline Vec widened(Vec factor, bf16) { return (Vec)((VecBits)factor << 16); }
+inline Vec as_factor(Vec v, bf16) { return (Vec)((VecBits)v >> 16); }
+inline Vec multiply_add(Vec sum, Vec a, Vec b, bf16) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+inline Vec factor(const bf16* p) { return load(p); }
+#endif
+
+// Of factors that came from elements of type T: as floats; a float that such an element can hold; sum + a * b.
+template <class T>
+inline Vec widened(Vec factor, T) {
+  return factor;
+}
+template <class T>
+inline Vec as_factor(Vec v, T) {
+  return v;
+}
+template <class T>
+inline Vec multiply_add(Vec sum, Vec a, Vec b, T) {
+  return sum + a * b;
+}
+
+// ---- floats rounded to the element type (to nearest, ties to even), as they lie in memory
+
+inline Vec packed(Vec v, float) { return v; }
+
+// A float whose upper half is the bf16 that it rounds to.
+inline VecBits rounded_bits(Vec v) {
+  const VecBits bits = (VecBits)v;
+  const VecBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const VecBits number = (VecBits)(v == v);  // NaN must not round up into infinity
+  return (rounded & number) | (0x7fc00000 & ~number);
+}
+
+inline VecHalf packed(Vec v, bf16) {
+#ifdef RKL_BF16_ONLY
+  return (VecHalf)_mm512_cvtneps_pbh((__m512)v);  // denormal numbers become zero
+#else
+  return narrow_bits(rounded_bits(v) >> 16);
+#endif
+}
+
+inline VecHalf packed(Vec v, f16) {
+#if RKL_LANES == 16
+  return (VecHalf)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif RKL_LANES == 8
+  return (VecHalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  VecHalf half;
+  for (int i = 0; i < kLanes; ++i) half[i] = f16(v[i]).x;
+  return half;
+#endif
+}
+
+template <class T>
+inline void store(T* p, Vec v) {
+  write(p, packed(v, T{}));
+}
+
+// ---- fewer than kLanes elements, where a row ends
+
+template <class T>
+inline Vec load_some(const T* p, int64_t count) {
+  T whole[kLanes] = {};
+#if RKL_LANES == 16
+  const __mmask16 lanes = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return (Vec)_mm512_maskz_loadu_ps(lanes, p);
+  write(whole, _mm256_maskz_loadu_epi16(lanes, p));
+#else
+  for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
+#endif
+  return load(whole);
+}
+
+template <class T>
+inline void store_some(T* p, Vec v, int64_t count) {
+#if RKL_LANES == 16
+  const __mmask16 lanes = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, lanes, v);
+  else
+    _mm256_mask_storeu_epi16(p, lanes, (__m256i)packed(v, T{}));
+#else
+  T whole[kLanes];
+  store(whole, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = whole[i];
+#endif
+}
+
+#if RKL_LANES == 16
+// The factors at p of the lanes that the mask names, zero elsewhere; no other memory is touched.
+inline Vec factor_masked(const float* p, uint16_t mask) { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
+template <class T>
+inline Vec factor_masked(const T* p, uint16_t mask) {
+  const VecHalf some = (VecHalf)_mm256_maskz_loadu_epi16(mask, p);
+  return factor(reinterpret_cast<const T*>(&some));
+}
+#endif
+
+// Lane by lane: a where the condition's lanes are set, else b.
+inline Vec select(VecInt condition, Vec a, Vec b) { return condition ? a : b; }
+
+}  // namespace rkl::cpu::RKL_ISA

@@ -1,0 +1,41 @@
+"""T-ReLU, equation (6)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from . import _checks, reference
+from ._backends import namespace_for
+from ._surroundings import watched
+
+
+def trelu(x: Tensor, inplace: bool = False) -> Tensor:
+    """T-ReLU: the identity above zero, tanh below, smooth at zero (equation 6).
+
+    Equivalent to ``torch.where(x > 0, x, torch.tanh(x))``, in one kernel, and only the output is kept for backward:
+    the gradient is 1 where y > 0 and 1 - y^2 elsewhere. NaN gives NaN, -inf gives -1 with gradient 0. The CUDA kernels
+    take the hardware's tanh in 16 bits: off by at most 2^-11 of the value, beside the rounding to the type.
+
+    Args:
+        x: any shape and strides; float32, bfloat16, float16 or float64.
+        inplace: write the result into ``x`` and return ``x``.
+
+    Returns:
+        A tensor of the shape, type and layout of ``x``.
+
+    Raises:
+        TypeError: ``x`` is no tensor, or no floating one.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(trelu, (x,), x, inplace)
+    _checks.floating("x", x)
+    operators = namespace_for("trelu", x)
+    if operators is None:
+        return reference.trelu(x, inplace)
+    if not inplace:
+        return operators.trelu(x)
+    if watched():  # a compiler finds out by itself where a copy can be spared
+        return x.copy_(operators.trelu(x))
+    operators.trelu_(x)
+    return x
