@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -339,10 +340,34 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
+GROUPS = {
+    "make a model": ("train", "prune"),
+    "use a finished run": ("evaluate", "predict", "export", "report"),
+    "the paper": ("experiments",),
+    "this machine": ("bench", "info"),
+}
+
+EXAMPLES = """\
+examples:
+  rkl train --data digits --width 16 --epochs 10 --out runs/digits
+  rkl train --data folder:my/images --out runs/mine                  (one folder of images for each class)
+  rkl predict runs/mine photo.jpg another.png
+  rkl train --resume --out runs/mine                                 (go on after an interruption)
+  rkl experiments table5 --data digits --scale smoke --out runs/table5"""
+
+
 def usage() -> str:
-    lines = [f"  {name:<12} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    head = ["usage: rkl COMMAND ...  (rkl COMMAND --help tells more; rkl --version; --debug shows tracebacks)"]
-    return "\n".join([*head, *lines])
+    lines = ["usage: rkl COMMAND ...   (rkl COMMAND --help: its options; --version; --debug shows tracebacks)"]
+    for title, names in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:<12} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names]
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+def unknown_command(name: str) -> ValueError:
+    meant = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"; did you mean {meant[0]!r}?" if meant else ""
+    return ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}{hint}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -361,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *rest = arguments
     try:
         if name not in COMMANDS:
-            raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}")
+            raise unknown_command(name)
         COMMANDS[name](rest)
     except KeyboardInterrupt:
         print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)

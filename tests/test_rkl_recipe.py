@@ -13,11 +13,12 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision.amp import MixedPrecision
 
-from rkl.cli import main
+from rkl.cli import COMMANDS, EXAMPLES, Experiments, Predict, Train, main
 from rkl.config import Config
 from rkl.distill import gammas
 from rkl.network.model import ResNet, ResNetKL
 from rkl.slimming import pruning
+from rkl.terminal import parse
 from rkl.training import checkpoint
 from rkl.training import train as trainer
 from rkl.training.learner import Learner, make_fabric, parameter_groups
@@ -198,6 +199,24 @@ def test_version_and_help(capsys: pytest.CaptureFixture) -> None:
         main(["train", "--help"])
     said = capsys.readouterr().out
     assert all(word in said for word in ("--recipe", "--config", "--resume", "--loss.x", "--epochs"))
+
+
+def test_the_usage_names_every_command_once_and_an_unknown_one_gets_a_hint(capsys: pytest.CaptureFixture) -> None:
+    main([])
+    said = capsys.readouterr().out
+    assert all(said.count(f"\n  {name:<12} ") == 1 for name in COMMANDS)
+    with pytest.raises(SystemExit):
+        main(["trian"])
+    assert "got 'trian'; did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_every_example_of_the_usage_is_a_command_that_parses() -> None:
+    for line in EXAMPLES.splitlines()[1:]:
+        name, *arguments = line.partition("(")[0].split()[1:]
+        if name == "train":
+            parse(Train, arguments, default=Train())
+        else:
+            parse({"predict": Predict, "experiments": Experiments}[name], arguments)
 
 
 @pytest.mark.parametrize(("package", "extra"), [("tyro", "train"), ("onnxruntime", "export")])
