@@ -39,6 +39,14 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 """What a layer pads an image with."""
 
 
+class ArgumentError(ValueError, RuntimeError):
+    """An argument with a wrong value. A RuntimeError too: that is what ``F.conv2d`` raises, and what programs catch."""
+
+
+class ArgumentTypeError(TypeError, RuntimeError):
+    """An argument of a wrong type, where ``F.conv2d`` raises a RuntimeError."""
+
+
 class Window(NamedTuple):
     """How a filter moves over an image: stride, symmetric padding and dilation, each (height, width).
 
@@ -77,12 +85,12 @@ def pair(name: str, value: IntPair, least: int) -> list[int]:
             return [first, second]
     given: list[Any] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if len(given) not in (1, 2) or not all(hasattr(type(v), "__index__") for v in given):
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+        raise ArgumentTypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     values: list[Any] = [v if isinstance(v, torch.SymInt) else operator.index(v) for v in given]
     if min(values) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        raise ArgumentError(f"{name} must be at least {least}, got {value!r}")
     if max(values) > LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST}, got {value!r}")
+        raise ArgumentError(f"{name} must be at most {LARGEST}, got {value!r}")
     return values * 2 if len(values) == 1 else values
 
 
@@ -155,39 +163,41 @@ def _window(
     _same_kind(x, name, weight)
     image, taps = x.shape, weight.shape
     if len(image) not in (3, 4):
-        raise ValueError(f"x must have shape (N, C, H, W) or (C, H, W), got {tuple(image)}")
+        raise ArgumentError(f"x must have shape (N, C, H, W) or (C, H, W), got {tuple(image)}")
     channels, height, width = image[-3:]
     multiplied = False
     if len(taps) != 4 or taps[1] != 1 or taps[0] != channels:
         multiplied = may_multiply and len(taps) == 4 and taps[1] == 1 and taps[0] > 0 < channels
         if not multiplied or taps[0] % channels:
-            raise ValueError(
+            raise ArgumentError(
                 f"{name} must have shape (C, 1, kh, kw) with C = {channels}, the channels of x"
                 f"{', or a multiple of it' if may_multiply else ''}, got {tuple(taps)}"
             )
     if channels < 1:
-        raise ValueError(f"x must have at least one channel, got shape {tuple(image)}")
+        raise ArgumentError(f"x must have at least one channel, got shape {tuple(image)}")
     kernel_h, kernel_w = taps[2:]
     if kernel_h < 1 or kernel_w < 1:
-        raise ValueError(f"{name} must be at least 1 x 1 in space, got {tuple(taps)}")
+        raise ArgumentError(f"{name} must be at least 1 x 1 in space, got {tuple(taps)}")
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     extra = (0, 0)
     span = [dilation[0] * (kernel_h - 1), dilation[1] * (kernel_w - 1)]
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
-            raise ValueError(f"padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
+            raise ArgumentError(f"padding must be 'same', 'valid', an int or a pair of ints, got {padding!r}")
         if padding == "same" and stride != [1, 1]:
-            raise ValueError(f"padding='same' needs stride 1, got stride {stride}; give the padding in pixels")
+            raise ArgumentError(f"padding='same' needs stride 1, got stride {stride}; give the padding in pixels")
         same = padding == "same"
         padding = [s // 2 for s in span] if same else [0, 0]
         extra = (span[0] % 2, span[1] % 2) if same else (0, 0)
     else:
         padding = pair("padding", padding, 0)
     if height + extra[0] + 2 * padding[0] <= span[0] or width + extra[1] + 2 * padding[1] <= span[1]:
-        raise ValueError(
+        raise ArgumentError(
             f"the dilated filter ({span[0] + 1} x {span[1] + 1}) must fit into the padded image, got "
             f"{height} x {width} padded by {padding}; use a larger padding or a smaller {name}"
         )
+    if not height * width and (len(image) == 3 or image[0]):
+        raise ArgumentError(f"x must have at least one pixel, got shape {tuple(image)}; leave such images out")
     return Window(stride, padding, dilation, extra, multiplied)
 
 
@@ -196,24 +206,24 @@ def _same_kind(x: Tensor, name: str, other: Tensor) -> None:
     if not isinstance(other, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(other).__name__}")
     if other.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}; move it there first")
+        raise ArgumentError(f"{name} must be on the device of x, {x.device}, got {other.device}; move it there first")
     if other.dtype != x.dtype:
-        raise TypeError(f"{name} must have the type of x, {x.dtype}, got {other.dtype}; convert one of them")
+        raise ArgumentTypeError(f"{name} must have the type of x, {x.dtype}, got {other.dtype}; convert one of them")
 
 
 def _bias(name: str, value: Tensor, channels: int, x: Tensor) -> None:
     """One value an output channel."""
     _same_kind(x, name, value)
     if value.shape != (channels,):
-        raise ValueError(f"{name} must have shape ({channels},), one value a channel, got {tuple(value.shape)}")
+        raise ArgumentError(f"{name} must have shape ({channels},), one value a channel, got {tuple(value.shape)}")
 
 
 def _pointwise(weight: Tensor, x: Tensor) -> None:
     """A 1 x 1 filter over the channels of ``x``."""
     _same_kind(x, "pointwise_weight", weight)
     channels = x.shape[-3]
-    if weight.dim() != 4 or weight.shape[1:] != (channels, 1, 1):
-        raise ValueError(
-            f"pointwise_weight must have shape (C_out, C, 1, 1) with C = {channels}, the channels of x, "
-            f"got {tuple(weight.shape)}"
+    if weight.dim() != 4 or weight.shape[0] < 1 or weight.shape[1:] != (channels, 1, 1):
+        raise ArgumentError(
+            f"pointwise_weight must have shape (C_out, C, 1, 1) with C = {channels}, the channels of x, and C_out at "
+            f"least 1, got {tuple(weight.shape)}"
         )

@@ -44,6 +44,7 @@ def depthwise_conv2d(
     Raises:
         TypeError: an argument has a type that is not served.
         ValueError: shapes, devices or the window do not fit together.
+        RuntimeError: each of these is one too where ``F.conv2d`` raises it.
     """
     if has_torch_function_variadic(x, weight, bias):
         tensors = x, weight, bias

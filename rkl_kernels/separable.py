@@ -49,6 +49,7 @@ def separable_conv2d(
     Raises:
         TypeError: an argument has a type that is not served.
         ValueError: shapes, devices, the window or an activation's name do not fit.
+        RuntimeError: each of these is one too where ``F.conv2d`` raises it.
     """
     tensors = x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
     if has_torch_function_variadic(*tensors):

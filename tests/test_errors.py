@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import rkl_kernels as rk
 from rkl_kernels import ops
@@ -38,6 +39,10 @@ def test_depthwise(backend, args, window, kind, message):
     with pytest.raises(kind, match=message) as caught:
         rk.depthwise_conv2d(*args, **window)
     assert "\n" not in str(caught.value)
+    if args[0] is X and args[1].device == X.device:  # what programs catch that know F.conv2d
+        with pytest.raises(Exception) as theirs:  # noqa: PT011
+            F.conv2d(*args, **window, groups=4)
+        assert isinstance(caught.value, theirs.type)
 
 
 @pytest.mark.parametrize(

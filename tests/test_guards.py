@@ -58,5 +58,20 @@ def test_no_channels():
 
 
 def test_no_output_channels():
-    ours = rk.separable_conv2d(X, W, P[:0])
-    assert ours.shape == (2, 0, 6, 6)
+    with pytest.raises(RuntimeError):
+        F.conv2d(X, P[:0])
+    for backend in ("cpu", "reference"):
+        with rk.use_backend(backend), pytest.raises(ValueError, match="C_out at least 1, got"):
+            rk.separable_conv2d(X, W, P[:0])
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 0, 5), (2, 4, 5, 0), (4, 0, 0)])
+def test_no_pixels(shape):
+    """Padding makes outputs of such an image; ``F.conv2d`` refuses it all the same, unless the batch is empty too."""
+    with pytest.raises(RuntimeError):
+        F.conv2d(torch.zeros(shape), W, padding=3, groups=4)
+    for backend in ("cpu", "reference"):
+        with rk.use_backend(backend):
+            with pytest.raises(ValueError, match="at least one pixel"):
+                rk.depthwise_conv2d(torch.zeros(shape), W, padding=3)
+            assert rk.depthwise_conv2d(torch.zeros(0, 4, 0, 5), W, padding=3).shape == (0, 4, 4, 9)
