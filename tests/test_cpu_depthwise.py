@@ -48,6 +48,8 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (2, 3, 1, 64, (3, 3), 2, 1, 1),
     (2, 3, 40, 1, (3, 3), 2, 1, 1),
     (2, 21, 33, 31, (3, 3), 1, 1, 1),  # planes of many vectors, the last one short
+    (1, 32, 14, 3, (3, 3), 2, 3, 3),  # phases of one tap and of two, three rows apart
+    (1, 20, 23, 9, (3, 3), 2, 4, 4),  # phases of three taps, two rows apart, and of none
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
 

@@ -24,9 +24,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Output i of the axis reads step * i + offset + distance * t. With q = distance / gcd(step, distance), the outputs
 // q * j + r read inputs a whole number of distances apart.
-inline void add_lattices(const Axis& axis, int phase, int64_t phases, int64_t in, std::vector<Lattice>& lattices) {
+inline void add_lattices(const Axis& axis, int phase, int64_t phases, int64_t distance, int64_t in,
+                         std::vector<Lattice>& lattices) {
   const int taps = axis.taps();
-  const int64_t distance = taps > 1 ? axis.offset[1] - axis.offset[0] : 1, first_offset = taps ? axis.offset[0] : 0;
+  const int64_t first_offset = taps ? axis.offset[0] : 0;
   const int64_t q = distance / std::gcd<int64_t>(axis.step, distance);
   for (int64_t r = 0; r < std::min(q, axis.count); ++r) {
     const int64_t from = axis.step * r + first_offset;
@@ -38,9 +39,13 @@ inline void add_lattices(const Axis& axis, int phase, int64_t phases, int64_t in
 }
 
 inline std::vector<Lattice> lattices_of(const std::vector<Axis>& axes, int64_t in) {
+  // One for all phases, those with a tap or none too: all lattices have one pitch, and bands of rows hold whole pairs.
+  int64_t distance = 1;
+  for (const Axis& axis : axes)
+    if (axis.taps() > 1) distance = axis.offset[1] - axis.offset[0];
   std::vector<Lattice> lattices;
   for (size_t phase = 0; phase < axes.size(); ++phase)
-    add_lattices(axes[phase], int(phase), int64_t(axes.size()), in, lattices);
+    add_lattices(axes[phase], int(phase), int64_t(axes.size()), distance, in, lattices);
   return lattices;
 }
 
