@@ -127,8 +127,8 @@ def _gather_kernel(
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    y_strides, _ = aligned(y_strides, C, ALIGNMENT)
-    x_strides, C = aligned(x_strides, C, ALIGNMENT)
+    y_strides, _ = aligned(y_strides, C, ALIGNMENT, WIDE)
+    x_strides, C = aligned(x_strides, C, ALIGNMENT, WIDE)
     m = block(tl.program_id(0), PIXELS, WIDE)
     c = block(tl.program_id(1), CHANNELS, WIDE)
     n, row, column = pixel(m, y_sizes)
@@ -168,8 +168,8 @@ def _weight_gradient_kernel(
 
     The bias is the filter's last tap, over an image of ones.
     """
-    grad_strides, _ = aligned(grad_strides, C, ALIGNMENT)
-    x_strides, C = aligned(x_strides, C, ALIGNMENT)
+    grad_strides, _ = aligned(grad_strides, C, ALIGNMENT, WIDE)
+    x_strides, C = aligned(x_strides, C, ALIGNMENT, WIDE)
     split = tl.program_id(2)
     tap = block(tl.program_id(0), BLOCK_TAPS, False)
     c = block(tl.program_id(1), CHANNELS, False)

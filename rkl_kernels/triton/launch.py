@@ -58,12 +58,21 @@ def alignment(x: Tensor) -> int:
 
 
 @triton.jit
-def aligned(strides, C, ALIGNMENT: tl.constexpr):
-    """The same strides and channels, told to the compiler to be multiples of ALIGNMENT, as :func:`alignment` found."""
+def aligned(strides, C, ALIGNMENT: tl.constexpr, WIDE: tl.constexpr):
+    """The same strides and channels, told to the compiler to be multiples of ALIGNMENT, as :func:`alignment` found.
+
+    In 64 bits where offsets need them: each factor may fit into 32 where the product does not, within one image too.
+    """
+    c = strides[1]
+    if WIDE:
+        strides = (
+            tl.cast(strides[0], tl.int64), 0, tl.cast(strides[2], tl.int64), tl.cast(strides[3], tl.int64)
+        )  # fmt: skip
+        c, C = tl.cast(c, tl.int64), tl.cast(C, tl.int64)
     n = strides[0] // ALIGNMENT * ALIGNMENT
     h = strides[2] // ALIGNMENT * ALIGNMENT
     w = strides[3] // ALIGNMENT * ALIGNMENT
-    return (n, strides[1], h, w), C // ALIGNMENT * ALIGNMENT
+    return (n, c, h, w), C // ALIGNMENT * ALIGNMENT
 
 
 @triton.jit

@@ -79,8 +79,8 @@ def _window_kernel(
     WIDE: tl.constexpr,
 ):
     """``columns``: of all images side by side. A program has ``rows`` output rows, as far apart as the filter's are."""
-    y_strides, _ = aligned(y_strides, C, ALIGNMENT)
-    x_strides, C = aligned(x_strides, C, ALIGNMENT)
+    y_strides, _ = aligned(y_strides, C, ALIGNMENT, WIDE)
+    x_strides, C = aligned(x_strides, C, ALIGNMENT, WIDE)
     at = block(tl.program_id(0), COLUMNS, WIDE)
     c = block(tl.program_id(1), CHANNELS, WIDE)
     apart = dilation[0]
@@ -101,7 +101,7 @@ def _window_kernel(
         sums = (zero,) + sums[:-1]  # a new output row; the oldest one has been stored
         for part in tl.static_range(STRIDE):
             h = first * STRIDE - padding[0] + (step * STRIDE + part) * apart
-            row = image + h.to(x_strides[2].dtype) * x_strides[2]
+            row = image + h * x_strides[2]
             inside = valid & (h >= 0) & (h < x_sizes[0])
             if KH * KW <= HELD_TAPS:
                 for j in tl.static_range(KW):
@@ -112,7 +112,7 @@ def _window_kernel(
                     value = _pixels(row, column, j, inside, channels, x_sizes, x_strides, padding, dilation, STRIDE)
                     sums = _add(sums, value, _column(weight, j, c, C, KH, KW), part, KH, STRIDE)
         if step >= IN_FLIGHT - 1:
-            out = (first + (step - (IN_FLIGHT - 1)) * apart).to(y_strides[2].dtype) * y_strides[2]
+            out = (first + (step - (IN_FLIGHT - 1)) * apart) * y_strides[2]
             result = sums[IN_FLIGHT - 1]
             if bias is not None:
                 result += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]

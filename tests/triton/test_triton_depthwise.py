@@ -139,6 +139,43 @@ def test_offsets_beyond_31_bits():
     assert_near(y, exact, size, 9)
 
 
+# In an image of more than 2^31 elements rows or channels are so far apart that a number times a stride is beyond 2^31.
+FAR = 2**30 + 64
+APART = {  # as if NHWC, as if NCHW
+    "rows": ((1, 8, 4, 4), (4 * FAR, 1, FAR, 8)),
+    "channels": ((1, 4, 5, 6), (4 * FAR, FAR, 8, 1)),
+}
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (8, 2)])  # by the window; by the gather
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("apart", APART)
+def test_one_image_beyond_31_bits(apart, stride, kernel):
+    """Strides of such an image, over memory of which only its elements are ever touched."""
+    image, strides = APART[apart]
+    c = image[1]
+
+    def far(*shape):
+        x = torch.empty(4 * FAR, dtype=torch.float16).as_strided(shape, strides)
+        return x.copy_(torch.randn(shape))
+
+    x, weight = far(*image), torch.randn(c, 1, *kernel).half()
+    window = [stride] * 2, [k // 2 for k in kernel], [1, 1]
+    with rk.use_backend("triton"):
+        y = rk.depthwise_conv2d(x, weight, None, *window)
+    grad = far(*y.shape) if y.shape[2] <= 4 else torch.randn(y.shape).half()
+    dx, dw, db = torch.ops.rkl_triton.depthwise_conv2d_backward(grad, x, weight, *window, [True] * 3)
+    tensors = [x, weight, torch.zeros(c)]
+    twins, sizes = copies(*tensors), magnitudes(*tensors)
+    exact, size = (rk.reference.depthwise_conv2d(*t, *window) for t in (twins, sizes))
+    assert_near(y, exact, size, weight[0].numel())
+    grads = torch.autograd.grad(exact, twins, grad.double())
+    for got, want, magnitude in zip(
+        (dx, dw, db), grads, torch.autograd.grad(size, sizes, grad.double().abs()), strict=True
+    ):
+        assert_near(got, want, magnitude, max(weight[0].numel(), grad.numel() // c))
+
+
 # Tracing is held by a whole model (test_triton_model.py); tests/test_contract.py holds the shared gradients.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
