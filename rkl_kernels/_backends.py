@@ -73,8 +73,12 @@ def _cpu_status() -> Status:
 
 def _cuda_status() -> Status:
     problem = _problems["cuda"]
+    if problem and problem.startswith("not built"):
+        version = torch.version.cuda
+        needed = f"nvcc of CUDA {version.split('.')[0]}" if version else "nvcc, with a CUDA build of torch,"
+        return Status(False, f"{problem} where {needed} is found")
     if problem:
-        return Status(False, problem + (" where nvcc is found" if problem.startswith("not built") else ""))
+        return Status(False, problem)
     if not torch.cuda.is_available():
         return Status(False, "built, but torch sees no GPU here")
     return Status(True, "CUDA C++ kernels")
