@@ -13,12 +13,19 @@ from types import ModuleType
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from setuptools import Distribution
 from setuptools.command.build import build as build_command
 
 import rkl_kernels as rk
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Writes what it is told to write, and the list of headers that ninja expects beside it.
 COMPILER = """#!/bin/sh
@@ -163,6 +170,27 @@ def test_a_wheel_holds_nothing_that_an_earlier_build_left(tree):
 def test_an_unfit_compiler_does_not_stop_the_build(tree):
     files = _make(tree, "wheel", CUDA_HOME=str(_toolkit(tree.parent / "cuda-9", "9.2")))
     assert {name for name in files if name.endswith(".so")} == {"rkl_kernels/_C.abi3.so"}
+
+
+def test_an_editable_install_is_a_plain_path(tree):
+    """Type checkers follow a path, but no import hook. The binaries are those that were asked for."""
+    files = _make(tree, "editable", FORCE_CUDA="0")
+    (path,) = (name for name in files if name.endswith(".pth"))
+    assert (tree.parent / "made" / path).read_text().strip() == str(tree)
+    assert not any("finder" in name for name in files)
+    assert [path.name for path in (tree / "rkl_kernels").glob("*.so")] == ["_C.abi3.so"]
+
+
+def test_the_version_stands_in_one_place(tree):
+    (tree / "rkl_kernels/__init__.py").write_text('__version__ = "9.8.7"\n')
+    assert "resnet_kl-9.8.7.dist-info/METADATA" in _make(tree, "wheel", FORCE_CUDA="0")
+    assert "version" not in PROJECT["project"]
+
+
+def test_the_extra_cuda_holds_no_torch_back():
+    """torch pins cuda-toolkit to the minor version; a bound of ours would choose an older torch."""
+    (toolkit,) = map(Requirement, PROJECT["project"]["optional-dependencies"]["cuda"])
+    assert all(bound.operator == ">=" for bound in toolkit.specifier)
 
 
 @pytest.mark.parametrize(
