@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint fuzz bench bench-compare gpu static pins clean
+.PHONY: help env build demo test lint fuzz bench bench-compare gpu static wheel release-check corners pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,20 @@ gpu: ## tests and measurements on a GPU, in 9 minutes (GPU_FLAGS=--quick: 2; --o
 
 static: build ## registers, spills and instructions of the GPU kernels; writes benchmarks/results/static.*
 	$(BIN)/python -m benchmarks.static_report
+
+wheel: env ## a source distribution and the manylinux wheel made from it, with CUDA kernels; writes dist/
+	rm -rf dist build/dist
+	FORCE_CUDA=1 $(BIN)/python -m build --no-isolation --outdir build/dist
+	mkdir dist && mv build/dist/*.tar.gz dist
+	tools/repair_wheel.sh dist build/dist/*.whl
+
+release-check: env ## what make wheel left in dist/: descriptions, contents, and the core tests on it in an empty environment
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m tools.release dist
+
+CORNERS ?=
+corners: env ## the wheel in dist/ under the oldest and newest torch and Python, and the CPU kernels by clang++
+	$(BIN)/python -m tools.corners dist $(CORNERS)
 
 clean: ## remove what was built; the environment stays
 	rm -rf build *.egg-info rkl_kernels/*.so
