@@ -161,7 +161,7 @@ def _make(tree: Path, kind: str, **settings: str) -> set[str]:
 
 def test_a_wheel_holds_nothing_that_an_earlier_build_left(tree):
     files = _make(tree, "wheel", FORCE_CUDA="0")
-    assert {"rkl_kernels/_C.abi3.so", "rkl_kernels/py.typed", "rkl_kernels/layers.py", "rkl/model.py"} <= files
+    assert {"rkl_kernels/_C.abi3.so", "rkl_kernels/py.typed", "rkl_kernels/layers.py", "rkl/network/model.py"} <= files
     assert "rkl_kernels/_C_cuda.abi3.so" not in files
     assert "rkl_kernels/gone.py" not in files
     assert (tree / "rkl_kernels/_C_cuda.abi3.so").exists()  # not the wheel's to remove
