@@ -11,7 +11,7 @@ from tools.installed import Outcome, core_tests, only
 from tools.release import ALSO, BINARIES, sdist_faults, wheel_faults
 
 TRACKED = {"rkl/cli.py", "rkl_kernels/py.typed", "csrc/ops.cpp", "tests/conftest.py", "results/README.md", *ALSO}
-WHEEL = {"rkl/cli.py", "rkl_kernels/py.typed", "resnet_kl-1.dist-info/METADATA", *BINARIES}
+WHEEL = {"rkl/", "rkl/cli.py", "rkl_kernels/py.typed", "resnet_kl-1.dist-info/METADATA", *BINARIES}
 SDIST = TRACKED - {"results/README.md"} | {"PKG-INFO", "setup.cfg", "resnet_kl.egg-info/SOURCES.txt"}
 
 

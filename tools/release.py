@@ -31,7 +31,7 @@ WHEEL_NAME = r"resnet_kl-[^-]+-cp310-abi3-manylinux_[a-z0-9_.]+\.whl"
 
 def wheel_faults(names: Iterable[str], tracked: set[str]) -> list[str]:
     """A wheel holds the packages' files that are under version control, the binaries, and its own description."""
-    held = {name for name in names if ".dist-info/" not in name}
+    held = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
     wanted = {name for name in tracked if name.startswith(PACKAGES)} | BINARIES
     return _differences("the wheel", missing=wanted - held, surplus=held - wanted)
 
