@@ -26,6 +26,14 @@ class LossWeights:
         l1: lambda of the L1 penalty on gamma (table I), until the last cut; by default what takes a gamma that nothing
             holds to 0 by then, and none where nothing is cut.
         smoothing: label smoothing, in every head's cross entropy with the labels.
+
+    Raises:
+        ValueError: a weight outside its range.
+
+    Examples:
+        >>> from rkl.distill import LossWeights
+        >>> LossWeights(beta=0).x  # logit distillation alone
+        0.1
     """
 
     x: float = 0.1
@@ -51,10 +59,26 @@ class LossWeights:
 
 
 def logit_distillation(student: Tensor, teacher: Tensor, temperature: float, t_squared: bool = True) -> Tensor:
-    """T^2 * CE(student / T, softmax(teacher / T)) with the teacher detached; (N, classes) logits each, a scalar.
+    """T^2 * CE(student / T, softmax(teacher / T)) with the teacher detached (equation 2's first term, without x).
 
     Both sides are divided by T: with the teacher alone divided, the target is nearly uniform for the student's own
     scale, and the term is label smoothing.
+
+    Args:
+        student: (N, classes) logits.
+        teacher: (N, classes) logits; no gradient reaches them.
+        temperature: T.
+        t_squared: whether T^2 is there.
+
+    Returns:
+        A scalar, the mean of the batch.
+
+    Examples:
+        >>> from rkl.distill import logit_distillation
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> kept, turned = (logit_distillation(student, logits, 3.0) for student in (logits, -logits))
+        >>> bool(kept < turned)
+        True
     """
     loss = F.cross_entropy(student / temperature, torch.softmax(teacher.detach() / temperature, dim=1))
     return loss * temperature**2 if t_squared else loss
@@ -65,6 +89,20 @@ def feature_distillation(student: Tensor, teacher: Tensor, legacy: bool = False)
 
     For a sample it is 2 - 2 cos of the angle between the two, whatever the map's and the batch's size. ``legacy`` is
     ``torch.dist`` of the two, one norm over the whole batch (Zhang et al., 2019, "Be Your Own Teacher").
+
+    Args:
+        student: (N, C, H, W), or any shape with samples first.
+        teacher: of the same shape; no gradient reaches it.
+        legacy: the norm over the batch.
+
+    Returns:
+        A scalar, from 0 to 4.
+
+    Examples:
+        >>> from rkl.distill import feature_distillation
+        >>> features = torch.randn(2, 8, 4, 4)
+        >>> round(float(feature_distillation(-features, features)), 4)
+        4.0
     """
     if legacy:
         return torch.dist(student, teacher.detach())
@@ -80,11 +118,21 @@ def training_losses(
     Args:
         exits: every head's output, shallow to deep; the deepest is the teacher.
         labels: (N,) classes, or (N, classes) soft labels as CutMix gives them.
+        weights: of the terms.
         class_weights: (classes,) weights for the cross entropy with the labels.
 
     Returns:
         deepest: plain cross entropy of the deepest head. heads: (1 - x) * cross entropy of the shallow heads, summed.
         logits: x * logit distillation, summed over them. feature: beta * feature distillation, summed over them.
+
+    Examples:
+        >>> from rkl.distill import LossWeights, training_losses
+        >>> from rkl.model import ResNetKL
+        >>> exits = ResNetKL(10, width=16)(torch.randn(4, 3, 32, 32))
+        >>> losses = training_losses(exits, torch.tensor([0, 1, 2, 3]), LossWeights())
+        >>> list(losses)
+        ['deepest', 'heads', 'logits', 'feature']
+        >>> sum(losses.values()).backward()
     """
     *shallow, deepest = exits.logits
 
@@ -105,7 +153,13 @@ def training_losses(
 
 
 def gammas(model: nn.Module) -> list[nn.Parameter]:
-    """The batch norm layers' gains."""
+    """The batch norm layers' gains.
+
+    Examples:
+        >>> from rkl.distill import gammas
+        >>> [gamma.shape for gamma in gammas(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))]
+        [torch.Size([8])]
+    """
     norms = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     return [norm.weight for norm in norms if norm.weight is not None]
 
@@ -117,7 +171,17 @@ def add_l1_gradient(model: nn.Module, l1: float, scale: Tensor | float = 1.0) ->
     Three kernels whatever the model's depth; as a term of the loss it would be hundreds in backward.
 
     Args:
+        model: any module; norms without a gradient are left.
+        l1: lambda.
         scale: that of a gradient scaler, which the gradients of the other terms have.
+
+    Examples:
+        >>> from rkl.distill import add_l1_gradient
+        >>> norm = nn.BatchNorm2d(2)
+        >>> (0 * norm(torch.randn(4, 2, 3, 3))).sum().backward()
+        >>> add_l1_gradient(norm, 0.5)
+        >>> norm.weight.grad
+        tensor([0.5000, 0.5000])
     """
     found = [gamma for gamma in gammas(model) if gamma.grad is not None]
     if not found:
@@ -129,5 +193,11 @@ def add_l1_gradient(model: nn.Module, l1: float, scale: Tensor | float = 1.0) ->
 
 @torch.no_grad()
 def gamma_l1(model: nn.Module) -> float:
-    """Sum of |gamma| over the batch norm layers."""
+    """Sum of |gamma| over the batch norm layers.
+
+    Examples:
+        >>> from rkl.distill import gamma_l1
+        >>> gamma_l1(nn.BatchNorm2d(8))
+        8.0
+    """
     return float(sum(torch._foreach_norm(gammas(model), 1)))

@@ -1,4 +1,8 @@
-"""Fused T-ReLU, depthwise and separable convolution for PyTorch: operators and drop-in layers."""
+"""Fused T-ReLU, depthwise and separable convolution for PyTorch: operators and drop-in layers.
+
+Equation numbers are those of Wang, Tian and Shen, "A Self-Distillation Assisted ResNet-KL Image Classification Network"
+(2023). Examples in docstrings run as tests; they take ``torch``, ``torch.nn`` as ``nn`` and this package as ``rk``.
+"""
 
 from . import reference
 from ._backends import Status, backends, use_backend

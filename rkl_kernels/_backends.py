@@ -29,7 +29,16 @@ _forced = Setting("auto")
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a backend can serve calls here; ``reason`` says why not, or what it is."""
+    """Whether a backend can serve calls here.
+
+    Attributes:
+        available: whether it can.
+        reason: why not or, where it can, what it is.
+
+    Examples:
+        >>> rk.backends()["reference"]
+        Status(available=True, reason='plain PyTorch, any device')
+    """
 
     available: bool
     reason: str
@@ -108,20 +117,35 @@ def status(backend: str) -> Status:
 
 
 def backends() -> dict[str, Status]:
-    """Every backend with what it can do here and, where it cannot, why. ``python -m rkl_kernels`` prints it."""
+    """Every backend with what it can do here and, where it cannot, why. ``python -m rkl_kernels`` prints it.
+
+    It asks torch for a GPU, as importing the package does not.
+
+    Examples:
+        >>> list(rk.backends())
+        ['reference', 'cpu', 'triton', 'cuda']
+    """
     return {name: status(name) for name in _STATUS}
 
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Serve calls in the block by one backend: "auto", "reference", "cpu", "triton" or "cuda".
+    """Serve calls in the block by one backend.
 
     It holds for the calling thread, and for forward calls: a backward runs on the backend that served its forward.
     A call that the backend cannot serve is an error, never a silent fall-back; "auto" is the choice that falls back.
 
+    Args:
+        name: "auto", "reference" (plain PyTorch), "cpu" (C++), "triton" or "cuda" (CUDA C++).
+
     Raises:
         ValueError: no such backend.
         RuntimeError: the backend is not available here; the message says why.
+
+    Examples:
+        >>> with rk.use_backend("reference"):
+        ...     rk.explain("trelu", torch.zeros(4)).backend
+        'reference'
     """
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")

@@ -21,12 +21,17 @@ _WAS = "_rkl_was"
 
 @dataclass
 class Conversion:
-    """What :func:`convert` did; print it.
+    """What ``rk.convert`` did; print it.
 
     Attributes:
         depthwise: names of the depthwise convolutions that were swapped.
         activations: names of the activations that were replaced.
         left: names of the depthwise convolutions that stay PyTorch's, with why.
+
+    Examples:
+        >>> report = rk.convert(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=8)))
+        >>> report.depthwise, report.left
+        (['0'], {'1': '2 filters a channel; one is served by kernels'})
     """
 
     depthwise: list[str] = field(default_factory=list)
@@ -39,11 +44,12 @@ class Conversion:
 
 
 def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Conversion:
-    """Swap a model's depthwise convolutions for :class:`rkl_kernels.DepthwiseConv2d`, in place.
+    """Swap a model's depthwise convolutions for ``rk.DepthwiseConv2d``, in place.
 
-    The model gives what it gave, in training and in inference, with the same parameters, state_dict keys and hooks; a
-    swapped layer is the same object with another class. Converting twice changes nothing more; :func:`restore` undoes
-    it. To fuse a whole chain of layers for inference, see :func:`rkl_kernels.fuse_for_inference`.
+    Equivalent to leaving the model as it is, but for speed and rounding: it gives what it gave, in training and in
+    inference, with the same parameters, state_dict keys and hooks; a swapped layer is the same object with another
+    class. Converting twice changes nothing more; ``rk.restore`` undoes it. To fuse a whole chain of layers for
+    inference, see ``rk.fuse_for_inference``.
 
     Args:
         model: any module, itself a layer perhaps; its children are searched, at every depth.
@@ -56,8 +62,12 @@ def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Con
         TypeError: ``model`` is no module.
         ValueError: ``activation`` is neither None nor "trelu".
 
-    >>> print(convert(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))))
-    depthwise convolutions swapped: 1; activations replaced: 0
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> print(rk.convert(model))
+        depthwise convolutions swapped: 1; activations replaced: 0
+        >>> type(model[0]) is rk.DepthwiseConv2d, list(model.state_dict())
+        (True, ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
     check_module(model)
     if activation not in (None, "trelu"):
@@ -78,7 +88,7 @@ def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Con
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Undo :func:`convert`, in place: every module that it swapped has its former class again.
+    """Undo ``rk.convert``, in place: every module that it swapped has its former class again.
 
     The modules stay the same objects, with the parameters, keys and hooks that they have by now. Layers that were
     built as this package's stay so. Restoring twice changes nothing more.
@@ -92,10 +102,11 @@ def restore(model: nn.Module) -> list[str]:
     Raises:
         TypeError: ``model`` is no module.
 
-    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
-    >>> _ = convert(model)
-    >>> restore(model), type(model[0])
-    (['0'], <class 'torch.nn.modules.conv.Conv2d'>)
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
+        >>> report = rk.convert(model)
+        >>> rk.restore(model), type(model[0])
+        (['0'], <class 'torch.nn.modules.conv.Conv2d'>)
     """
     check_module(model)
     swapped = [(name, module) for name, module in model.named_modules() if _WAS in vars(module)]

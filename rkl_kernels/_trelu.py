@@ -26,6 +26,15 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
 
     Raises:
         TypeError: ``x`` is no tensor, or no floating one.
+
+    Examples:
+        >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+        >>> y = rk.trelu(x)
+        >>> y.tolist() == torch.where(x > 0, x, torch.tanh(x)).tolist()
+        True
+        >>> y.sum().backward()
+        >>> x.grad
+        tensor([0.4200, 1.0000, 1.0000])
     """
     if has_torch_function_unary(x):
         return handle_torch_function(trelu, (x,), x, inplace)

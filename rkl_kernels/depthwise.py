@@ -45,6 +45,14 @@ def depthwise_conv2d(
         TypeError: an argument has a type that is not served.
         ValueError: shapes, devices or the window do not fit together.
         RuntimeError: each of these is one too where ``F.conv2d`` raises it.
+
+    Examples:
+        >>> x, weight = torch.randn(2, 8, 32, 32), torch.randn(8, 1, 3, 3)
+        >>> y = rk.depthwise_conv2d(x, weight, padding=1)
+        >>> y.shape
+        torch.Size([2, 8, 32, 32])
+        >>> torch.allclose(y, nn.functional.conv2d(x, weight, padding=1, groups=8), atol=1e-5)
+        True
     """
     if has_torch_function_variadic(x, weight, bias):
         tensors = x, weight, bias

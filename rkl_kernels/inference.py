@@ -18,11 +18,16 @@ from .layers import is_altered
 
 @dataclass
 class Fusion:
-    """What :func:`fuse_for_inference` did; print it.
+    """What ``rk.fuse_for_inference`` did; print it.
 
     Attributes:
         fused: for each fused layer, the names of the modules whose work it does, in the order of their calls.
         left: names of the depthwise convolutions that are in no fused layer, with why.
+
+    Examples:
+        >>> chain = nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+        >>> rk.fuse_for_inference(nn.Sequential(*chain)).fusion_report.fused
+        [('0', '1', '2', '3')]
     """
 
     fused: list[tuple[str, ...]] = field(default_factory=list)
@@ -45,22 +50,27 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     The copy is read by ``torch.fx``. A module whose forward cannot be read, since it decides on data, draws random
     numbers, changes itself or takes flags, say, keeps its own code, and in it only the layers of an ``nn.Sequential``
     are fused, for calls of that as a whole. What the model's Python code decides on its own attributes is decided as
-    they are now. Depthwise layers that are not fused are swapped as by :func:`rkl_kernels.convert`.
+    they are now. Depthwise layers that are not fused are swapped as by ``rk.convert``.
 
     Args:
         model: any module; of any dtype, on any device.
 
     Returns:
         A copy in inference mode: a ``torch.fx.GraphModule`` where the whole model could be read and has such a chain,
-        else a module of the model's own class. Its attribute ``fusion_report`` is a :class:`Fusion`: what was fused,
+        else a module of the model's own class. Its attribute ``fusion_report`` is a ``Fusion``: what was fused,
         and why the rest was left.
 
     Raises:
         TypeError: ``model`` is no module.
 
-    >>> fused = fuse_for_inference(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)))
-    >>> print(fused.fusion_report)
-    chains fused: 1, of 3 layers
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
+        >>> fused = rk.fuse_for_inference(model)
+        >>> print(fused.fusion_report)
+        chains fused: 1, of 3 layers
+        >>> x = torch.randn(2, 8, 16, 16)
+        >>> torch.allclose(fused(x), model(x), atol=1e-5)
+        True
     """
     check_module(model)
     with torch.inference_mode(False):  # its tensors do not count the writes that tell of a forward that changes them

@@ -16,7 +16,17 @@ from .separable import separable_conv2d
 
 
 class TReLU(nn.Module):
-    """T-ReLU (equation 6) as a layer: drop-in for ``nn.ReLU``."""
+    """T-ReLU (equation 6) as a layer: drop-in for ``nn.ReLU``, any shape to the same shape.
+
+    Equivalent to a module that calls ``rk.trelu``. It has no parameters.
+
+    Args:
+        inplace: write the result into the input.
+
+    Examples:
+        >>> rk.TReLU()(torch.tensor([-1.0, 0.0, 2.0]))
+        tensor([-0.7616,  0.0000,  2.0000])
+    """
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
@@ -38,16 +48,26 @@ class DepthwiseConv2d(nn.Conv2d):
 
     Args:
         channels: C.
-        kernel_size, stride, padding, dilation: as in :func:`rkl_kernels.depthwise_conv2d`.
+        kernel_size: taps of the filter, an int or (height, width).
+        stride: as in ``rk.depthwise_conv2d``.
+        padding: as in ``rk.depthwise_conv2d``.
+        dilation: as in ``rk.depthwise_conv2d``.
         bias: whether a bias is added, one value an output channel.
         padding_mode: what the image is padded with; "reflect", "replicate" and "circular" pad it before the kernel.
         multiplier: m, the filters a channel.
+        device: where the parameters are made.
+        dtype: their type.
 
     Raises:
-        TypeError, ValueError: a size is no integer, or too small; no such ``padding_mode``.
+        TypeError: a size is no integer.
+        ValueError: a size is too small, or there is no such ``padding_mode``.
 
-    >>> DepthwiseConv2d(8, 3, padding=1)(torch.randn(2, 8, 5, 5)).shape
-    torch.Size([2, 8, 5, 5])
+    Examples:
+        >>> layer = rk.DepthwiseConv2d(8, 3, padding=1)
+        >>> layer(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+        >>> isinstance(layer, nn.Conv2d), list(layer.state_dict())
+        (True, ['weight', 'bias'])
     """
 
     def __init__(
@@ -91,16 +111,30 @@ class SeparableConv2d(nn.Module):
     one after the other, and do whatever they do by now.
 
     Args:
-        c_in, c_out: channels before and after.
-        kernel_size, stride, padding, dilation, padding_mode: of the depthwise step, as in :class:`DepthwiseConv2d`.
-        bias: a bias after the pointwise step; the depthwise step has one only with ``depthwise_bias=True``.
-        inner_activation, activation: names as in :func:`rkl_kernels.separable_conv2d`.
+        c_in: channels before.
+        c_out: channels after.
+        kernel_size: taps of the depthwise filter, an int or (height, width).
+        stride: of the depthwise step, as in ``rk.depthwise_conv2d``; so are the next two.
+        padding: of the depthwise step.
+        dilation: of the depthwise step.
+        bias: whether a bias is added after the pointwise step.
+        depthwise_bias: whether one is added after the depthwise step.
+        inner_activation: after the depthwise step, a name as in ``rk.separable_conv2d``.
+        activation: after the pointwise step.
+        padding_mode: as in ``rk.DepthwiseConv2d``.
+        device: where the parameters are made.
+        dtype: their type.
 
     Raises:
-        TypeError, ValueError: a size is no integer, or too small; no such activation or ``padding_mode``.
+        TypeError: a size is no integer.
+        ValueError: a size is too small, or there is no such activation or ``padding_mode``.
 
-    >>> SeparableConv2d(8, 16, 3, stride=2, inner_activation="relu6")(torch.randn(2, 8, 5, 5)).shape
-    torch.Size([2, 16, 2, 2])
+    Examples:
+        >>> layer = rk.SeparableConv2d(8, 16, 3, stride=2, inner_activation="relu6")
+        >>> layer(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 16, 2, 2])
+        >>> list(layer.state_dict())
+        ['depthwise.weight', 'pointwise.weight', 'pointwise.bias']
     """
 
     def __init__(

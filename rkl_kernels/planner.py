@@ -46,6 +46,10 @@ class Explanation:
             written to memory; None for the other operators.
         reason: why fused or not.
         kernels: for a depthwise convolution by the CUDA extension, the kernels of output and gradients.
+
+    Examples:
+        >>> rk.explain("trelu", torch.zeros(100)).bytes
+        800
     """
 
     operator: str
@@ -71,14 +75,28 @@ class Explanation:
 
 
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
-    """Say which backend would serve ``rkl_kernels.<operator>(*args, **kwargs)`` and what the call costs at least.
+    """Say which backend would serve ``rk.<operator>(*args, **kwargs)`` and what the call costs at least.
 
-    The choice of backend is overruled by ``use_backend``.
+    Nothing is computed. The choice of backend is overruled by ``rk.use_backend``.
 
-    >>> explain("trelu", torch.zeros(4))  # doctest: +SKIP
+    Args:
+        operator: "trelu", "depthwise_conv2d" or "separable_conv2d".
+        *args: the arguments of the call; tensors may be on any device.
+        **kwargs: the same.
+
+    Returns:
+        Backend, kernel, bytes and operations; print it.
 
     Raises:
-        ValueError: no such operator.
+        TypeError: as the call itself.
+        ValueError: no such operator, or as the call itself.
+
+    Examples:
+        >>> x, weight = torch.zeros(2, 8, 10, 10), torch.zeros(8, 1, 3, 3)
+        >>> with rk.use_backend("reference"):
+        ...     print(rk.explain("depthwise_conv2d", x, weight, padding=1))
+        depthwise_conv2d: backend reference, kernel rkl_kernels.reference.depthwise_conv2d
+          0.0131 MB to move, 0.0288 MFLOP; floor: 2.2 FLOP a byte; which side binds on a CPU, `rkl bench` measures
     """
     counts: dict[str, Callable[..., tuple[int, int, Tensor]]] = {
         "trelu": _trelu,

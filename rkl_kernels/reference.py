@@ -16,13 +16,34 @@ from ._checks import Activation, IntPair, Padding
 
 
 def trelu(x: Tensor, inplace: bool = False) -> Tensor:
-    """T-ReLU, equation (6): x where x > 0, tanh(x) elsewhere. NaN stays NaN."""
+    """T-ReLU, equation (6): x where x > 0, tanh(x) elsewhere. NaN stays NaN.
+
+    Args:
+        x: any shape, device and floating type.
+        inplace: write the result into ``x`` and return ``x``.
+
+    Examples:
+        >>> rk.reference.trelu(torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64))
+        tensor([-0.7616,  0.0000,  2.0000], dtype=torch.float64)
+    """
     y = torch.where(x > 0, x, torch.tanh(x))
     return x.copy_(y) if inplace else y
 
 
 def activate(x: Tensor, name: Activation | None) -> Tensor:
-    """The named activation of ``x``; ``x`` itself for None."""
+    """The named activation of ``x``; ``x`` itself for None.
+
+    Args:
+        x: any shape, device and floating type.
+        name: "relu", "relu6", "trelu", "silu", "gelu" (erf form) or None.
+
+    Raises:
+        KeyError: no such activation; the public functions check the name before.
+
+    Examples:
+        >>> rk.reference.activate(torch.tensor([-1.0, 4.0, 8.0]), "relu6")
+        tensor([0., 4., 6.])
+    """
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "relu": F.relu,
         "relu6": F.relu6,
@@ -41,7 +62,15 @@ def depthwise_conv2d(
     padding: Padding = 0,
     dilation: IntPair = 1,
 ) -> Tensor:
-    """Depthwise convolution, equation (3): a filter or more a channel."""
+    """Depthwise convolution, equation (3): a filter or more a channel.
+
+    Equivalent to ``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, which it calls; arguments as in
+    ``rk.depthwise_conv2d``, and complex types too.
+
+    Examples:
+        >>> rk.reference.depthwise_conv2d(torch.ones(1, 2, 3, 3), torch.ones(2, 1, 3, 3)).flatten()
+        tensor([9., 9.])
+    """
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups=x.shape[-3])
 
 
@@ -57,6 +86,14 @@ def separable_conv2d(
     inner_activation: Activation | None = None,
     activation: Activation | None = None,
 ) -> Tensor:
-    """Depthwise then pointwise convolution, equation (5), each with an optional bias and activation."""
+    """Depthwise then pointwise convolution, equation (5), each with an optional bias and activation.
+
+    Two calls of ``F.conv2d``; arguments as in ``rk.separable_conv2d``, and complex types too.
+
+    Examples:
+        >>> depthwise, pointwise = torch.ones(2, 1, 3, 3), torch.ones(4, 2, 1, 1)
+        >>> rk.reference.separable_conv2d(torch.ones(1, 2, 3, 3), depthwise, pointwise).flatten()
+        tensor([18., 18., 18., 18.])
+    """
     inner = activate(depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation), inner_activation)
     return activate(F.conv2d(inner, pointwise_weight, pointwise_bias), activation)

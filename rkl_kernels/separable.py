@@ -32,24 +32,36 @@ def separable_conv2d(
     Equivalent to ``act(F.conv2d(inner_act(F.conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation,
     groups=C)), pointwise_weight, pointwise_bias))``. The depthwise output is not kept for backward: it is made again.
 
-    Infinities and NaNs spread between channels on a GPU as :func:`depthwise_conv2d` says.
+    Infinities and NaNs spread between channels on a GPU as ``depthwise_conv2d`` says.
 
     Args:
         x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.
         depthwise_weight: (C, 1, kh, kw).
         pointwise_weight: (C', C, 1, 1).
-        depthwise_bias, pointwise_bias: (C,) and (C',), or None.
-        stride, padding, dilation: of the depthwise step, as in :func:`depthwise_conv2d`.
-        inner_activation, activation: after the depthwise and after the pointwise step; "relu", "relu6", "trelu",
-            "silu", "gelu" (erf form) or None.
+        depthwise_bias: (C,) or None.
+        pointwise_bias: (C',) or None.
+        stride: of the depthwise step, pixels between two outputs, an int or (height, width).
+        padding: of the depthwise step, zeros around the image, an int or (height, width), or "same" or "valid".
+        dilation: of the depthwise step, pixels between two taps of the filter, an int or (height, width).
+        inner_activation: after the depthwise step: "relu", "relu6", "trelu", "silu", "gelu" (erf form) or None.
+        activation: after the pointwise step, one of the same.
 
     Returns:
-        (N, C', H', W') in the memory format that ``F.conv2d`` gives.
+        (N, C', H', W') with H' and W' as ``depthwise_conv2d`` has them, in the memory format that ``F.conv2d`` gives.
 
     Raises:
         TypeError: an argument has a type that is not served.
         ValueError: shapes, devices, the window or an activation's name do not fit.
         RuntimeError: each of these is one too where ``F.conv2d`` raises it.
+
+    Examples:
+        >>> x, depthwise, pointwise = torch.randn(2, 8, 32, 32), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
+        >>> y = rk.separable_conv2d(x, depthwise, pointwise, stride=2, padding=1, inner_activation="relu6")
+        >>> y.shape
+        torch.Size([2, 16, 16, 16])
+        >>> middle = nn.functional.conv2d(x, depthwise, stride=2, padding=1, groups=8).clamp(0, 6)
+        >>> torch.allclose(y, nn.functional.conv2d(middle, pointwise), atol=1e-4)
+        True
     """
     tensors = x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
     if has_torch_function_variadic(*tensors):

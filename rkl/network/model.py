@@ -26,6 +26,14 @@ class Exits(NamedTuple):
     Attributes:
         logits: (N, classes) each.
         features: (N, C, f, f) each, all in the deepest stage's shape; empty where a model gives none.
+
+    Examples:
+        >>> from rkl.model import ResNetKL
+        >>> exits = ResNetKL(10, width=16).forward_exits(torch.randn(2, 3, 32, 32))
+        >>> [tuple(logits.shape) for logits in exits.logits]
+        [(2, 10), (2, 10), (2, 10), (2, 10)]
+        >>> {tuple(features.shape) for features in exits.features}
+        {(2, 128, 4, 4)}
     """
 
     logits: tuple[Tensor, ...]
@@ -46,6 +54,11 @@ class ResNet(nn.Module):
 
     Raises:
         ValueError: a depth that does not exist, or no room for a class, channel or pixel.
+
+    Examples:
+        >>> from rkl.model import ResNet
+        >>> ResNet(10, width=16)(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -154,13 +167,24 @@ class ResNet(nn.Module):
 class ResNetKL(ResNet):
     """ResNet-KL: Mul blocks, and a head after every stage for self-distillation and early exit (figures 2.1, 3.1, 3.2).
 
-    ``model(x)`` gives :class:`Exits` in training mode and the deepest logits, a plain tensor, in eval mode.
+    ``model(x)`` gives ``Exits`` in training mode and the deepest logits, a plain tensor, in eval mode. Arguments that
+    are not listed are those of ``ResNet``; ``options`` defaults to all of ResNet-KL's parts.
 
     Args:
         feature_size: pixels a side that all feature maps are pooled to; by default the deepest stage's own.
         exit_gate: the gate of the three shallow heads, as ``options.gate`` is that of the blocks.
 
-    The other arguments are those of :class:`ResNet`; ``options`` defaults to all of ResNet-KL's parts.
+    Raises:
+        ValueError: as ``ResNet``, or a ``feature_size`` below 1.
+
+    Examples:
+        >>> from rkl.model import ResNetKL
+        >>> model, images = ResNetKL(10, width=16), torch.randn(2, 3, 32, 32)
+        >>> len(model(images).logits), model.eval()(images).shape
+        (4, torch.Size([2, 10]))
+        >>> deployed = model.deploy()  # norms folded, shallow heads gone
+        >>> torch.allclose(deployed(images), model(images), rtol=1e-3, atol=1e-4)
+        True
     """
 
     def __init__(
@@ -205,7 +229,7 @@ class ResNetKL(ResNet):
         return self.forward_exits(x) if self.training else super().forward(x)
 
     def deploy(self, exits: bool = False) -> ResNetKL:
-        """As :meth:`ResNet.deploy`; ``exits=True`` keeps the shallow heads, for early exit."""
+        """As ``ResNet.deploy``; ``exits=True`` keeps the shallow heads, for early exit."""
         deployed = super().deploy()
         if not exits:
             deployed.exits = nn.ModuleList()
@@ -213,7 +237,14 @@ class ResNetKL(ResNet):
 
 
 def all_exits(model: nn.Module, x: Tensor) -> Exits:
-    """Every exit of any model: of one that only gives logits, those."""
+    """Every exit of any model: of one that only gives logits, those.
+
+    Examples:
+        >>> from rkl.model import all_exits
+        >>> exits = all_exits(nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), torch.randn(2, 3, 2, 2))
+        >>> len(exits.logits), exits.features
+        (1, ())
+    """
     if isinstance(model, ResNet):
         return model.forward_exits(x)
     output = model(x)
