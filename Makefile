@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint fuzz bench bench-compare gpu static wheel release-check corners pins clean
+.PHONY: help env build demo test lint fuzz docs bench bench-compare gpu static wheel release-check corners pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ lint: build ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+docs: $(VENV)/.installed ## the documentation as a site, at port 8000
+	$(BIN)/mkdocs serve
 
 bench: build ## every operator and model against its rivals, in 10 minutes; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.suite

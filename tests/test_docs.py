@@ -1,0 +1,78 @@
+"""The documentation builds without a warning, its Python runs, and its commands are ones that there are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import rkl_kernels as rk
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _blocks(page: Path, language: str) -> str:
+    """The code blocks of one language, one after another."""
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+
+
+def _commands() -> list[list[str]]:
+    """Every ``rkl`` command in the pages' code blocks."""
+    lines = [line for page in PAGES for line in _blocks(page, "").splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("rkl ")]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The built site. Links and anchors that lead nowhere are warnings, by mkdocs.yml, and warnings are errors."""
+    pytest.importorskip("material", reason="extra [docs] not installed")
+    pytest.importorskip("mkdocstrings", reason="extra [docs] not installed")
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stdout + build.stderr
+    return folder
+
+
+@pytest.mark.xdist_group("docs")
+def test_pages_from_elsewhere_are_in_the_site(site):
+    pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+    assert {"index.html", "CONTRIBUTING.html", "CHANGELOG.html", "benchmarks/index.html"} <= pages
+
+
+@pytest.mark.xdist_group("docs")
+def test_every_public_name_stands_once_in_the_api_pages(site):
+    """A module may have a function's name: its page would list everything in it, and not the function first."""
+    pages = [page.read_text() for page in (site / "api").glob("*.html") if page.stem != "reference"]
+    shown = [name for page in pages for name in re.findall(r'<h\d id="rkl_kernels\.(?:\w+\.)?(\w+)"', page)]
+    assert sorted(shown) == sorted(set(rk.__all__) - {"reference"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")], ids=lambda page: page.name)
+def test_python_in_a_page_runs(page, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision", reason="extra [train] not installed")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(_blocks(page, "python"), page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("command", _commands(), ids=" ".join)
+def test_commands_in_the_pages_are_understood(command):
+    pytest.importorskip("tyro", reason="extra [train] not installed")
+    from rkl import cli
+    from rkl.config import Config
+    from rkl.terminal import parse
+
+    name, *arguments = command
+    assert name in cli.COMMANDS
+    options = {"default": cli.Train(settings=Config())} if name == "train" else {}
+    parse(getattr(cli, name.title()), arguments, **options)
+
+
+def test_citation_names_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == rk.__version__
