@@ -127,6 +127,12 @@ def build_ext_command() -> type:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
+        def initialize_options(self) -> None:
+            super().initialize_options()
+            # A fixed folder keeps a rebuild to the files that changed. An option of setup() would not do: an editable
+            # install initialises the command anew, and would compile everything in a folder that it then deletes.
+            self.build_temp = str(ROOT / "build/objects")
+
         def run(self) -> None:
             if (self.inplace or self.editable_mode) and os.environ.get("FORCE_CUDA") == "0":
                 for binary in ROOT.glob("rkl_kernels/_C_cuda*.so"):
@@ -171,9 +177,5 @@ if __name__ == "__main__":
     setup(
         ext_modules=extensions(),
         cmdclass={"build": Build, "build_ext": build_ext_command()},
-        options={
-            "bdist_wheel": {"py_limited_api": "cp310"},
-            # A fixed folder keeps an editable install's rebuild to the files that changed.
-            "build_ext": {"build_temp": str(ROOT / "build/objects")},
-        },
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
