@@ -1,5 +1,6 @@
 // The operators on the CPU: guards, outputs and layouts here, arithmetic in cpu/. Schemas: rkl_kernels/ops.py.
 #include "cpu/kernels.h"
+#include "cpu/separable/plan.h"
 #include "cpu/separable/pointwise.h"
 #include "cpu/separable/separable.h"
 #include "depthwise_op.h"
@@ -52,8 +53,9 @@ struct CpuConv : PyTorchFormats {
     cpu::filter_gradient(dz, inner, call.g.nhwc, out.mutable_data_ptr());
   }
   static bool filter_gradient_from_image(const SeparableCall& call, const Tensor& dz, const Tensor& out) {
-    return cpu::convolves_images(call.g) &&
-           cpu::filter_gradient_by_bands(raw(call, nullptr), dz, out.mutable_data_ptr());
+    if (!cpu::convolves_images(call.g) || plan(call).filter_gradient != cpu::FilterGradient::bands) return false;
+    cpu::filter_gradient_by_bands(raw(call, nullptr), dz, out.mutable_data_ptr());
+    return true;
   }
   static void channel_sums(const SeparableCall& call, const Tensor& image, const Tensor& out) {
     const Conv2d& g = call.g;
@@ -62,25 +64,28 @@ struct CpuConv : PyTorchFormats {
   }
 
   static std::optional<Tensor> fused_forward(const SeparableCall& call, const std::optional<Tensor>& pointwise_bias) {
-    const cpu::Separable s = raw(call, data_or_null(pointwise_bias));
-    if (!cpu::fuses(s)) return std::nullopt;
+    const cpu::Fusion fusion = plan(call).forward;
+    if (fusion == cpu::Fusion::none) return std::nullopt;
     Tensor y = empty_image(call.x, call.g.batch, call.c_out, call.g.out_h, call.g.out_w, call.g.nhwc);
-    cpu::separable(s, y.mutable_data_ptr());
+    const auto make = fusion == cpu::Fusion::bands ? cpu::separable_bands : cpu::separable_images;
+    make(raw(call, data_or_null(pointwise_bias)), y.mutable_data_ptr());
     return y;
   }
   static bool fused_backward(const SeparableCall& call, const Tensor& grad, const std::optional<Tensor>& y,
                              const PointwiseGradients& wanted) {
-    const cpu::Separable s = raw(call, nullptr);
-    if (!cpu::fuses_backward(s)) return false;
+    if (plan(call).backward == cpu::Fusion::none) return false;
     const Conv2d& g = call.g;
     if (wanted.inner) *wanted.inner = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
     const auto pointer = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
-    cpu::pointwise_backward_planes(s, grad.const_data_ptr(), data_or_null(y),
+    cpu::pointwise_backward_images(raw(call, nullptr), grad.const_data_ptr(), data_or_null(y),
                                    {pointer(wanted.inner), pointer(wanted.pointwise), pointer(wanted.bias)});
     return true;
   }
 
  private:
+  static cpu::SeparablePlan plan(const SeparableCall& call) {
+    return cpu::plan_separable(call.g, call.c_out, call.inner_act, call.dtype);
+  }
   static cpu::Separable raw(const SeparableCall& call, const void* pointwise_bias) {
     return {call.g,
             call.c_out,
@@ -95,14 +100,16 @@ struct CpuConv : PyTorchFormats {
   }
 };
 
-// Whether a separable forward keeps the depthwise output in cache, for rk.explain.
-bool separable_fuses(const Tensor& x, const Tensor& depthwise, int64_t outputs, const std::vector<int64_t>& stride,
-                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+// The plan of a separable call, for rk.explain: whether it is computed in NHWC, then SeparablePlan's numbers.
+std::vector<int64_t> separable_plan(const Tensor& x, const Tensor& depthwise, int64_t outputs,
+                                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                    const std::vector<int64_t>& dilation, int64_t inner_activation) {
   const Dtype dtype = dtype_of(x, "x");
   Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
   g.nhwc = SeparableOps<CpuConv>::computes_in_nhwc(g, x, dtype);
-  const Activation none = Activation::none;
-  return cpu::fuses({g, outputs, none, none, dtype, nullptr, nullptr, nullptr, nullptr, nullptr});
+  const cpu::SeparablePlan plan =
+      cpu::plan_separable(g, outputs, SeparableOps<CpuConv>::activation_of(inner_activation), dtype);
+  return {g.nhwc, int64_t(plan.forward), int64_t(plan.backward), int64_t(plan.filter_gradient)};
 }
 
 // Whether PyTorch's own convolution makes a depthwise output, for rk.explain.
@@ -117,13 +124,13 @@ bool depthwise_by_pytorch(const Tensor& x, const Tensor& weight, const std::vect
 STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) {
   m.def("cpu_depthwise_by_pytorch(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> bool");
   m.def(
-      "cpu_separable_fuses(Tensor x, Tensor depthwise_weight, int outputs, int[2] stride, int[2] padding, "
-      "int[2] dilation) -> bool");
+      "cpu_separable_plan(Tensor x, Tensor depthwise_weight, int outputs, int[2] stride, int[2] padding, "
+      "int[2] dilation, int inner_activation) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CPU, m) {
   m.impl("cpu_depthwise_by_pytorch", RKL_BOX(rkl::depthwise_by_pytorch));
-  m.impl("cpu_separable_fuses", RKL_BOX(rkl::separable_fuses));
+  m.impl("cpu_separable_plan", RKL_BOX(rkl::separable_plan));
   using TRelu = rkl::TReluOps<rkl::CpuTRelu>;
   m.impl("trelu", RKL_BOX(TRelu::forward));
   m.impl("trelu_", RKL_BOX(TRelu::forward_));

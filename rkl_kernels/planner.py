@@ -151,21 +151,32 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool, str]:
         return False, "a depthwise kernel and the library's product; backward makes the depthwise output again"
     weight, outputs = call.depthwise_weight, call.pointwise_weight.shape[0]
     geometry, x = _geometry(call.x, weight, call.stride, call.padding, call.dilation)
+    activations = [_checks.activation(n, getattr(call, n)) for n in ("inner_activation", "activation")]
     if backend == "cpu":
         window = geometry[8:10], geometry[10:12], geometry[12:14]
-        fused = torch.ops.rkl.cpu_separable_fuses(x, weight, outputs, *window)
-        return fused, _CPU_REASONS[fused]
-    activations = [_checks.activation(n, getattr(call, n)) for n in ("inner_activation", "activation")]
+        nhwc, forward, backward, filter_gradient = torch.ops.rkl.cpu_separable_plan(
+            x, weight, outputs, *window, activations[0]
+        )
+        gradients = _CPU_FUSIONS[backward] if backward else _CPU_FILTER_GRADIENTS[filter_gradient]
+        return forward > 0, f"{'NHWC' if nhwc else 'NCHW'}, {_CPU_FUSIONS[forward]}; backward: {gradients}"
     with _device_of(x):
         dtype = KERNEL_TYPES.index(x.dtype)
         plan = torch.ops.rkl.cuda_separable_plan(geometry, outputs, *activations, dtype, _facts_of(x))
     return (True, _CUDA_FUSED) if plan else (False, _CUDA_COMPOSED)
 
 
-_CPU_REASONS = {
-    True: "the product takes each band of depthwise rows while it is in the cache",
-    False: "the product over whole images at once costs less than one a band",
-}
+# By Fusion and FilterGradient in csrc/cpu/separable/plan.h.
+_CPU_FUSIONS = (
+    "a product over whole images, which costs less than one a band",
+    "a product takes each band of depthwise rows while it is in the cache",
+    "a product takes each image's depthwise output while it is in the cache",
+)
+_CPU_FILTER_GRADIENTS = (
+    "the pointwise filter's gradient by bands of depthwise rows made again in the cache",
+    "the depthwise output is made again, and the pointwise filter's gradient shared out by pixels",
+    "the depthwise output is made again, and the pointwise filter's gradient shared out by output channels",
+    "the depthwise output is made again, and the pointwise filter's gradient is one matrix product",
+)
 
 # csrc/cuda/separable_plan.cpp has the rule.
 _CUDA_FUSED = "one kernel makes the depthwise rows and multiplies them on the chip; backward makes them again"

@@ -19,7 +19,7 @@ def test_explanation_names_kernel_floor_and_fusion(backend):
     text = str(told)
     assert "MB to move" in text
     assert "FLOP a byte" in text
-    assert told.fused is False  # so small an output is made one step after the other
+    assert told.fused is False  # so small an output is made unfused
     assert told.reason in text
 
 
@@ -51,6 +51,23 @@ def test_explanation_is_what_the_profiler_sees(one_thread, channels, outputs, si
     products = counts.get("aten::mm", 0) + counts.get("mkldnn::_linear_pointwise", 0)
     told = rk.explain("separable_conv2d", *call, padding=1)
     assert told.fused is (products > 1) is fused
+
+
+@pytest.mark.parametrize(
+    ("size", "inner", "remade"),
+    [
+        (56, None, "by bands of depthwise rows made again"),
+        (56, "relu", "shared out by pixels"),
+        (2, None, "shared out by output channels"),
+    ],
+)
+def test_explanation_says_how_the_filter_gradient_is_made(size, inner, remade):
+    """On a CPU, in NHWC: the plan that the launcher follows."""
+    x = torch.randn(1, 64, size, size).to(memory_format=torch.channels_last)
+    call = x, torch.randn(64, 1, 3, 3), torch.randn(256, 64, 1, 1)
+    with rk.use_backend("cpu"):
+        told = rk.explain("separable_conv2d", *call, padding=1, inner_activation=inner)
+    assert remade in told.reason.partition("backward: ")[2]
 
 
 def explain_as_cuda(monkeypatch, kernel: int, dtype: torch.dtype) -> Explanation:

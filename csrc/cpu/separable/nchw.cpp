@@ -49,9 +49,9 @@ void by_parts(const Separable& s, void* y) {
   });
 }
 
-class PlanesBackward {
+class ImagesBackward {
  public:
-  PlanesBackward(const Separable& s, const void* grad, const void* y, const Gradients& wanted)
+  ImagesBackward(const Separable& s, const void* grad, const void* y, const Gradients& wanted)
       : s_(s),
         grad_(grad),
         y_(y),
@@ -84,7 +84,7 @@ class PlanesBackward {
 
   // One image's matrices; fp32 copies of the filter gradient's factors in 16 bits, whose sums must not be rounded.
   struct Workspace {
-    explicit Workspace(const PlanesBackward& b) {
+    explicit Workspace(const ImagesBackward& b) {
       const int64_t n = pixels_of(b.s_), c = b.s_.g.channels, c_out = b.s_.c_out, size = size_of(b.s_.dtype);
       if (b.y_) dz = Scratch(n * c_out * size);
       if (b.has_inner()) before = Scratch(n * c * size);
@@ -147,11 +147,9 @@ class PlanesBackward {
 
 }  // namespace
 
-bool takes_planes(const Conv2d& g, Dtype dtype) { return convolves_images(g) || planes_serve(g, dtype); }
+bool takes_planes(const Conv2d& g, Dtype dtype) { return convolves_images(g) || images_serve(g, dtype); }
 
-bool fuses_backward(const Separable& s) { return planes_serve(s.g, s.dtype); }
-
-void separable_planes(const Separable& s, void* y) {
+void separable_images(const Separable& s, void* y) {
   if (s.g.batch < kTasks) return by_parts(s, y);
   const PackedFilter filter = kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
   for_tasks(s.g.batch, [&](int64_t begin, int64_t end) {
@@ -163,8 +161,8 @@ void separable_planes(const Separable& s, void* y) {
   });
 }
 
-void pointwise_backward_planes(const Separable& s, const void* grad, const void* y, const Gradients& wanted) {
-  PlanesBackward(s, grad, y, wanted)();
+void pointwise_backward_images(const Separable& s, const void* grad, const void* y, const Gradients& wanted) {
+  ImagesBackward(s, grad, y, wanted)();
 }
 
 }  // namespace rkl::cpu

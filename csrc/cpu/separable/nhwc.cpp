@@ -19,17 +19,7 @@ void pointwise_band(const Separable& s, const Band& band, const void* inner, voi
 
 }  // namespace
 
-// Reading the depthwise output again costs less than its products do but where there are few of them: 24 outputs of 144
-// channels, 56 px: 3.0 ms against 3.6 unfused; 80 of 240 channels, 14 px: 1.0 against 0.94.
-bool fuses(const Separable& s) {
-  constexpr int64_t kFewOutputs = 32;
-  if (!s.g.nhwc) return planes_serve(s.g, s.dtype);
-  const int64_t bytes = s.g.batch * s.g.out_h * s.g.out_w * s.g.channels * size_of(s.dtype);
-  return factor_type(s.dtype) == s.dtype && s.c_out <= kFewOutputs && bytes >= kBandBytes;
-}
-
-void separable(const Separable& s, void* y) {
-  if (!s.g.nhwc) return separable_planes(s, y);
+void separable_bands(const Separable& s, void* y) {
   const Bands bands(s, band_pixels(s));
   const PackedFilter filter = kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
   for_tasks(bands.count(), [&](int64_t begin, int64_t end) {

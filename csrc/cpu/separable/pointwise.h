@@ -19,9 +19,8 @@ Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<
 // The filter's gradient (C', C): dz (N, C', H, W) times inner (N, C, H, W), summed over all pixels.
 void filter_gradient(const Tensor& dz, const Tensor& inner, bool nhwc, void* out);
 
-// The same from the depthwise step's own input, a band of its output at a time. False, and nothing done, where the
-// whole output is wanted.
-bool filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out);
+// The same from the depthwise step's own input, a band of its output at a time; where the plan says so.
+void filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out);
 
 // The sum of each channel of an image: the bias's gradient.
 void channel_sums(const void* image, void* out, int64_t batch, int64_t pixels, int64_t channels, bool nhwc,

@@ -91,7 +91,7 @@ void sum_shares(int64_t count, int64_t size, void* out, Dtype dtype, int64_t scr
 }
 
 // Parts of the pixels: of NHWC images any, of NCHW images whole ones.
-void by_parts(const Tensor& dz, const Tensor& inner, bool nhwc, void* out, Dtype dtype) {
+void by_pixels(const Tensor& dz, const Tensor& inner, bool nhwc, void* out, Dtype dtype) {
   const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(inner) : inner;
   const int64_t c = inner.size(1), c_out = dz.size(1), dim = nhwc ? 3 : 0, all = left.size(dim);
   const int64_t parts = std::min(all, parts_for(pixels_of(dz), c, c_out));
@@ -132,15 +132,6 @@ void by_rows(const Tensor& dz, const Tensor& inner, void* out, Dtype dtype) {
   });
 }
 
-enum class Way { rows, channels, parts };
-
-// A matrix product counts where there are few pixels to a channel (bf16, 512 to 512 channels, 14 px: 3.7 ms
-// against 4.4), a convolution where there are many (32 to 64, 112 px: 2.1 against 3.6).
-Way way_for(Dtype dtype, bool nhwc, int64_t pixels, int64_t c, int64_t c_out) {
-  if (nhwc && dtype != Dtype::f32 && pixels < 64 * std::min(c, c_out)) return Way::rows;
-  return 4 * pixels <= c_out && c_out >= 256 ? Way::channels : Way::parts;
-}
-
 }  // namespace
 
 void filter_gradient(const Tensor& dz, const Tensor& inner, bool nhwc, void* out) {
@@ -153,21 +144,18 @@ void filter_gradient(const Tensor& dz, const Tensor& inner, bool nhwc, void* out
     kernels(dtype).finish({wide.as(), nullptr, out, c_out, c, c, c}, Activation::none, Dtype::f32, dtype);
     return;
   }
-  switch (way_for(dtype, nhwc, pixels_of(dz), c, c_out)) {
-    case Way::rows:
+  switch (plan_filter_gradient(dtype, nhwc, pixels_of(dz), c, c_out)) {
+    case FilterGradient::rows:
       return by_rows(dz, inner, out, dtype);
-    case Way::channels:
+    case FilterGradient::channels:
       return by_channels(dz, inner, nhwc, out, dtype);
     default:
-      return by_parts(dz, inner, nhwc, out, dtype);
+      return by_pixels(dz, inner, nhwc, out, dtype);
   }
 }
 
-bool filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out) {
+void filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out) {
   const int64_t c = s.g.channels, all = pixels_of(dz);
-  if (!s.g.nhwc || s.inner != Activation::none || factor_type(s.dtype) != s.dtype ||
-      way_for(s.dtype, true, all, c, s.c_out) != Way::parts)
-    return false;
   const Bands bands(s, std::max<int64_t>(1, all / parts_for(all, c, s.c_out)));
   const PackedFilter depthwise = kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
   const Tensor row = as_one_row(dz);
@@ -180,7 +168,6 @@ bool filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out) {
                                                   dz.device(), dz.scalar_type());
     return share_of_pixels(narrow(row, 3, band.first_pixel, band.pixels), inner);
   });
-  return true;
 }
 
 }  // namespace rkl::cpu

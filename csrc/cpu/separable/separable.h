@@ -20,20 +20,15 @@ struct Separable {
 // Whether NCHW images are computed in NCHW; else they are transposed to NHWC first.
 bool takes_planes(const Conv2d& g, Dtype dtype);
 
-// Whether separable() and pointwise_backward_planes() serve, which keep the depthwise output in cache: large images
-// whose planes lie apart and, forward, NHWC images with few output channels. Elsewhere the unfused steps
-// are faster, as the library writes a whole image's product where it stays, but a band's to memory of its own.
-bool fuses(const Separable& s);
-bool fuses_backward(const Separable& s);
-
-void separable(const Separable& s, void* y);
-void separable_planes(const Separable& s, void* y);
+// What the plan's forward names.
+void separable_bands(const Separable& s, void* y);
+void separable_images(const Separable& s, void* y);
 
 // The gradients of the pointwise step and of the depthwise step's output (before its activation), each null where it is
 // not wanted. y may be null where there is no outer activation.
 struct Gradients {
   void *inner, *pointwise, *pointwise_bias;
 };
-void pointwise_backward_planes(const Separable& s, const void* grad, const void* y, const Gradients& wanted);
+void pointwise_backward_images(const Separable& s, const void* grad, const void* y, const Gradients& wanted);
 
 }  // namespace rkl::cpu
