@@ -127,7 +127,7 @@ def training_losses(
 
     Examples:
         >>> from rkl.distill import LossWeights, training_losses
-        >>> from rkl.model import ResNetKL
+        >>> from rkl.network.model import ResNetKL
         >>> exits = ResNetKL(10, width=16)(torch.randn(4, 3, 32, 32))
         >>> losses = training_losses(exits, torch.tensor([0, 1, 2, 3]), LossWeights())
         >>> list(losses)

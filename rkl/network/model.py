@@ -28,7 +28,7 @@ class Exits(NamedTuple):
         features: (N, C, f, f) each, all in the deepest stage's shape; empty where a model gives none.
 
     Examples:
-        >>> from rkl.model import ResNetKL
+        >>> from rkl.network.model import ResNetKL
         >>> exits = ResNetKL(10, width=16).forward_exits(torch.randn(2, 3, 32, 32))
         >>> [tuple(logits.shape) for logits in exits.logits]
         [(2, 10), (2, 10), (2, 10), (2, 10)]
@@ -56,7 +56,7 @@ class ResNet(nn.Module):
         ValueError: a depth that does not exist, or no room for a class, channel or pixel.
 
     Examples:
-        >>> from rkl.model import ResNet
+        >>> from rkl.network.model import ResNet
         >>> ResNet(10, width=16)(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
@@ -178,7 +178,7 @@ class ResNetKL(ResNet):
         ValueError: as ``ResNet``, or a ``feature_size`` below 1.
 
     Examples:
-        >>> from rkl.model import ResNetKL
+        >>> from rkl.network.model import ResNetKL
         >>> model, images = ResNetKL(10, width=16), torch.randn(2, 3, 32, 32)
         >>> len(model(images).logits), model.eval()(images).shape
         (4, torch.Size([2, 10]))
@@ -240,7 +240,7 @@ def all_exits(model: nn.Module, x: Tensor) -> Exits:
     """Every exit of any model: of one that only gives logits, those.
 
     Examples:
-        >>> from rkl.model import all_exits
+        >>> from rkl.network.model import all_exits
         >>> exits = all_exits(nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), torch.randn(2, 3, 2, 2))
         >>> len(exits.logits), exits.features
         (1, ())

@@ -36,8 +36,8 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
         ValueError: as many thresholds as shallow exits are needed, or the model is in training mode.
 
     Examples:
-        >>> from rkl.early_exit import early_exit
-        >>> from rkl.model import ResNetKL
+        >>> from rkl.slimming.early_exit import early_exit
+        >>> from rkl.network.model import ResNetKL
         >>> model = ResNetKL(10, width=16).eval()
         >>> logits, exits = early_exit(model, torch.randn(2, 3, 32, 32), [0.0, 0.9, 0.9])
         >>> logits.shape, exits.tolist()  # any confidence is enough at the first exit
