@@ -94,6 +94,9 @@ def test_aot_inductor_package(tmp_path):
         torch.testing.assert_close(loaded(x), net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="torch 2.11 does not take convolutions apart for DTensor; 2.12 does"
+)
 def test_sharded_by_batch_as_pytorchs_layers():
     """DTensors along the batch, and FSDP of one layer: placements of two devices' ranks, without the devices."""
     code = """
@@ -101,17 +104,17 @@ import torch, torch.distributed as dist, rkl_kernels as rk
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
 images = torch.randn(4, 3, 6, 6)
 weights = torch.randn(3, 1, 3, 3), torch.randn(5, 3, 1, 1)
 def placements(function):
-    x = distribute_tensor(images, mesh, [Shard(0)]).requires_grad_()
-    w, p = (distribute_tensor(t, mesh, [Replicate()]).requires_grad_() for t in weights)
+    x = DTensor.from_local(images[:2], mesh, [Shard(0)]).requires_grad_()  # the first rank's; nothing is sent
+    w, p = (DTensor.from_local(t, mesh, [Replicate()]).requires_grad_() for t in weights)
     y = function(x, w, p)
     y.sum().backward()
-    whole = function(images[:2], *weights)  # of the first rank
+    whole = function(images[:2], *weights)
     torch.testing.assert_close(y.to_local(), whole)
     return [y.placements, *(t.grad.placements for t in (x, w, p) if t.grad is not None)]
 for call in (
