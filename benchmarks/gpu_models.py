@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import rkl_kernels as rk
 from rkl_kernels.bench.timing import Timing, interleave, timer_for
 
-from .models import Model, ModelRow
+from .models import Model, ModelRow, resnet_kl, timm_model
 
 TOLERANCE = 0.1
 """Largest difference served between converted and unconverted logits, as a share of the largest: bf16 through up to 50
@@ -26,28 +26,13 @@ COMPILE = "compile"
 DIRECTIONS = ("inference", "training step")
 
 
-def _resnet_kl() -> nn.Module:
-    from rkl.network.model import ResNetKL
-
-    return ResNetKL(classes=10, depth=18, width=64)
-
-
-def _timm(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import timm
-
-        return timm.create_model(name, pretrained=False)
-
-    return build
-
-
 # Batches that fill a GPU, and whose activations fit into 70 GB.
 MODELS = (
-    Model("ResNet-KL", _resnet_kl, 1024, 32),
-    Model("MobileNetV2", _timm("mobilenetv2_100"), 256, 224),
-    Model("Xception", _timm("legacy_xception"), 128, 299),
-    Model("ConvNeXt-T", _timm("convnext_tiny"), 128, 224),
-    Model("EfficientNet-B0", _timm("efficientnet_b0"), 256, 224),
+    Model("ResNet-KL", resnet_kl, 1024, 32),
+    Model("MobileNetV2", timm_model("mobilenetv2_100"), 256, 224),
+    Model("Xception", timm_model("legacy_xception"), 128, 299),
+    Model("ConvNeXt-T", timm_model("convnext_tiny"), 128, 224),
+    Model("EfficientNet-B0", timm_model("efficientnet_b0"), 256, 224),
 )
 
 

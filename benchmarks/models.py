@@ -39,13 +39,13 @@ class Model:
     size: int
 
 
-def _resnet_kl() -> nn.Module:
+def resnet_kl() -> nn.Module:
     from rkl.network.model import ResNetKL
 
     return ResNetKL(classes=10, depth=18, width=64)
 
 
-def _torchvision(name: str) -> Callable[[], nn.Module]:
+def torchvision_model(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import torchvision
 
@@ -54,7 +54,7 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
     return build
 
 
-def _timm(name: str) -> Callable[[], nn.Module]:
+def timm_model(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import timm
 
@@ -64,10 +64,10 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 
 
 MODELS = (
-    Model("ResNet-KL", _resnet_kl, 32, 32),
-    Model("MobileNetV2", _torchvision("mobilenet_v2"), 8, 224),
-    Model("Xception", _timm("legacy_xception"), 2, 299),
-    Model("ConvNeXt-T", _torchvision("convnext_tiny"), 4, 224),
+    Model("ResNet-KL", resnet_kl, 32, 32),
+    Model("MobileNetV2", torchvision_model("mobilenet_v2"), 8, 224),
+    Model("Xception", timm_model("legacy_xception"), 2, 299),
+    Model("ConvNeXt-T", torchvision_model("convnext_tiny"), 4, 224),
 )
 VARIANTS = tuple(f"{name} {layout}" for name in ("ours", "eager") for layout in FORMATS)
 
