@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import rkl_kernels as rk
-from rkl.network.blocks import BlockOptions, Gate, MultiScaleDepthwise, MultiScaleSeparable
+from rkl.network.blocks import BlockOptions, Gate, MultiScaleDepthwise, MultiScaleSeparable, Skip
 from rkl.network.model import Exits, ResNet, ResNetKL
 
 OPTIONS = [
@@ -129,6 +129,21 @@ def test_resnet_kl_is_no_larger_than_resnet(depth: int, most: float) -> None:
         ours, plain = ResNetKL(100, depth), ResNet(100, depth)
     ours.exits = torch.nn.ModuleList()
     assert sum(p.numel() for p in ours.parameters()) <= most * sum(p.numel() for p in plain.parameters())
+
+
+def test_gradient_of_a_narrow_shortcut() -> None:
+    """oneDNN's own crashes here: 1 x 1 at stride 2, channels_last, fewer channels than a vector. Small integers have
+    exact sums."""
+    skip = Skip(8, 16, 1, 2, bias=False)
+    x = torch.randint(-2, 3, (4, 8, 64, 64)).float()
+    with torch.no_grad():
+        skip.weight.copy_(torch.randint(-2, 3, skip.weight.shape))
+    weight = skip.weight.detach().double().requires_grad_()
+    F.conv2d(x.double(), weight, stride=2).square().sum().backward()
+    for _ in range(20):
+        skip.weight.grad = None
+        skip(x.to(memory_format=torch.channels_last)).square().sum().backward()
+    assert torch.equal(skip.weight.grad.double(), weight.grad)
 
 
 def test_models_of_one_seed_share_the_values_of_the_layers_they_share() -> None:

@@ -133,6 +133,20 @@ def spatial_conv(c_in: int, c_out: int, stride: int, options: BlockOptions, stag
     return MultiScaleSeparable(c_in, c_out, scales, stride, mixed=options.scale_mode == "mixed")
 
 
+class Skip(nn.Conv2d):
+    """A pointwise convolution at a stride, for shortcuts.
+
+    On a CPU the pixels are picked first: at a stride, oneDNN's gradient of such a filter writes past its workspace
+    where channels_last images have fewer channels than a vector. torch 2.13 crashes at 8 channels of 64 px, which cuts
+    may leave.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or self.stride == (1, 1):
+            return super().forward(x)
+        return F.conv2d(F.avg_pool2d(x, 1, self.stride), self.weight, self.bias)
+
+
 class ConvUnit(nn.Module):
     """Convolution, batch norm and, unless None, an activation: what :meth:`deployed` makes one call of."""
 
@@ -240,7 +254,7 @@ class Block(nn.Module):
         self.branch = self.make_branch(c_in, channels, stride, options, stage)
         identity = stride == 1 and c_in == c_out
         self.shortcut = (
-            nn.Identity() if identity else ConvUnit(nn.Conv2d(c_in, c_out, 1, stride, bias=False), activation=None)
+            nn.Identity() if identity else ConvUnit(Skip(c_in, c_out, 1, stride, bias=False), activation=None)
         )
         self.gate = gate_layer(options.gate, c_out, channels, options.activation)
         self.activation = activation_layer(options.activation)
