@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tools.installed import Outcome, core_tests, only
+from tools.installed import Outcome, core_tests, environment, only
 from tools.release import ALSO, BINARIES, sdist_faults, wheel_faults
 
 TRACKED = {"rkl/cli.py", "rkl_kernels/py.typed", "csrc/ops.cpp", "tests/conftest.py", "results/README.md", *ALSO}
@@ -55,6 +56,13 @@ def test_core_tests_that_did_not_run_are_not_green(tmp_path, monkeypatch):
     monkeypatch.setattr("tools.installed.CORE", ["test_gone.py"])
     assert not core_tests(sys.executable, tmp_path, tmp_path / "run").green
     assert not Outcome("3 passed, 1 error", ("ERROR test_it.py",)).green
+
+
+def test_names_a_python_that_is_not_at_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("UV_PYTHON_DOWNLOADS", "never")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    with pytest.raises(RuntimeError, match=r"^no Python 3\.99 on this machine"):
+        environment(tmp_path / "venv", "3.99")
 
 
 @pytest.mark.parametrize("program", ["tools.release", "tools.corners"])

@@ -50,9 +50,12 @@ def environment(folder: Path, python: str, *packages: str | Path) -> Path:
     """A virtual environment with these packages and what they need; returns its Python.
 
     Raises:
-        RuntimeError: there is no such Python, or the packages do not go together; the message is uv's.
+        RuntimeError: there is no such Python, or the packages do not go together there.
     """
-    _run("uv", "venv", "--quiet", "--python", python, folder)
+    try:
+        _run("uv", "venv", "--quiet", "--python", python, folder)
+    except RuntimeError as error:
+        raise RuntimeError(f"no Python {python} on this machine, and uv could not install one") from error
     interpreter = folder / "bin/python"
     _run("uv", "pip", "install", "--quiet", "--python", interpreter, *packages)
     return interpreter
