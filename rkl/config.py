@@ -16,6 +16,7 @@ from .distill import LossWeights
 from .network.blocks import ActivationName, BlockOptions, GateKind, ScaleMode
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Decay = Literal["filters", "all"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Config:
     """Nesterov's momentum."""
     weight_decay: float = 5e-4
     """SGD's weight decay."""
-    decay: Literal["filters", "all"] = "filters"
+    decay: Decay = "filters"
     """What decays: dense and pointwise filters alone, or norms, biases and depthwise filters too."""
     clip: float = 0.0
     """Largest norm of a step's gradient; 0 for any."""

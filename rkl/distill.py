@@ -183,12 +183,12 @@ def add_l1_gradient(model: nn.Module, l1: float, scale: Tensor | float = 1.0) ->
         >>> norm.weight.grad
         tensor([0.5000, 0.5000])
     """
-    found = [gamma for gamma in gammas(model) if gamma.grad is not None]
+    found = [(gamma, gamma.grad) for gamma in gammas(model) if gamma.grad is not None]
     if not found:
         return
-    signs = torch._foreach_sign(found)
+    signs = torch._foreach_sign([gamma for gamma, _ in found])
     torch._foreach_mul_(signs, l1 * scale)
-    torch._foreach_add_([gamma.grad for gamma in found], signs)
+    torch._foreach_add_([gradient for _, gradient in found], signs)
 
 
 @torch.no_grad()
@@ -200,4 +200,4 @@ def gamma_l1(model: nn.Module) -> float:
         >>> gamma_l1(nn.BatchNorm2d(8))
         8.0
     """
-    return float(sum(torch._foreach_norm(gammas(model), 1)))
+    return float(sum(torch._foreach_norm([*gammas(model)], 1), torch.zeros(())))

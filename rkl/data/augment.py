@@ -80,8 +80,8 @@ def random_erasing(images: Tensor, probability: float, generator: Generator) -> 
     taken, area, aspect = torch.rand(3, count, generator=generator)
     pixels = (0.02 + 0.31 * area) * height * width * (taken < probability)
     ratio = torch.exp((2 * aspect - 1) * math.log(3.3))
-    sides = [(pixels * ratio).sqrt(), (pixels / ratio).sqrt()]
-    return erased(images, *(side.round().long() for side in sides), generator)
+    heights, widths = (side.sqrt().round().long() for side in (pixels * ratio, pixels / ratio))
+    return erased(images, heights, widths, generator)
 
 
 def mixed(

@@ -8,7 +8,7 @@ import pickle
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -106,7 +106,9 @@ def _entry(path: Path, content: dict[bytes, Any], key: bytes) -> Any:
     return content[key]
 
 
-def cifar_pickles(folder: Path, train: list[str], test: str, meta: str, key: str) -> tuple[Split, Split, list[str]]:
+def cifar_pickles(
+    folder: Path, train: list[str], test: str, meta: str, key: Literal["labels", "fine_labels"]
+) -> tuple[Split, Split, list[str]]:
     """CIFAR's "python version": ``key`` is "labels" or "fine_labels"."""
     names_key = b"label_names" if key == "labels" else b"fine_label_names"
     classes = [name.decode() for name in _entry(folder / meta, arrays_pickle(folder / meta), names_key)]

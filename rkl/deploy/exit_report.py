@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,19 @@ def evaluate_early_exit(
     point = operate(exits, labels, costs, chosen.thresholds)
     images = [batch for batch, _ in evaluation_batches(data.test, data, BATCH)]
     speed, full_speed = throughput(model, run.model.deploy(), images, chosen.thresholds)
+    deepest = {"accuracy": metrics.exit_metrics(exits[-1], labels)["accuracy"], "macs": full}
     record = {
         "checkpoint": checkpoint,
         "thresholds": chosen.thresholds,
         "validation": asdict(chosen),
         "test": asdict(point),
-        "deepest": {"accuracy": metrics.exit_metrics(exits[-1], labels)["accuracy"], "macs": full},
+        "deepest": deepest,
         "images_a_second": speed,
         "deepest_images_a_second": full_speed,
         "batch": BATCH,
         "curve": [asdict(p) for p in curve],
     }
-    plot_curve(curve, point, record["deepest"], run.folder / "plots" / "early_exit.png")
+    plot_curve(curve, point, deepest, run.folder / "plots" / "early_exit.png")
     write_text(run.folder / "early_exit.json", json.dumps(record, indent=1))
     return record
 
@@ -74,7 +76,7 @@ def throughput(
     model: ResNetKL, whole: nn.Module, images: list[Tensor], thresholds: list[float], repeats: int = 5
 ) -> tuple[float, float]:
     """Images a second, medians: with early exit, and through the whole model; in turns, on the same batches."""
-    passes = (lambda x: early_exit(model, x, thresholds), whole)
+    passes: tuple[Callable[[Tensor], object], ...] = (lambda x: early_exit(model, x, thresholds), whole)
     seconds: list[list[float]] = [[], []]
     for repeat in range(repeats + 1):
         for run_batch, own in zip(passes, seconds, strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import rkl_kernels as rk
 
+from ..network.model import ResNet
 from ..training.checkpoint import Run, example_image
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
@@ -30,7 +31,7 @@ def export(run: Run, format: str, out: Path | None = None) -> tuple[Path, float]
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    model = run.model.deploy() if hasattr(run.model, "deploy") else run.model.eval().requires_grad_(False)
+    model = run.model.deploy() if isinstance(run.model, ResNet) else run.model.eval().requires_grad_(False)
     image = torch.randn(3, *example_image(run).shape[1:], generator=torch.Generator().manual_seed(0)).to(run.device)
     file = (out or run.folder) / FORMATS[format]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +71,7 @@ def _onnx(model: nn.Module, image: Tensor, file: Path) -> Tensor:
             output_names=["logits"],
             verbose=False,
         )
+    assert program is not None  # it is one where dynamo is set
     program.save(str(file), external_data=False)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: image.cpu().numpy()})

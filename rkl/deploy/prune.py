@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..network.model import ResNet
 from ..slimming import pruning
 from ..training import metrics
 from ..training.checkpoint import Run, check_classes, example_image
@@ -54,7 +55,7 @@ def cut_to_latency(model: nn.Module, image: Tensor, milliseconds: float) -> nn.M
 
 
 def _deployed(model: nn.Module) -> nn.Module:
-    return model.deploy() if hasattr(model, "deploy") else model
+    return model.deploy() if isinstance(model, ResNet) else model
 
 
 def _smallest_cut(model: nn.Module, image: Tensor, fits: Callable[[nn.Module], bool], target: str) -> nn.Module:
@@ -81,11 +82,11 @@ def prune_run(run: Run, out: Path, target_macs: float | None, target_latency_ms:
     image = example_image(run)
     check_classes(run, load_data(run.config).classes)
     with torch.random.fork_rng():
-        model = (
-            cut_to_macs(run.model, image, target_macs)
-            if target_macs is not None
-            else cut_to_latency(run.model, image, target_latency_ms)
-        )
+        if target_macs is not None:
+            model = cut_to_macs(run.model, image, target_macs)
+        else:
+            assert target_latency_ms is not None
+            model = cut_to_latency(run.model, image, target_latency_ms)
     config = replace(
         run.config,
         out=out,

@@ -94,7 +94,7 @@ def create(
     baseline = BASELINES[name]
     with torch.device("meta"):  # shapes are settled before any memory is taken
         model = _replknet(classes, image_size) if name == "replknet" else baseline.build(classes)
-        stem = model.get_submodule(baseline.stem)
+        stem = _stem(model, baseline)
         stem.in_channels = in_channels
         if image_size <= 128:
             _adapt_stem(model, baseline, image_size)
@@ -111,8 +111,14 @@ def _replknet(classes: int, image_size: int) -> RepLKNet:
     return RepLKNet(classes, stem_strides=strides, image_size=image_size)
 
 
-def _adapt_stem(model: nn.Module, baseline: Baseline, image_size: int) -> None:
+def _stem(model: nn.Module, baseline: Baseline) -> nn.Conv2d:
     stem = model.get_submodule(baseline.stem)
+    assert isinstance(stem, nn.Conv2d)
+    return stem
+
+
+def _adapt_stem(model: nn.Module, baseline: Baseline, image_size: int) -> None:
+    stem = _stem(model, baseline)
     stem.kernel_size, stem.padding = (3, 3), (1, 1)
     stem.stride = (1, 1) if image_size <= 64 else (2, 2)
     if baseline.pool:
@@ -124,9 +130,13 @@ def _adapt_stem(model: nn.Module, baseline: Baseline, image_size: int) -> None:
 
 def _adapt_head(model: nn.Module, pool: str, linear: str, shape: tuple[int, ...]) -> None:
     """Pool to the last map's size where that is smaller than the standard, and narrow the Linear that follows."""
-    last = model.features(torch.empty(shape)).shape[-1]
+    last = model.get_submodule("features")(torch.empty(shape)).shape[-1]
     pooling, layer = model.get_submodule(pool), model.get_submodule(linear)
+    assert isinstance(pooling, nn.AdaptiveAvgPool2d)
+    assert isinstance(layer, nn.Linear)
+    assert isinstance(pooling.output_size, tuple)
     standard = pooling.output_size[0]
+    assert standard is not None
     if last < standard:
         pooling.output_size = (last, last)
         layer.in_features = layer.in_features // standard**2 * last**2
@@ -155,7 +165,7 @@ def _scale_width(model: nn.Module, stem: nn.Module, width: int, unit: int) -> No
         _resize_parameters(layer)
 
 
-def _resize_parameters(layer: nn.Module) -> None:
+def _resize_parameters(layer: nn.Conv2d | nn.BatchNorm2d | nn.Linear) -> None:
     """Give a layer new, empty parameters of the sizes that its attributes now say."""
     if isinstance(layer, nn.BatchNorm2d):
         for name in ("weight", "bias"):

@@ -52,7 +52,7 @@ class BlockOptions:
         return (self.scales[stage % len(self.scales)],) if self.scale_mode == "stage" else self.scales
 
 
-def activation_layer(name: str) -> nn.Module:
+def activation_layer(name: ActivationName) -> nn.Module:
     """In place: batch norm keeps its input and T-ReLU its output, so nobody misses the overwritten tensor."""
     return rk.TReLU(inplace=True) if name == "trelu" else nn.ReLU(inplace=True)
 
@@ -63,6 +63,8 @@ class MultiScaleDepthwise(nn.Module):
 
     With ``mixed`` every channel has one of the sizes: a mask holds the others' outer taps at zero.
     """
+
+    mask: Tensor | None
 
     def __init__(self, channels: int, scales: tuple[int, ...], stride: int, mixed: bool = False) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class MultiScaleDepthwise(nn.Module):
         of taps."""
         for weight in self.filters:
             every = weight.new_tensor(len(self.filters) * weight[0].numel())
-            taken = self.mask.sum((2, 3), keepdim=True) if self.mixed else every
+            taken = every if self.mask is None else self.mask.sum((2, 3), keepdim=True)
             nn.init.normal_(weight).data.mul_((3 * taken).rsqrt())
 
     def _mask(self, taps: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ class MultiScaleDepthwise(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The one filter (C, 1, K, K) that the branches add up to."""
-        if self.mixed:
+        if self.mask is not None:
             return self.filters[0] * self.mask
         merged = self.filters[-1]
         for weight in list(self.filters)[:-1]:
@@ -121,9 +123,10 @@ class MultiScaleSeparable(nn.Module):
 
 
 SEPARABLE = (rk.SeparableConv2d, MultiScaleSeparable)
+Convolution = nn.Conv2d | rk.SeparableConv2d | MultiScaleSeparable
 
 
-def spatial_conv(c_in: int, c_out: int, stride: int, options: BlockOptions, stage: int) -> nn.Module:
+def spatial_conv(c_in: int, c_out: int, stride: int, options: BlockOptions, stage: int) -> Convolution:
     """A block's spatial convolution: dense 3x3, separable, or multi-scale separable."""
     if not options.separable or stage < options.dense_stages:
         return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
@@ -150,7 +153,7 @@ class Skip(nn.Conv2d):
 class ConvUnit(nn.Module):
     """Convolution, batch norm and, unless None, an activation: what :meth:`deployed` makes one call of."""
 
-    def __init__(self, conv: nn.Module, activation: str | None) -> None:
+    def __init__(self, conv: Convolution, activation: ActivationName | None) -> None:
         super().__init__()
         self.conv = conv
         self.norm = nn.BatchNorm2d((conv.pointwise if isinstance(conv, SEPARABLE) else conv).out_channels)
@@ -165,6 +168,8 @@ class ConvUnit(nn.Module):
         """The unit with batch norm folded into the pointwise (or dense) filter and its bias, and the activation in the
         kernel's epilogue where there is one."""
         norm = self.norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale
         if not isinstance(self.conv, SEPARABLE):
@@ -178,6 +183,7 @@ class ConvUnit(nn.Module):
                 device=scale.device,
             )
             folded.weight.copy_(self.conv.weight * scale.view(-1, 1, 1, 1))
+            assert folded.bias is not None
             folded.bias.copy_(bias)
             return nn.Sequential(folded, self.activation) if self.activation_name else folded
         depthwise, pointwise = self.conv.depthwise, self.conv.pointwise
@@ -193,6 +199,7 @@ class ConvUnit(nn.Module):
         )
         separable.depthwise.weight.copy_(weight)
         separable.pointwise.weight.copy_(pointwise.weight * scale.view(-1, 1, 1, 1))
+        assert separable.pointwise.bias is not None
         separable.pointwise.bias.copy_(bias)
         return separable
 
@@ -201,7 +208,7 @@ class SepConv(nn.Sequential):
     """ST's unit: depthwise 3x3 stride 2 -> pointwise C -> C, then depthwise 3x3 -> pointwise C -> C', each with batch
     norm and activation."""
 
-    def __init__(self, c_in: int, c_out: int, activation: str) -> None:
+    def __init__(self, c_in: int, c_out: int, activation: ActivationName) -> None:
         super().__init__(
             ConvUnit(rk.SeparableConv2d(c_in, c_in, 3, stride=2, padding=1, bias=False), activation),
             ConvUnit(rk.SeparableConv2d(c_in, c_out, 3, padding=1, bias=False), activation),
@@ -220,24 +227,26 @@ class Gate(nn.Module):
     """
 
     START = -3.0
+    reduce: nn.Module
+    expand: nn.Module
 
-    def __init__(self, channels: int, narrow: int, activation: str, legacy: bool = False) -> None:
+    def __init__(self, channels: int, narrow: int, activation: ActivationName, legacy: bool = False) -> None:
         super().__init__()
         if legacy:
             self.reduce = SepConv(channels, channels, activation)
             self.expand = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
             return
         self.reduce = ConvUnit(rk.SeparableConv2d(channels, narrow, 3, stride=2, padding=1, bias=False), activation)
-        self.expand = ConvUnit(nn.Conv2d(narrow, channels, 1, bias=False), None)
-        nn.init.zeros_(self.expand.norm.weight)
-        nn.init.constant_(self.expand.norm.bias, self.START)
+        self.expand = expand = ConvUnit(nn.Conv2d(narrow, channels, 1, bias=False), None)
+        nn.init.zeros_(expand.norm.weight)
+        nn.init.constant_(expand.norm.bias, self.START)
 
     def forward(self, x: Tensor) -> Tensor:
         small = self.expand(self.reduce(x))
         return torch.sigmoid(F.interpolate(small, x.shape[-2:], mode="bilinear", align_corners=False))
 
 
-def gate_layer(kind: GateKind, channels: int, block_channels: int, activation: str) -> Gate | None:
+def gate_layer(kind: GateKind, channels: int, block_channels: int, activation: ActivationName) -> Gate | None:
     """A gate for ``channels``, with a quarter of the block's own channels inside: in a bottleneck a sixteenth of what
     it gates, without which ResNet-KL-50 would have more parameters than ResNet-50."""
     return None if kind == "none" else Gate(channels, max(block_channels // 4, 8), activation, legacy=kind == "legacy")
@@ -292,7 +301,9 @@ class ExitHead(nn.Module):
     The ST layer is one :class:`SepConv` for every stage still to come, each halving the map and doubling the channels.
     """
 
-    def __init__(self, c_in: int, stages_to_come: int, classes: int, gate: GateKind, activation: str) -> None:
+    def __init__(
+        self, c_in: int, stages_to_come: int, classes: int, gate: GateKind, activation: ActivationName
+    ) -> None:
         super().__init__()
         self.gate = gate_layer(gate, c_in, c_in, activation)
         self.st = nn.Sequential(*(SepConv(c_in * 2**i, c_in * 2 ** (i + 1), activation) for i in range(stages_to_come)))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import zlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import SEPARABLE, Block, BlockOptions, Bottleneck, ConvUnit, ExitHead, GateKind, MultiScaleDepthwise
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DEPTHS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
     18: (Block, (2, 2, 2, 2)),
@@ -150,7 +153,7 @@ class ResNet(nn.Module):
             x = blocks(x)
         return self.fc(x.mean((2, 3)))
 
-    def deploy(self) -> ResNet:
+    def deploy(self) -> Self:
         """A copy for inference: what only training needs is gone, each batch norm is folded into the filter before it
         (bias and activation in the separable kernel's epilogue), and parameters want no gradient.
 
@@ -221,14 +224,15 @@ class ResNetKL(ResNet):
 
     def forward_exits(self, x: Tensor) -> Exits:
         logits, features = super().forward_exits(x)
-        size = features[-1].shape[-2:] if self.feature_size is None else (self.feature_size,) * 2
+        height, width = features[-1].shape[-2:] if self.feature_size is None else (self.feature_size,) * 2
+        size = (height, width)
         pooled = (f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features)
         return Exits(logits, tuple(pooled))
 
     def forward(self, x: Tensor) -> Tensor | Exits:
         return self.forward_exits(x) if self.training else super().forward(x)
 
-    def deploy(self, exits: bool = False) -> ResNetKL:
+    def deploy(self, exits: bool = False) -> Self:
         """As ``ResNet.deploy``; ``exits=True`` keeps the shallow heads, for early exit."""
         deployed = super().deploy()
         if not exits:

@@ -111,13 +111,15 @@ def _verdict(judged: Judged, negligible: float) -> Verdict:
 def smallest_decidable(differences: Sequence[Estimate]) -> tuple[float, float, int] | None:
     """What a table can decide: the median standard deviation of its paired differences, the smallest mean difference
     that its seeds decide at that deviation (before any other is decided), and the median number of seeds."""
-    several = [difference for difference in differences if difference.error is not None]
+    several = [(each.error, each.n) for each in differences if each.error is not None]
     if not several:
         return None
-    deviation = statistics.median(difference.error * difference.n**0.5 for difference in several)
-    n = round(statistics.median(difference.n for difference in several))
+    deviation = statistics.median(error * n**0.5 for error, n in several)
+    n = round(statistics.median(n for _, n in several))
     typical = Estimate(0.0, deviation / n**0.5, n)
-    return deviation, typical.half_at(1 - (1 - CONFIDENCE) / len(differences)), n
+    half = typical.half_at(1 - (1 - CONFIDENCE) / len(differences))
+    assert half is not None  # an Estimate with an error is of two or more
+    return deviation, half, n
 
 
 def f1_ceiling(accuracy: float) -> float:

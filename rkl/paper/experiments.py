@@ -195,7 +195,7 @@ def _in_own_process(config: Config, device: int | None, threads: int) -> str | N
     Without a GPU it is forked from a server that has the imports done and no thread started: seconds a cell saved.
     """
     # A fork of a process that has initialised CUDA cannot use it, and importing the kernels initialises it.
-    context = multiprocessing.get_context("forkserver" if device is None else "spawn")
+    context = multiprocessing.get_context("forkserver") if device is None else multiprocessing.get_context("spawn")
     if device is None:
         context.set_forkserver_preload(["rkl.paper.experiments", *SLOW_IMPORTS])
     receiver, sender = context.Pipe(duplex=False)

@@ -121,6 +121,18 @@ def percent(value: Estimate, digits: int = 2, scale: float = 100) -> str:
     return mean if value.half is None else f"{mean} ± {scale * value.half:.{digits}f}"
 
 
+def _deepest(key: str) -> Callable[[Run], float]:
+    return lambda run: run.deepest[key]
+
+
+def _exit_accuracy(number: int) -> Callable[[Run], float]:
+    return lambda run: run.metrics["test"][number]["accuracy"]
+
+
+def _gradient_share(term: str) -> Callable[[Run], float]:
+    return lambda run: run.gradients["shares"].get(term, 0.0)
+
+
 def _quality(results: Results, others: dict[str, Any]) -> str:
     public = others["public"].get(results.data, {"source": "none found", "rows": {}})
     header = ["", "n", "accuracy %", "recall %", "F1", "loss", "ECE", "training total", "public accuracy %"]
@@ -134,7 +146,7 @@ def _quality(results: Results, others: dict[str, Any]) -> str:
             ("nll", 3, 1),
             ("ece", 3, 1),
         ):
-            cells.append(percent(results.over_seeds(row, lambda run, k=key: run.deepest[k]), digits, scale))
+            cells.append(percent(results.over_seeds(row, _deepest(key)), digits, scale))
         total = percent(results.over_seeds(row, lambda run: run.metrics["training_loss"]["total"]), 2, 1)
         cells += [total, f"{public['rows'][row]:g}" if row in public["rows"] else "-"]
         rows.append(cells)
@@ -266,7 +278,7 @@ def _exits(results: Results) -> str:
     for row, runs in results.rows.items():
         exits = len(runs[0].metrics["test"])
         cells = [
-            percent(results.over_seeds(row, lambda run, i=i: run.metrics["test"][i]["accuracy"])) if trained else "-"
+            percent(results.over_seeds(row, _exit_accuracy(i))) if trained else "-"
             for i, trained in zip(range(exits), _trained_exits(runs[0]), strict=True)
         ]
         rows.append([row, *["-"] * (count - exits), *cells])
@@ -279,9 +291,7 @@ def _gradient_shares(results: Results) -> str:
     )
     rows = []
     for row in results.rows:
-        shares = [
-            results.over_seeds(row, lambda run, t=term: run.gradients["shares"].get(t, 0.0)).mean for term in terms
-        ]
+        shares = [results.over_seeds(row, _gradient_share(term)).mean for term in terms]
         rows.append([row, *(f"{100 * share:.1f}" if share else "-" for share in shares)])
     return markdown_table(["%", *terms], rows)
 

@@ -51,7 +51,8 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
     # An exit that nobody can leave from need not be run.
     limits = dict(zip(stages, [*thresholds, 0.0], strict=True))
     staying = torch.arange(len(images), device=images.device)
-    logits = exits = None
+    logits: Tensor | None = None
+    exits = torch.zeros_like(staying)
     x = model.stem(images)
     for stage, blocks in enumerate(model.stages):
         x = blocks(x)
@@ -59,13 +60,14 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
             continue
         own, _ = model.head(stage, x)
         if logits is None:
-            logits, exits = own.new_zeros(len(images), own.shape[1]), torch.zeros_like(staying)
+            logits = own.new_zeros(len(images), own.shape[1])
         # Whoever reaches the deepest exit leaves there: of NaN logits too, which compare with nothing.
         leaving = own.softmax(1).amax(1) >= limits[stage] if stage != stages[-1] else torch.ones_like(staying).bool()
         logits[staying[leaving]], exits[staying[leaving]] = own[leaving], stages.index(stage)
         staying, x = staying[~leaving], x[~leaving]
         if not len(staying):
             break
+    assert logits is not None  # the deepest exit is always run
     return logits, exits
 
 
@@ -154,6 +156,7 @@ def calibrate(
         if not reaching:
             raise ValueError(f"target accuracy must be at most {points[-1].accuracy:.4f}, got {accuracy}")
         return reaching[0]
+    assert macs is not None
     affordable = [point for point in points if point.macs <= macs]
     if not affordable:
         raise ValueError(f"target macs must be at least {points[0].macs:.0f}, got {macs:.0f}")

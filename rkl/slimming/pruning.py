@@ -11,14 +11,16 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from ..network.blocks import SEPARABLE
+import rkl_kernels as rk
+
+from ..network.blocks import SEPARABLE, MultiScaleSeparable
 from ..network.model import all_exits
 
 Side = Literal["in", "out"]
@@ -29,9 +31,11 @@ Plan = dict[str, list[int]]
 """Channels in and out of every layer, by module name; what JSON holds of a pruned model's architecture."""
 
 PRUNABLE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, *SEPARABLE)
+Separable = rk.SeparableConv2d | MultiScaleSeparable
+Layer = nn.Conv2d | nn.BatchNorm2d | nn.Linear | Separable
 
 
-def tensor_axes(layer: nn.Module) -> dict[str, dict[int, tuple[Side, ...]]]:
+def tensor_axes(layer: Layer) -> dict[str, dict[int, tuple[Side, ...]]]:
     """Which axis of which tensor of a layer counts its channels in or out."""
     if isinstance(layer, SEPARABLE):
         names = {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())}
@@ -46,7 +50,7 @@ def tensor_axes(layer: nn.Module) -> dict[str, dict[int, tuple[Side, ...]]]:
     return {"weight": {0: ("out",), 1: ("in",)}, "bias": {0: ("out",)}}
 
 
-def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> Iterable[tuple[str, Layer]]:
     """The layers channels run between, from outside in: the parts of a separable convolution are not apart."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -55,29 +59,29 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
             yield name, module
 
 
-class _SeparableRule(torch_pruning.BasePruningFunc):
+class _SeparableRule(torch_pruning.BasePruningFunc):  # type: ignore[misc]  # the package has no types
     """A separable convolution for torch-pruning: channels in and out are independent, as in a dense one.
 
     Only the graph is torch-pruning's work here; :func:`apply_cut` narrows the tensors.
     """
 
-    def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+    def prune_out_channels(self, layer: Separable, idxs: list[int]) -> nn.Module:
         raise NotImplementedError
 
-    def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+    def prune_in_channels(self, layer: Separable, idxs: list[int]) -> nn.Module:
         raise NotImplementedError
 
-    def get_out_channels(self, layer: nn.Module) -> int:
+    def get_out_channels(self, layer: Separable) -> int:
         return layer.pointwise.out_channels
 
-    def get_in_channels(self, layer: nn.Module) -> int:
+    def get_in_channels(self, layer: Separable) -> int:
         return layer.pointwise.in_channels
 
 
 class Group:
     """Channels that can only leave together: one number for all the layers they run through."""
 
-    def __init__(self, members: list[tuple[str, nn.Module, Side, list[int], list[int]]]) -> None:
+    def __init__(self, members: Sequence[tuple[str, Layer, Side, list[int], list[int]]]) -> None:
         self.members = members
         self.channels = 1 + max(max(root) for *_, root in members)
 
@@ -97,19 +101,19 @@ class Group:
         return score
 
 
-def _ranked(layer: nn.Module) -> list[Tensor]:
+def _ranked(layer: Layer) -> list[Tensor]:
     """The parameters that say how much a channel out of a layer counts: its filter, or its gain (and shift)."""
     if isinstance(layer, nn.BatchNorm2d):
         return [layer.weight, layer.bias]
     return [(layer.pointwise if isinstance(layer, SEPARABLE) else layer).weight]
 
 
-def _magnitude(layer: nn.Module) -> Tensor:
+def _magnitude(layer: Layer) -> Tensor:
     weight = _ranked(layer)[0].detach().abs()
     return weight.reshape(len(weight), -1).sum(1)
 
 
-def _first_order(layer: nn.Module) -> Tensor:
+def _first_order(layer: Layer) -> Tensor:
     products = [(weight * weight.grad).detach() for weight in _ranked(layer) if weight.grad is not None]
     return sum((p.reshape(len(p), -1).sum(1) for p in products), torch.zeros_like(_magnitude(layer))).abs()
 
@@ -188,7 +192,7 @@ def plan_cut(model: nn.Module, example: Tensor, ratio: float, by: Importance = "
     return cut
 
 
-def _keep_all_but(cut: Cut, name: str, layer: nn.Module, side: Side, gone: set[int]) -> None:
+def _keep_all_but(cut: Cut, name: str, layer: Layer, side: Side, gone: set[int]) -> None:
     for tensor, axes in tensor_axes(layer).items():
         value = _find(layer, tensor)
         for axis, sides in axes.items():
@@ -220,20 +224,21 @@ def apply_cut(model: nn.Module, cut: Cut, optimizer: torch.optim.Optimizer | Non
     narrowed: dict[Tensor, nn.Parameter] = {}
     for name, kept in cut.items():
         if name in buffers:
-            buffers[name].set_(narrow(buffers[name], kept))
+            buffers[name].set_(narrow(buffers[name], kept))  # type: ignore[call-overload]  # missing in torch's stubs
             continue
         old = parameters[name]
         path, _, last = name.rpartition(".")
         narrowed[old] = nn.Parameter(narrow(old.data, kept), old.requires_grad)
         setattr(model.get_submodule(path), last, narrowed[old])
-        for key, value in optimizer.state.get(old, {}).items() if optimizer else ():
+        state = optimizer.state if optimizer else {}
+        for key, value in state.get(old, {}).items():
             same_shape = isinstance(value, Tensor) and value.shape == old.shape
-            optimizer.state[narrowed[old]][key] = narrow(value, kept) if same_shape else value
+            state[narrowed[old]][key] = narrow(value, kept) if same_shape else value
     if optimizer:
         for group in optimizer.param_groups:
             group["params"] = [narrowed.get(parameter, parameter) for parameter in group["params"]]
-        for old in narrowed:
-            optimizer.state.pop(old, None)
+        for gone in narrowed:
+            optimizer.state.pop(gone, None)
     _count_channels(model)
 
 
@@ -252,7 +257,7 @@ def _count_channels(model: nn.Module) -> None:
 
 def channel_plan(model: nn.Module) -> Plan:
     """Channels in and out of every layer, as they are now."""
-    plan = {}
+    plan: Plan = {}
     for name, layer in _layers(model):
         weight = layer.pointwise.weight if isinstance(layer, SEPARABLE) else layer.weight
         out_channels = weight.shape[0]

@@ -12,6 +12,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from .. import data as datasets
 from ..config import Config, Precision
 from ..data import Dataset, Split
+from ..network.model import ResNet
 from . import metrics
 
 
@@ -37,8 +38,9 @@ def evaluation_batches(
     split: Split, data: Dataset, batch_size: int = 500, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches in the split's own order, as they are."""
-    share = {"rank": rank, "world_size": world_size}
-    return datasets.batches(split, batch_size, num_classes=data.num_classes, shuffle=False, **share)
+    return datasets.batches(
+        split, batch_size, num_classes=data.num_classes, shuffle=False, rank=rank, world_size=world_size
+    )
 
 
 def collect(model: nn.Module, split: Split, data: Dataset, config: Config) -> tuple[list[Tensor], Tensor]:
@@ -65,7 +67,7 @@ def evaluate(model: nn.Module, split: Split, data: Dataset, config: Config) -> l
 
 def size_of(model: nn.Module, example: Tensor) -> dict[str, float]:
     """Parameters, those left after deployment, multiply-accumulates an image, and milliseconds for ``example``."""
-    deployed = model.deploy() if hasattr(model, "deploy") else model
+    deployed = model.deploy() if isinstance(model, ResNet) else model
     return {
         "parameters": metrics.count_parameters(model),
         "deployed_parameters": metrics.count_parameters(deployed),

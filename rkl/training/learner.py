@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..config import Config
+from ..config import Config, Decay
 from ..data import Dataset
 from ..distill import add_l1_gradient
 from ..network.blocks import MultiScaleDepthwise
@@ -32,7 +32,7 @@ def make_fabric(config: Config) -> Fabric:
     return Fabric(accelerator=device.type, devices=config.devices, precision=precision, strategy=strategy)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay: str = "filters") -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filters") -> list[dict[str, Any]]:
     """Dense and pointwise filters, which decay, and the rest: norms, biases and depthwise filters.
 
     Decay on a gamma is 50 times as strong as the L1 term that is to rank the channels, and shrinks all alike.
@@ -60,7 +60,8 @@ class Learner:
         if start is None and config.weights is not None:
             model = checkpoint.start_from(model, config.weights)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(fabric.device, memory_format=self.memory_format)
+        # torch's stubs do not know this form.
+        self.model = model.to(fabric.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         follow = get_ema_multi_avg_fn(config.ema)
         self.average = AveragedModel(self.model, multi_avg_fn=follow, use_buffers=True) if config.ema else None
         self.optimizer = torch.optim.SGD(
@@ -110,7 +111,9 @@ class Learner:
         for model in (self.model, self.average.module) if self.average else (self.model,):
             for buffer in model.buffers():
                 if buffer.is_floating_point():
-                    buffer.copy_(self.fabric.all_reduce(buffer, reduce_op="mean"))
+                    mean = self.fabric.all_reduce(buffer, reduce_op="mean")
+                    assert isinstance(mean, Tensor)
+                    buffer.copy_(mean)
 
     def prune(self, example: Tensor, ratio: float) -> None:
         """One cut of the model, and of all that follows it; the processes' models are the same, so their cuts are."""

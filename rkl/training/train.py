@@ -165,6 +165,7 @@ def train_epoch(
         clock.stop()
         progress.step(epoch, step, steps)
     means = fabric.all_reduce(torch.stack(list(sums.values())) / (steps * config.accumulate), reduce_op="mean")
+    assert isinstance(means, Tensor)
     terms = dict(zip(sums, means.tolist(), strict=True)) | {"l1": l1 and l1 * gamma_l1(learner.model)}
     total = sum(terms.values())
     if not math.isfinite(total):
