@@ -39,13 +39,14 @@ RKL_HOST_DEVICE inline float activate(Activation a, float x) {
   }
 }
 
-// The activation's derivative, from its output y; silu and gelu are not monotonic, so they have none.
+// The activation's derivative, from its output y; silu and gelu are not monotonic, so they have none. A NaN lets the
+// gradient pass, as in PyTorch.
 RKL_HOST_DEVICE inline float derivative_from_output(Activation a, float y) {
   switch (a) {
     case Activation::relu:
-      return y > 0.f ? 1.f : 0.f;
+      return y <= 0.f ? 0.f : 1.f;
     case Activation::relu6:
-      return y > 0.f && y < 6.f ? 1.f : 0.f;
+      return y <= 0.f || y >= 6.f ? 0.f : 1.f;
     case Activation::trelu:
       return trelu_derivative(y);
     default:
@@ -57,9 +58,9 @@ RKL_HOST_DEVICE inline float derivative_from_output(Activation a, float y) {
 RKL_HOST_DEVICE inline float derivative_from_input(Activation a, float x) {
   switch (a) {
     case Activation::relu:
-      return x > 0.f ? 1.f : 0.f;
+      return x <= 0.f ? 0.f : 1.f;
     case Activation::relu6:
-      return x > 0.f && x < 6.f ? 1.f : 0.f;
+      return x <= 0.f || x >= 6.f ? 0.f : 1.f;
     case Activation::trelu:
       return trelu_derivative(trelu(x));
     case Activation::silu: {

@@ -118,3 +118,29 @@ def test_operators_keep_torchs_contract(nhwc: bool) -> None:
         (y, y, *plain, *window, 3, 3, [True, False, True, True, False]),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+def test_silu_of_large_numbers() -> None:
+    """exp stops to grow at 88: its inverse must vanish all the same, and -inf gives NaN as in PyTorch."""
+    values = torch.tensor(
+        [-1e38, -1e10, -1e4, -100.0, -89.0, -88.0, -20.0, 0.0, 88.0, 1e38, float("inf"), -float("inf")]
+    )
+    x = values.view(-1, 1, 1, 1).expand(-1, 16, 1, 1).contiguous().requires_grad_()
+    one, identity = torch.ones(16, 1, 1, 1), torch.eye(16).view(16, 16, 1, 1)
+    y = ops.rkl.separable_conv2d(x[:-2].detach(), one, identity, None, None, [1, 1], [0, 0], [1, 1], 4, 0)
+    torch.testing.assert_close(y, torch.nn.functional.silu(x[:-2].detach()), rtol=2e-6, atol=1e-36)
+    odd = ops.rkl.separable_conv2d(x[-1:].detach(), one, identity, None, None, [1, 1], [0, 0], [1, 1], 4, 0)
+    assert odd.isnan().all()
+
+
+@pytest.mark.parametrize("name", [1, 2])
+def test_a_nan_lets_the_gradient_of_relu_pass(name: int) -> None:
+    """As in PyTorch: no step hides that there was a NaN. ``name``: relu, relu6."""
+    x = torch.full((1, 1, 2, 3), float("nan"))
+    one, grad, window = torch.ones(1, 1, 1, 1), torch.randn(1, 1, 2, 3), [[1, 1], [0, 0], [1, 1]]
+    for activations in ((name, 0), (0, name)):
+        y = ops.rkl.separable_conv2d(x, one, one, None, None, *window, *activations)
+        assert y.isnan().all()
+        mask = [True, False, False, False, False]
+        dx = ops.rkl.separable_conv2d_backward(grad, y, x, one, one, None, *window, *activations, mask)[0]
+        assert torch.equal(dx, grad)

@@ -55,12 +55,13 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def derivative_from_output(y, ACTIVATION: tl.constexpr):
-    """The activation's derivative, from its output; silu and gelu are not monotonic, so they have none."""
-    derivative = y * 0 + 1.0
+    """The activation's derivative, from its output; silu and gelu are not monotonic, so they have none. A NaN
+    lets the gradient pass, as in PyTorch."""
+    derivative = tl.full(y.shape, 1.0, tl.float32)
     if ACTIVATION == RELU:
-        derivative = tl.where(y > 0, 1.0, 0.0)
+        derivative = tl.where(y <= 0, 0.0, 1.0)
     elif ACTIVATION == RELU6:
-        derivative = tl.where((y > 0) & (y < 6), 1.0, 0.0)
+        derivative = tl.where((y <= 0) | (y >= 6), 0.0, 1.0)
     elif ACTIVATION == TRELU:
         derivative = trelu_derivative(y)
     return derivative

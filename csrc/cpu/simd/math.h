@@ -52,7 +52,8 @@ inline Vec vtrelu(Vec x, T) {
   return select(x > 0.f, x, sizeof(T) == 2 ? vtanh_16_bits(x) : vtanh(x));
 }
 
-inline Vec vsigmoid(Vec x) { return 1.f / (1.f + vexp(-x)); }
+// Zero below -88, where vexp stops to grow: x * sigmoid(x) is to vanish for any x, and to be NaN at -inf as in PyTorch.
+inline Vec vsigmoid(Vec x) { return select(x < -88.f, Vec{}, 1.f / (1.f + vexp(-x))); }
 
 // The scalar formula a lane, where a vector one is not worth its lines (erf).
 template <class F>
@@ -86,9 +87,9 @@ inline Vec derivative_from_output(Activation a, Vec y) {
   const Vec zero{}, one = broadcast(1.f);
   switch (a) {
     case Activation::relu:
-      return select(y > 0.f, one, zero);
+      return select(y <= 0.f, zero, one);
     case Activation::relu6:
-      return select((y > 0.f) & (y < 6.f), one, zero);
+      return select((y <= 0.f) | (y >= 6.f), zero, one);
     case Activation::trelu:
       return trelu_derivative(y);
     default:
