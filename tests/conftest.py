@@ -7,6 +7,33 @@ import torch
 
 import rkl_kernels as rk
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # make gpu takes the machine's own packages
+    settings = None
+
+# The operators' random cases, on all backends together (cases.py): the same ones each time, or others with each seed.
+for name, count in {"test": 500, "fuzz": 10_000}.items() if settings else ():
+    settings.register_profile(
+        name,
+        max_examples=count,
+        derandomize=name == "test",
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
+if settings:
+    settings.load_profile("test")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--hypothesis-profile", None) != "fuzz":
+        for item in items:
+            if item.get_closest_marker("fuzz"):
+                item.add_marker(pytest.mark.skip(reason="a minute and gigabytes: make fuzz runs it"))
+
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -1,11 +1,19 @@
-"""Settings hold for the thread that made them."""
+"""Threads and processes: settings hold for the thread that made them; results are the same however many there are."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 
+import pytest
 import torch
+from cases import Case, cases, examples
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 import rkl_kernels as rk
 
@@ -39,3 +47,80 @@ def test_settings_are_undone_after_an_error():
     except KeyError:
         pass
     assert rk.explain("trelu", X).backend == "cpu"
+
+
+def results(case: Case) -> list[Tensor]:
+    """Of a case; none where its arguments do not fit."""
+    with rk.use_backend("cpu"), suppress(RuntimeError):
+        return case.run(rk, *case.make())
+    return []
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@examples(0.1)
+@given(st.one_of(cases("depthwise"), cases("separable")))
+def test_same_bits_for_any_number_of_threads(case):
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(results(case))
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(found[0], other) for other in found[1:]), case.program("cpu")
+
+
+CALLS = {
+    "trelu": (rk.trelu, [(4, 8, 30, 31)]),
+    "depthwise": (lambda x, w, b: rk.depthwise_conv2d(x, w, b, 1, 1), [(4, 24, 30, 31), (24, 1, 3, 3), (24,)]),
+    "separable": (
+        lambda x, d, p: rk.separable_conv2d(x, d, p, padding=1, inner_activation="silu", activation="trelu"),
+        [(4, 24, 30, 31), (24, 1, 3, 3), (40, 24, 1, 1)],
+    ),
+}
+
+
+def step(name: str) -> list[Tensor]:
+    """Output and gradients of one call on tensors of its own, always the same."""
+    function, shapes = CALLS[name]
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+def test_eight_threads_at_once():
+    work = list(CALLS) * 20
+    expected = {name: step(name) for name in CALLS}
+    with ThreadPoolExecutor(8) as pool:
+        for name, found in zip(work, pool.map(step, work), strict=True):
+            assert same_bits(found, expected[name]), name
+
+
+def test_several_processes():
+    work = list(CALLS) * 2
+    with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+        for name, found in zip(work, pool.map(step, work), strict=True):
+            assert same_bits(found, step(name)), name
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("name", CALLS)
+def test_fork_after_use(name):
+    """As PyTorch's own operators: in a child of one thread, as DataLoader's workers are."""
+    expected, context = step(name), multiprocessing.get_context("fork")
+
+    def child() -> None:
+        torch.set_num_threads(1)
+        os._exit(0 if same_bits(step(name), expected) else 1)
+
+    process = context.Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0

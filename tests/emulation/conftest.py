@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -91,3 +92,13 @@ def gpu(_emulated: tuple[ModuleType, bool]) -> Iterator[Gpu]:
     gpu.kernels.reset()
     yield gpu
     gpu.kernels.reset()
+
+
+@pytest.fixture
+def operators(gpu: Gpu) -> Iterator[Any]:
+    """The emulated kernels, serving every call of the public functions but the reference's."""
+    from .operators import Operators, serving  # it takes Gpu from here
+
+    operators = Operators(gpu)
+    with serving(operators):
+        yield operators

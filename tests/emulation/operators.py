@@ -3,13 +3,18 @@ csrc/cuda/ops_cuda.cpp does on a GPU (layouts, fused or step by step, workspaces
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from rkl_kernels import ops
+from rkl_kernels._backends import choose
 
 from .conftest import Gpu
 
@@ -189,6 +194,22 @@ class Operators:
 
 
 rkl_emulated = ops.define("rkl_emulated")
+
+
+@contextmanager
+def serving(operators: Operators) -> Iterator[None]:
+    """The emulated kernels, serving every call of the public functions but the reference's."""
+
+    def namespace_for(operator: str, x: Tensor, multiplied: bool = False) -> Any:
+        return None if choose(operator, x, multiplied) == "reference" else rkl_emulated
+
+    library = register(operators)
+    with ExitStack() as patches:
+        for module in ("_trelu", "depthwise", "separable"):
+            patched = mock.patch.object(sys.modules[f"rkl_kernels.{module}"], "namespace_for", namespace_for)
+            patches.enter_context(patched)
+        yield
+    library._destroy()
 
 
 def register(operators: Operators) -> torch.library.Library:

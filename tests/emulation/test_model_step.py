@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -15,25 +12,8 @@ import rkl_kernels as rk
 from rkl.distill import LossWeights, training_losses
 from rkl.network.blocks import BlockOptions
 from rkl.network.model import ResNetKL, all_exits
-from rkl_kernels._backends import choose
 
-from .conftest import Gpu
-from .operators import Operators, register, rkl_emulated
-
-
-@pytest.fixture
-def operators(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operators]:
-    """The emulated kernels, serving every call of the public functions but the reference's."""
-
-    def namespace_for(operator: str, x: Tensor, multiplied: bool = False) -> Any:
-        return None if choose(operator, x, multiplied) == "reference" else rkl_emulated
-
-    for module in ("trelu", "depthwise", "separable"):
-        monkeypatch.setattr(sys.modules[f"rkl_kernels.{module}"], "namespace_for", namespace_for)
-    operators = Operators(gpu)
-    library = register(operators)
-    yield operators
-    library._destroy()
+from .operators import Operators
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:

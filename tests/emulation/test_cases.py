@@ -1,0 +1,43 @@
+"""The CUDA kernels under random cases, on the emulated GPU (tests/cases.py, tests/oracle.py)."""
+
+from __future__ import annotations
+
+import torch
+from cases import Case, cases, examples
+from hypothesis import given
+from oracle import Rules, check
+
+import rkl_kernels as rk
+
+from .operators import Operators
+
+MOST = 60_000
+"""Products of a case's depthwise step: so many take a few milliseconds here."""
+
+
+def check_emulated(case: Case) -> None:
+    """In 16 bits T-ReLU is the hardware's tanh; infinities and NaNs spread as depthwise_conv2d's docstring says."""
+    sixteen = case.dtype != torch.float32
+    tanh, spread = (2.0**-11, 8) if sixteen else (2.0**-22, 1)
+    # The emulated operators take the CPU for a pointwise product.
+    flushes = case.operator == "separable" and case.dtype == torch.bfloat16
+    rules = Rules(case.dtype, flushes, tanh, spread=spread)
+    check(case, rules, "cuda", lambda tensors, grad: case.run(rk, tensors, grad))
+
+
+@examples(0.04)
+@given(case=cases("trelu", empty=False))
+def test_trelu(operators: Operators, case: Case) -> None:
+    check_emulated(case)
+
+
+@examples(0.13)
+@given(case=cases("depthwise", MOST, empty=False))
+def test_depthwise(operators: Operators, case: Case) -> None:
+    check_emulated(case)
+
+
+@examples(0.08)
+@given(case=cases("separable", MOST, empty=False))
+def test_separable(operators: Operators, case: Case) -> None:
+    check_emulated(case)
