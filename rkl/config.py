@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -202,7 +203,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mixup": (lambda v: 0 <= v < math.inf, "at least 0"),
     "cutout": (lambda v: v >= 0, "at least 0"),
     "erasing": (lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "width": (lambda v: v >= 1, "at least 1"),
+    "width": (lambda v: 1 <= v <= 4096, "between 1 and 4096"),
     "feature_size": (lambda v: v >= 1, "at least 1"),
     "epochs": (lambda v: v >= 1, "at least 1"),
     "batch_size": (lambda v: v >= 2, "at least 2, as batch norm needs several samples"),
@@ -220,6 +221,9 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "devices": (lambda v: v >= 1, "at least 1"),
 }
 """What a field's value must keep; a comparison with nan holds for none."""
+
+MAY_CHANGE = {"out", "data_root", "download", "compile"}
+"""Fields that a resumed run may set anew: they say where and how fast, not what."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Table I.
@@ -265,7 +269,7 @@ def from_plain(plain: dict[str, Any], base: Config | None = None, source: str = 
     known = {f.name for f in fields(Config)}
     for key in plain:
         if key not in known:
-            raise ValueError(f"{source}: keys must be fields of the configuration, got {key!r}")
+            raise ValueError(f"{source}: keys must be fields of the configuration, got {reprlib.repr(key)}")
     values = dict(plain)
     if isinstance(values.get("loss"), dict):
         odd = set(values["loss"]) - {f.name for f in fields(LossWeights)}
@@ -285,19 +289,31 @@ def _first(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     name = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and not part.startswith("function"))
     rule = first["msg"].replace("Input should be", "must be", 1)
-    return f"{name} {rule}, got {first['input']!r}"
+    return f"{name} {rule}, got {reprlib.repr(first['input'])}"
+
+
+class _WithoutAliases(yaml.SafeLoader):
+    """Plain values only. A few lines of aliases of aliases would be gigabytes once they are printed or merged."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias, which a configuration may not use")
+        return super().compose_node(parent, index)
 
 
 def read_plain(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        plain = yaml.safe_load(path.read_text())
+        plain = _WithoutAliases(path.read_text()).get_single_data()
     except OSError as error:
         raise ValueError(f"{path}: the configuration must be a readable file, got: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the configuration must be YAML, got: {str(error).splitlines()[0]}") from error
+    # A value that is none of the type it names fails in whatever reads that type.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: the configuration must be YAML, got: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
     if not isinstance(plain, dict):
-        raise ValueError(f"{path}: the configuration must be a mapping of names to values, got {plain!r}")
+        raise ValueError(f"{path}: the configuration must be a mapping of names to values, got {reprlib.repr(plain)}")
     return plain
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import pickle
+import reprlib
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,18 +19,33 @@ from torch import Tensor
 
 from .dataset import DataError, Split
 
+MOST_UNPACKED = 2**28
+"""Bytes that a packed file may unpack to: five times the largest there is."""
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
 
 def read_bytes(path: Path) -> bytes:
     """A file's content, unpacked where its name ends in .gz."""
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as file:
+            content = file.read(MOST_UNPACKED + 1)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; the data set is incomplete") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: must be a readable file, got {type(error).__name__}: {error}") from None
+    if len(content) > MOST_UNPACKED:
+        raise DataError(f"{path}: must unpack to at most {MOST_UNPACKED:,} bytes, got more")
+    return content
+
+
+def class_names(path: Path) -> list[str]:
+    """The words of a text file."""
+    try:
+        return read_bytes(path).decode().split()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: must be text in UTF-8, got {error}") from None
 
 
 def checked_split(path: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> Split:
@@ -52,9 +70,9 @@ def idx(path: Path, dimensions: int) -> np.ndarray:
 
 def _records(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
     """Bytes as an array of ``shape``; -1 leads where the file's length decides the count."""
-    record = int(np.prod(shape[1:]))
-    count = len(content) // record if shape[0] == -1 else shape[0]
-    if len(content) != count * record or not count:
+    record = math.prod(shape[1:])
+    count = len(content) // max(1, record) if shape[0] == -1 else shape[0]
+    if len(content) != count * record or not count * record:
         rule = f"a multiple of {record}" if shape[0] == -1 else str(count * record)
         raise DataError(f"{path}: must hold {rule} bytes of data, got {len(content)}; the file is cut short or damaged")
     return np.frombuffer(content, np.uint8).reshape(count, *shape[1:]).copy()
@@ -63,14 +81,23 @@ def _records(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles containers, strings and NumPy arrays, as CIFAR's files hold, and refuses every other global."""
 
-    # Python 2 wrote the arrays under names that NumPy has moved since, so the targets are taken from an array.
-    _reconstruct = np.zeros(0).__reduce__()[0]
+    _ARRAY = object()
+
+    @classmethod
+    def _empty(cls, kind: object, shape: object, code: object) -> np.ndarray:
+        """The array that its state, which says shape and values, is then put into. No more than that: NumPy's own
+        function, or ndarray itself, would make one of any size."""
+        if kind is not cls._ARRAY:
+            raise pickle.UnpicklingError("an array must be of NumPy's own class")
+        return np.zeros(0, np.uint8)
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return self._reconstruct
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+            return self._empty
+        if (module, name) == ("numpy", "ndarray"):
+            return self._ARRAY
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
         if (module, name) == ("_codecs", "encode"):
             return _latin1
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
@@ -106,19 +133,31 @@ def _entry(path: Path, content: dict[bytes, Any], key: bytes) -> Any:
     return content[key]
 
 
+def _array(path: Path, content: dict[bytes, Any], key: bytes) -> np.ndarray:
+    try:
+        return np.asarray(_entry(path, content, key))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"{path}: {key.decode()} must be an array, got {error}") from None
+
+
 def cifar_pickles(
     folder: Path, train: list[str], test: str, meta: str, key: Literal["labels", "fine_labels"]
 ) -> tuple[Split, Split, list[str]]:
     """CIFAR's "python version": ``key`` is "labels" or "fine_labels"."""
     names_key = b"label_names" if key == "labels" else b"fine_label_names"
-    classes = [name.decode() for name in _entry(folder / meta, arrays_pickle(folder / meta), names_key)]
+    names = _entry(folder / meta, arrays_pickle(folder / meta), names_key)
+    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
+        raise DataError(f"{folder / meta}: {names_key.decode()} must be a list of names, got {reprlib.repr(names)}")
+    classes = [name.decode(errors="replace") for name in names]
 
     def part(name: str) -> Split:
         content = arrays_pickle(folder / name)
-        pixels = np.asarray(_entry(folder / name, content, b"data"))
+        pixels = _array(folder / name, content, b"data")
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
             raise DataError(f"{folder / name}: data must be uint8 (N, 3072), got {pixels.dtype} {pixels.shape}")
-        labels = np.asarray(_entry(folder / name, content, key.encode()))
+        labels = _array(folder / name, content, key.encode())
+        if labels.dtype.kind not in "iu" or labels.ndim != 1:
+            raise DataError(f"{folder / name}: {key} must be integers (N,), got {labels.dtype} {labels.shape}")
         return checked_split(folder / name, pixels.reshape(-1, 3, 32, 32), labels, len(classes))
 
     return _joined([part(name) for name in train]), part(test), classes
@@ -128,7 +167,7 @@ def cifar_binaries(
     folder: Path, train: list[str], test: str, meta: str, label_bytes: int
 ) -> tuple[Split, Split, list[str]]:
     """CIFAR's "binary version": records of ``label_bytes`` (the last one is the class) and 3,072 pixel bytes."""
-    classes = read_bytes(folder / meta).decode().split()
+    classes = class_names(folder / meta)
 
     def part(name: str) -> Split:
         records = _records(folder / name, read_bytes(folder / name), (-1, label_bytes + 3072))
@@ -144,7 +183,7 @@ def _joined(parts: list[Split]) -> Split:
 
 def stl10_binaries(folder: Path) -> tuple[Split, Split, list[str]]:
     """STL-10: column-major 96 x 96 colour planes, labels from 1. The unlabelled images are not used."""
-    classes = read_bytes(folder / "class_names.txt").decode().split()
+    classes = class_names(folder / "class_names.txt")
 
     def part(name: str) -> Split:
         pixels = _records(folder / f"{name}_X.bin", read_bytes(folder / f"{name}_X.bin"), (-1, 3, 96, 96))
@@ -190,13 +229,23 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+@cache
+def _image_formats() -> tuple[str, ...]:
+    """What an image file may be, whatever its name. Not all that Pillow reads: for EPS it runs Ghostscript."""
+    from PIL import Image
+
+    Image.init()
+    wanted = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    return tuple(name for name in wanted if name in Image.OPEN)
+
+
 def image_tensor(path: Path | str, size: int, channels: int = 3) -> Tensor:
     """One image file as uint8 (channels, size, size): turned as its EXIF orientation says, short side scaled to
     ``size``, centre cropped."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_image_formats()) as image:
             upright = _eight_bits(path, ImageOps.exif_transpose(image))
             fitted = ImageOps.fit(upright.convert("RGB" if channels == 3 else "L"), (size, size))
     except FileNotFoundError:
@@ -206,7 +255,9 @@ def image_tensor(path: Path | str, size: int, channels: int = 3) -> Tensor:
         raise DataError(f"{path}: must have at most {limit:,} pixels, got more") from None
     except DataError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: must be a readable image, got none of {', '.join(_image_formats())}") from None
+    except Exception as error:  # a damaged image raises whatever its decoder runs into
         raise DataError(f"{path}: must be a readable image, got {type(error).__name__}: {error}") from None
     return torch.from_numpy(np.array(fitted)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..network.model import ResNetKL
 from ..slimming.early_exit import OperatingPoint, calibrate, early_exit, exit_costs, frontier, keeping_accuracy, operate
 from ..training import metrics, report
-from ..training.checkpoint import Run, RunError, check_classes, example_image, write_text
+from ..training.checkpoint import Run, check_classes, example_image
 from ..training.evaluation import evaluation_batches
+from ..training.files import RunError, write_text
 from ..training.train import load_data
 
 BATCH = 100

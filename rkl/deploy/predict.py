@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from ..data import DataError
 from ..data.formats import image_tensor
 from ..network.model import ResNet
 from ..slimming.early_exit import NEVER, early_exit
-from ..training.checkpoint import Run, RunError
+from ..training.checkpoint import Run
+from ..training.files import RunError, read_json
 
 BATCH = 64
 """Images that are in memory at once."""
@@ -35,10 +36,18 @@ def thresholds_of(run: Run, checkpoint: str) -> list[float] | None:
     those its training ended with; None where there are none."""
     for name, key in (("early_exit.json", "checkpoint"), ("metrics.json", "tested")):
         file = run.folder / name
-        record = json.loads(file.read_text()) if file.is_file() else {}
+        record = read_json(file, "a run's record") if file.is_file() else {}
         if record.get(key) == checkpoint and record.get("thresholds"):
-            return record["thresholds"]
+            return _checked_thresholds(file, record["thresholds"], run)
     return None
+
+
+def _checked_thresholds(file: Path, thresholds: object, run: Run) -> list[float]:
+    count = len(run.model.exit_stages) - 1 if isinstance(run.model, ResNet) else 0
+    numbers = isinstance(thresholds, list) and all(type(value) in (int, float) for value in thresholds)
+    if not isinstance(thresholds, list) or not numbers or len(thresholds) != count:
+        raise RunError(f"{file}: thresholds must be {count} numbers, got {reprlib.repr(thresholds)}")
+    return thresholds
 
 
 def read_image(path: Path, run: Run) -> Tensor:

@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 
-from ..config import Config, from_plain, read_plain, read_yaml, to_plain
-from ..training.checkpoint import RunError, write_text
-from ..training.run_log import MAY_CHANGE
+from ..config import MAY_CHANGE, Config, from_plain, read_plain, read_yaml, to_plain
+from ..training.files import RunError, write_text
 from ..training.train import load_data, train
 from .compute import at_macs, cut_to_macs, macs
 from .gradients import record_gradients

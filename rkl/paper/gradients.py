@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distill import LossWeights, gammas, training_losses
-from ..training.checkpoint import open_run, write_text
+from ..training.checkpoint import open_run
 from ..training.evaluation import default_device
+from ..training.files import write_text
 from ..training.train import load_data, outputs, steps_an_epoch, training_batches
 
 BATCHES = 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..training.checkpoint import RunError
+from ..config import read_plain
+from ..training.files import RunError, read_json, read_lines, understood
 from .comparison import Estimate, estimate, paired_difference
 
 
@@ -65,28 +65,33 @@ def load_results(folder: Path) -> list[Results]:
         RunError: no record there, or none with a finished run.
     """
     records = sorted(folder.glob("*.json"), key=lambda path: (path.name.startswith("factors"), path.name))
-    results = [_load(folder, json.loads(path.read_text())) for path in records]
+    results = [_load(folder, path) for path in records]
     results = [result for result in results if result.rows]
     if not results:
         raise RunError(f"{folder}: must hold finished runs of `rkl experiments`, got none")
     return results
 
 
-def _load(folder: Path, record: dict[str, Any]) -> Results:
-    rows = {}
-    for row, runs in record["rows"].items():
-        finished = [_load_run(folder / run) for run in runs if (folder / run / "gradients.json").exists()]
-        if finished:
-            rows[row] = finished
-    planned = sum(len(runs) for runs in record["rows"].values())
-    return Results(record["table"], record["data"], record["scale"], rows, planned)
+def _load(folder: Path, file: Path) -> Results:
+    what = "a record of `rkl experiments`"
+    record, rows = read_json(file, what), {}
+    with understood(file, what):
+        for row, runs in record["rows"].items():
+            for run in runs:
+                if not (folder / run).resolve().is_relative_to(folder.resolve()):
+                    raise RunError(f"{file}: runs must be folders below {folder}, got {run!r}")
+            finished = [_load_run(folder / run) for run in runs if (folder / run / "gradients.json").exists()]
+            if finished:
+                rows[row] = finished
+        planned = sum(len(runs) for runs in record["rows"].values())
+        return Results(record["table"], record["data"], record["scale"], rows, planned)
 
 
 def _load_run(folder: Path) -> Run:
-    metrics = json.loads((folder / "metrics.json").read_text())
-    epochs = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    gradients = json.loads((folder / "gradients.json").read_text())
-    return Run(metrics["seed"], yaml.safe_load((folder / "config.yaml").read_text()), metrics, epochs, gradients)
+    metrics, gradients = (read_json(folder / name, "a run's record") for name in ("metrics.json", "gradients.json"))
+    epochs, config = read_lines(folder / "log.jsonl"), read_plain(folder / "config.yaml")
+    with understood(folder / "metrics.json", "a run's record"):
+        return Run(metrics["seed"], config, metrics, epochs, gradients)
 
 
 def published() -> dict[str, Any]:

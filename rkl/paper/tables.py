@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..training.checkpoint import write_text
+from ..training.files import write_text
 from ..training.report import exit_names, markdown_table
 from . import figures
 from .comparison import Estimate, Judged, f1_ceiling, holm, impossible, smallest_decidable

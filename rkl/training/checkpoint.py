@@ -2,61 +2,94 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, FiniteFloat, PositiveInt, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import Required, TypedDict
 
-from ..config import Config, read_yaml
+from ..config import MAY_CHANGE, Config, read_yaml, to_plain
 from ..network.build import build_model
 from ..slimming import pruning
+from .files import RunError, read_json, replacing, understood, write_text
+
+__all__ = ["Run", "RunError", "check_classes", "example_image", "load", "open_run", "save", "start_from"]
 
 
-class RunError(ValueError):
-    """A run folder or checkpoint that cannot be used; the message is one line that names the file and the rule."""
+class Facts(TypedDict, total=False):
+    """What a checkpoint's JSON must hold where it holds it; ``tensors`` names the file beside it."""
+
+    config: dict[str, Any]
+    classes: Annotated[list[str], Field(min_length=1)]
+    channels: Literal[1, 3]
+    image_size: Annotated[int, Field(ge=8, le=2**14)]
+    mean: list[FiniteFloat]
+    std: list[FiniteFloat]
+    epoch: Required[Annotated[int, Field(ge=0)]]
+    cuts: list[dict[str, Any]]
+    plan: dict[str, Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]]
+    tensors: Required[Annotated[str, Field(pattern=r"^[\w-]+\.safetensors$")]]
+    sha256: Required[str]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+@cache
+def _facts_checker() -> TypeAdapter[Facts]:
+    return TypeAdapter(Facts)
 
 
 def save(folder: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Save a checkpoint as ``name``; the JSON file names its tensors' file and is written last, so that whatever
     interrupts this, ``name`` is either the old checkpoint or the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = f"{name}-{facts['epoch']:04d}.safetensors"
-    partial = folder / f".{file}.partial"
-    save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, partial)
-    os.replace(partial, folder / file)
-    write_text(folder / f"{name}.json", json.dumps(facts | {"tensors": file}, indent=1))
+    with replacing(folder / file) as partial:
+        save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, partial)
+    facts = facts | {"tensors": file}
+    write_text(folder / f"{name}.json", json.dumps(facts | {"sha256": digest(facts, folder / file)}, indent=1))
     for stale in folder.glob(f"{name}-*.safetensors"):
         if stale.name != file:
             stale.unlink()
 
 
+def digest(facts: dict[str, Any], file: Path) -> str:
+    """SHA-256 of a checkpoint's facts and the file of its tensors: no bit of either may change."""
+    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    with file.open("rb") as content:
+        while part := content.read(2**20):
+            sha.update(part)
+    return sha.hexdigest()
+
+
 def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of the checkpoint ``name``."""
+    """Tensors and facts of the checkpoint ``name``.
+
+    Raises:
+        RunError: there is none, or it is not, bit for bit, what was saved.
+    """
     record = folder / f"{name}.json"
     try:
-        facts = json.loads(record.read_text())
-        return load_file(folder / facts["tensors"]), facts
-    except FileNotFoundError as error:
-        raise RunError(f"{error.filename or record}: a checkpoint must be there, got no such file") from error
-    except (json.JSONDecodeError, KeyError) as error:
-        raise RunError(f"{record}: must be a checkpoint's JSON record, got a damaged one ({error})") from error
+        facts = read_json(record, "a checkpoint's JSON record")
+        with understood(record, "a checkpoint's JSON record"):
+            _facts_checker().validate_python(facts, strict=True)
+        file, saved = folder / facts["tensors"], facts.pop("sha256")
+        tensors = load_file(file)
+        now = digest(facts, file)
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise RunError(f"{error.filename or record}: a checkpoint must be there, got {reason}") from error
     except SafetensorError as error:
-        raise RunError(f"{folder / facts['tensors']}: must be a whole safetensors file, got: {error}") from error
+        raise RunError(f"{file}: must be a whole safetensors file, got: {error}") from error
+    if now != saved:
+        raise RunError(f"{file}: must be the tensors saved with {record.name}, got a change in one of the two files")
+    return tensors, facts
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -64,11 +97,16 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def restore_model(model: nn.Module, tensors: dict[str, Tensor], plan: pruning.Plan, source: Path) -> None:
-    """Give the model the checkpoint's channels and values."""
+def restore_model(
+    model: nn.Module, tensors: dict[str, Tensor], plan: pruning.Plan, source: Path, assign: bool = False
+) -> None:
+    """Give the model the checkpoint's channels and values; ``assign`` gives it the tensors themselves."""
     try:
         pruning.apply_plan(model, plan)
-        model.load_state_dict(tensors)
+        for name, value in model.state_dict().items():
+            if name in tensors and tensors[name].dtype != value.dtype:
+                raise ValueError(f"{name} is {tensors[name].dtype} in place of {value.dtype}")
+        model.load_state_dict(tensors, assign=assign)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{source}: must be a checkpoint of this run's model, got another: {reason}") from error
@@ -103,10 +141,23 @@ def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str 
     if not file.is_file():
         raise RunError(f"{folder}: must be the folder of a run, got one without config.yaml")
     config = read_yaml(file)
+    source = folder / "checkpoints" / f"{checkpoint}.json"
     tensors, facts = load(folder / "checkpoints", checkpoint)
-    model = build_model(config, len(facts["classes"]), facts["channels"], facts["image_size"])
+    with understood(source, "a whole run's checkpoint"):
+        then, plan = facts["config"], facts["plan"]
+        shape = len(facts["classes"]), facts["channels"], facts["image_size"]
+    for key, value in to_plain(config).items():
+        if then.get(key, value) != value and key not in MAY_CHANGE:
+            got = f"got {key} {then[key]!r} for {value!r} in {file.name}"
+            raise RunError(f"{source}: must be a checkpoint of this run's model, {got}")
+    # Without memory, until its shapes are known to be those of the tensors.
+    try:
+        with torch.device("meta"):
+            model = build_model(config, *shape)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"{file}: must be of a model that can be built, got: {str(error).splitlines()[0]}") from error
     prefix = "ema." if any(key.startswith("ema.") for key in tensors) else "model."
-    restore_model(model, part(tensors, prefix), facts["plan"], folder / "checkpoints" / f"{checkpoint}.json")
+    restore_model(model, part(tensors, prefix), plan, source, assign=True)
     return Run(folder, config, model.eval().to(device), facts)
 
 

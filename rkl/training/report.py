@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from .checkpoint import RunError, write_text
+from .files import RunError, read_json, read_lines, understood, write_text
 
 EXIT_METRICS = {"accuracy": "accuracy", "recall": "macro recall", "f1": "macro F1", "nll": "NLL", "ece": "ECE"}
 
@@ -23,11 +22,9 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """The run's metrics.json."""
     file = folder / "metrics.json"
     try:
-        return json.loads(file.read_text())
+        return read_json(file, "a run's record")
     except FileNotFoundError:
         raise RunError(f"{file}: a finished run must have one, got no such file; finish it with --resume") from None
-    except json.JSONDecodeError as error:
-        raise RunError(f"{file}: must be JSON, got a damaged file ({error})") from error
 
 
 def exit_rows(exits: list[dict[str, float]]) -> list[list[str]]:
@@ -86,14 +83,22 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def write_report(folder: Path) -> Path:
     """Write report.md and its plots into the run's folder; the page's path."""
-    record = read_metrics(folder)
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    record, rows = read_metrics(folder), read_lines(folder / "log.jsonl")
+    with understood(folder / "metrics.json", "a run's record"):
+        page = _page(record)
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    _plot_curves(rows, record, plots / "curves.png")
-    title = "Confusion matrix, deepest head"
-    plot_confusion(record["confusion"], record["classes"], title, plots / "confusion.png")
-    page = f"""# {record["model"]} on {record["data"]}, seed {record["seed"]}
+    with understood(folder / "log.jsonl", "a run's log, one line an epoch"):
+        _plot_curves(rows, record, plots / "curves.png")
+    with understood(folder / "metrics.json", "a run's record"):
+        title = "Confusion matrix, deepest head"
+        plot_confusion(record["confusion"], record["classes"], title, plots / "confusion.png")
+    write_text(folder / "report.md", page)
+    return folder / "report.md"
+
+
+def _page(record: dict[str, Any]) -> str:
+    return f"""# {record["model"]} on {record["data"]}, seed {record["seed"]}
 
 {record["test_images"]} test images, looked at once, with the model of epoch {record["epoch"]}: the {record["tested"]}
 one, as the configuration said beforehand ({record["test_looked_at"]}).
@@ -115,8 +120,6 @@ making batches; at most {record["peak_memory_bytes"] / 2**20:.0f} MiB held.
 
 ![confusion matrix of the deepest head on the test images](plots/confusion.png)
 """
-    write_text(folder / "report.md", page)
-    return folder / "report.md"
 
 
 def _training_words(record: dict[str, Any]) -> str:

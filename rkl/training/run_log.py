@@ -15,11 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from ..config import Config, read_yaml, to_plain
-from .checkpoint import RunError, write_text
-
-MAY_CHANGE = {"out", "data_root", "download", "compile"}
-"""Fields that a resumed run may set anew: they say where and how fast, not what."""
+from ..config import MAY_CHANGE, Config, read_yaml, to_plain
+from .files import RunError, read_lines, unwritable, write_text
 
 
 class RunLog:
@@ -62,11 +59,8 @@ class RunLog:
         try:
             if writing:
                 kept = [row for row in self.rows() if row["epoch"] <= epoch]
-                try:
-                    write_text(self.file, yaml.safe_dump(to_plain(self.config), sort_keys=False))
-                    write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-                except OSError as error:
-                    raise RunError(f"{self.folder}: out must be a writable folder, got: {error.strerror}") from error
+                write_text(self.file, yaml.safe_dump(to_plain(self.config), sort_keys=False))
+                write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
                 self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch + 1)
             yield
         except ValueError:
@@ -88,13 +82,19 @@ class RunLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """The epochs so far."""
-        file = self.folder / "log.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return read_lines(self.folder / "log.jsonl")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one epoch."""
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        file = self.folder / "log.jsonl"
+        try:
+            with file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+            self._write_events(row)
+        except OSError as error:
+            raise unwritable(file, error) from error
+
+    def _write_events(self, row: dict[str, Any]) -> None:
         self.events.add_scalar("lr", row["lr"], row["epoch"])
         for name, value in row["losses"].items():
             self.events.add_scalar(f"loss/{name}", value, row["epoch"])

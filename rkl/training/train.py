@@ -23,6 +23,7 @@ from ..network.model import Exits, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
 from .evaluation import collect, evaluate, evaluation_batches, precision_on, size_of
+from .files import write_text
 from .learner import Learner, make_fabric
 from .run_log import RunLog, TrainingProgress
 
@@ -67,7 +68,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         record = finish(config, learner, data, facts, log)
     if not fabric.is_global_zero:
         return None
-    checkpoint.write_text(config.out / "metrics.json", json.dumps(record, indent=1))
+    write_text(config.out / "metrics.json", json.dumps(record, indent=1))
     report.write_report(config.out)
     return config.out
 

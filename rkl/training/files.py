@@ -1,0 +1,91 @@
+"""A run's files: written whole or not at all; read with one line that names the file where it is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+class RunError(ValueError):
+    """A run folder or checkpoint that cannot be used; the message is one line that names the file and the rule."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in the block, which takes the place of ``path`` once it is on the disk; until then, and where
+    anything fails, ``path`` is as it was.
+
+    Raises:
+        RunError: it cannot be written, for want of space say.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # a rename may reach the disk before the content does
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise unwritable(path, error) from error
+        raise
+
+
+def unwritable(path: Path, error: OSError | SafetensorError) -> RunError:
+    """What to say where a file cannot be written."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    return RunError(f"{path}: must be writable, got: {reason}; mend that and add --resume to go on from what is there")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a JSON file, which should be ``what``.
+
+    Raises:
+        RunError: it holds anything else.
+        OSError: it cannot be read.
+    """
+    with understood(path, what):
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict):
+            raise TypeError(f"{type(record).__name__} in place of a mapping")
+        return record
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The epochs in a run's log.jsonl; none where there is no such file. A last line without its end is what is left of
+    one that was being written when its run was killed, before its checkpoint, and is not counted."""
+    if not path.exists():
+        return []
+    with understood(path, "a run's log"):
+        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        for row in rows:
+            if not isinstance(row["epoch"], int):
+                raise TypeError(f"epoch {row['epoch']!r}")
+        return rows
+
+
+@contextmanager
+def understood(path: Path, what: str) -> Iterator[None]:
+    """Where a record read in the block is not what it should be, say so in one line that names its file."""
+    try:
+        yield
+    except (RunError, OSError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise RunError(f"{path}: must be {what}, got a damaged one ({reason})") from error
