@@ -1,6 +1,7 @@
 // The filter's gradient of one row of output gradients (or two, where an operand is two pixels), a vector of channels
 // at a time: the output gradients slide over the image's columns. Of a column those gradients are kept that meet it, so
-// each is read once; a row's sums stay in registers.
+// each is read once; a row's sums stay in registers, and are added to those of the rows before when it is done: the
+// error of a sum grows with a row's and a column's length, not with their product.
 #pragma once
 #include "cpu/depthwise/window_rows.h"
 
@@ -81,7 +82,7 @@ class FilterWindow {
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
-      for (int t = 0; t < K; ++t) sum[q][t] = read<Vec>(job.rows[q].sums + job.sums + t * kLanes);
+      for (int t = 0; t < K; ++t) sum[q][t] = Vec{};
     ((phase ? take<phase>(job.first - M + phase) : void()), ...);
     constexpr std::make_integer_sequence<int, S> columns;
     for (int64_t i = job.first; ((i < job.last ? (step<phase>(i++, columns), true) : false) && ...);) {
@@ -89,7 +90,10 @@ class FilterWindow {
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
-      for (int t = 0; t < K; ++t) store(job.rows[q].sums + job.sums + t * kLanes, sum[q][t]);
+      for (int t = 0; t < K; ++t) {
+        float* to = job.rows[q].sums + job.sums + t * kLanes;
+        store(to, read<Vec>(to) + sum[q][t]);
+      }
   }
 
   const FilterJob<T>& job;
@@ -227,10 +231,10 @@ class FilterRows {
   }
 
   static void add_bias(const FilterJob<T>& job, int rows, float* sums) {
-    Vec total = read<Vec>(sums);
+    Vec total{};
     for (int i = 0; i < rows; ++i)
       for (int64_t o = 0; o < job.count; ++o) total += load(job.grad[i] + job.grad_at + o * job.grad_pitch);
-    store(sums, total);
+    store(sums, read<Vec>(sums) + total);
   }
 
   const Lanes lanes_;

@@ -52,14 +52,22 @@ inline void finish(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dt
   });
 }
 
-// Adds the sum of each column to sums. In fp32 within the band, in fp64 between bands.
+// So many values are added up in fp32, and their sum in fp64.
+constexpr int64_t kRun = 8;
+using DoubleVec = double __attribute__((vector_size(kLanes * sizeof(double))));
+
+// Adds the sum of each column to sums.
 inline void add_column_sums(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype) {
   by_type(dtype, [&](auto zero) {
     const auto* in = static_cast<const decltype(zero)*>(matrix);
     for_vectors(columns, [&](int64_t c, int64_t count) {
-      Vec sum{};
-      for (int64_t r = 0; r < rows; ++r) sum += load_up_to(in + r * columns + c, count);
-      for (int64_t i = 0; i < count; ++i) sums[c + i] += double(sum[i]);
+      DoubleVec sum{};
+      for (int64_t first = 0; first < rows; first += kRun) {
+        Vec run{};
+        for (int64_t r = first; r < std::min(first + kRun, rows); ++r) run += load_up_to(in + r * columns + c, count);
+        sum += __builtin_convertvector(run, DoubleVec);
+      }
+      for (int64_t i = 0; i < count; ++i) sums[c + i] += sum[i];
     });
   });
 }
@@ -69,9 +77,14 @@ inline void add_row_sums(const void* matrix, double* sums, int64_t rows, int64_t
   by_type(dtype, [&](auto zero) {
     const auto* in = static_cast<const decltype(zero)*>(matrix);
     for (int64_t r = 0; r < rows; ++r) {
-      Vec sum{};
-      for_vectors(columns, [&](int64_t c, int64_t count) { sum += load_up_to(in + r * columns + c, count); });
-      for (int i = 0; i < kLanes; ++i) sums[r] += double(sum[i]);
+      DoubleVec sum{};
+      for (int64_t first = 0; first < columns; first += kRun * kLanes) {
+        Vec run{};
+        for_vectors(std::min(kRun * kLanes, columns - first),
+                    [&](int64_t c, int64_t count) { run += load_up_to(in + r * columns + first + c, count); });
+        sum += __builtin_convertvector(run, DoubleVec);
+      }
+      for (int i = 0; i < kLanes; ++i) sums[r] += sum[i];
     }
   });
 }
