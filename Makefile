@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint fuzz sanitize docs bench bench-compare gpu static wheel release-check corners pins clean
+.PHONY: help env build demo test lint fuzz faults sanitize docs bench bench-compare gpu static wheel release-check corners pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ sanitize: build ## the CPU kernels' tests under AddressSanitizer and UBSan, in 2
 	cd $(SANITIZED) && OMP_NUM_THREADS=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest tests/test_cases.py tests/test_cpu_*.py tests/test_guards.py
+
+faults: build ## training killed 120 times, before its writes and at random, in 20 minutes; make test kills 6
+	OMP_NUM_THREADS=1 RKL_FAULTS=120 $(BIN)/python -m pytest tests/test_faults.py
 
 lint: build ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .

@@ -110,6 +110,8 @@ class Config:
     """What decays: dense and pointwise filters alone, or norms, biases and depthwise filters too."""
     clip: float = 0.0
     """Largest norm of a step's gradient; 0 for any."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Where a loss or gradient is not finite: end the run, or leave the step out and count it in the log."""
     schedule: Literal["thirds", "cosine"] = "thirds"
     """A tenth after each third of the epochs, or half a cosine."""
     warmup: float = 0.0
@@ -222,8 +224,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """What a field's value must keep; a comparison with nan holds for none."""
 
-MAY_CHANGE = {"out", "data_root", "download", "compile"}
-"""Fields that a resumed run may set anew: they say where and how fast, not what."""
+MAY_CHANGE = {"out", "data_root", "download", "compile", "on_nan"}
+"""Fields that a resumed run may set anew: they say where, how fast, and what to do where it fails; not what is run."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Table I.

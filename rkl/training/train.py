@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from ..network.model import Exits, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
 from .evaluation import collect, evaluate, evaluation_batches, precision_on, size_of
-from .files import write_text
+from .files import RunError, write_text
+from .guard import StepGuard, check_finite, in_one_line
 from .learner import Learner, make_fabric
 from .run_log import RunLog, TrainingProgress
 
@@ -63,7 +63,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     facts = learner.restore(log.checkpoints) if resume and log.has_checkpoint else first_facts(config, data)
     fabric.launch()
     fabric.barrier()
-    with log.opened(facts["epoch"], writing=fabric.is_global_zero):
+    with log.opened(facts["epoch"], writing=fabric.is_global_zero), in_one_line(config, fabric):
         run_epochs(config, fabric, learner, data, facts, log)
         record = finish(config, learner, data, facts, log)
     if not fabric.is_global_zero:
@@ -149,30 +149,42 @@ def train_epoch(
     steps = steps_an_epoch(config, len(data.train))
     l1 = config.l1_at(epoch, steps)
     batches = training_batches(config, data, epoch, rank=fabric.global_rank, world_size=fabric.world_size)
-    sums: dict[str, Tensor] = {}
+    history: list[Tensor] = []
+    guard = StepGuard(learner) if config.on_nan == "skip" else None
     clock = DataClock(fabric.device)
     learner.model.train()
     for step in range(steps):
         clock.start(step)
+        terms: list[Tensor] = []
+        if guard:
+            guard.remember()
         for part in range(config.accumulate):
             images, labels = clock.waited(batches)
             images = images.to(memory_format=learner.memory_format)
             with fabric.no_backward_sync(learner.wrapped, enabled=part < config.accumulate - 1):
                 losses = training_losses(outputs(learner.wrapped(images)), labels, config.loss, balance)
-                fabric.backward(torch.stack(list(losses.values())).sum() / config.accumulate)
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0) + loss.detach()
-        learner.step(config.learning_rate(epoch + step / steps), l1)
+                terms.append(torch.stack(list(losses.values())))
+                fabric.backward(terms[-1].sum() / config.accumulate)
+                terms[-1] = terms[-1].detach()
+        if not (guard and guard.undone(terms)):
+            learner.step(config.learning_rate(epoch + step / steps), l1)
+            history += terms
         clock.stop()
         progress.step(epoch, step, steps)
-    means = fabric.all_reduce(torch.stack(list(sums.values())) / (steps * config.accumulate), reduce_op="mean")
+    if not history:
+        raise RunError(f"epoch {epoch + 1}: a step must have a finite loss and gradient, got none of {steps}")
+    values = torch.stack(history)
+    means = fabric.all_reduce(values.mean(0), reduce_op="mean")
     assert isinstance(means, Tensor)
-    terms = dict(zip(sums, means.tolist(), strict=True)) | {"l1": l1 and l1 * gamma_l1(learner.model)}
-    total = sum(terms.values())
-    if not math.isfinite(total):
-        raise ValueError(f"epoch {epoch + 1}: the training loss must be finite, got {total}; lower lr ({config.lr})")
-    rate = learner.optimizer.param_groups[0]["lr"]
-    return {"epoch": epoch + 1, "lr": rate, "losses": terms | {"total": total}, "data_share": clock.share}
+    mean_of = dict(zip(losses, means.tolist(), strict=True)) | {"l1": l1 and l1 * gamma_l1(learner.model)}
+    check_finite(config, epoch, mean_of, values, learner.model)
+    return {
+        "epoch": epoch + 1,
+        "lr": learner.optimizer.param_groups[0]["lr"],
+        "losses": mean_of | {"total": sum(mean_of.values())},
+        "skipped_steps": guard.skipped if guard else 0,
+        "data_share": clock.share,
+    }
 
 
 def outputs(output: Tensor | Exits) -> Exits:

@@ -1,0 +1,96 @@
+"""What ends a run unasked: values that are not finite, memory that is short, a process that is lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from ..config import Config
+from .files import RunError
+from .learner import Learner
+
+
+def check_finite(config: Config, epoch: int, terms: dict[str, float], history: Tensor, model: nn.Module) -> None:
+    """Raise RunError unless an epoch's loss terms and the weights it ended with are finite.
+
+    Args:
+        terms: each term's mean over the epoch and over all processes.
+        history: (batches, terms) of this process, in the order of ``terms``, which may have more at the end.
+    """
+    place = first_not_finite(history)
+    lost = next((name for name in list(terms)[: history.shape[1]] if not math.isfinite(terms[name])), None)
+    # The last step's gradient, which no loss has seen yet, may be what no weight survives.
+    norms = torch.stack(torch._foreach_norm([*model.parameters()]))
+    if place is not None:
+        value, term = float(history[place]), list(terms)[place[1]]
+        wrong = f", step {place[0] // config.accumulate + 1}: the training loss must be finite, got {value} in {term!r}"
+    elif lost is not None:
+        wrong = f": the training loss must be finite, got {terms[lost]} in {lost!r} on another device"
+    elif not bool(norms.isfinite().all()):
+        wrong = ": the weights must be finite after the last step, got nan or inf"
+    else:
+        return
+    remedy = "" if config.on_nan == "skip" else " or leave such steps out: --on-nan skip"
+    raise RunError(f"epoch {epoch + 1}{wrong}; lower lr ({config.lr}){remedy}")
+
+
+def first_not_finite(history: Tensor) -> tuple[int, int] | None:
+    """Row and column of the first value that is nan or infinite."""
+    places = (~history.isfinite()).nonzero()
+    return None if not len(places) else (int(places[0, 0]), int(places[0, 1]))
+
+
+class StepGuard:
+    """Leaves a step out as if it had never been: weights, momentum, average and batch norm statistics."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner, self.skipped = learner, 0
+        self.buffers = list(learner.model.buffers())
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    def remember(self) -> None:
+        """Note what the forward passes of a step change."""
+        for kept, buffer in zip(self.kept, self.buffers, strict=True):
+            kept.copy_(buffer)
+
+    def undone(self, losses: Sequence[Tensor]) -> bool:
+        """Whether a process's losses or gradients are not finite, and the step with them is left out."""
+        learner = self.learner
+        watched = list(losses)
+        if not learner.scaler:  # which takes gradients that overflow as a sign to scale less
+            gradients = [parameter.grad for parameter in learner.model.parameters() if parameter.grad is not None]
+            watched.append(torch.stack(torch._foreach_norm(gradients)))
+        wrong = learner.fabric.all_reduce(1.0 - torch.cat(watched).isfinite().all().float(), reduce_op="sum")
+        assert isinstance(wrong, Tensor)
+        if not bool(wrong):
+            return False
+        for kept, buffer in zip(self.kept, self.buffers, strict=True):
+            buffer.copy_(kept)
+        learner.stepper.zero_grad()
+        self.skipped += 1
+        return True
+
+
+@contextmanager
+def in_one_line(config: Config, fabric: Fabric) -> Iterator[None]:
+    """Memory that is short and processes that are lost, as a RunError: what is written stays, and a run can go on."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+            raise RunError(
+                f"{config.out}: a step must fit in memory, got: {text[:120]}; free some and add --resume, or train "
+                f"anew with a smaller batch_size ({config.batch_size}) and a larger accumulate ({config.accumulate})"
+            ) from error
+        if fabric.world_size > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
+            raise RunError(
+                f"{config.out}: all {fabric.world_size} processes must live until the end, got one that is lost "
+                f"({text[:120]}); add --resume to go on"
+            ) from error
+        raise

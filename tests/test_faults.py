@@ -1,0 +1,298 @@
+"""Runs that are killed, starved, cut off or poisoned: none loses what was written, and each goes on to the weights of
+the run that nothing happened to, bit for bit. `make faults` kills hundreds; here it is a few."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+import torch
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
+from test_rkl_train import comparable
+
+from rkl.config import Config, from_plain
+from rkl.paper import experiments
+from rkl.training import checkpoint, guard, report
+from rkl.training import train as trainer
+from rkl.training.files import RunError
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("faults")]
+
+KILLS = int(os.environ.get("RKL_FAULTS", "6"))
+"""How many runs to kill, half of them before chosen writes, half at random moments."""
+SMALL = Config(
+    width=4,
+    exits=False,
+    image_size=8,
+    train_size=80,
+    test_size=20,
+    epochs=3,
+    batch_size=32,
+    lr=0.05,
+    ema=0.9,
+    prune_at=(0.3,),
+    prune_ratio=0.3,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer to draw than all else here."""
+    for name in ("_plot_curves", "plot_confusion"):
+        monkeypatch.setattr(report, name, lambda *arguments: None)
+
+
+def small(out: Path, **changes: object) -> Config:
+    return from_plain(changes | {"out": str(out)}, SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a run that nothing happened to, and its writes; three epochs, a cut after the first."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert faults.ended(small(folder / "run"), fault=partial(faults.note_writes, str(folder / "writes"))) == 0
+    return folder / "run", (folder / "writes").read_text().splitlines()
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """Bit for bit the weights, momentum and averages, and all that the records say but times; nothing half-written."""
+    for name in ("last", "best"):
+        ours, theirs = (checkpoint.load(folder / "checkpoints", name)[0] for folder in (run, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert comparable(run) == comparable(whole)
+    assert (run / "report.md").exists()
+    assert not [*run.rglob("*.partial")]
+
+
+def goes_on(config: Config, whole: Path) -> None:
+    """From whatever is there, in a process of its own."""
+    assert faults.ended(config, resume=True) == 0
+    assert_same(config.out, whole)
+
+
+def moments(count: int, writes: list[str]) -> list[int]:
+    """Numbers of writes, evenly over the run, the save after a cut's epoch among them."""
+    chosen = {round(i * (len(writes) - 1) / max(1, count - 1)) for i in range(count)}
+    return sorted(chosen | {writes.index("os.rename .last.json.partial last.json", len(writes) // 3)})
+
+
+def test_a_run_killed_before_a_write_goes_on(tmp_path: Path, whole: tuple[Path, list[str]]) -> None:
+    run, writes = whole
+    first = writes.index("os.rename .last.json.partial last.json")
+    for number in moments(KILLS // 2, writes):
+        config = small(tmp_path / f"run{number}")
+        assert faults.ended(config, fault=partial(faults.kill_at_write, number)) == -signal.SIGKILL, writes[number]
+        if number > first:
+            checkpoint.open_run(config.out)
+        goes_on(config, run)
+
+
+@pytest.mark.parametrize(
+    "fault", [partial(faults.kill_in_tensors, 3), partial(faults.kill_in_log, 2)], ids=["tensors", "log"]
+)
+def test_a_run_killed_in_the_middle_of_a_write_goes_on(
+    tmp_path: Path, whole: tuple[Path, list[str]], fault: faults.Fault
+) -> None:
+    config = small(tmp_path / "run")
+    assert faults.ended(config, fault=fault) == -signal.SIGKILL
+    checkpoint.open_run(config.out)
+    goes_on(config, whole[0])
+
+
+def test_a_run_killed_again_and_again_at_random_moments_goes_on(tmp_path: Path, whole: tuple[Path, list[str]]) -> None:
+    draw, number, kills = random.Random(0), 0, 0
+    seconds = json.loads((whole[0] / "metrics.json").read_text())["seconds"]
+    while kills < KILLS - KILLS // 2:
+        config, number = small(tmp_path / f"run{number}"), number + 1
+        resume = False
+        while True:
+            process = faults.started(config, resume)
+            process.join(draw.uniform(0.5, 1 + 2 * seconds))
+            if process.exitcode is not None or kills == KILLS - KILLS // 2:
+                break
+            process.kill()
+            process.join()
+            kills, resume = kills + 1, True
+            if (config.out / "checkpoints" / "last.json").exists():
+                checkpoint.open_run(config.out)
+        process.join()
+        assert process.exitcode == 0
+        assert_same(config.out, whole[0])
+
+
+def one_line(output: Path) -> str:
+    """The complaint among what a run wrote to stderr."""
+    text = output.read_text()
+    assert "Traceback" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith(("rkl: ", "stopped; ")))
+    return line
+
+
+def test_ctrl_c_in_a_save_keeps_the_checkpoint_before_it(tmp_path: Path, whole: tuple[Path, list[str]]) -> None:
+    run, writes = whole
+    place = [number for number, name in enumerate(writes) if name == "os.rename .last.json.partial last.json"][1]
+    config, output = small(tmp_path / "run"), tmp_path / "output"
+    assert faults.ended(config, fault=partial(faults.kill_at_write, place, by=signal.SIGINT), output=output) == 130
+    assert one_line(output).startswith("stopped; train goes on from the last whole epoch with --resume")
+    checkpoint.open_run(config.out)
+    goes_on(config, run)
+
+
+@pytest.mark.parametrize(("epoch", "limit", "file"), [(0, 600, "config.yaml"), (2, 20_000, ".safetensors")])
+def test_a_disk_without_space_ends_a_run_in_one_line(
+    tmp_path: Path, whole: tuple[Path, list[str]], epoch: int, limit: int, file: str
+) -> None:
+    config, output = small(tmp_path / "run"), tmp_path / "output"
+    assert faults.ended(config, fault=partial(faults.small_files, epoch, limit), output=output) == 2
+    line = one_line(output)
+    assert f"{file}: must be writable, got: " in line
+    assert "File too large" in line
+    if epoch:
+        assert checkpoint.load(config.out / "checkpoints", "last")[1]["epoch"] == epoch - 1
+    else:
+        assert not config.out.exists()
+    goes_on(config, whole[0])
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp())
+    config, output = small(folder / "run"), tmp_path / "output"
+    try:
+        folder.chmod(0o555)
+        assert faults.ended(config, fault=faults.without_rights, output=output) == 2
+        assert f"{config.out}: out must be a writable folder, got {folder}, which is none" in one_line(output)
+        assert not config.out.exists()
+    finally:
+        folder.rmdir()
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, number: int, poison: Any) -> None:
+    """``poison`` takes the loss terms of the batch of that number, from 0, and gives others."""
+    losses_of, count = trainer.training_losses, 0
+
+    def losses(*arguments: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        own = losses_of(*arguments)
+        return poison(own) if count == number + 1 else own
+
+    monkeypatch.setattr(trainer, "training_losses", losses)
+
+
+def nan_loss(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return terms | {"deepest": terms["deepest"] * float("nan")}
+
+
+def nan_gradient(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A finite loss, through a root at 0, whose slope is infinite."""
+    return terms | {"deepest": terms["deepest"] + 0 * (0 * terms["deepest"]).sqrt()}
+
+
+def test_memory_that_is_short_ends_a_run_in_one_line(
+    tmp_path: Path, whole: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        poisoned(patch, 5, lambda terms: torch.empty(2**55))  # two batches an epoch
+        with pytest.raises(
+            RunError, match=r"a step must fit in memory, got: .*allocate memory.*; free some and add --resume"
+        ):
+            trainer.train(config)
+    trainer.train(config, resume=True)
+    assert_same(config.out, whole[0])
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_where_it_happened(
+    tmp_path: Path, whole: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        poisoned(patch, 3, nan_loss)
+        with pytest.raises(
+            RunError, match=r"^epoch 2, step 2: the training loss must be finite, got nan in 'deepest'; lower lr"
+        ):
+            trainer.train(config)
+    trainer.train(config, resume=True)
+    assert_same(config.out, whole[0])
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epoch's last step, whose loss is finite: no later loss would tell."""
+    poisoned(monkeypatch, 1, nan_gradient)
+    with pytest.raises(RunError, match=r"epoch 1: the weights must be finite after the last step, got nan"):
+        trainer.train(small(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("poison", [nan_loss, nan_gradient])
+def test_a_step_that_is_not_finite_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Any
+) -> None:
+    """It is counted, and weights, momentum, average and statistics after it are those before it."""
+    config = small(tmp_path / "run", on_nan="skip", epochs=2)
+    undone, seen = guard.StepGuard.undone, []
+
+    def watching(self: guard.StepGuard, losses: Any) -> bool:
+        left_out = undone(self, losses)
+        if left_out:
+            now = {name: value.clone() for name, value in self.learner.tensors().items()}
+            seen.append(all(torch.equal(now[name], before[0][name]) for name in now))
+        return left_out
+
+    def remembering(self: guard.StepGuard) -> None:
+        remember(self)
+        before[:] = [{name: value.clone() for name, value in self.learner.tensors().items()}]
+
+    before: list[dict[str, torch.Tensor]] = []
+    remember = guard.StepGuard.remember
+    monkeypatch.setattr(guard.StepGuard, "undone", watching)
+    monkeypatch.setattr(guard.StepGuard, "remember", remembering)
+    poisoned(monkeypatch, 2, poison)
+    trainer.train(config)
+    rows, record = comparable(config.out)
+    assert [row["skipped_steps"] for row in rows] == [0, 1]
+    assert seen == [True]
+    assert record["test"][-1]["nll"] < 100
+
+
+def test_skipping_changes_nothing_where_all_is_finite_and_ends_where_nothing_is(
+    tmp_path: Path, whole: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run", on_nan="skip")
+    trainer.train(config)
+    assert_same(config.out, whole[0])
+    losses_of = trainer.training_losses
+    monkeypatch.setattr(trainer, "training_losses", lambda *arguments: nan_loss(losses_of(*arguments)))
+    with pytest.raises(RunError, match="epoch 1: a step must have a finite loss and gradient, got none of 2"):
+        trainer.train(small(tmp_path / "other", on_nan="skip"))
+
+
+def test_a_process_that_dies_ends_the_other_in_one_line(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", devices=2, batch_size=16)
+    port = find_free_network_port()
+    processes = [
+        faults.started(config, fault=partial(faults.of_two, rank, port, 2), output=tmp_path / f"output{rank}")
+        for rank in range(2)
+    ]
+    processes[1].join(600)
+    assert processes[1].exitcode == -signal.SIGKILL
+    since = time.monotonic()
+    processes[0].join(60)
+    assert processes[0].exitcode == 2, f"still there after {time.monotonic() - since:.0f} s"
+    assert "all 2 processes must live until the end, got one that is lost" in one_line(tmp_path / "output0")
+    assert checkpoint.load(config.out / "checkpoints", "last")[1]["epoch"] == 1
+
+
+def test_an_experiments_process_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "_train_cell", faults.lost)
+    assert experiments._in_own_process(small(tmp_path / "run"), None, 1) == "the process ended with code -9"
