@@ -173,3 +173,18 @@ def test_direct_calls_are_guarded() -> None:
             ops.rkl.depthwise_conv2d(x, weight, None, *window)
     with pytest.raises(RuntimeError, match="grad must have the shape"):
         ops.rkl.depthwise_conv2d_backward(x, x, torch.randn(4, 1, 3, 3), *window, [True] * 3)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 9, 13])
+def test_pixels_that_no_output_reads_do_not_count(size: int, layout: str, value: float) -> None:
+    """The last row and column are left over by stride 2: what is there is in no gradient."""
+    x = torch.randn(2, 24, size + 3, size + 5)
+    x[:, :, -1], x[:, :, :, -1] = value, value
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "nhwc" else x
+    weight, window = torch.randn(24, 1, size, size), [[2, 2], [0, 0], [1, 1]]
+    y = ops.rkl.depthwise_conv2d(x, weight, None, *window)
+    assert y.isfinite().all()
+    grads = ops.rkl.depthwise_conv2d_backward(torch.randn_like(y), x, weight, *window, [True] * 3)
+    assert all(grad.isfinite().all() for grad in grads)

@@ -10,8 +10,9 @@
 
 namespace rkl::cpu {
 
-// Output i lies at first + pitch * i. Its tap t reads the class's input step * i + t - left, of which `inputs` exist;
-// the c-th lies at origin + unit * c.
+// Output i lies at first + pitch * i. Its tap t reads the class's input step * i + t - left, of which there are
+// `inputs` that exist and that some output reads; the c-th lies at origin + unit * c. (Others must not count: an
+// infinity in a pixel that no output reads would make NaN of a sum, times zero.)
 struct Lattice {
   int64_t first, pitch, count;
   int64_t origin, unit, inputs;
@@ -32,9 +33,10 @@ inline void add_lattices(const Axis& axis, int phase, int64_t phases, int64_t di
   for (int64_t r = 0; r < std::min(q, axis.count); ++r) {
     const int64_t from = axis.step * r + first_offset;
     const int64_t origin = ((from % distance) + distance) % distance;
-    lattices.push_back({axis.first + phases * r, phases * q, ceil_div(axis.count - r, q), origin, distance,
-                        taps ? std::max<int64_t>(0, ceil_div(in - origin, distance)) : 0, axis.step * q / distance,
-                        (origin - from) / distance, phase, taps});
+    const int64_t count = ceil_div(axis.count - r, q), step = axis.step * q / distance;
+    const int64_t left = (origin - from) / distance, read = step * (count - 1) + taps - left;
+    const int64_t inputs = taps ? std::max<int64_t>(0, std::min(ceil_div(in - origin, distance), read)) : 0;
+    lattices.push_back({axis.first + phases * r, phases * q, count, origin, distance, inputs, step, left, phase, taps});
   }
 }
 
