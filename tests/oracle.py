@@ -185,7 +185,7 @@ def times_slope(rules: Rules, grad: Near, at: Near, name: str | None, output: Ne
     for kink in {"relu": (0,), "relu6": (0, 6)}.get(name, ()):
         off = torch.where((told.value - kink).abs() <= told.error, 1.0, off)
     if name == "relu6":  # at a NaN PyTorch lets a gradient pass or not, as the tensor's size has it
-        off = torch.where(told.value.isnan(), 1.0, off)
+        off = torch.where(told.value.isnan(), FREE, off)
     off = torch.where(told.error < FREE, off, FREE)
     made = products(rules, torch.mul, grad, Near(slope, off), 1)
     return _freed(value, made.error, ~grad.value.isfinite() & (slope.abs() <= off))
