@@ -115,21 +115,27 @@ def main() -> None:
     kept = json.loads(record.read_text()) if record.exists() else {"speeds": {}, "failed": {}}
     speeds = {name: Speed(**speed) for name, speed in kept["speeds"].items()}
     failed: dict[str, str] = kept["failed"]
+
+    def save() -> None:
+        plain = {name: vars(speed) for name, speed in speeds.items()}
+        record.write_text(json.dumps({"machine": facts, "speeds": plain, "failed": failed}, indent=1) + "\n")
+        record.with_suffix(".md").write_text(page(facts, speeds, failed))
+
     for name, build in models(Path("docs/models.md")):
         if options.only not in name:
             continue
         if time.perf_counter() - start > options.within:
             break
+        failed[name] = "the process ended while it ran"  # what stays if it does: oneDNN crashes on some models
+        save()
         try:
             torch.manual_seed(0)
             speeds[name] = measure(name, build, options.budget)
-            failed.pop(name, None)
+            del failed[name]
         except Exception as problem:  # one model that fails must not cost the others their rows
             failed[name] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
             print(name, failed[name], flush=True)
-        plain = {name: vars(speed) for name, speed in speeds.items()}
-        record.write_text(json.dumps({"machine": facts, "speeds": plain, "failed": failed}, indent=1) + "\n")
-        record.with_suffix(".md").write_text(page(facts, speeds, failed))
+        save()
 
 
 if __name__ == "__main__":
