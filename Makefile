@@ -68,7 +68,7 @@ sanitize: build ## the CPU kernels' tests under AddressSanitizer and UBSan, in 2
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=. $(CURDIR)/$(BIN)/python -m pytest tests/test_cases.py tests/test_cpu_*.py tests/test_guards.py
 
-faults: build ## training killed 120 times, before its writes and at random, in 20 minutes; make test kills 6
+faults: build ## training killed before every write and 60 times at random; make test kills 6
 	OMP_NUM_THREADS=1 RKL_FAULTS=120 $(BIN)/python -m pytest tests/test_faults.py
 
 lint: build ## ruff, mypy --strict, clang-format
