@@ -267,7 +267,8 @@ def depthwise_conv2d(
     shape = (*x.shape[:2], *size)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=ops.output_format(x, weight))
     if y.numel():
-        _convolve(x, weight, bias, y, (*stride, *padding, *dilation), activation)
+        dense = None if bias is None else bias.contiguous()  # the kernels read a bias as it is written
+        _convolve(x, weight, dense, y, (*stride, *padding, *dilation), activation)
     return y
 
 

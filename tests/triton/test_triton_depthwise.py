@@ -99,6 +99,17 @@ def test_unwanted_gradients_come_back_empty(mask):
         assert torch.equal(got, whole) if wanted else got.shape == (0,)
 
 
+@pytest.mark.parametrize("apart", [0, 2])
+@pytest.mark.parametrize("kernel", [3, 9])
+def test_a_bias_whose_values_lie_apart(apart, kernel):
+    """Expanded, or a slice: by the moving window and by the kernel that gathers."""
+    x, weight = torch.randn(2, 8, 9, 9), torch.randn(8, 1, kernel, kernel)
+    bias = torch.randn(16).as_strided((8,), (apart,))
+    with rk.use_backend("triton"):
+        y = rk.depthwise_conv2d(x, weight, bias, 1, kernel // 2)
+    torch.testing.assert_close(y, rk.reference.depthwise_conv2d(x, weight, bias, 1, kernel // 2), rtol=1e-5, atol=1e-4)
+
+
 def test_empty_batch():
     x = torch.randn(0, 3, 6, 5, requires_grad=True)
     weight = torch.randn(3, 1, 3, 3, requires_grad=True)
