@@ -1,4 +1,5 @@
-"""Depthwise convolution, norm, activation, pointwise convolution, norm, activation: one layer for inference.
+"""Depthwise convolution, norm, activation, pointwise convolution, norm, activation: one layer for inference; and any
+other convolution with the norm after it.
 
 A norm with running statistics is a scale and a shift of each channel. They go into the filter and the bias of the
 convolution before it, computed in float64 and rounded once.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,42 @@ def fuse(modules: Sequence[nn.Module]) -> Fused | None:
     else:
         of_pointwise = reader.affine()
         layer = _separable(first, of_depthwise, inner, pointwise, of_pointwise, reader.activation())
+    return _fused(layer, reader)
+
+
+def fold_norm(modules: Sequence[nn.Module]) -> Fused | None:
+    """A plain convolution that does what the first of these modules and the norm after it do; None where there is none.
+
+    A norm reads and writes its image once, which takes 1/8 of EfficientNet-B0's time on two cores.
+
+    Args:
+        modules: in the order of their calls, in inference mode, each the only reader of the one before.
+    """
+    first = modules[0]
+    if type(first) is not nn.Conv2d or is_altered(first) or first.weight.is_meta:
+        return None
+    reader = _Reader(modules[1:])
+    affine = reader.affine()
+    if affine is None:
+        return None
+    layer = nn.Conv2d(
+        first.in_channels,
+        first.out_channels,
+        cast(Any, first.kernel_size),
+        cast(Any, first.stride),
+        cast(Any, first.padding),
+        cast(Any, first.dilation),
+        first.groups,
+        padding_mode=cast(Any, first.padding_mode),
+        device="meta",
+    )
+    return _fused(_with(layer, *_folded(first, affine)), reader)
+
+
+def _fused(layer: nn.Module | None, reader: _Reader) -> Fused | None:
+    """The layer with what is left of the last module read. None where it is too large for its type, in 16 bits."""
     if layer is None or not all(torch.isfinite(p).all() for p in layer.parameters()):
-        return None  # in 16 bits a folded filter may be too large for its type
+        return None
     served, rest = reader.served()
     return Fused(nn.Sequential(layer, *rest) if rest else layer, 1 + served)
 

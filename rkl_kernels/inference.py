@@ -22,6 +22,7 @@ class Fusion:
 
     Attributes:
         fused: for each fused layer, the names of the modules whose work it does, in the order of their calls.
+        folded: likewise, for each other convolution with the norm after it folded into its filter.
         left: names of the depthwise convolutions that are in no fused layer, with why.
 
     Examples:
@@ -31,17 +32,21 @@ class Fusion:
     """
 
     fused: list[tuple[str, ...]] = field(default_factory=list)
+    folded: list[tuple[str, ...]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         layers = sum(map(len, self.fused))
         lines = [f"chains fused: {len(self.fused)}, of {layers} layers"]
+        if self.folded:
+            lines.append(f"norms folded into other convolutions: {len(self.folded)}")
         return "\n".join(lines + [f"left {name}: {why}" for name, why in self.left.items()])
 
 
 def fuse_for_inference(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, its chains of depthwise convolution, batch norm, activation, pointwise
-    convolution, batch norm and activation fused into one operator each, the norms folded into the filters.
+    convolution, batch norm and activation fused into one operator each, the norms folded into the filters. So are the
+    norms after its other convolutions. A model without depthwise convolutions is copied as it is.
 
     Equivalent to ``model.eval()`` in what a call returns, up to rounding; it has no gradients but the input's. The
     model itself is not touched, nor called with data, nor is random state. The copy is for calls alone: to train, to
@@ -56,9 +61,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         model: any module; of any dtype, on any device.
 
     Returns:
-        A copy in inference mode: a ``torch.fx.GraphModule`` where the whole model could be read and has such a chain,
-        else a module of the model's own class. Its attribute ``fusion_report`` is a ``Fusion``: what was fused,
-        and why the rest was left.
+        A copy in inference mode: a ``torch.fx.GraphModule`` where the whole model could be read and something was
+        fused, else a module of the model's own class. Its attribute ``fusion_report`` is a ``Fusion``: what was fused
+        and folded, and why the rest was left.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -219,16 +224,19 @@ class _Fuser:
         nodes = _chain(node)
         modules = [module.get_submodule(str(n.target)) for n in nodes]
         first = modules[0] if modules else None
-        if not isinstance(first, nn.Conv2d) or not is_depthwise(first):
+        if not isinstance(first, nn.Conv2d):
             return
-        fused = fold.fuse(modules)
+        depthwise = is_depthwise(first)
+        fused = fold.fuse(modules) if depthwise else fold.fold_norm(modules)
         if fused is None:
-            self.report.left[self.names[first]] = fold.why_not_first(first) or _why_not_fused(node, modules)
+            if depthwise:
+                self.report.left[self.names[first]] = fold.why_not_first(first) or _why_not_fused(node, modules)
             return
         nodes = nodes[: fused.modules]
         names = tuple(self.names[m] for m in modules[: fused.modules])
-        if names not in self.report.fused:
-            self.report.fused.append(names)
+        done = self.report.fused if depthwise else self.report.folded
+        if names not in done:
+            done.append(names)
         target = f"{str(node.target).replace('.', '_')}_fused"
         while target in parts or hasattr(module, target):
             target += "_"
@@ -236,8 +244,8 @@ class _Fuser:
         with node.graph.inserting_before(node):
             served = node.graph.call_module(target, node.args)
         nodes[-1].replace_all_uses_with(served)
-        for done in reversed(nodes):
-            node.graph.erase_node(done)
+        for served_node in reversed(nodes):
+            node.graph.erase_node(served_node)
 
     def _why_not_read(self, name: str) -> str:
         """The reason that keeps the nearest module above closed."""

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from chains import X, assert_same, chain
+from chains import X, assert_same, chain, fill
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -71,6 +71,68 @@ def test_hooks_of_all_modules_keep_everything_as_it_is():
         assert "hooks are registered for all modules" in rk.fuse_for_inference(plain).fusion_report.left["0"]
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"stride": 2, "groups": 2, "bias": False}, {"padding": "same", "dilation": 2}]
+)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_norms_after_other_convolutions_are_folded(norm, settings):
+    torch.manual_seed(0)
+    dense = nn.Conv2d(6, 6, 3, **{"padding": 1, "padding_mode": "reflect"} | settings), norm(6), nn.Hardswish()
+    plain = fill(nn.Sequential(*dense, *chain(nn.ReLU()))).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert fused.fusion_report.folded == [("0", "1")]
+    assert fused.fusion_report.fused == [("3", "4", "5", "6")]
+    assert "norms folded into other convolutions: 1" in str(fused.fusion_report)
+    assert layers(fused) == [rk.SeparableConv2d, rk.DepthwiseConv2d]
+    assert_same(fused, plain)
+
+
+class ReadTwice(nn.Module):
+    """A convolution of which the norm is not the only reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.chain = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), chain(nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.chain(x + self.norm(x))
+
+
+def hooked(model: ReadTwice) -> nn.Module:
+    model.conv.register_forward_hook(lambda module, inputs, output: output + 1)
+    return nn.Sequential(model.conv, model.norm, model.chain)
+
+
+KEPT_NORMS = {
+    "read twice": lambda model: model,
+    "hooked": hooked,
+    "a subclass": lambda model: nn.Sequential(type("Own", (nn.Conv2d,), {})(6, 6, 1), model.norm, model.chain),
+    "batch statistics": lambda model: nn.Sequential(
+        model.conv, nn.BatchNorm2d(6, track_running_stats=False), model.chain
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_NORMS)
+def test_norms_that_are_not_folded(name):
+    torch.manual_seed(0)
+    plain = KEPT_NORMS[name](fill(ReadTwice())).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert not fused.fusion_report.folded
+    assert len(fused.fusion_report.fused) == 1
+    assert_same(fused, plain)
+
+
+def test_a_dense_filter_too_large_for_its_type_keeps_its_norm():
+    plain = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), *chain(nn.ReLU())).eval().half()
+    plain[1].running_var.fill_(0)
+    plain[1].weight.data.fill_(60000)
+    fused = rk.fuse_for_inference(plain)
+    assert not fused.fusion_report.folded
+    torch.testing.assert_close(fused(X.half()), plain(X.half()), equal_nan=True)
 
 
 def frozen(channels: int) -> nn.Module:
