@@ -21,6 +21,7 @@ from ..distill import gamma_l1, training_losses
 from ..network.model import Exits, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
+from .allocator import keep_freed_memory
 from .evaluation import collect, evaluate, evaluation_batches, precision_on, size_of
 from .files import RunError, write_text
 from .guard import StepGuard, check_finite, in_one_line
@@ -55,6 +56,8 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     """
     # Every process checks all there is to check before it meets the others, so none writes before all have looked.
     fabric = make_fabric(config)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     data = load_data(config)
     steps_an_epoch(config, len(data.train))
     log = RunLog(config, resume)

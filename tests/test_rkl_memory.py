@@ -1,0 +1,48 @@
+"""What the trainer asks of the allocator, by the page faults that a process then has."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = """
+import resource, sys
+import torch
+from rkl.config import Config
+from rkl.training import train as trainer
+
+if sys.argv[1] == "trained":
+    # ends at the data, which it has none of: after the trainer has settled its process
+    try:
+        trainer.train(Config(data="cifar10", data_root=sys.argv[2], out=sys.argv[2] + "/run"))
+    except ValueError:
+        pass
+
+def step():
+    return [torch.ones(16 << 20) for _ in range(2)]  # 64 MiB each: 16384 pages of 4 KiB
+
+for _ in range(4):  # until the heap holds what a step takes
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(state: str, folder: Path) -> int:
+    ran = subprocess.run(
+        [sys.executable, "-c", FAULTS, state, str(folder)], capture_output=True, text=True, timeout=120, check=True
+    )
+    return int(ran.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def test_a_training_process_keeps_what_a_step_freed(tmp_path: Path) -> None:
+    fresh = faults("fresh", tmp_path)
+    assert fresh > 8 * 16384  # or this test shows nothing
+    assert faults("trained", tmp_path) < fresh / 4  # 0 in most runs; the heap may grow once more
