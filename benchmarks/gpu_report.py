@@ -19,7 +19,7 @@ from . import gpu_models, report
 from .gpu_groups import GROUPS, Group, over_best
 from .gpu_host import PASSES, HostRow
 from .models import ModelRow
-from .report import _markdown_table as table
+from .report import markdown_table as table
 from .suite import Run
 
 

@@ -25,7 +25,7 @@ def write(run: Run, path: Path) -> None:
     plot(run, path.with_suffix(".png"))
 
 
-def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
@@ -112,16 +112,16 @@ def markdown(run: Run, plot_name: str) -> str:
         "over its result. glibc's allocator keeps freed memory here, so none pays for page faults; `faulting`: "
         "channels_last over PyTorch's with the allocator as it comes.",
         "## Summary (geometric means)",
-        _markdown_table(SUMMARY, summary_lines(run.rows)),
+        markdown_table(SUMMARY, summary_lines(run.rows)),
     ]
     if run.models:
-        parts += ["## Models, fp32", _markdown_table(MODEL_COLUMNS, model_lines(run.models))]
+        parts += ["## Models, fp32", markdown_table(MODEL_COLUMNS, model_lines(run.models))]
     parts += [f"![Roofline]({plot_name})", "## Every row, in milliseconds"]
-    parts.append(_markdown_table(COLUMNS, [cells(row) for row in run.rows]))
+    parts.append(markdown_table(COLUMNS, [cells(row) for row in run.rows]))
     if run.left_out:
         parts += ["## Not reached in time", ", ".join(run.left_out)]
     if rejected:
-        parts += ["## Not timed", _markdown_table(("row", "contestant", "why"), rejected)]
+        parts += ["## Not timed", markdown_table(("row", "contestant", "why"), rejected)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -7,6 +7,20 @@ namespace rkl {
 
 enum class Dtype : int { f32 = 0, bf16, f16 };
 
+// Call f with a value of the element type as argument: by_type<Bf16, F16>(dtype, [&](auto zero) { using T =
+// decltype(zero); ... }). The 16-bit types are those of the processor that asks.
+template <class Bf16, class F16, class F>
+void by_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::bf16:
+      return f(Bf16{});
+    case Dtype::f16:
+      return f(F16{});
+  }
+}
+
 // A depthwise convolution of a batch of images. Images, outputs and gradients all have one layout: NHWC (channels_last)
 // or NCHW, dense. Filters are (C, kernel_h, kernel_w), dense.
 struct Conv2d {

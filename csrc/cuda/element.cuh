@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "geometry.h"
 
@@ -90,17 +91,9 @@ __device__ inline uint4 pack(const float (&from)[16 / sizeof(T)]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Call f with a value of the element type: by_type(dtype, [&](auto zero) { using T = decltype(zero); ... }).
 template <class F>
 void by_type(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::f32:
-      return f(float{});
-    case Dtype::bf16:
-      return f(bf16{});
-    case Dtype::f16:
-      return f(f16{});
-  }
+  rkl::by_type<bf16, f16>(dtype, std::forward<F>(f));
 }
 
 }  // namespace rkl::cuda

@@ -81,6 +81,11 @@ Plan plan_general(Result result, const Conv2d& g, Dtype dtype, bool aligned, con
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <class Int>
+constexpr Int round_up(Int n, int to) {
+  return (n + to - 1) / to * to;
+}
+
 // The gradient of a convolution of stride 1 by its image is a convolution too: of the output's gradient, with the
 // filter read from its end to its beginning. This is its geometry; the padding is below zero where the forward's was
 // wider than the filter.

@@ -8,7 +8,6 @@ namespace rkl::cuda {
 namespace rows {
 namespace {
 
-int round_up(int n, int to) { return (n + to - 1) / to * to; }
 int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
 // Images of which a strip has octets, at most: the halo that its row of inputs has room for.

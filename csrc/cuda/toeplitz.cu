@@ -46,7 +46,6 @@ struct Cut {
 
 // A tile's columns begin with a multiple of 8, at or before the first one that its outputs read.
 constexpr int left_of(int padding) { return (padding + 7) >> 3 << 3; }
-constexpr int64_t round_up(int64_t n, int to) { return (n + to - 1) / to * to; }
 
 Cut cut(const Conv2d& g, int k_blocks, bool flat) {
   Cut c{};

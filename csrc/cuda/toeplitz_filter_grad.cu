@@ -37,8 +37,6 @@ struct Variant {
   using Sums = float[2][row_tiles][column_tiles][4];  // of even and odd rows
 };
 
-constexpr int64_t round_up(int64_t n, int to) { return (n + to - 1) / to * to; }
-
 // Columns of the image that a tile of the gradient meets with a piece of the filter, and so many as are multiplied.
 struct Span {
   int left, right, columns;

@@ -3,6 +3,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <utility>
+
 #include "geometry.h"
 
 namespace rkl::cpu {
@@ -10,18 +12,9 @@ namespace rkl::cpu {
 using bf16 = c10::BFloat16;
 using f16 = c10::Half;
 
-// Call f with a value of the element type as argument: by_type(dtype, [&](auto zero) { using T = decltype(zero); ...
-// }).
 template <class F>
 void by_type(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::f32:
-      return f(float{});
-    case Dtype::bf16:
-      return f(bf16{});
-    case Dtype::f16:
-      return f(f16{});
-  }
+  rkl::by_type<bf16, f16>(dtype, std::forward<F>(f));
 }
 
 }  // namespace rkl::cpu
