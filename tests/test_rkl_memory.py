@@ -34,14 +34,45 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(state: str, folder: Path) -> int:
+GAPS = """
+from pathlib import Path
+import torch
+from rkl.training.allocator import keep_freed_memory, return_gaps
+
+def resident():  # MiB
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+keep_freed_memory()
+before = resident()
+tensors = [torch.ones(size) for _ in range(200) for size in (1 << 18, 16)]  # 1 MiB, then one that stays
+del tensors[::2]
+full = resident()
+return_gaps()
+print(full - before, resident() - before)
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+
+
+def run(program: str, *arguments: str) -> list[int]:
     ran = subprocess.run(
-        [sys.executable, "-c", FAULTS, state, str(folder)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120, check=True
     )
-    return int(ran.stdout)
+    return [int(number) for number in ran.stdout.split()]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def faults(state: str, folder: Path) -> int:
+    return run(FAULTS, state, str(folder))[0]
+
+
+@glibc
+def test_gaps_between_tensors_go_back() -> None:
+    full, after = run(GAPS)
+    assert full > 190
+    assert after < 50
+
+
+@glibc
 def test_a_training_process_keeps_what_a_step_freed(tmp_path: Path) -> None:
     fresh = faults("fresh", tmp_path)
     assert fresh > 8 * 16384  # or this test shows nothing

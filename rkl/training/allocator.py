@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+STEPS_KEPT = 100
+"""Steps between two calls of :func:`return_gaps`: a page given back costs a fault when it is used again."""
 
 
 def keep_freed_memory() -> bool:
@@ -25,3 +27,16 @@ def keep_freed_memory() -> bool:
         return False
     # 0 mappings: the heap alone serves. -1: the heap's free end is never given back (mallopt(3)).
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def return_gaps() -> None:
+    """Give the kernel the pages of the heap that hold nothing.
+
+    A gap between two tensors in use is rarely taken again by one of the same size, since aligned memory needs more
+    room than it keeps: a step of ResNet-KL of width 16, batch 64, left 4 MiB of gaps, with glibc's own settings too,
+    and 850 steps 5 GiB.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return

@@ -21,7 +21,7 @@ from ..distill import gamma_l1, training_losses
 from ..network.model import Exits, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
-from .allocator import keep_freed_memory
+from .allocator import STEPS_KEPT, keep_freed_memory, return_gaps
 from .evaluation import collect, evaluate, evaluation_batches, precision_on, size_of
 from .files import RunError, write_text
 from .guard import StepGuard, check_finite, in_one_line
@@ -173,6 +173,8 @@ def train_epoch(
             learner.step(config.learning_rate(epoch + step / steps), l1)
             history += terms
         clock.stop()
+        if fabric.device.type == "cpu" and step % STEPS_KEPT == STEPS_KEPT - 1:
+            return_gaps()
         progress.step(epoch, step, steps)
     if not history:
         raise RunError(f"epoch {epoch + 1}: a step must have a finite loss and gradient, got none of {steps}")
