@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench import Case, contestants
 from rkl_kernels.bench.rivals import TOLERANCES, Rival, error, reference
-from rkl_kernels.bench.timing import cpu_timer, keep_memory
+from rkl_kernels.bench.timing import cpu_timer
 
 from .suite import cases, rivals_of
 
@@ -28,7 +29,7 @@ def _parameters() -> Iterator[object]:
 
 @pytest.mark.parametrize(("case", "rival"), _parameters())
 def test_operator(benchmark, case: Case, rival: Rival) -> None:  # type: ignore[no-untyped-def]
-    keep_memory()
+    keep_freed_memory()
     run = rival.prepare(case, "cpu")
     wrong = error(run(), reference(case))
     if wrong > TOLERANCES[case.dtype]:

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from benchmarks.models import Model, ModelRow, measure_model, timm_model, torchvision_model
+from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench.machine import machine, machine_line, slug
-from rkl_kernels.bench.timing import keep_memory
 
 BATCH = 2
 BUILDERS = {"torchvision": torchvision_model, "timm": timm_model}
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for the record; by default benchmarks/results")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    keep_memory()
+    keep_freed_memory()
     facts, start = machine(), time.perf_counter()
     record = (options.out or Path("benchmarks/results")) / f"{slug(facts)}-models.json"
     kept = json.loads(record.read_text()) if record.exists() else {"speeds": {}, "failed": {}}

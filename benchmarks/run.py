@@ -7,12 +7,12 @@ import sys
 
 import torch
 
+from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench import LAYOUTS, RIVALS, contestants, runtimes
 from rkl_kernels.bench.case import DIRECTIONS, DTYPES, OPERATORS, Case
 from rkl_kernels.bench.machine import machine, machine_line
 from rkl_kernels.bench.row import Row, measure
 from rkl_kernels.bench.table import COLUMNS, cells, line, notes, summary
-from rkl_kernels.bench.timing import keep_memory
 
 from .shapes import Shape, select
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads or options.busy:
         torch.set_num_threads(options.threads or 1)
-    keep_memory()
+    keep_freed_memory()
     try:
         shapes = select(options.only)
     except ValueError as problem:

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench import Case, contestants, runtimes
 from rkl_kernels.bench.machine import machine, machine_line, slug
 from rkl_kernels.bench.rivals import TYPES
 from rkl_kernels.bench.row import Row, from_json, measure, to_json
-from rkl_kernels.bench.timing import copier, cpu_timer, interleave, keep_memory, multiplier
+from rkl_kernels.bench.timing import copier, cpu_timer, interleave, multiplier
 
 from . import models, report
 from .shapes import SHAPES
@@ -121,7 +122,7 @@ def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
     """
     start = time.perf_counter()
     run = Run(machine())
-    keep_memory()
+    keep_freed_memory()
     measure_machine(run, within / 300)
     if with_models:
         run.models = models.measure_all(budget=within / 180, within=within / 4)

@@ -234,9 +234,9 @@ class _Fuser:
             return
         nodes = nodes[: fused.modules]
         names = tuple(self.names[m] for m in modules[: fused.modules])
-        done = self.report.fused if depthwise else self.report.folded
-        if names not in done:
-            done.append(names)
+        listed = self.report.fused if depthwise else self.report.folded
+        if names not in listed:
+            listed.append(names)
         target = f"{str(node.target).replace('.', '_')}_fused"
         while target in parts or hasattr(module, target):
             target += "_"
@@ -244,8 +244,8 @@ class _Fuser:
         with node.graph.inserting_before(node):
             served = node.graph.call_module(target, node.args)
         nodes[-1].replace_all_uses_with(served)
-        for served_node in reversed(nodes):
-            node.graph.erase_node(served_node)
+        for done in reversed(nodes):
+            node.graph.erase_node(done)
 
     def _why_not_read(self, name: str) -> str:
         """The reason that keeps the nearest module above closed."""

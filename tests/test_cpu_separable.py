@@ -8,11 +8,6 @@ from torch import Tensor
 
 from rkl_kernels import _checks, ops, reference
 
-pytestmark = pytest.mark.skipif(
-    not torch._C._dispatch_has_kernel_for_dispatch_key("rkl::separable_conv2d", "CPU"),
-    reason="the CPU extension is not built",
-)
-
 CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (2, 5, 9, 7, 9, 3, 1, 1, 1),
     (1, 16, 33, 13, 13, 3, 2, 1, 1),

@@ -122,6 +122,12 @@ def test_every_resnet_kl_has_a_plain_resnet_of_its_compute(finished):
         assert ours["size"]["macs"] == pytest.approx(theirs["size"]["macs"], rel=tolerance), row
 
 
+@pytest.mark.parametrize(("classes", "images"), [(10, 60), (100, 400)])
+def test_every_class_has_an_image_to_validate_on(tmp_path, monkeypatch, classes, images):
+    monkeypatch.setattr(experiments.Experiment, "shape", (classes, 3, 32))
+    assert experiment("table2", "smoke", tmp_path).config("VGG", 0).train_size == images
+
+
 def test_widths_are_those_of_equal_compute(tmp_path):
     plan = experiment("table5", "cpu", tmp_path, data="digits", image_size=16, train_size=None)
     whole, half = (macs(plan.config(row, 0), *plan.shape) for row in ("ResNet", "ResNet at half MACs"))

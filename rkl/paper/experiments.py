@@ -54,7 +54,9 @@ class Experiment:
         return replace(self._settled(row), seed=seed, out=self.folder(row, seed))
 
     def _settled(self, row: str) -> Config:
-        base = replace(from_plain(SCALES[self.scale].settings | self.overrides, source="experiment"), data=self.data)
+        base = self._base
+        if base.train_size:
+            base = replace(base, train_size=max(base.train_size, IMAGES_OF_A_CLASS * self.shape[0]))
         config = from_plain(ROWS[row].settings, base, source=row)
         like = ROWS[row].macs_of
         if like is None:
@@ -63,15 +65,23 @@ class Experiment:
         fit = cut_to_macs if ROWS[row].keep_width else at_macs
         return fit(config, target, *self.shape)
 
+    @property
+    def _base(self) -> Config:
+        return replace(from_plain(SCALES[self.scale].settings | self.overrides, source="experiment"), data=self.data)
+
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Classes, channels and pixels a side of the data."""
-        data = load_data(replace(from_plain(SCALES[self.scale].settings | self.overrides), data=self.data))
+        data = load_data(replace(self._base, val_fraction=0.0))
         return data.num_classes, data.channels, data.image_size
 
     @property
     def record(self) -> Path:
         return self.out / f"{self.table}-{slug(self.data)}.json"
+
+
+IMAGES_OF_A_CLASS = 4
+"""At least so many train, so that one of each class is left to validate on at the smallest scale."""
 
 
 def slug(name: str) -> str:

@@ -176,7 +176,7 @@ SCALES = {
     # CutMix alone, as in the paper: a run this short cannot use crops and mirrors beside it. After 560 steps on 6,000
     # Fashion-MNIST images ResNet got 80.3% of held-out training images right with both, 85.3% with mirrors, 86.7% with
     # neither. Small batches, as steps are what is short; with lr 0.05, 0.1 and 0.2 ResNet got 86.7, 86.8 and 85.4%.
-    # Six epochs, as table V's ten rows then take about half an hour per seed: 15 s per epoch of ResNet on one core.
+    # Six epochs, as table V's ten rows then take two cores about half an hour per seed.
     "cpu": Scale(
         {
             "epochs": 6,

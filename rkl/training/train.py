@@ -14,6 +14,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from rkl_kernels.allocator import keep_freed_memory, return_gaps
+
 from .. import data as datasets
 from ..config import Config, to_plain
 from ..data import Dataset
@@ -21,7 +23,6 @@ from ..distill import gamma_l1, training_losses
 from ..network.model import Exits, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
-from .allocator import STEPS_KEPT, keep_freed_memory, return_gaps
 from .evaluation import collect, evaluate, evaluation_batches, precision_on, size_of
 from .files import RunError, write_text
 from .guard import StepGuard, check_finite, in_one_line
@@ -30,6 +31,8 @@ from .run_log import RunLog, TrainingProgress
 
 TIMED = 16
 """Of so many steps one is timed: waiting for the device there, to see its share, would cost too much in all."""
+GAP_STEPS = 100
+"""Steps, over all epochs, between two returns of the heap's gaps: a page given back costs a fault at its next use."""
 TAYLOR_BATCHES = 8
 """Batches whose gradients rank the channels of a cut."""
 
@@ -173,7 +176,7 @@ def train_epoch(
             learner.step(config.learning_rate(epoch + step / steps), l1)
             history += terms
         clock.stop()
-        if fabric.device.type == "cpu" and step % STEPS_KEPT == STEPS_KEPT - 1:
+        if fabric.device.type == "cpu" and (epoch * steps + step) % GAP_STEPS == GAP_STEPS - 1:
             return_gaps()
         progress.step(epoch, step, steps)
     if not history:

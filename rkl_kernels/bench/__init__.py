@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..allocator import keep_freed_memory
 from . import runtimes
 from .case import Case
 from .host import report as host_report
@@ -31,7 +32,6 @@ from .machine import machine, machine_line
 from .rivals import FORMATS, Rival, compiled, eager, ours
 from .row import Row, measure
 from .table import table
-from .timing import keep_memory
 
 __all__ = ["Case", "Row", "contestants", "four_lines", "host_report", "measure", "operator_report"]
 
@@ -106,7 +106,7 @@ def operator_report(
         dtype=dtype,
         direction=direction,
     )
-    keep_memory()
+    keep_freed_memory()
     rivals = ["eager", "compile"]
     if runtimes.serves(case, device):
         rivals += [name for name in runtimes.NAMES if runtimes.installed(name)]
@@ -122,7 +122,7 @@ def four_lines(seconds: float = 10.0, batch: int = 16) -> list[str]:
         seconds: for everything; some two thirds of them go to timing, the others to making and checking the inputs.
         batch: images a call.
     """
-    keep_memory()
+    keep_freed_memory()
     lines = [machine_line(machine())]
     for operator, title in (
         ("trelu", "T-ReLU"),

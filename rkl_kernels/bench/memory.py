@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from typing import Any
+
+from ..allocator import glibc_function
 
 PERIOD = 5e-4
 """Seconds between two looks: a training step holds its peak, where forward ends, for longer than that."""
@@ -20,16 +21,9 @@ class _Mallinfo2(ctypes.Structure):
     ]
 
 
-def _find_mallinfo2() -> Callable[[], Any] | None:
-    try:
-        function = ctypes.CDLL(None).mallinfo2
-    except (AttributeError, OSError, TypeError):
-        return None
-    function.restype = _Mallinfo2
-    return function
-
-
-_mallinfo2 = _find_mallinfo2()
+_mallinfo2 = glibc_function("mallinfo2")
+if _mallinfo2 is not None:
+    _mallinfo2.restype = _Mallinfo2
 
 
 def allocated() -> int | None:

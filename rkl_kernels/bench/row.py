@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
+from ..allocator import give_freed_memory_back, keep_freed_memory
 from .case import Case
 from .rivals import TOLERANCES, TYPES, Rival, error, layers, reference
 from .timing import (
     Timing,
     busy_timer,
     copier,
-    give_memory_back,
     interleave,
-    keep_memory,
     multiplier,
     recorded,
     timer_for,
@@ -151,10 +150,10 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
     times = interleave(contestants | {COPY: copier(case.bytes, device), MATRIX: product}, timer, budget, fastest=busy)
     copy, matrix = times.pop(COPY), times.pop(MATRIX)
     row = Row(case, copy, operations / matrix.seconds, _a_layer(times, chains), rejected)
-    if faulting and give_memory_back():
+    if faulting and give_freed_memory_back():
         again = {name: chain for name, chain in contestants.items() if name.split()[0] in (OURS, "eager")}
         row.faulting = _a_layer(interleave(again, timer, budget / 2, fastest=busy), chains)
-        keep_memory()
+        keep_freed_memory()
     return row
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -122,33 +121,6 @@ def _goes_on(samples: list[float], calls: int, share: float, least: int) -> bool
     if len(samples) < least:
         return True
     return len(samples) < MOST_SAMPLES and sum(samples) * calls < share
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
-_MIB = 2**20
-
-
-def _mallopt(*settings: tuple[int, int]) -> bool:
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return all(mallopt(parameter, value) for parameter, value in settings)
-
-
-def keep_memory() -> bool:
-    """Make glibc's allocator keep freed memory from here on; False where there is no glibc.
-
-    By default every tensor over 32 MiB is mapped anew at each call and costs a page fault every 4 KiB: half of the time
-    of a large layer and more. A training process with any caching allocator does not pay that.
-    """
-    return _mallopt((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1))
-
-
-def give_memory_back() -> bool:
-    """Make it do again what it does by default once it has been given tensors of some MiB: map what exceeds 32 MiB, and
-    give back what is free beyond 64 MiB; False where there is no glibc."""
-    return _mallopt((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 * _MIB), (M_TRIM_THRESHOLD, 64 * _MIB))
 
 
 def copier(moved: int, device: str) -> Run:
