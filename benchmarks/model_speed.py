@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -68,6 +69,10 @@ def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]
     def mean(values: list[float]) -> str:
         return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}, lowest {min(values):.2f}"
 
+    def spread(noises: list[float]) -> str:
+        return f"{statistics.median(noises):.0%} in the middle, {max(noises):.0%} at most"
+
+    noises = [noise for s in speeds.values() for noise in (s.inference_noise, s.step_noise)]
     lines = [
         "# Speed of models",
         "",
@@ -80,7 +85,7 @@ def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]
     if speeds:
         lines += [
             f"Geometric means over {len(speeds)} models: inference {mean([s.inference for s in speeds.values()])}; "
-            f"training step {mean([s.step for s in speeds.values()])}.",
+            f"training step {mean([s.step for s in speeds.values()])}. Noise of a ratio: {spread(noises)}.",
             "",
             "| model | size | inference | training step |",
             "|---|---|---|---|",
