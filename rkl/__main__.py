@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 
@@ -13,7 +15,14 @@ def main() -> None:
         sentence = f"rkl: the package {missing.name!r} must be installed, got none; pip install 'resnet-kl[train]'"
         print(sentence, file=sys.stderr)
         raise SystemExit(2) from None
-    run()
+    try:
+        try:
+            run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would complain
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 if __name__ == "__main__":

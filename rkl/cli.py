@@ -5,47 +5,22 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from .config import RECIPES, Config, from_plain, read_yaml
 from .terminal import complain, device_named, missing_package, parse, show
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a training run's settings come from, before those given one by one."""
-
-    recipe: str = "paper"
-    """Preset: paper (table I), strong (200 epochs, cosine) or smoke (seconds)."""
-    config: Path | None = None
-    """YAML file of settings, over the recipe's."""
-    resume: bool = False
-    """Go on with the interrupted run in --out."""
-
-
-@dataclass(frozen=True)
-class Train(Source):
-    """Train a model by self-distillation. Settings given one by one go over --config's, and those over --recipe's."""
-
-    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 def train(arguments: Sequence[str]) -> None:
     """Train a model by self-distillation."""
+    from .train_options import read_options
     from .training import report
     from .training.train import train as run
 
-    source, _ = parse(Source, arguments, return_unknown_args=True, add_help=False)
-    if source.recipe not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {source.recipe!r}")
-    base = from_plain(RECIPES[source.recipe])
-    base = read_yaml(source.config, base) if source.config else base
-    asked = parse(Train, arguments, default=Train(settings=base), prog="rkl train")
-    folder = run(asked.settings, resume=asked.resume)
+    options = read_options(arguments)
+    folder = run(options.settings, resume=options.resume)
     if folder is None:  # another process writes and speaks
         return
     for table in report.rich_tables(report.read_metrics(folder)):
@@ -392,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        if debug:
+        if debug or isinstance(error, BrokenPipeError):
             raise
         complain(missing_package(error) if isinstance(error, ModuleNotFoundError) else error)
         raise SystemExit(2) from None

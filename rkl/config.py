@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -21,13 +21,18 @@ Decay = Literal["filters", "all"]
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that decides a run's result; with the data, that is all there is to reproduce it."""
+class RunSettings:
+    """Where the run is written, and its seed."""
 
     out: Path = Path("runs/default")
     """Folder of the run."""
     seed: int = 0
     """Decides the initial values, the validation split and every batch."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The images, and how they are drawn and augmented."""
 
     data: str = "digits"
     """Data set: `rkl info --datasets` lists them."""
@@ -62,6 +67,11 @@ class Config:
     class_weights: bool = False
     """Weigh the classes by their inverse frequency in the cross entropy."""
 
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network."""
+
     model: str = "resnet-kl"
     """Model: `rkl info --models` lists them."""
     depth: int = 18
@@ -89,8 +99,10 @@ class Config:
     weights: Path | None = None
     """Folder of a finished run whose weights to start from; heads for other classes start anew."""
 
-    loss: LossWeights = field(default_factory=LossWeights)
-    """Weights of the loss terms."""
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How the network is trained: SGD, its schedule and its end."""
 
     epochs: int = 50
     """Passes over the training images."""
@@ -122,6 +134,12 @@ class Config:
     """Stop after so many epochs without a better validation accuracy; 0 for never."""
     test_with: Literal["last", "best"] = "last"
     """Which epoch's model is tested, once: the last one, or the best by validation since the last cut."""
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """When and how channels are cut while the network trains."""
+
     prune_at: tuple[float, ...] | None = None
     """Shares of the epochs after which channels are cut; by default 0.08 0.16 0.24 for resnet-kl, none for others."""
     prune_ratio: float = 0.2
@@ -132,6 +150,11 @@ class Config:
     importance: Literal["magnitude", "taylor"] = "magnitude"
     """What ranks channels for a cut: L1 of filters plus |gamma|, or a first-order estimate of what their loss costs."""
 
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """What the run uses of the machine."""
+
     precision: Precision | None = None
     """By default bf16-mixed on a GPU and 32-true elsewhere."""
     compile: bool = False
@@ -140,6 +163,17 @@ class Config:
     """Devices to train on, with DistributedDataParallel where more than one."""
     channels_last: bool = True
     """Keep images and feature maps in channels-last order, which the kernels prefer."""
+
+
+Part = TypeVar("Part", RunSettings, DataSettings, ModelSettings, TrainingSettings, PruningSettings, MachineSettings)
+
+
+@dataclass(frozen=True)
+class Config(MachineSettings, PruningSettings, TrainingSettings, ModelSettings, DataSettings, RunSettings):
+    """Everything that decides a run's result; with the data, that is all there is to reproduce it."""
+
+    loss: LossWeights = field(default_factory=LossWeights)
+    """Weights of the loss terms."""
 
     def __post_init__(self) -> None:
         for name, (holds, bounds) in RULES.items():
@@ -153,6 +187,10 @@ class Config:
         for name, needs in (("patience", self.patience), ("test_with", self.test_with == "best")):
             if needs and not self.val_fraction:
                 raise ValueError(f"{name} must go with a val_fraction above 0, got {getattr(self, name)}")
+
+    def part(self, kind: type[Part]) -> Part:
+        """The settings of one subject, which are a group of the command line's options."""
+        return kind(**{f.name: getattr(self, f.name) for f in fields(kind)})
 
     @property
     def cut_epochs(self) -> list[int]:

@@ -65,13 +65,15 @@ def test_python_in_a_page_runs(page, tmp_path, monkeypatch):
 def test_commands_in_the_pages_are_understood(command):
     pytest.importorskip("tyro", reason="extra [train] not installed")
     from rkl import cli
-    from rkl.config import Config
     from rkl.terminal import parse
+    from rkl.train_options import read_options
 
     name, *arguments = command
     assert name in cli.COMMANDS
-    options = {"default": cli.Train(settings=Config())} if name == "train" else {}
-    parse(getattr(cli, name.title()), arguments, **options)
+    if name == "train":
+        read_options(arguments)
+    else:
+        parse(getattr(cli, name.title()), arguments)
 
 
 def test_citation_names_this_version():

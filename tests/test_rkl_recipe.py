@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,12 +14,13 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision.amp import MixedPrecision
 
-from rkl.cli import COMMANDS, EXAMPLES, Experiments, Predict, Train, main
+from rkl.cli import COMMANDS, EXAMPLES, Experiments, Predict, main
 from rkl.config import Config
 from rkl.distill import gammas
 from rkl.network.model import ResNet, ResNetKL
 from rkl.slimming import pruning
 from rkl.terminal import parse
+from rkl.train_options import read_options
 from rkl.training import checkpoint
 from rkl.training import train as trainer
 from rkl.training.learner import Learner, make_fabric, parameter_groups
@@ -199,6 +201,17 @@ def test_version_and_help(capsys: pytest.CaptureFixture) -> None:
         main(["train", "--help"])
     said = capsys.readouterr().out
     assert all(word in said for word in ("--recipe", "--config", "--resume", "--loss.x", "--epochs"))
+    assert all(f" {group} options " in said for group in ("data", "model", "training", "pruning", "machine", "loss"))
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error() -> None:
+    """`rkl train --help | head` ends without a word; the pipe is closed before the first line here."""
+    command = [sys.executable, "-m", "rkl", "train", "--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_the_usage_names_every_command_once_and_an_unknown_one_gets_a_hint(capsys: pytest.CaptureFixture) -> None:
@@ -214,7 +227,7 @@ def test_every_example_of_the_usage_is_a_command_that_parses() -> None:
     for line in EXAMPLES.splitlines()[1:]:
         name, *arguments = line.partition("(")[0].split()[1:]
         if name == "train":
-            parse(Train, arguments, default=Train())
+            read_options(arguments)
         else:
             parse({"predict": Predict, "experiments": Experiments}[name], arguments)
 

@@ -1,0 +1,85 @@
+"""What ``rkl train`` can be told: a preset, a file, and every setting of a run, one group of options per subject."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .config import (
+    RECIPES,
+    Config,
+    DataSettings,
+    MachineSettings,
+    ModelSettings,
+    PruningSettings,
+    RunSettings,
+    TrainingSettings,
+    from_plain,
+    read_yaml,
+)
+from .distill import LossWeights
+from .terminal import parse
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a training run's settings come from, before those given one by one."""
+
+    recipe: str = "paper"
+    """Preset: paper (table I), strong (200 epochs, cosine) or smoke (seconds)."""
+    config: Path | None = None
+    """YAML file of settings, over the recipe's."""
+    resume: bool = False
+    """Go on with the interrupted run in --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Source):
+    """Train a model by self-distillation. Settings given one by one go over --config's, and those over --recipe's."""
+
+    run: Annotated[RunSettings, tyro.conf.arg(name="")]
+    data: Annotated[DataSettings, tyro.conf.OmitArgPrefixes]
+    model: Annotated[ModelSettings, tyro.conf.OmitArgPrefixes]
+    training: Annotated[TrainingSettings, tyro.conf.OmitArgPrefixes]
+    pruning: Annotated[PruningSettings, tyro.conf.OmitArgPrefixes]
+    machine: Annotated[MachineSettings, tyro.conf.OmitArgPrefixes]
+    loss: LossWeights
+    """Weights of the loss terms."""
+
+    @classmethod
+    def of(cls, config: Config) -> Train:
+        """The options as they stand in a configuration."""
+        return cls(
+            run=config.part(RunSettings),
+            data=config.part(DataSettings),
+            model=config.part(ModelSettings),
+            training=config.part(TrainingSettings),
+            pruning=config.part(PruningSettings),
+            machine=config.part(MachineSettings),
+            loss=config.loss,
+        )
+
+    @property
+    def settings(self) -> Config:
+        """The configuration that the options make."""
+        parts = (self.run, self.data, self.model, self.training, self.pruning, self.machine)
+        return Config(loss=self.loss, **{name: value for part in parts for name, value in vars(part).items()})
+
+
+def read_options(arguments: Sequence[str]) -> Train:
+    """What the arguments ask for: settings given one by one go over ``--config``'s, and those over ``--recipe``'s.
+
+    Raises:
+        ValueError: an unknown recipe, a file that is no configuration, or a setting of a wrong type or out of range.
+    """
+    source, _ = parse(Source, arguments, return_unknown_args=True, add_help=False)
+    if source.recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {source.recipe!r}")
+    base = from_plain(RECIPES[source.recipe])
+    base = read_yaml(source.config, base) if source.config else base
+    options: Train = parse(Train, arguments, default=Train.of(base), prog="rkl train")
+    return options
