@@ -48,9 +48,9 @@ struct CpuConv : PyTorchFormats {
       epilogue(out.const_data_ptr(), nullptr, act, out.mutable_data_ptr(), call.rows, filter.size(0), call.dtype, out);
     return out;
   }
-  static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& inner, const Tensor& out) {
-    if (!cpu::convolves_images(call.g)) return filter_gradient_by_matrix(dz, inner, out);
-    cpu::filter_gradient(dz, inner, call.g.nhwc, out.mutable_data_ptr());
+  static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& hidden, const Tensor& out) {
+    if (!cpu::convolves_images(call.g)) return filter_gradient_by_matrix(dz, hidden, out);
+    cpu::filter_gradient(dz, hidden, call.g.nhwc, out.mutable_data_ptr());
   }
   static bool filter_gradient_from_image(const SeparableCall& call, const Tensor& dz, const Tensor& out) {
     if (!cpu::convolves_images(call.g) || plan(call).filter_gradient != cpu::FilterGradient::bands) return false;
@@ -75,10 +75,11 @@ struct CpuConv : PyTorchFormats {
                              const PointwiseGradients& wanted) {
     if (plan(call).backward == cpu::Fusion::none) return false;
     const Conv2d& g = call.g;
-    if (wanted.inner) *wanted.inner = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
+    if (wanted.depthwise_out)
+      *wanted.depthwise_out = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
     const auto pointer = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
     cpu::pointwise_backward_images(raw(call, nullptr), grad.const_data_ptr(), data_or_null(y),
-                                   {pointer(wanted.inner), pointer(wanted.pointwise), pointer(wanted.bias)});
+                                   {pointer(wanted.depthwise_out), pointer(wanted.pointwise), pointer(wanted.bias)});
     return true;
   }
 

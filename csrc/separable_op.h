@@ -22,9 +22,9 @@ struct SeparableCall {
 };
 
 // The gradients that a pointwise step is asked for, null where they are not wanted: of its filter and its bias, to be
-// written, and of the depthwise output, whose memory is whoever's serves.
+// written, and of the depthwise output before its activation, whose memory is whoever's serves.
 struct PointwiseGradients {
-  Tensor *inner, *pointwise, *bias;
+  Tensor *depthwise_out, *pointwise, *bias;
 };
 
 // act(out + bias), in place, over the pointwise step's product.
@@ -48,9 +48,9 @@ Tensor pointwise_by_matrix(const SeparableCall& call, const Tensor& image, const
   return finish_pointwise<Kernels>(call, out, bias, act);
 }
 
-// And its filter's gradient, dz times inner summed over all pixels, into `out`, (C', C).
-inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& inner, const Tensor& out) {
-  matrix_product(transposed(pixel_rows(dz)), pixel_rows(inner), out);
+// And its filter's gradient, dz times hidden summed over all pixels, into `out`, (C', C).
+inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& hidden, const Tensor& out) {
+  matrix_product(transposed(pixel_rows(dz)), pixel_rows(hidden), out);
 }
 
 // Kernels: as DepthwiseOps takes them, and over a dense matrix of rows by channels, or of any elements where there is
@@ -60,7 +60,7 @@ inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& inner, con
 //   act'(...)
 // where out may be the first argument; over images in the format that is computed in,
 //   static pointwise(call, image, filter, bias or none, activation) -> image, as pointwise_by_matrix above
-//   static filter_gradient(call, dz, inner, out), as filter_gradient_by_matrix above
+//   static filter_gradient(call, dz, hidden, out), as filter_gradient_by_matrix above
 //   static filter_gradient_from_image(call, dz, out) -> bool: without the depthwise output, which is made again in
 //   parts; false, nothing done, where the whole of it is wanted
 //   static channel_sums(call, image, out): each channel's sum, the pointwise bias's gradient
@@ -157,22 +157,23 @@ struct SeparableOps {
     if (wanted.bias) Kernels::channel_sums(call, dz, *wanted.bias);
     const bool activated = call.inner_act != Activation::none;
     const bool made = wanted.pointwise && Kernels::filter_gradient_from_image(call, dz, as_matrix(*wanted.pointwise));
-    Tensor inner;  // the depthwise output before its activation, made again
-    if ((wanted.pointwise && !made) || activated) inner = depthwise(call, Activation::none);
+    Tensor depthwise_out;  // made again
+    if ((wanted.pointwise && !made) || activated) depthwise_out = depthwise(call, Activation::none);
     if (wanted.pointwise && !made) {
-      Tensor left = inner;
+      Tensor hidden = depthwise_out;
       if (activated) {
-        left = new_like(inner);
-        Kernels::epilogue(inner.const_data_ptr(), nullptr, call.inner_act, left.mutable_data_ptr(), rows, c, call.dtype,
-                          call.x);
+        hidden = new_like(depthwise_out);
+        Kernels::epilogue(depthwise_out.const_data_ptr(), nullptr, call.inner_act, hidden.mutable_data_ptr(), rows, c,
+                          call.dtype, call.x);
       }
-      Kernels::filter_gradient(call, dz, left, as_matrix(*wanted.pointwise));
+      Kernels::filter_gradient(call, dz, hidden, as_matrix(*wanted.pointwise));
     }
-    if (!wanted.inner) return;
-    *wanted.inner = Kernels::pointwise(call, dz, transposed(call.pointwise), std::nullopt, Activation::none);
+    if (!wanted.depthwise_out) return;
+    *wanted.depthwise_out = Kernels::pointwise(call, dz, transposed(call.pointwise), std::nullopt, Activation::none);
     if (activated)
-      Kernels::activation_backward(wanted.inner->const_data_ptr(), inner.const_data_ptr(), call.inner_act, false,
-                                   wanted.inner->mutable_data_ptr(), rows, c, call.dtype, call.x);
+      Kernels::activation_backward(wanted.depthwise_out->const_data_ptr(), depthwise_out.const_data_ptr(),
+                                   call.inner_act, false, wanted.depthwise_out->mutable_data_ptr(), rows, c, call.dtype,
+                                   call.x);
   }
 
   // mask: which of the gradients of (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias).

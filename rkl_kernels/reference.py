@@ -95,5 +95,5 @@ def separable_conv2d(
         >>> rk.reference.separable_conv2d(torch.ones(1, 2, 3, 3), depthwise, pointwise).flatten()
         tensor([18., 18., 18., 18.])
     """
-    inner = activate(depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation), inner_activation)
-    return activate(F.conv2d(inner, pointwise_weight, pointwise_bias), activation)
+    hidden = activate(depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation), inner_activation)
+    return activate(F.conv2d(hidden, pointwise_weight, pointwise_bias), activation)

@@ -122,16 +122,16 @@ struct CudaSeparable : CudaConv {
                            pixels, call.dtype, OnDeviceOf(image).stream);
     return out;
   }
-  static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& inner, const Tensor& out) {
+  static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& hidden, const Tensor& out) {
     const Conv2d& g = call.g;
     const int64_t pixels = g.out_h * g.out_w, results = call.c_out * g.channels;
-    if (g.nhwc) return filter_gradient_by_matrix(dz, inner, out);
+    if (g.nhwc) return filter_gradient_by_matrix(dz, hidden, out);
     // An image's product each, and their sum: where a product is less than what transposing both images would move.
     if (results >= (call.c_out + g.channels) * pixels)
-      return filter_gradient_by_matrix(dense(dz, true), dense(inner, true), out);
+      return filter_gradient_by_matrix(dense(dz, true), dense(hidden, true), out);
     const std::vector<int64_t> size{g.batch, call.c_out, g.channels};
     const Tensor products = torch::stable::new_empty(dz, size);
-    aten("aten::bmm", "out", planes_of(dz), torch::stable::transpose(planes_of(inner), 1, 2), products);
+    aten("aten::bmm", "out", planes_of(dz), torch::stable::transpose(planes_of(hidden), 1, 2), products);
     const OnDeviceOf device(dz);
     const Tensor sums = workspace(dz, cuda::column_sums_workspace(g.batch, results));
     cuda::column_sums(products.const_data_ptr(), out.mutable_data_ptr(), g.batch, results, floats(sums), call.dtype,

@@ -48,7 +48,7 @@ MaybePlan find(const Conv2d& g, int64_t outputs, const Device& device) {
     plan.family = Family::rows;
     plan.kernel = i;
     plan.threads = 32 * whole.groups;
-    plan.shared = k.window.ring() * whole.row_bytes() + 2 * (out.inner_bytes() + out.output_bytes());
+    plan.shared = k.window.ring() * whole.row_bytes() + 2 * (out.hidden_bytes() + out.output_bytes());
     if (plan.shared > device.block_shared) continue;
     const int64_t at_once = rows::blocks_at_once(k.window.registers, plan, device);
     const auto tiling = [&](int rows) { return separable_tiling(g, k, images, rows); };

@@ -87,11 +87,11 @@ __global__ void __launch_bounds__(kSeparableKernels[k].window.threads(), kSepara
   const Lane my(t, 0);
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
-  const uint32_t row_bytes = t.width * t.pitch * 16, inner_bytes = kStrip * out.inner_pitch * 16;
+  const uint32_t row_bytes = t.width * t.pitch * 16, hidden_bytes = kStrip * out.hidden_pitch * 16;
   const uint32_t output_bytes = kStrip * out.output_pitch * 16;
-  const uint32_t ring = opaque(shared_address(memory)), inner = ring + kRing * row_bytes;
-  const uint32_t outputs = inner + 2 * inner_bytes;
-  const uint32_t put_at = opaque(inner + (lane * out.inner_pitch + warp) * 16);
+  const uint32_t ring = opaque(shared_address(memory)), hidden = ring + kRing * row_bytes;
+  const uint32_t outputs = hidden + 2 * hidden_bytes;
+  const uint32_t put_at = opaque(hidden + (lane * out.hidden_pitch + warp) * 16);
   Taps<T, kernel_h, kernel_w> taps;
   taps.load(t, static_cast<const T*>(a.depthwise), warp * 8, false);
   float begin[4] = {};
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kSeparableKernels[k].window.threads(), kSepara
   PointwiseFilters<T, deep, wide> filters;
   filters.load(static_cast<const T*>(a.pointwise), static_cast<const T*>(a.pointwise_bias), t.channels, out.outputs,
                first_output);
-  const uint32_t take_at = opaque(inner + ((half * 16 + lane % 16) * out.inner_pitch + lane / 16) * 16);
+  const uint32_t take_at = opaque(hidden + ((half * 16 + lane % 16) * out.hidden_pitch + lane / 16) * 16);
   const uint32_t give_at =
       opaque(outputs + ((half * 16 + lane % 16) * out.output_pitch + first_output / 8 + lane / 16) * 16);
   // Channels that no warp makes are zero, in both depthwise rows: the filters there are zero, and zero times whatever
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kSeparableKernels[k].window.threads(), kSepara
   for (int i = threadIdx.x; i < 2 * kStrip * (2 * deep - t.groups); i += blockDim.x) {
     const int pixel = i / (2 * deep - t.groups), piece = t.groups + i % (2 * deep - t.groups);
 #pragma unroll
-    for (int word = 0; word < 4; ++word) store_shared_4(inner + (pixel * out.inner_pitch + piece) * 16 + word * 4, 0);
+    for (int word = 0; word < 4; ++word) store_shared_4(hidden + (pixel * out.hidden_pitch + piece) * 16 + word * 4, 0);
   }
 
   Task task;
@@ -172,14 +172,14 @@ __global__ void __launch_bounds__(kSeparableKernels[k].window.threads(), kSepara
       for (int i = 0; i < stride; ++i) load(s * stride + kAhead + i);
       if (row >= 2) writer.write(y, outputs + (row & 1) * output_bytes);
       if (row >= 1 && row <= rows)
-        multiply(take_at + (row - 1 & 1) * inner_bytes, give_at + (row - 1 & 1) * output_bytes);
+        multiply(take_at + (row - 1 & 1) * hidden_bytes, give_at + (row - 1 & 1) * output_bytes);
       if (row >= rows) continue;
       add_row<T, kernel_h, kernel_w, stride, 0>(ring + s * stride % kRing * row_bytes, operands, taps, begin, sums);
       if constexpr (stride == 2)
         add_row<T, kernel_h, kernel_w, stride, 1>(ring + (s * 2 + 1) % kRing * row_bytes, operands, taps, begin, sums);
       if (row >= 0) {
         if constexpr (activated) activate_all<T, true>(a.inner, flat(sums[0]));
-        put_row<T>(put_at + (row & 1) * inner_bytes, sums[0]);
+        put_row<T>(put_at + (row & 1) * hidden_bytes, sums[0]);
       }
     }
     cp_async_wait<0>();

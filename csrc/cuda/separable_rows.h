@@ -21,9 +21,9 @@ constexpr SeparableKernel kSeparableKernels[] = {
 
 // Sizes of a launch beside the depthwise step's tiling.
 struct SeparableTiling {
-  int outputs;                    // channels
-  int inner_pitch, output_pitch;  // 16-byte pieces between pixels of a depthwise row and of a row of outputs
-  int inner_bytes() const { return rows::kStrip * inner_pitch * 16; }
+  int outputs;                     // channels
+  int hidden_pitch, output_pitch;  // 16-byte pieces between pixels of a depthwise row and of a row of outputs
+  int hidden_bytes() const { return rows::kStrip * hidden_pitch * 16; }
   int output_bytes() const { return rows::kStrip * output_pitch * 16; }
 };
 

@@ -20,10 +20,10 @@ void depthwise_image(const Separable& s, int64_t image, const PackedFilter& filt
 }
 
 // `count` pixels of an image's output from the first one on, from as many of its depthwise output, (C, count).
-void pointwise(const Separable& s, int64_t image, const void* inner, void* y, int64_t first, int64_t count) {
+void pointwise(const Separable& s, int64_t image, const void* hidden, void* y, int64_t first, int64_t count) {
   const int64_t n = pixels_of(s), c = s.g.channels;
   void* out = at(y, image * s.c_out * n + first, s.dtype);
-  const Product product(matrix(s.pointwise, s.dtype, s.c_out, c), matrix(inner, s.dtype, c, count),
+  const Product product(matrix(s.pointwise, s.dtype, s.c_out, c), matrix(hidden, s.dtype, c, count),
                         {out, s.dtype, s.c_out, count, n, 1});
   const Matrix& z = product.matrix();
   if (z.data == out && !s.pointwise_bias && s.outer == Activation::none) return;
@@ -34,8 +34,8 @@ void pointwise(const Separable& s, int64_t image, const void* inner, void* y, in
 // Few images: the pixels of each are shared out, copied together for the library.
 void by_parts(const Separable& s, void* y) {
   const int64_t n = pixels_of(s), c = s.g.channels, size = size_of(s.dtype);
-  const Scratch inner(s.g.batch * n * c * size);
-  kernels(s.dtype).depthwise(s.g, s.x, s.depthwise, s.depthwise_bias, s.inner, inner.as(), s.dtype);
+  const Scratch hidden(s.g.batch * n * c * size);
+  kernels(s.dtype).depthwise(s.g, s.x, s.depthwise, s.depthwise_bias, s.inner, hidden.as(), s.dtype);
   const int64_t part = std::min(n, std::max((n + kTasks - 1) / kTasks, kLeastPixels)), parts = (n + part - 1) / part;
   for_tasks(s.g.batch * parts, [&](int64_t begin, int64_t end) {
     const Scratch dense(part * c * size);
@@ -43,7 +43,7 @@ void by_parts(const Separable& s, void* y) {
       const int64_t image = i / parts, first = i % parts * part, count = std::min(part, n - first);
       for (int64_t channel = 0; channel < c; ++channel)
         std::memcpy(at(dense.as(), channel * count, s.dtype),
-                    at(inner.as(), (image * c + channel) * n + first, s.dtype), count * size);
+                    at(hidden.as(), (image * c + channel) * n + first, s.dtype), count * size);
       pointwise(s, image, dense.as(), y, first, count);
     }
   });
@@ -60,7 +60,7 @@ class ImagesBackward {
         depthwise_(kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype)),
         bias_sums_(wanted.pointwise_bias ? tasks_ * s.c_out : 0),
         sums_(wanted.pointwise ? tasks_ : 0, s.c_out * s.g.channels) {
-    if (s.dtype != Dtype::f32 || !wanted.inner) return;
+    if (s.dtype != Dtype::f32 || !wanted.depthwise_out) return;
     transposed_filter_ = Scratch(s.c_out * s.g.channels * sizeof(float));
     kernels(s.dtype).transpose(static_cast<const float*>(s.pointwise), transposed_filter_.as<float>(), s.c_out,
                                s.g.channels);
@@ -80,22 +80,22 @@ class ImagesBackward {
 
  private:
   bool activated() const { return s_.inner != Activation::none; }
-  bool has_inner() const { return wanted_.pointwise || (wanted_.inner && activated()); }
+  bool has_depthwise_out() const { return wanted_.pointwise || (wanted_.depthwise_out && activated()); }
 
   // One image's matrices; fp32 copies of the filter gradient's factors in 16 bits, whose sums must not be rounded.
   struct Workspace {
     explicit Workspace(const ImagesBackward& b) {
       const int64_t n = pixels_of(b.s_), c = b.s_.g.channels, c_out = b.s_.c_out, size = size_of(b.s_.dtype);
       if (b.y_) dz = Scratch(n * c_out * size);
-      if (b.has_inner()) before = Scratch(n * c * size);
-      if (b.wanted_.pointwise && b.activated()) inner = Scratch(n * c * size);
+      if (b.has_depthwise_out()) depthwise_out = Scratch(n * c * size);
+      if (b.wanted_.pointwise && b.activated()) hidden = Scratch(n * c * size);
       if (!b.wanted_.pointwise) return;
       share = Scratch(c * c_out * sizeof(float));
       if (b.s_.dtype == Dtype::f32) return;
       wide_dz = Scratch(n * c_out * sizeof(float));
-      wide_inner = Scratch(n * c * sizeof(float));
+      wide_hidden = Scratch(n * c * sizeof(float));
     }
-    Scratch dz, before, inner, share, wide_dz, wide_inner;
+    Scratch dz, depthwise_out, hidden, share, wide_dz, wide_hidden;
   };
 
   Matrix wide(const void* values, int64_t rows, const Scratch& copy) const {
@@ -114,25 +114,25 @@ class ImagesBackward {
       dz = work.dz.as();
     }
     if (wanted_.pointwise_bias) k.add_row_sums(dz, bias_sums_.data() + task * c_out, c_out, n, s_.dtype);
-    if (has_inner()) depthwise_image(s_, image, depthwise_, Activation::none, work.before.as());
+    if (has_depthwise_out()) depthwise_image(s_, image, depthwise_, Activation::none, work.depthwise_out.as());
     if (wanted_.pointwise) {
-      const void* inner = work.before.as();
+      const void* hidden = work.depthwise_out.as();
       if (activated()) {
-        k.finish({inner, nullptr, work.inner.as(), c, n, n, n, true}, s_.inner, s_.dtype, s_.dtype);
-        inner = work.inner.as();
+        k.finish({hidden, nullptr, work.hidden.as(), c, n, n, n, true}, s_.inner, s_.dtype, s_.dtype);
+        hidden = work.hidden.as();
       }
-      const Matrix left = wide(dz, c_out, work.wide_dz), right = wide(inner, c, work.wide_inner);
+      const Matrix left = wide(dz, c_out, work.wide_dz), right = wide(hidden, c, work.wide_hidden);
       const Product product(left, transposed(right), matrix(work.share.as(), Dtype::f32, c_out, c));
       sums_.add(task, first, product.matrix());
     }
-    if (!wanted_.inner) return;
-    void* d_inner = at(wanted_.inner, image * c * n, s_.dtype);
+    if (!wanted_.depthwise_out) return;
+    void* grad = at(wanted_.depthwise_out, image * c * n, s_.dtype);
     const Matrix filter = transposed_filter_.as() ? matrix(transposed_filter_.as(), s_.dtype, c, c_out)
                                                   : transposed(matrix(s_.pointwise, s_.dtype, c_out, c));
-    const Product product(filter, matrix(dz, s_.dtype, c_out, n), matrix(d_inner, s_.dtype, c, n));
+    const Product product(filter, matrix(dz, s_.dtype, c_out, n), matrix(grad, s_.dtype, c, n));
     const void* z = product.matrix().data;
-    if (z != d_inner) k.finish({z, nullptr, d_inner, c, n, n, n, true}, Activation::none, s_.dtype, s_.dtype);
-    if (activated()) k.activation_backward(d_inner, work.before.as(), s_.inner, false, d_inner, n * c, s_.dtype);
+    if (z != grad) k.finish({z, nullptr, grad, c, n, n, n, true}, Activation::none, s_.dtype, s_.dtype);
+    if (activated()) k.activation_backward(grad, work.depthwise_out.as(), s_.inner, false, grad, n * c, s_.dtype);
   }
 
   const Separable& s_;
@@ -153,10 +153,10 @@ void separable_images(const Separable& s, void* y) {
   if (s.g.batch < kTasks) return by_parts(s, y);
   const PackedFilter filter = kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
   for_tasks(s.g.batch, [&](int64_t begin, int64_t end) {
-    const Scratch inner(pixels_of(s) * s.g.channels * size_of(s.dtype));
+    const Scratch hidden(pixels_of(s) * s.g.channels * size_of(s.dtype));
     for (int64_t image = begin; image < end; ++image) {
-      depthwise_image(s, image, filter, s.inner, inner.as());
-      pointwise(s, image, inner.as(), y, 0, pixels_of(s));
+      depthwise_image(s, image, filter, s.inner, hidden.as());
+      pointwise(s, image, hidden.as(), y, 0, pixels_of(s));
     }
   });
 }

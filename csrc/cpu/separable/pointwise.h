@@ -16,8 +16,8 @@ bool convolves_images(const Conv2d& g);
 // may be 1.
 Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, bool nhwc);
 
-// The filter's gradient (C', C): dz (N, C', H, W) times inner (N, C, H, W), summed over all pixels.
-void filter_gradient(const Tensor& dz, const Tensor& inner, bool nhwc, void* out);
+// The filter's gradient (C', C): dz (N, C', H, W) times hidden (N, C, H, W), summed over all pixels.
+void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out);
 
 // The same from the depthwise step's own input, a band of its output at a time; where the plan says so.
 void filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out);

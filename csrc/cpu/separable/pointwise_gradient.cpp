@@ -32,9 +32,9 @@ Tensor narrow(const Tensor& x, int64_t dim, int64_t first, int64_t count) {
 
 // Over these images alone, on the calling thread: (C', C, 1, 1) in the images' type. In 16 bits that rounds each share;
 // added up, by no more than the rounding of the factors themselves has already cost sums of random signs.
-Tensor share_of(const Tensor& dz, const Tensor& inner) {
+Tensor share_of(const Tensor& dz, const Tensor& hidden) {
   using torch::stable::detail::from, torch::stable::detail::to;
-  const Ints size{dz.size(1), inner.size(1), 1, 1}, ones{1, 1}, zeros{0, 0};
+  const Ints size{dz.size(1), hidden.size(1), 1, 1}, ones{1, 1}, zeros{0, 0};
   // A dilation of 2 leaves a 1 x 1 filter what it is, and keeps torch from another library's way, which takes twice as
   // long and which it would choose by the number of threads.
   const Ints dilation{2, 2};
@@ -42,7 +42,7 @@ Tensor share_of(const Tensor& dz, const Tensor& inner) {
   const std::optional<Ints> no_bias;
   const std::array<bool, 3> filter_alone{false, true, false};
   const torch::headeronly::HeaderOnlyArrayRef<bool> mask(filter_alone.data(), filter_alone.size());
-  std::array<StableIValue, 11> stack{from(dz),    from(inner),      from(filter),   from(no_bias),
+  std::array<StableIValue, 11> stack{from(dz),    from(hidden),     from(filter),   from(no_bias),
                                      from(ones),  from(zeros),      from(dilation), from(false),
                                      from(zeros), from(int64_t(1)), from(mask)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution_backward", "", stack.data(), TORCH_ABI_VERSION));
@@ -53,12 +53,12 @@ Tensor share_of(const Tensor& dz, const Tensor& inner) {
 // Pixels [first, first + count) of NHWC images: (C', C). The inner product is as fast, or faster, where a channel count
 // does not divide by 16 (728 to 728, 19 px, one thread: 28 ms against 35) and of few pixels; else it takes 1.1 to 2.2
 // times as long.
-Tensor share_of_pixels(const Tensor& dz, const Tensor& inner) {
+Tensor share_of_pixels(const Tensor& dz, const Tensor& hidden) {
   constexpr int64_t kFewPixels = 384;
-  const Tensor rows = pixel_rows(dz), right = pixel_rows(inner);
+  const Tensor rows = pixel_rows(dz), right = pixel_rows(hidden);
   const int64_t n = rows.size(0), c_out = rows.size(1), c = right.size(1);
   if (dtype_of(dz, "dz") != Dtype::f32 || (n > kFewPixels && c % 16 == 0 && c_out % 16 == 0))
-    return share_of(dz, inner);
+    return share_of(dz, hidden);
   const Ints size{c_out, n};
   const Tensor left = torch::stable::new_empty(rows, IntList(size.data(), size.size()));
   kernels(Dtype::f32)
@@ -91,22 +91,22 @@ void sum_shares(int64_t count, int64_t size, void* out, Dtype dtype, int64_t scr
 }
 
 // Parts of the pixels: of NHWC images any, of NCHW images whole ones.
-void by_pixels(const Tensor& dz, const Tensor& inner, bool nhwc, void* out, Dtype dtype) {
-  const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(inner) : inner;
-  const int64_t c = inner.size(1), c_out = dz.size(1), dim = nhwc ? 3 : 0, all = left.size(dim);
+void by_pixels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, Dtype dtype) {
+  const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(hidden) : hidden;
+  const int64_t c = hidden.size(1), c_out = dz.size(1), dim = nhwc ? 3 : 0, all = left.size(dim);
   const int64_t parts = std::min(all, parts_for(pixels_of(dz), c, c_out));
   sum_shares(parts, c_out * c, out, dtype, 0, [&](int64_t i, const Scratch&) {
     const int64_t first = all * i / parts, count = all * (i + 1) / parts - first;
-    const Tensor dz_part = narrow(left, dim, first, count), inner_part = narrow(right, dim, first, count);
-    return nhwc ? share_of_pixels(dz_part, inner_part) : share_of(dz_part, inner_part);
+    const Tensor dz_part = narrow(left, dim, first, count), hidden_part = narrow(right, dim, first, count);
+    return nhwc ? share_of_pixels(dz_part, hidden_part) : share_of(dz_part, hidden_part);
   });
 }
 
 // Large filters of few pixels: shared out by output channels, as writing another share would take longer than reading
 // the depthwise output again.
-void by_channels(const Tensor& dz, const Tensor& inner, bool nhwc, void* out, Dtype dtype) {
-  const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(inner) : inner;
-  const int64_t c_out = dz.size(1), c = inner.size(1);
+void by_channels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, Dtype dtype) {
+  const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(hidden) : hidden;
+  const int64_t c_out = dz.size(1), c = hidden.size(1);
   const int64_t part = std::max<int64_t>(64, ((c_out + kTasks - 1) / kTasks + 15) / 16 * 16);
   for_tasks((c_out + part - 1) / part, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -118,15 +118,15 @@ void by_channels(const Tensor& dz, const Tensor& inner, bool nhwc, void* out, Dt
 }
 
 // NHWC images in 16 bits: one matrix product over all pixels, shared out by its rows, of which it needs no copy.
-void by_rows(const Tensor& dz, const Tensor& inner, void* out, Dtype dtype) {
-  const int64_t pixels = pixels_of(dz), c = inner.size(1), c_out = dz.size(1);
+void by_rows(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
+  const int64_t pixels = pixels_of(dz), c = hidden.size(1), c_out = dz.size(1);
   // Each part reads all of the other factor: 200704 x 64 by 32, 10.5 ms by 16 rows, 5.6 in one.
   const int64_t part = std::max<int64_t>(64, (c_out + kTasks - 1) / kTasks);
   for_tasks((c_out + part - 1) / part, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * part; first < end * part && first < c_out; first += part) {
       const int64_t count = std::min(part, c_out - first);
       const Matrix left{at(const_cast<void*>(dz.const_data_ptr()), first, dtype), dtype, count, pixels, 1, c_out};
-      Product(left, matrix(inner.const_data_ptr(), dtype, pixels, c),
+      Product(left, matrix(hidden.const_data_ptr(), dtype, pixels, c),
               matrix(at(out, first * c, dtype), dtype, count, c));
     }
   });
@@ -134,23 +134,23 @@ void by_rows(const Tensor& dz, const Tensor& inner, void* out, Dtype dtype) {
 
 }  // namespace
 
-void filter_gradient(const Tensor& dz, const Tensor& inner, bool nhwc, void* out) {
+void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out) {
   const Dtype dtype = dtype_of(dz, "dz");
-  const int64_t c = inner.size(1), c_out = dz.size(1);
+  const int64_t c = hidden.size(1), c_out = dz.size(1);
   if (factor_type(dtype) != dtype) {
     const Scratch wide(c_out * c * sizeof(float));
-    filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(inner, ScalarType::Float), nhwc,
+    filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(hidden, ScalarType::Float), nhwc,
                     wide.as());
     kernels(dtype).finish({wide.as(), nullptr, out, c_out, c, c, c}, Activation::none, Dtype::f32, dtype);
     return;
   }
   switch (plan_filter_gradient(dtype, nhwc, pixels_of(dz), c, c_out)) {
     case FilterGradient::rows:
-      return by_rows(dz, inner, out, dtype);
+      return by_rows(dz, hidden, out, dtype);
     case FilterGradient::channels:
-      return by_channels(dz, inner, nhwc, out, dtype);
+      return by_channels(dz, hidden, nhwc, out, dtype);
     default:
-      return by_pixels(dz, inner, nhwc, out, dtype);
+      return by_pixels(dz, hidden, nhwc, out, dtype);
   }
 }
 
@@ -164,9 +164,9 @@ void filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out) {
     const Band band = bands[i];
     depthwise_band(s, band, depthwise, Activation::none, scratch.as());
     const Ints size{1, c, 1, band.pixels}, strides{band.pixels * c, 1, band.pixels * c, c};
-    const Tensor inner = torch::stable::from_blob(scratch.as(), IntList(size.data(), 4), IntList(strides.data(), 4),
-                                                  dz.device(), dz.scalar_type());
-    return share_of_pixels(narrow(row, 3, band.first_pixel, band.pixels), inner);
+    const Tensor hidden = torch::stable::from_blob(scratch.as(), IntList(size.data(), 4), IntList(strides.data(), 4),
+                                                   dz.device(), dz.scalar_type());
+    return share_of_pixels(narrow(row, 3, band.first_pixel, band.pixels), hidden);
   });
 }
 

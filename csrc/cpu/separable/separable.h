@@ -6,9 +6,9 @@
 
 namespace rkl::cpu {
 
-// A separable convolution over dense memory: z = pointwise * inner(depthwise(x) + depthwise_bias) + pointwise_bias,
-// y = outer(z). The pointwise filter is (C_out, C). The biases may be null. All images are NHWC, or NCHW where
-// g.nhwc is not set and takes_planes() agrees.
+// A separable convolution over dense memory: depthwise_out = depthwise(x) + depthwise_bias,
+// hidden = inner(depthwise_out), z = pointwise * hidden + pointwise_bias, y = outer(z). The pointwise filter is (C_out,
+// C). The biases may be null. All images are NHWC, or NCHW where g.nhwc is not set and takes_planes() agrees.
 struct Separable {
   Conv2d g;
   int64_t c_out;
@@ -27,7 +27,7 @@ void separable_images(const Separable& s, void* y);
 // The gradients of the pointwise step and of the depthwise step's output (before its activation), each null where it is
 // not wanted. y may be null where there is no outer activation.
 struct Gradients {
-  void *inner, *pointwise, *pointwise_bias;
+  void *depthwise_out, *pointwise, *pointwise_bias;
 };
 void pointwise_backward_images(const Separable& s, const void* grad, const void* y, const Gradients& wanted);
 
