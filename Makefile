@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test lint fuzz sanitize faults docs bench bench-compare gpu static wheel release-check corners pins clean
+.PHONY: help env build demo test lint fuzz sanitize aarch64 faults docs bench bench-compare gpu static wheel release-check corners pins clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env: $(VENV)/.installed ## the environment: uv, then the pinned packages
 
@@ -69,6 +69,9 @@ sanitize: env ## the CPU kernels under AddressSanitizer and UBSan: random calls 
 	cd $(SANITIZED) && OMP_NUM_THREADS=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. \
 		$(CURDIR)/$(BIN)/python -m pytest tests/test_cases.py tests/test_cpu_[dt]*.py tests/test_cpu_separable*.py tests/test_guards.py
+
+aarch64: env ## the CPU kernels compiled for aarch64, and the operators' tests on them under QEMU, in 25 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.aarch64
 
 faults: build ## training killed before every write and 60 times at random; make test kills 6
 	OMP_NUM_THREADS=1 RKL_FAULTS=120 $(BIN)/python -m pytest tests/test_faults.py

@@ -4,7 +4,7 @@
 
 Every classifier of torchvision and a model of each family of timm that have depthwise layers, and 40 others of timm's
 drawn by seed, with random weights, on small images. Numbers are held against float64: the output in inference, and all
-gradients of its squares' mean. A value within rounding of an activation's kink takes the other side's slope, in
+gradients of its squares' mean. A value within rounding of an activation's kink has the other side's derivative, in
 PyTorch's layers as in ours, and every gradient before it with it: so each figure is the middle one of three batches.
 """
 
@@ -187,7 +187,7 @@ def table(rows: list[Row], failed: dict[str, str]) -> str:
         f"What `rk.convert` swaps and `rk.fuse_for_inference` fuses, with random weights, on {BATCH} images of the",
         "size given, on a CPU, in float32. Errors are the largest difference from float64 as a share of the largest",
         f"value: of the output, and of all gradients; the middle one of {BATCHES} batches, since a value within",
-        "rounding of an activation's kink takes the other side's slope. Made by `python -m benchmarks.model_matrix`.",
+        "rounding of an activation's kink has the other side's derivative. By `python -m benchmarks.model_matrix`.",
         "",
         "| model | size | depthwise | swapped | chains (layers) | output: PyTorch, converted, fused "
         "| gradients: PyTorch, converted |",

@@ -95,5 +95,6 @@ def separable_conv2d(
         >>> rk.reference.separable_conv2d(torch.ones(1, 2, 3, 3), depthwise, pointwise).flatten()
         tensor([18., 18., 18., 18.])
     """
-    hidden = activate(depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation), inner_activation)
+    depthwise_out = depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+    hidden = activate(depthwise_out, inner_activation)
     return activate(F.conv2d(hidden, pointwise_weight, pointwise_bias), activation)

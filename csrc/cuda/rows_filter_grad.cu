@@ -9,10 +9,10 @@
 namespace rkl::cuda {
 namespace rows {
 
-// The lanes' addresses of 16 pixels of two columns of the filter, turned round, in a row of haloed inputs. In `order`
+// The lanes' addresses of 16 pixels of two columns of the filter, transposed, in a row of haloed inputs. In `order`
 // columns begin at the window's left, in reverse at its right. The last column may have no other beside it.
 template <int kernel_w, int stride, bool reverse>
-struct TurnedOperands {
+struct TransposedOperands {
   uint32_t pair[2], last[2];
   int step;
 
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kFilterGrads[k].threads(), kFilterGrads[k].blo
   Task task;
   RowLoader<T, kFilterGrads[k].slots> inputs;
   RowLoader<T, 1> columns;
-  TurnedOperands<kernel_w, stride, false> operands;
+  TransposedOperands<kernel_w, stride, false> operands;
   for (int number = part; number < tasks; number += parts) {
     if (task.move_to(t, number)) {
       inputs.template init_inputs<stride>(t, task, lane);
@@ -196,14 +196,14 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
   RowLoader<T, 1> columns;
   RowWriter<T> writer;
   Operands<kernel_w, 1> operands;
-  TurnedOperands<kernel_w, 1, true> turned;
+  TransposedOperands<kernel_w, 1, true> transposed;
   for (int number = part; number < tasks; number += parts) {
     if (task.move_to(t, number)) {
       grads.template init_inputs<1>(t, task, lane);
       columns.init_columns(t, task, lane);
       writer.init(t, task, lane);
       operands.init(t, task.strip);
-      turned.init(t, task.strip);
+      transposed.init(t, task.strip);
     }
     if (task.rows <= 0) continue;
     const uint32_t in_group = task.group * (t.group_images * t.in_h * t.in_w * t.channels);
@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           uint32_t in[4];
-          ldmatrix_x4<true>(in, row + (2 * q + 1 < kernel_w ? turned.pair[i] + q * turned.step : turned.last[i]));
+          ldmatrix_x4<true>(
+              in, row + (2 * q + 1 < kernel_w ? transposed.pair[i] + q * transposed.step : transposed.last[i]));
 #pragma unroll
           for (int kh = 0; kh < kernel_h; ++kh)
             mma_m16n8k16<T>(tap_sums.tap[kh][q], in, image[kh][2 * i], image[kh][2 * i + 1], tap_sums.tap[kh][q]);
