@@ -68,7 +68,7 @@ sanitize: env ## the CPU kernels under AddressSanitizer and UBSan: random calls 
 	nm -D $(SANITIZED)/rkl_kernels/_C.abi3.so | grep __asan_report >/dev/null  # or the tests below would show nothing
 	cd $(SANITIZED) && OMP_NUM_THREADS=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. \
-		$(CURDIR)/$(BIN)/python -m pytest tests/test_cases.py tests/test_cpu_[dt]*.py tests/test_cpu_separable*.py tests/test_guards.py
+		$(CURDIR)/$(BIN)/python -m pytest tests/test_cases.py tests/test_cpu_[dmt]*.py tests/test_cpu_separable*.py tests/test_guards.py
 
 aarch64: env ## the CPU kernels compiled for aarch64, and the operators' tests on them under QEMU, in 25 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.aarch64

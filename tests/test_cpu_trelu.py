@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -79,18 +75,3 @@ def test_backward_and_odd_lengths(n: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(dx.double(), grad.double() * derivative, rtol=tolerance, atol=tolerance)
     ops.rkl.trelu_(x)
     assert torch.equal(x, y)
-
-
-@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="inside the run that this test starts")
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_lower_instruction_sets(capability: str) -> None:
-    """These tests and the depthwise ones in fp32 again, in a process that may use no more than ``capability``."""
-    files = ["tests/test_cpu_trelu.py", "tests/test_cpu_depthwise.py"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-k", "trelu or float32", *files],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]

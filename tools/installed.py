@@ -13,6 +13,7 @@ from pathlib import Path
 CORE = [
     "test_contract.py",
     "test_cpu_depthwise.py",
+    "test_cpu_machine.py",
     "test_cpu_separable.py",
     "test_cpu_separable_bands.py",
     "test_cpu_trelu.py",

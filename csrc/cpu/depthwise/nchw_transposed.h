@@ -129,7 +129,7 @@ class PlaneScratch {
     const int64_t images = (g.batch + lanes.images() - 1) / lanes.images();
     const int64_t vector = 4 * kLanes, in_row = g.in_w * vector, out_row = g.out_w * vector;
     const int64_t halo = int64_t(g.kernel_h - 1) * g.dilation_h * in_row;
-    const int64_t fitting = (kCacheBytes - halo) / (g.stride_h * in_row + out_row);
+    const int64_t fitting = (cache_share() - halo) / (g.stride_h * in_row + out_row);
     const int64_t parallel = g.out_h * images * lanes.vectors() / 8;
     const int64_t rows = std::min(std::max<int64_t>(fitting, g.kernel_h), std::max<int64_t>(parallel, g.kernel_h));
     return {images, lanes.vectors(), 1, pairs,

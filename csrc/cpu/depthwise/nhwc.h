@@ -1,5 +1,5 @@
-// Depthwise convolution of NHWC images, cut into tasks by their shapes alone, so that every sum has one order whatever
-// the number of threads.
+// Depthwise convolution of NHWC images, cut into tasks by their shapes and the machine, so that every sum has one order
+// whatever the number of threads.
 #pragma once
 #include "cpu/depthwise/filter_window.h"
 #include "cpu/depthwise/tiling.h"
@@ -20,7 +20,7 @@ Tiling window_tiling(const Conv2d& g, int64_t pairs, int64_t bands) {
   const Lanes lanes{g.channels, g.nhwc};
   const int64_t line = kLanes * int64_t(sizeof(T));
   const int64_t span = (int64_t(g.kernel_h - 1) * g.dilation_h + 2) * g.in_w * line;
-  const int64_t rows_fit = std::max<int64_t>(kCacheBytes / span, 2048 / line);
+  const int64_t rows_fit = std::max<int64_t>(cache_share() / span, 2048 / line);
   const int64_t filter = int64_t(operands<T>(g.kernel_h)) * g.kernel_w * kLanes * 4;
   const int64_t filter_fits = std::max<int64_t>((int64_t(256) << 10) / filter, 256 / line);
   const int64_t group = std::min({rows_fit, filter_fits, lanes.vectors()});

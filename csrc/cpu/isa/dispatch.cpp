@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/machine.h"
 
 namespace rkl::cpu {
 
@@ -45,14 +46,9 @@ Chosen choose() {
 #if defined(__x86_64__)
   const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
   const auto allowed = [&](const char* name) { return !limit || !std::strcmp(limit, name); };
-  __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && allowed("avx512"))
-    return {&avx512::kernels, __builtin_cpu_supports("avx512bf16") ? &with_bf16() : &avx512::kernels};
-  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return {&avx2::kernels, &avx2::kernels};
+  if (machine().avx512 && allowed("avx512"))
+    return {&avx512::kernels, machine().avx512_bf16 ? &with_bf16() : &avx512::kernels};
+  if (machine().avx2 && (allowed("avx2") || allowed("avx512"))) return {&avx2::kernels, &avx2::kernels};
 #endif
   return {&baseline::kernels, &baseline::kernels};
 }

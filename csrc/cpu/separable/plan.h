@@ -1,9 +1,10 @@
-// How a separable convolution is made on a CPU, and how its output is cut into bands: by its shape alone, never by the
-// number of threads, so that results are the same for any number of them.
+// How a separable convolution is made on a CPU, and how its output is cut into bands: by its shape and the machine,
+// never by the number of threads, so that results are the same for any number of them.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/machine.h"
 #include "cpu/separable/matrix.h"
 #include "cpu/separable/separable.h"
 #include "cpu/simd/scratch.h"
@@ -58,9 +59,9 @@ class Bands {
 inline int64_t call_operations(Dtype dtype) { return dtype == Dtype::bf16 ? 6000000 : 2000000; }
 
 // Of depthwise output. Larger bands than a core's own cache holds cost less than more calls: the product reads a band
-// at the rate of the shared cache while it multiplies (128 channels, 16 px: 1.39 ms in bands of 512 KiB, 1.33 of 2
-// MiB).
-constexpr int64_t kBandBytes = int64_t(2) << 20;
+// at the rate of the shared cache while it multiplies (128 channels, 16 px, a core's cache of 1 MiB: 1.39 ms in bands
+// of 512 KiB, 1.33 of 2 MiB).
+inline int64_t band_bytes() { return 2 * machine().l2_bytes; }
 
 // The library packs the whole filter anew for each band, which takes as long as some 25 pixels do.
 constexpr int64_t kLeastPixels = 128, kFairPixels = 512, kGoodPixels = 1024;
@@ -84,7 +85,7 @@ inline int64_t even_pixels(int64_t all, int64_t most, int64_t tasks, int64_t lea
 inline int64_t band_pixels(const Separable& s) {
   const int64_t all = s.g.batch * s.g.out_h * s.g.out_w, per_pixel = 2 * s.g.channels * s.c_out;
   const int64_t good = std::max(40 * call_operations(s.dtype) / per_pixel, kGoodPixels);
-  const int64_t most = std::clamp<int64_t>(kBandBytes / (s.g.channels * size_of(s.dtype)), kLeastPixels, good);
+  const int64_t most = std::clamp<int64_t>(band_bytes() / (s.g.channels * size_of(s.dtype)), kLeastPixels, good);
   return even_pixels(all, most, tasks_for(all * per_pixel, s.dtype), std::min(kFairPixels, most));
 }
 
@@ -133,7 +134,7 @@ inline SeparablePlan plan_separable(const Conv2d& g, int64_t c_out, Activation i
                      plan_filter_gradient(factor_type(dtype), g.nhwc, pixels, g.channels, c_out)};
   if (images_serve(g, dtype)) plan.forward = plan.backward = Fusion::images;
   if (!g.nhwc || !multiplies) return plan;
-  if (c_out <= kFewOutputs && pixels * g.channels * size_of(dtype) >= kBandBytes) plan.forward = Fusion::bands;
+  if (c_out <= kFewOutputs && pixels * g.channels * size_of(dtype) >= band_bytes()) plan.forward = Fusion::bands;
   if (inner == Activation::none && plan.filter_gradient == FilterGradient::pixels)
     plan.filter_gradient = FilterGradient::bands;
   return plan;

@@ -1,0 +1,36 @@
+#include "cpu/machine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace rkl::cpu {
+
+namespace {
+
+Machine read_machine() {
+  Machine machine{};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  machine.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  machine.avx512 = machine.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  machine.avx512_bf16 = machine.avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  constexpr int64_t kKiB = 1024;
+  int64_t told = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+  machine.l2_bytes = told > 0 ? std::clamp(told, 256 * kKiB, 2048 * kKiB) : 1024 * kKiB;
+  return machine;
+}
+
+}  // namespace
+
+const Machine& machine() {
+  static const Machine once = read_machine();
+  return once;
+}
+
+}  // namespace rkl::cpu

@@ -1,0 +1,56 @@
+"""The CPU kernels as other machines would choose and cut them: lower instruction sets, other caches."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OTHER_CACHE = """
+#include <dlfcn.h>
+#include <unistd.h>
+long sysconf(int name) {
+  if (name == _SC_LEVEL2_CACHE_SIZE) return CACHE_BYTES;
+  return ((long (*)(int))dlsym(RTLD_NEXT, "sysconf"))(name);
+}
+"""
+"""Stands before the C library's own."""
+
+
+def run_again(which: str, files: list[str], **environment: str) -> str:
+    """Runs tests in a process of its own, and returns what it printed."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-k", which, *(f"tests/{file}" for file in files)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    return run.stdout
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lower_instruction_sets(capability: str) -> None:
+    files = ["test_cpu_trelu.py", "test_cpu_depthwise.py"]
+    run_again("trelu or float32", files, ATEN_CPU_CAPABILITY=capability)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
+@pytest.mark.parametrize("kib", [256, 2048])
+def test_other_second_level_caches(kib: int, tmp_path: Path) -> None:
+    """Bands and groups of channels become narrower or wider; 1 MiB, which most tuning was done on, lies between."""
+    source, library = tmp_path / "cache.c", tmp_path / "cache.so"
+    source.write_text(OTHER_CACHE)
+    flags = ["-D_GNU_SOURCE", f"-DCACHE_BYTES={kib * 1024}L", "-shared", "-fPIC"]
+    subprocess.run(["gcc", *flags, source, "-o", library], check=True)
+    preloaded = ":".join(filter(None, (os.environ.get("LD_PRELOAD"), str(library))))  # a sanitizer stands before it
+    told = {**os.environ, "LD_PRELOAD": preloaded}
+    said = subprocess.run(["getconf", "LEVEL2_CACHE_SIZE"], env=told, capture_output=True, text=True, check=True)
+    assert int(said.stdout) == kib * 1024
+    files = ["test_cpu_depthwise.py", "test_cpu_separable_bands.py"]
+    run_again("forward_and_gradients and float32 or bands", files, LD_PRELOAD=preloaded)
