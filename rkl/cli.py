@@ -265,6 +265,8 @@ class Bench:
     shape: str = "32,128,56,56"
     """N,C,H,W of the image."""
     kernel: int = 3
+    kernel_width: int | None = None
+    """For a filter of another width than height."""
     stride: int = 1
     dilation: int = 1
     dtype: str = "fp32"
@@ -289,7 +291,8 @@ class Bench:
         except ValueError:
             raise ValueError(f"shape must be four numbers N,C,H,W, got {self.shape!r}") from None
         options = {
-            name: getattr(self, name) for name in ("stride", "dilation", "dtype", "layout", "direction", "device")
+            name: getattr(self, name)
+            for name in ("kernel_width", "stride", "dilation", "dtype", "layout", "direction", "device")
         }
         print(bench.operator_report(self.operator, shape, self.kernel, **options))
 

@@ -141,17 +141,18 @@ def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
 
 
 @pytest.mark.skipif(not rk.backends()["cpu"].available, reason="the CPU extension is not built")
-def test_cpu_kernels_are_named():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_cpu_kernels_are_named(memory, dtype):
     """Whether the output is PyTorch's depends on the instruction set; that it is told, and right, does not."""
-    for size, kernel in ((8, 7), (40, 3)):
-        x, w = torch.randn(2, 16, size, size), torch.randn(16, 1, kernel, kernel)
-        told = rk.explain("depthwise_conv2d", x, w, padding=kernel // 2).kernels
-        by_pytorch = torch.ops.rkl.cpu_depthwise_by_pytorch(x, w, [1, 1], [kernel // 2] * 2, [1, 1])
+    cases = {(16, 8, 7, 7): None, (16, 40, 3, 3): False, (3, 136, 3, 3): None, (24, 136, 3, 1): None}
+    for (channels, size, *kernel), expected in cases.items():
+        x = torch.randn(2, channels, size, size, dtype=dtype).to(memory_format=memory)
+        w, padding = torch.randn(channels, 1, *kernel, dtype=dtype), [k // 2 for k in kernel]
+        told = rk.explain("depthwise_conv2d", x, w, padding=padding).kernels
+        by_pytorch = torch.ops.rkl.cpu_depthwise_by_pytorch(x, w, [1, 1], padding, [1, 1])
         assert ("PyTorch" in told) == by_pytorch
-        torch.testing.assert_close(
-            rk.depthwise_conv2d(x, w, padding=kernel // 2),
-            rk.reference.depthwise_conv2d(x, w, padding=kernel // 2),
-            rtol=1e-4,
-            atol=1e-4,
-        )
-    assert not by_pytorch, "3 x 3 is always the package's own"
+        assert expected in (None, by_pytorch), "3 x 3 of many channels is always the package's own"
+        got, want = rk.depthwise_conv2d(x, w, padding=padding), rk.reference.depthwise_conv2d(x, w, padding=padding)
+        assert got.is_contiguous(memory_format=memory)
+        torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-4)

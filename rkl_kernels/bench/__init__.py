@@ -55,6 +55,7 @@ def operator_report(
     shape: Sequence[int],
     kernel: int = 3,
     *,
+    kernel_width: int | None = None,
     out_channels: int | None = None,
     stride: int = 1,
     dilation: int = 1,
@@ -71,6 +72,7 @@ def operator_report(
         operator: "trelu", "depthwise" or "separable".
         shape: (N, C, H, W) of the image.
         kernel, stride, dilation, padding: of the depthwise step; the padding keeps the map's size unless given.
+        kernel_width: for a filter of another width than height.
         out_channels: of the separable convolution; as many as C unless given.
         dtype: "fp32", "bf16" or "fp16".
         layout: "nchw", "nhwc" or None for both.
@@ -91,7 +93,7 @@ def operator_report(
         raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
     batch, channels, height, width = shape
     if padding is None:
-        padding = dilation * (kernel - 1) // 2
+        padding = dilation * (min(kernel, kernel_width or kernel) - 1) // 2
     case = Case(
         operator,
         batch,
@@ -100,6 +102,7 @@ def operator_report(
         width,
         out_channels=channels if out_channels is None else out_channels,
         kernel=kernel,
+        kernel_width=kernel_width,
         stride=stride,
         dilation=dilation,
         padding=padding,

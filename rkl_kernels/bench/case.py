@@ -54,7 +54,9 @@ class Case:
         ):
             if value not in choices:
                 raise ValueError(f"{argument} must be one of {', '.join(choices)}, got {value!r}")
-        least = dict.fromkeys(("batch", "channels", "height", "width", "kernel", "stride", "dilation"), 1)
+        least = dict.fromkeys(
+            ("batch", "channels", "height", "width", "kernel", "filter_width", "stride", "dilation"), 1
+        )
         for argument, bound in (least | {"padding": 0, "out_channels": self.operator == "separable"}).items():
             if getattr(self, argument) < bound:
                 raise ValueError(f"{argument} must be at least {int(bound)}, got {getattr(self, argument)}")

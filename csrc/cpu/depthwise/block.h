@@ -27,6 +27,9 @@ class Block {
       }
       here.weights += here.weight_vector;
       here.at += kLanes, here.out[0] += kLanes, here.start[0] += kLanes;
+      if (!job.in_columns) continue;
+      here.read.from = job.read.from + (v + 1) * kLanes * sizeof(T);
+      here.written.from = job.written.from + (v + 1) * kLanes * sizeof(T);
     }
   }
 

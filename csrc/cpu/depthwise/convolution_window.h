@@ -38,13 +38,18 @@ class Window {
         to_(0),
         start_(0),
         read_(given.read.from),
-        written_(given.written.from) {}
+        written_(given.written.from),
+        read_step_((given.in_columns ? 1 : V) * given.read.step),
+        written_step_((given.in_columns ? 1 : V) * given.written.step) {}
 
   RKL_INLINE void next() {
     weights += V * job.weight_vector;
     at_ += V * kLanes;
     to_ += V * kLanes;
     start_ += V * kLanes;
+    if (!job.in_columns) return;
+    read_ = job.read.from + to_ * sizeof(T);
+    written_ = job.written.from + to_ * sizeof(T);
   }
 
   RKL_INLINE Vec weight(int v, int64_t place) const {
@@ -154,8 +159,8 @@ class Window {
     for (int row = 0; row < R * S * S; ++row) __builtin_prefetch(read_ + row * job.read.row, 0, 2);
 #pragma GCC unroll 2
     for (int row = 0; row < R; ++row) __builtin_prefetch(written_ + row * job.written.row, 1, 2);
-    read_ += V * job.read.step;
-    written_ += V * job.written.step;
+    read_ += read_step_;
+    written_ += written_step_;
   }
 
   // What is incomplete before step i, which would be in this phase.
@@ -184,6 +189,7 @@ class Window {
   const float* weights;
   int64_t at_, to_, start_;
   const char *read_, *written_;
+  const int64_t read_step_, written_step_;
   Vec held[V][square ? kUnits * K : 1];
   Vec sum[R][M][V];
 };

@@ -33,6 +33,7 @@ struct Job {
   int64_t count, inputs, step, left;  // of the lattice
   int64_t vectors;
   Prefetch read, written;
+  bool in_columns;  // a vector's steps prefetch down its own columns, beside the last vector's; else all in one line
 };
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -15,11 +15,12 @@ Image<T> nhwc_image(T* images, int64_t image, const Conv2d& g, bool output) {
 // Channels in parts so narrow that the rows which a filter spans stay in a core's cache, and the filter itself too, yet
 // not so narrow that memory is read in short runs (33 px, 2048 channels, dilation 12: 28 ms in runs of 384 bytes, 20 ms
 // in runs of 2 KiB; but 31 x 31: 23 ms for 24 vectors, 17.7 ms for 4).
+// rows: of the input, that a pair of rows of outputs spans.
 template <class T>
-Tiling window_tiling(const Conv2d& g, int64_t pairs, int64_t bands) {
+Tiling window_tiling(const Conv2d& g, int64_t rows, int64_t pairs, int64_t bands) {
   const Lanes lanes{g.channels, g.nhwc};
   const int64_t line = kLanes * int64_t(sizeof(T));
-  const int64_t span = (int64_t(g.kernel_h - 1) * g.dilation_h + 2) * g.in_w * line;
+  const int64_t span = rows * g.in_w * line;
   const int64_t rows_fit = std::max<int64_t>(cache_share() / span, 2048 / line);
   const int64_t filter = int64_t(operands<T>(g.kernel_h)) * g.kernel_w * kLanes * 4;
   const int64_t filter_fits = std::max<int64_t>((int64_t(256) << 10) / filter, 256 / line);
@@ -36,8 +37,8 @@ void convolve_windows(const Conv2d& g, const T* x, const Finish& finish, T* y) {
   const auto rows = [&] {
     return WindowRows<T>(gather, lanes, finish.weights, finish.bias, finish.act, g.in_w * g.channels);
   };
-  const int64_t pairs = rows().pairs();
-  const Tiling tiles = window_tiling<T>(g, pairs, 32);
+  const int64_t steps = rows().steps();
+  const Tiling tiles = window_tiling<T>(g, g.kernel_h + 1, steps, 32);
   const int64_t tasks = tiles.units() * tiles.groups();
   const int64_t work = g.batch * g.channels * g.out_h * g.out_w * (g.kernel_h * g.kernel_w + 4) / tasks;
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
@@ -45,10 +46,10 @@ void convolve_windows(const Conv2d& g, const T* x, const Finish& finish, T* y) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t band = task % tiles.bands(), group = task / tiles.bands() % tiles.groups();
       const int64_t image = task / tiles.bands() / tiles.groups();
-      const Tile tile = tiles.tile(image * tiles.bands() + band, group, pairs);
-      for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
-        made.make(nhwc_image(x, image, g, false), nhwc_image(y, image, g, true), pair, tile.first_vector,
-                  tile.last_vector, true);
+      const Tile tile = tiles.tile(image * tiles.bands() + band, group, steps);
+      for (int64_t step = tile.first_row; step < tile.last_row; ++step)
+        made.make_step(nhwc_image(x, image, g, false), nhwc_image(y, image, g, true), step, tile.first_vector,
+                       tile.last_vector, true);
     }
   });
 }
@@ -70,7 +71,8 @@ void gradient_windows(const Conv2d& g, const T* grad, const T* x, const T* weigh
   const int64_t to_x = rows().pairs(), to_filter = filter_rows().pairs(), pairs = std::max(to_x, to_filter);
   const int taps = g.kernel_h * g.kernel_w;
   const bool wants_sums = dweight || dbias;
-  const Tiling tiles = window_tiling<T>(g, pairs, g.batch * g.channels * pairs);
+  const int64_t span = int64_t(g.kernel_h - 1) * g.dilation_h + 2;
+  const Tiling tiles = window_tiling<T>(g, span, pairs, g.batch * g.channels * pairs);
   const int64_t pixels = g.batch * g.out_h * g.out_w;
   const int64_t slices = wants_sums ? tiles.slices(pixels, taps) : tiles.units();
   const int64_t slice_size = Lanes::at(lanes.vectors(), 0, taps + 1), tasks = slices * tiles.groups();

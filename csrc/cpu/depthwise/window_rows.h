@@ -66,8 +66,11 @@ class WindowRows {
       : lanes_(lanes),
         bias_(bias),
         act_(act),
-        down_(lattices_of(gather.vertical, gather.in_h)),
-        across_(lattices_of(gather.horizontal, gather.in_w)),
+        down_(by_origin(lattices_of(gather.vertical, gather.in_h))),
+        across_(by_origin(lattices_of(gather.horizontal, gather.in_w))),
+        classes_(classes_of(down_)),
+        pairs_(pairs_of(down_)),
+        apart_(std::adjacent_find(across_.begin(), across_.end(), same_origin) == across_.end()),
         phases_across_(int(gather.horizontal.size())),
         zeros_(image_row + kLanes) {
     for (const Axis& down : gather.vertical)
@@ -85,11 +88,7 @@ class WindowRows {
   }
 
   // Pairs of rows of the longest of the lattices.
-  int64_t pairs() const {
-    int64_t pairs = 0;
-    for (const Lattice& l : down_) pairs = std::max(pairs, ceil_div(l.count, 2 * kRows) * kRows);
-    return pairs;
-  }
+  int64_t pairs() const { return pairs_; }
 
   // Of the image's rows, those that the pairs before `pair` are.
   int64_t rows_before(int64_t pair) const { return pair / kRows * 2 * kRows * down_[0].pitch; }
@@ -97,10 +96,15 @@ class WindowRows {
   // The `pair`-th rows of every lattice, of vectors [first, last). in, out: of row 0 and, unless the images are in
   // place, of the vector. asks: whether memory has to be asked for ahead.
   void make(const Image<const T>& in, const Image<T>& out, int64_t pair, int64_t first, int64_t last, bool asks) {
-    for (const Lattice& down : down_) {
-      const int64_t j = pair / kRows * 2 * kRows + pair % kRows;
-      if (j < down.count) rows_of(in, out, down, j, j + kRows < down.count ? 2 : 1, first, last, asks);
-    }
+    make_of(down_.begin(), down_.end(), in, out, pair, first, last, asks);
+  }
+
+  // The same rows in another order, in which a window's rows are all that has to stay in the cache: lattices that read
+  // the same rows together, those of one class of a dilation's rows after those of the other.
+  int64_t steps() const { return classes_ * pairs_; }
+  void make_step(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last, bool asks) {
+    const int64_t of_class = int64_t(down_.size()) / classes_, begin = step / pairs_ * of_class;
+    make_of(down_.begin() + begin, down_.begin() + begin + of_class, in, out, step % pairs_, first, last, asks);
   }
 
  private:
@@ -113,6 +117,37 @@ class WindowRows {
     const RowCode<T>* code;
     Steps steps;
   };
+
+  static bool same_origin(const Lattice& a, const Lattice& b) { return a.origin == b.origin; }
+  static std::vector<Lattice> by_origin(std::vector<Lattice> lattices) {
+    std::stable_sort(lattices.begin(), lattices.end(),
+                     [](const Lattice& a, const Lattice& b) { return a.origin < b.origin; });
+    return lattices;
+  }
+
+  // How many classes of rows there are that share no input row; one, unless all have as many lattices.
+  static int64_t classes_of(const std::vector<Lattice>& down) {
+    const int64_t all = down.size();
+    int64_t of_first = 1;
+    while (of_first < all && down[of_first].origin == down[0].origin) ++of_first;
+    for (int64_t i = 0; i < all; ++i)
+      if (all % of_first || down[i].origin != down[i / of_first * of_first].origin) return 1;
+    return all / of_first;
+  }
+
+  static int64_t pairs_of(const std::vector<Lattice>& down) {
+    int64_t pairs = 0;
+    for (const Lattice& l : down) pairs = std::max(pairs, ceil_div(l.count, 2 * kRows) * kRows);
+    return pairs;
+  }
+
+  template <class Iterator>
+  void make_of(Iterator begin, Iterator end, const Image<const T>& in, const Image<T>& out, int64_t pair, int64_t first,
+               int64_t last, bool asks) {
+    const int64_t j = pair / kRows * 2 * kRows + pair % kRows;
+    for (; begin != end; ++begin)
+      if (j < begin->count) rows_of(in, out, *begin, j, j + kRows < begin->count ? 2 : 1, first, last, asks);
+  }
 
   static std::vector<Piece> pieces_of(const Lattice& l) {
     std::vector<Piece> pieces;
@@ -153,6 +188,7 @@ class WindowRows {
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
     Job<T> base{};
+    base.in_columns = !linear;
     set_rows(in, down, j, rows, base);
     // What the next rows of outputs read first, and those rows: where pairs of rows lie in one another, all of theirs,
     // shared between them.
@@ -185,28 +221,34 @@ class WindowRows {
       jobs_.push_back(job);
     }
     int64_t taken = 0;  // steps
-    for (int64_t v = first; v < last;) {
-      // Vectors go together where one window makes all of a row, up to the last one, which may overlap its neighbour.
-      const bool alone = across_.size() > 1 || pieces_[0].size() != 1 || lanes_.at(v) != v * kLanes;
-      const int64_t whole = std::min(last, lanes_.channels / kLanes);
-      const int64_t vectors = alone || v >= whole ? 1 : whole - v;
+    const auto make = [&](size_t h, int64_t v, int64_t vectors) {
       const int64_t at = lanes_.at(v);
-      for (size_t h = 0; h < across_.size(); ++h) {
-        Job<T> job = jobs_[h];
-        job.vectors = vectors;
-        job.at += at;
-        for (T*& p : job.out) p += at;
-        job.weight_vector = tables_[down.phase * phases_across_ + across_[h].phase].vector;
-        job.weights += v * job.weight_vector;
-        job.start[0] = job.start[1] = bias_ + v * kLanes;
-        if (asks) {
-          const int64_t ahead = linear ? taken * vector : at * size;
-          job.read.from += ahead, job.written.from += ahead;
-        }
-        taken += run(job, pieces_[h], down, rows);
+      Job<T> job = jobs_[h];
+      job.vectors = vectors;
+      job.at += at;
+      for (T*& p : job.out) p += at;
+      job.weight_vector = tables_[down.phase * phases_across_ + across_[h].phase].vector;
+      job.weights += v * job.weight_vector;
+      job.start[0] = job.start[1] = bias_ + v * kLanes;
+      if (asks) {
+        const int64_t ahead = linear ? taken * vector : at * size;
+        job.read.from += ahead, job.written.from += ahead;
       }
-      v += vectors;
+      taken += run(job, pieces_[h], down, rows);
+    };
+    // Lattices that read the same columns take turns at every vector. Else vectors go together where one window makes
+    // all of a row, up to the last one, which may overlap its neighbour.
+    if (!apart_) {
+      for (int64_t v = first; v < last; ++v)
+        for (size_t h = 0; h < across_.size(); ++h) make(h, v, 1);
+      return;
     }
+    const int64_t whole = std::min(last, lanes_.channels / kLanes);
+    for (size_t h = 0; h < across_.size(); ++h)
+      for (int64_t v = first, vectors; v < last; v += vectors) {
+        vectors = pieces_[h].size() != 1 || lanes_.at(v) != v * kLanes || v >= whole ? 1 : whole - v;
+        make(h, v, vectors);
+      }
   }
 
   // Every piece of a row's taps, the sums of all but the last kept in scratch. The first one's steps.
@@ -264,8 +306,9 @@ class WindowRows {
     job.weights += pairs * job.weight_vector;
     job.at += pairs * kLanes;
     for (int r = 0; r < 2; ++r) job.start[r] += pairs * kLanes, job.out[r] += pairs * kLanes;
-    const int64_t steps = (job.last - job.first) * pairs;
-    job.read.from += steps * job.read.step, job.written.from += steps * job.written.step;
+    const int64_t steps = (job.last - job.first) * pairs, beside = pairs * kLanes * int64_t(sizeof(T));
+    job.read.from += job.in_columns ? beside : steps * job.read.step;
+    job.written.from += job.in_columns ? beside : steps * job.written.step;
     one(job);
   }
 
@@ -294,6 +337,8 @@ class WindowRows {
   const float* bias_;
   const Activation act_;
   const std::vector<Lattice> down_, across_;
+  const int64_t classes_, pairs_;
+  const bool apart_;  // no two lattices across read the same columns
   const int phases_across_;
   const std::vector<T> zeros_;
   std::vector<Table> tables_;               // (phase down, phase across)
