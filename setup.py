@@ -114,6 +114,12 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def description() -> str:
+    """The README as a package index can show it: without its picture, links into the tree as their text."""
+    readme = re.sub(r"^!\[.*?(?=^## )", "", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", readme)
+
+
 class Build(build):
     """Begins with an empty folder: whatever an earlier build left there would go into the wheel."""
 
@@ -175,6 +181,8 @@ def extensions() -> list:
 
 if __name__ == "__main__":
     setup(
+        long_description=description(),
+        long_description_content_type="text/markdown",
         ext_modules=extensions(),
         cmdclass={"build": Build, "build_ext": build_ext_command()},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -200,3 +201,12 @@ def test_the_report_names_the_compiler_that_is_missing(monkeypatch, torch_cuda, 
     monkeypatch.setitem(rk.backends.__globals__["_problems"], "cuda", "not built: build it")
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     assert rk.backends()["cuda"].reason.endswith(needed)
+
+
+def test_the_description_for_an_index_leads_nowhere_in_the_tree(build):
+    """An index shows neither the tree's pictures nor its files."""
+    description = build.description()
+    assert not re.search(r"\]\((?!https?:)", description)
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall("^## .*", description, re.MULTILINE) == re.findall("^## .*", readme, re.MULTILINE)
+    assert re.findall(r"```.*?```", description, re.DOTALL) == re.findall(r"```.*?```", readme, re.DOTALL)
