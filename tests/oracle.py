@@ -169,7 +169,8 @@ def activated(rules: Rules, x: Near, name: str | None) -> Near:
     own = {"trelu": rules.tanh * size, "silu": gamma(8) * (1 + x.size.clamp(max=100)) * size + 2.0**-120,
            "gelu": gamma(8) * (size + x.size.clamp(max=6))}  # fmt: skip
     error = STEEPEST[name] * x.error + own.get(name, torch.zeros(())) + SMALLEST[torch.float32]
-    return _freed(value, error, x.error >= FREE)
+    # F.gelu, which stands outside the operator where a gradient may be wanted, makes NaN of inf, from 4 elements on.
+    return _freed(value, error, (x.error >= FREE) | (x.value.isinf() if name == "gelu" else torch.tensor(False)))
 
 
 def times_slope(rules: Rules, grad: Near, at: Near, name: str | None, output: Near | None = None) -> Near:
