@@ -93,6 +93,9 @@ def products(
     for one, other, g in ((a, b, f), (b, a, lambda t, u: f(u, t))):
         if (one.error >= FREE).any():  # a NaN counts where it is multiplied by 0, too
             free = free | (g((one.error >= FREE).double(), torch.ones_like(other.value)) > 0)
+        if other.value.isinf().any():  # what may be 0 or of the other sign makes NaN of an infinity, or the other one
+            unsure = (one.error > 0) & (one.size <= one.error)
+            free = free | (g(unsure.double(), other.value.isinf().double()) > 0)
     return _freed(value, error + gamma(terms + 2) * size, free)
 
 
