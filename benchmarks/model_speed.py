@@ -116,7 +116,9 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     keep_freed_memory()
     facts, start = machine(), time.perf_counter()
-    record = (options.out or Path("benchmarks/results")) / f"{slug(facts)}-models.json"
+    folder: Path = options.out or Path("benchmarks/results")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / f"{slug(facts)}-models.json"
     kept = json.loads(record.read_text()) if record.exists() else {"speeds": {}, "failed": {}}
     speeds = {name: Speed(**speed) for name, speed in kept["speeds"].items()}
     failed: dict[str, str] = kept["failed"]
