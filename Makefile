@@ -70,7 +70,7 @@ sanitize: env ## the CPU kernels under AddressSanitizer and UBSan: random calls 
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. \
 		$(CURDIR)/$(BIN)/python -m pytest tests/test_cases.py tests/test_cpu_[dmt]*.py tests/test_cpu_separable*.py tests/test_guards.py
 
-aarch64: env ## the CPU kernels compiled for aarch64, and the operators' tests on them under QEMU, in 25 minutes
+aarch64: env ## the CPU kernels compiled for aarch64, and the operators' tests on them under QEMU
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.aarch64
 
 faults: build ## training killed before every write and 60 times at random; make test kills 6

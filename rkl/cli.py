@@ -370,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        if debug or isinstance(error, BrokenPipeError):
+        if debug or isinstance(error, BrokenPipeError):  # nobody reads any more: __main__ ends it
             raise
         complain(missing_package(error) if isinstance(error, ModuleNotFoundError) else error)
         raise SystemExit(2) from None

@@ -67,10 +67,9 @@ class WindowRows {
         bias_(bias),
         act_(act),
         down_(by_origin(lattices_of(gather.vertical, gather.in_h))),
-        across_(by_origin(lattices_of(gather.horizontal, gather.in_w))),
-        classes_(classes_of(down_)),
+        across_(lattices_of(gather.horizontal, gather.in_w)),
         pairs_(pairs_of(down_)),
-        apart_(std::adjacent_find(across_.begin(), across_.end(), same_origin) == across_.end()),
+        apart_(by_origin(across_).size() == across_.size()),
         phases_across_(int(gather.horizontal.size())),
         zeros_(image_row + kLanes) {
     for (const Axis& down : gather.vertical)
@@ -91,20 +90,18 @@ class WindowRows {
   int64_t pairs() const { return pairs_; }
 
   // Of the image's rows, those that the pairs before `pair` are.
-  int64_t rows_before(int64_t pair) const { return pair / kRows * 2 * kRows * down_[0].pitch; }
+  int64_t rows_before(int64_t pair) const { return pair / kRows * 2 * kRows * down_[0][0].pitch; }
 
   // The `pair`-th rows of every lattice, of vectors [first, last). in, out: of row 0 and, unless the images are in
   // place, of the vector. asks: whether memory has to be asked for ahead.
   void make(const Image<const T>& in, const Image<T>& out, int64_t pair, int64_t first, int64_t last, bool asks) {
-    make_of(down_.begin(), down_.end(), in, out, pair, first, last, asks);
+    for (const auto& lattices : down_) make_class(lattices, in, out, pair, first, last, asks);
   }
 
-  // The same rows in another order, in which a window's rows are all that has to stay in the cache: lattices that read
-  // the same rows together, those of one class of a dilation's rows after those of the other.
-  int64_t steps() const { return classes_ * pairs_; }
+  // The same rows class by class: what has to stay in the cache are then a window's rows of one class, not of all.
+  int64_t steps() const { return int64_t(down_.size()) * pairs_; }
   void make_step(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last, bool asks) {
-    const int64_t of_class = int64_t(down_.size()) / classes_, begin = step / pairs_ * of_class;
-    make_of(down_.begin() + begin, down_.begin() + begin + of_class, in, out, step % pairs_, first, last, asks);
+    make_class(down_[step / pairs_], in, out, step % pairs_, first, last, asks);
   }
 
  private:
@@ -118,35 +115,29 @@ class WindowRows {
     Steps steps;
   };
 
-  static bool same_origin(const Lattice& a, const Lattice& b) { return a.origin == b.origin; }
-  static std::vector<Lattice> by_origin(std::vector<Lattice> lattices) {
-    std::stable_sort(lattices.begin(), lattices.end(),
-                     [](const Lattice& a, const Lattice& b) { return a.origin < b.origin; });
-    return lattices;
+  // In classes that share no input: a dilation's lattices are one each, the phases of a stride are one together.
+  static std::vector<std::vector<Lattice>> by_origin(const std::vector<Lattice>& lattices) {
+    std::vector<std::vector<Lattice>> classes;
+    for (const Lattice& l : lattices) {
+      const auto same = [&](const std::vector<Lattice>& c) { return c[0].origin == l.origin; };
+      const auto found = std::find_if(classes.begin(), classes.end(), same);
+      found == classes.end() ? classes.push_back({l}) : found->push_back(l);
+    }
+    return classes;
   }
 
-  // How many classes of rows there are that share no input row; one, unless all have as many lattices.
-  static int64_t classes_of(const std::vector<Lattice>& down) {
-    const int64_t all = down.size();
-    int64_t of_first = 1;
-    while (of_first < all && down[of_first].origin == down[0].origin) ++of_first;
-    for (int64_t i = 0; i < all; ++i)
-      if (all % of_first || down[i].origin != down[i / of_first * of_first].origin) return 1;
-    return all / of_first;
-  }
-
-  static int64_t pairs_of(const std::vector<Lattice>& down) {
+  static int64_t pairs_of(const std::vector<std::vector<Lattice>>& down) {
     int64_t pairs = 0;
-    for (const Lattice& l : down) pairs = std::max(pairs, ceil_div(l.count, 2 * kRows) * kRows);
+    for (const auto& lattices : down)
+      for (const Lattice& l : lattices) pairs = std::max(pairs, ceil_div(l.count, 2 * kRows) * kRows);
     return pairs;
   }
 
-  template <class Iterator>
-  void make_of(Iterator begin, Iterator end, const Image<const T>& in, const Image<T>& out, int64_t pair, int64_t first,
-               int64_t last, bool asks) {
+  void make_class(const std::vector<Lattice>& lattices, const Image<const T>& in, const Image<T>& out, int64_t pair,
+                  int64_t first, int64_t last, bool asks) {
     const int64_t j = pair / kRows * 2 * kRows + pair % kRows;
-    for (; begin != end; ++begin)
-      if (j < begin->count) rows_of(in, out, *begin, j, j + kRows < begin->count ? 2 : 1, first, last, asks);
+    for (const Lattice& down : lattices)
+      if (j < down.count) rows_of(in, out, down, j, j + kRows < down.count ? 2 : 1, first, last, asks);
   }
 
   static std::vector<Piece> pieces_of(const Lattice& l) {
@@ -188,7 +179,7 @@ class WindowRows {
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
     Job<T> base{};
-    base.in_columns = !linear;
+    base.in_columns = asks && !linear;
     set_rows(in, down, j, rows, base);
     // What the next rows of outputs read first, and those rows: where pairs of rows lie in one another, all of theirs,
     // shared between them.
@@ -336,8 +327,9 @@ class WindowRows {
   const Lanes lanes_;
   const float* bias_;
   const Activation act_;
-  const std::vector<Lattice> down_, across_;
-  const int64_t classes_, pairs_;
+  const std::vector<std::vector<Lattice>> down_;  // by class
+  const std::vector<Lattice> across_;
+  const int64_t pairs_;
   const bool apart_;  // no two lattices across read the same columns
   const int phases_across_;
   const std::vector<T> zeros_;
