@@ -144,4 +144,10 @@ STABLE_TORCH_LIBRARY_IMPL(rkl, CPU, m) {
   m.impl("separable_conv2d_backward", RKL_BOX(Separable::backward));
 }
 
+STABLE_TORCH_LIBRARY_IMPL(aten, CPU, m) {
+  using Depthwise = rkl::DepthwiseOps<rkl::CpuConv>;
+  m.impl("convolution_overrideable", RKL_BOX(Depthwise::convolution));
+  m.impl("convolution_backward_overrideable", RKL_BOX(Depthwise::convolution_backward));
+}
+
 RKL_PYTHON_MODULE(_C)

@@ -19,6 +19,8 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple:  # type: ignore[type-a
 
     A cast that autograd sees, rather than ``torch.library.register_autocast``, which knows one fixed type only.
     """
+    if not torch._C._is_any_autocast_enabled():  # one question in C where there mostly is none
+        return (x, *others)
     if not isinstance(x, Tensor) or x.dtype == torch.float64:
         return (x, *others)
     device = x.device.type

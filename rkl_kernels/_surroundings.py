@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,3 +62,11 @@ def watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )
+
+
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
+
+
+def intercepted(*tensors: Tensor | None) -> bool:
+    """Whether Python code sees what the call does: a mode of the dispatcher's, or the class of one of the tensors."""
+    return torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, tensors))

@@ -27,7 +27,7 @@ from torch._prims_common import suggest_memory_format
 
 from . import batching, counting, decompositions, gradients, sharding
 from ._later import when_imported
-from ._operator import Operator, below_autograd
+from ._operator import DepthwiseOperator, Operator, below_autograd
 
 _WINDOW = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
 
@@ -136,6 +136,8 @@ def define(namespace: str) -> Any:
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
     packets = getattr(torch.ops, namespace)
     ops = SimpleNamespace(**{name: Operator(getattr(packets, name).default) for name in SCHEMAS})
+    if namespace == "rkl":
+        ops.depthwise_conv2d = DepthwiseOperator(packets.depthwise_conv2d.default)
     for name, (setup, backward) in gradients.formulas(ops).items():
         in_place = name == "trelu_"
         getattr(ops, name).differentiate((setup, backward), in_place)

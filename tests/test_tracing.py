@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rkl_kernels as rk
@@ -57,6 +58,26 @@ def test_flops_of_a_backward_are_twice_the_forwards():
     call = rk.separable_conv2d
     assert flops(call, *shapes, backward=True) == 3 * flops(call, *shapes, backward=False) > 0
     assert flops(lambda x, w, _: rk.depthwise_conv2d(x, w), *shapes, backward=True) == 3 * 2 * 2 * 6 * 7 * 6 * 9
+
+
+class Names(TorchDispatchMode):
+    """The operators of our namespaces, and PyTorch's convolutions, that are called in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "conv" in function.name():
+            self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_the_dispatcher_sees_our_operators():
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    with Names() as names:
+        rk.depthwise_conv2d(x, w).sum().backward()
+    assert names.seen == ["rkl::depthwise_conv2d", "rkl::depthwise_conv2d_backward"]
 
 
 def test_fx_traces_layers_and_converted_models():

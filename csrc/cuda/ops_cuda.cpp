@@ -246,4 +246,10 @@ STABLE_TORCH_LIBRARY_IMPL(rkl, CUDA, m) {
   m.impl("separable_conv2d_backward", RKL_BOX(Separable::backward));
 }
 
+STABLE_TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  using Depthwise = rkl::DepthwiseOps<rkl::CudaConv>;
+  m.impl("convolution_overrideable", RKL_BOX(Depthwise::convolution));
+  m.impl("convolution_backward_overrideable", RKL_BOX(Depthwise::convolution_backward));
+}
+
 RKL_PYTHON_MODULE(_C_cuda)
