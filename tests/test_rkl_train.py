@@ -281,15 +281,13 @@ def test_safetensors_hold_model_momentum_and_average(run: Path) -> None:
     assert {name.split(".")[0] for name in load_file(file)} == {"model", "momentum", "ema", "averaged"}
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_two_processes_end_as_one_with_the_same_batches(tmp_path: Path) -> None:
-    """Gloo, with a cut and a resume on the way; one process takes their two batches in turn before each step, so that
-    batch norm sees the same images. Its running statistics are each one's own way, and not compared."""
+def train_in_two_processes(folder: Path, how: str) -> dict[str, torch.Tensor]:
+    """What the run of tests/two_processes.py saved last."""
     port = str(find_free_network_port())
     script = Path(__file__).with_name("two_processes.py")
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "two")],
+            [sys.executable, str(script), str(folder), how],
             env=os.environ | {"LOCAL_RANK": str(rank), "MASTER_PORT": port, "PYTHONPATH": os.getcwd()},
             stderr=subprocess.PIPE,
             text=True,
@@ -298,16 +296,27 @@ def test_two_processes_end_as_one_with_the_same_batches(tmp_path: Path) -> None:
     ]
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
+    return checkpoint.load(folder / "checkpoints", "last")[0]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_end_as_one_with_the_same_batches(tmp_path: Path) -> None:
+    """Gloo, with a cut and a resume on the way; one process takes their two batches in turn before each step, so that
+    batch norm sees the same images. Its running statistics are each one's own way, and not compared. Two that were not
+    stopped end with the same bits."""
+    stopped, whole = (train_in_two_processes(tmp_path / how, how) for how in ("stopped", "whole"))
+    assert stopped.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in stopped.items())
     one = trainer.train(Config(tmp_path / "one", accumulate=2, **SETTINGS))
     (ours, facts), (theirs, others) = (
-        checkpoint.load(folder / "checkpoints", "last") for folder in (tmp_path / "two", one)
+        checkpoint.load(folder / "checkpoints", "last") for folder in (tmp_path / "stopped", one)
     )
     assert facts["plan"] == others["plan"]
     assert len(facts["cuts"]) == 1
     for name, value in ours.items():
         if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
-    rows, record = comparable(tmp_path / "two")
+    rows, record = comparable(tmp_path / "stopped")
     others, _ = comparable(one)
     assert record["test_images"] == sum(map(sum, record["confusion"]))
     for row, other in zip(rows, others, strict=True):

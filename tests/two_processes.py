@@ -1,4 +1,5 @@
-"""One process of two: train, stop in the third epoch, go on. Run with LOCAL_RANK, MASTER_PORT and the run's folder."""
+"""One process of two: train, and where "stopped" is asked for, stop in the third epoch and go on. Run with LOCAL_RANK and
+MASTER_PORT; arguments: the run's folder, and "whole" or "stopped"."""
 
 from __future__ import annotations
 
@@ -47,5 +48,6 @@ def interrupted(config: Config) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     config = Config(Path(sys.argv[1]), devices=2, **SETTINGS)
-    interrupted(config)
-    trainer.train(config, resume=True)
+    if sys.argv[2] == "stopped":
+        interrupted(config)
+    trainer.train(config, resume=sys.argv[2] == "stopped")
