@@ -77,7 +77,7 @@ class Operator:
 
 class DepthwiseOperator(Operator):
     """The depthwise convolution of ``torch.ops.rkl``, whose kernels serve PyTorch's extension point for a device's own
-    convolutions too. That is differentiated in C++: a gradient in Python costs a call 25 us in a loop, and 100 to 150
+    convolutions too. That is differentiated in C++: a gradient in Python costs a call 25 us in a loop, and 100 to 200
     us in a network, whose layers leave none of it in the cache (19 layers of ShuffleNetV2, two cores of an AMD EPYC).
     """
 
