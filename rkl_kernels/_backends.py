@@ -56,6 +56,7 @@ def _load(module: str) -> str | None:
 
 
 _problems = {"cpu": _load("_C"), "cuda": _load("_C_cuda")}
+_BUILT = frozenset(device for device, problem in _problems.items() if problem is None)
 
 
 def _register_triton_kernels() -> torch.library.Library:
@@ -218,6 +219,11 @@ def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dty
     order = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     fit = (backend for backend in order if refusal(backend, operator, device, dtype, *how) is None)
     return next(fit, "reference")
+
+
+def is_served(x: Tensor) -> bool:
+    """Whether ``x`` is for the compiled kernels of its device, as it mostly is."""
+    return _forced.value == "auto" and x is not None and x.dtype in KERNEL_TYPES and x.device.type in _BUILT
 
 
 def namespace_for(operator: str, x: Tensor, multiplied: bool = False) -> Any:

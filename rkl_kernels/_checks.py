@@ -94,6 +94,11 @@ def pair(name: str, value: IntPair, least: int) -> list[int]:
     return values * 2 if len(values) == 1 else values
 
 
+def unchecked(*window: Any) -> list[Any]:
+    """Stride, padding and dilation for a call that C++'s guard looks at: an int as a pair, anything else as it is."""
+    return [(value, value) if type(value) is int else value for value in window]
+
+
 def activation(name: str, value: str | None) -> int:
     """The operator's number for an activation's name; 0 for None."""
     if value is None:

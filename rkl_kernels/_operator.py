@@ -22,6 +22,10 @@ Formula = tuple[Callable[..., None], Callable[..., Any]]
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
+convolution = torch.ops.aten.convolution_overrideable.default
+"""PyTorch's extension point for a device's own convolutions, which the kernels of ``torch.ops.rkl`` serve where a
+convolution is depthwise."""
+
 
 class Operator:
     """One operator of one backend.
@@ -81,13 +85,11 @@ class DepthwiseOperator(Operator):
     us in a network, whose layers leave none of it in the cache (19 layers of ShuffleNetV2, two cores of an AMD EPYC).
     """
 
-    convolution = torch.ops.aten.convolution_overrideable.default
-
     def plain(self, *args: Any) -> Any:
         x, weight, bias, *window = args
         if intercepted(x, weight, bias):  # they know our operators, and not that one
             return super().plain(*args)
-        return self.convolution(x, weight, bias, *window, False, (0, 0), x.shape[1])
+        return convolution(x, weight, bias, *window, False, (0, 0), x.shape[1])
 
 
 def _refuse_leaf(x: Tensor) -> None:

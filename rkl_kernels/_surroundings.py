@@ -70,3 +70,9 @@ _PLAIN = frozenset((Tensor, Parameter, type(None)))
 def intercepted(*tensors: Tensor | None) -> bool:
     """Whether Python code sees what the call does: a mode of the dispatcher's, or the class of one of the tensors."""
     return torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, tensors))
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether a call on these has nothing around it: no compiler, transform, mode, autocast or forward-mode AD."""
+    around = watched() or torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0
+    return not (around or intercepted(*tensors))

@@ -8,8 +8,10 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _checks, reference
 from ._autocast import autocast
-from ._backends import namespace_for
+from ._backends import is_served, namespace_for
 from ._checks import Activation, IntPair, Padding
+from ._surroundings import is_plain
+from .ops import rkl
 
 INVERTIBLE = ("relu", "relu6", "trelu")
 """Activations whose gradient can be told from their output, so that no pre-activation need be kept."""
@@ -67,18 +69,26 @@ def separable_conv2d(
     if has_torch_function_variadic(*tensors):
         rest = stride, padding, dilation, inner_activation, activation
         return handle_torch_function(separable_conv2d, tensors, *tensors, *rest)
-    x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias = autocast(*tensors)
-    weights = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
-    window = _checks.separable(x, *weights, stride, padding, dilation)
     inner = _checks.activation("inner_activation", inner_activation)
     outer = _checks.activation("activation", activation)
+    # Backward needs the pre-activation of silu and gelu: there the activation stands outside, and autograd keeps it.
+    outside = activation not in INVERTIBLE and activation is not None and torch.is_grad_enabled()
+    fused = 0 if outside else outer
+    # The common case first, as in depthwise_conv2d.
+    if is_plain(*tensors) and is_served(x) and type(padding) is not str:
+        try:
+            y = rkl.separable_conv2d.plain(*tensors, *_checks.unchecked(stride, padding, dilation), inner, fused)
+            return reference.activate(y, activation) if outside else y
+        except RuntimeError:
+            pass  # refused by C++'s own guard: the rules serve it otherwise, or explain
+    x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias = autocast(*tensors)
+    weights = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
+    window = _checks.separable(x, *weights, stride, padding, dilation)
     operators = namespace_for("separable_conv2d", x)
     padded, settings = window.pad_extra(x), window[:3]
     if operators is None:
         return reference.separable_conv2d(padded, *weights, *settings, inner_activation, activation)
-    # Backward needs the pre-activation of silu and gelu: there the activation stands outside, and autograd keeps it.
-    outside = activation not in INVERTIBLE and activation is not None and torch.is_grad_enabled()
     batched = padded if x.dim() == 4 else padded[None]
-    y = operators.separable_conv2d(batched, *weights, *settings, inner, 0 if outside else outer)
+    y = operators.separable_conv2d(batched, *weights, *settings, inner, fused)
     y = reference.activate(y, activation) if outside else y
     return y if x.dim() == 4 else y[0]

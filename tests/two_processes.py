@@ -1,4 +1,4 @@
-"""One process of two: train, and where "stopped" is asked for, stop in the third epoch and go on. Run with LOCAL_RANK and
+"""One process of two: train; where "stopped" is asked for, stop in the third epoch and go on. Run with LOCAL_RANK and
 MASTER_PORT; arguments: the run's folder, and "whole" or "stopped"."""
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ struct Pixels {
   }
   static RKL_INLINE Vec upper_alone(Vec x) { return x; }
   static RKL_INLINE Vec add(Vec sum, Vec x, Vec weight) { return sum + x * weight; }
-  static float weight(float first, float) { return first; }
+  static RKL_INLINE Vec weight(Vec first, Vec) { return first; }
 };
 
 #ifdef RKL_BF16_ONLY
@@ -69,11 +69,9 @@ struct Pixels<bf16> {
   static RKL_INLINE Vec add(Vec sum, Vec x, Vec weight) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
   }
-  static float weight(float first, float second) {
-    const bf16 pair[2] = {first, second};
-    float word;
-    std::memcpy(&word, pair, sizeof(word));
-    return word;
+  // Both are bf16 numbers: their upper halves are all of them.
+  static RKL_INLINE Vec weight(Vec first, Vec second) {
+    return (Vec)((VecBits)first >> 16 | ((VecBits)second & 0xffff0000u));
   }
 };
 #endif

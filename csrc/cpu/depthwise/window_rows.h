@@ -25,21 +25,30 @@ int operands(int taps) {
 // Operand: the type that the pixels have when they meet the weights.
 template <class Operand, class T>
 std::vector<float> pack_weights(const T* filter, const Gather& gather, int kernel_h, int kernel_w, const Lanes& lanes) {
-  using P = Pixels<Operand>;
-  std::vector<float> out;
+  constexpr int kRows = Pixels<Operand>::kRows;
+  const auto operands_of = [](const Axis& down, const Axis& across) {
+    return operands<Operand>(down.taps()) * across.taps();
+  };
+  int64_t size = 0;
   for (const Axis& down : gather.vertical)
-    for (const Axis& across : gather.horizontal) {
-      const auto weight = [&](int64_t c, int a, int t) {
-        return c < 0 || a >= down.taps() ? 0.f : float(filter[(c * kernel_h + down.tap[a]) * kernel_w + across.tap[t]]);
-      };
-      for (int64_t v = 0; v < lanes.vectors(); ++v)
-        for (int u = 0; u < operands<Operand>(down.taps()); ++u)
-          for (int t = 0; t < across.taps(); ++t)
-            for (int lane = 0; lane < kLanes; ++lane) {
-              const int64_t c = lanes.channel(v, lane);
-              out.push_back(P::weight(weight(c, u * P::kRows, t), weight(c, u * P::kRows + 1, t)));
-            }
-    }
+    for (const Axis& across : gather.horizontal) size += operands_of(down, across);
+  std::vector<float> out(size * lanes.vectors() * kLanes), by_tap(kernel_h * kernel_w * kLanes);
+  for (int64_t v = 0; v < lanes.vectors(); ++v) {
+    as_lanes(filter, kernel_h * kernel_w, lanes, v, by_tap.data());
+    float* phase = out.data();
+    for (const Axis& down : gather.vertical)
+      for (const Axis& across : gather.horizontal) {
+        const auto weight = [&](int a, int t) {
+          return a < down.taps() ? read<Vec>(&by_tap[(down.tap[a] * kernel_w + across.tap[t]) * kLanes]) : Vec{};
+        };
+        const int64_t vector = operands_of(down, across) * kLanes;
+        float* to = phase + v * vector;
+        for (int a = 0; a < down.taps(); a += kRows)
+          for (int t = 0; t < across.taps(); ++t, to += kLanes)
+            store(to, Pixels<Operand>::weight(weight(a, t), weight(a + 1, t)));
+        phase += lanes.vectors() * vector;
+      }
+  }
   return out;
 }
 

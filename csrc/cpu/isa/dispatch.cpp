@@ -72,20 +72,20 @@ const Chosen& chosen() {
 
 const Kernels& kernels(Dtype dtype) { return dtype == Dtype::bf16 ? *chosen().bf16 : *chosen().any; }
 
-// Where these kernels took longer than oneDNN's on an AMD EPYC (Zen 4), fp32 and bf16, layers in a row: of its time in
-// NCHW 0.90 and 0.87 (5 x 5, 14 px), 0.80 and 0.83 (7 x 7, 8 px), 0.53 and 0.53 (4 px), since small planes are
-// transposed for windows that are mostly padding; in NHWC 0.81 and 0.72 (7 x 7, 4 px), and bf16 0.88 (5 x 5, 14 px).
+// Where these kernels take longer than oneDNN's on an AMD EPYC (Zen 4) by more than the way to it, 50 us: small NCHW
+// planes, which are transposed for windows that are mostly padding. Layers in a row, of oneDNN's rate in fp32 and bf16:
+// 7 x 7 at 8 px 0.78 and 0.92, at 4 px 0.58 and 0.60; 5 x 5 at 7 px 0.94 and 0.66.
 bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
 #if defined(__x86_64__)
   const bool measured = dtype == Dtype::f32    ? chosen().any == &avx512::kernels
                         : dtype == Dtype::bf16 ? chosen().bf16 == &with_bf16()
                                                : false;
-  const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
   if (!measured) return false;
   if (is_thin(g, dtype)) return true;
-  if (!plain || g.kernel_h != g.kernel_w) return false;
-  if (g.kernel_w == 7) return g.out_w <= (g.nhwc ? 4 : 8);
-  return g.kernel_w == 5 && g.out_w <= 16 && (!g.nhwc || dtype == Dtype::bf16);
+  const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+  const bool small = g.out_w <= 8 && g.batch * g.channels * g.out_h * g.out_w >= 1 << 19;
+  if (g.nhwc || !plain || !small || g.kernel_h != g.kernel_w) return false;
+  return g.kernel_w == 7 || (g.kernel_w == 5 && dtype == Dtype::bf16);
 #else
   return false;
 #endif

@@ -1,6 +1,6 @@
 // Channels, their filters and their filters' gradients as vectors.
 #pragma once
-#include "cpu/simd/vec.h"
+#include "cpu/simd/transpose.h"
 
 namespace rkl::cpu::RKL_ISA {
 
@@ -37,16 +37,25 @@ struct Finish {
   Activation act;
 };
 
-// Filters (C, taps) or a bias (C, 1) as (vector, tap, lane) in fp32.
+// Of filters (C, taps), or of a bias (C, 1), a vector of channels as (tap, lane) in fp32.
+template <class T>
+void as_lanes(const T* values, int taps, const Lanes& lanes, int64_t v, float* out) {
+  for (int first = 0; first < taps; first += kLanes) {
+    const int count = std::min(kLanes, taps - first);
+    Vec tile[kLanes] = {};
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (const int64_t c = lanes.channel(v, lane); c >= 0) tile[lane] = load_some(values + c * taps + first, count);
+    transpose(tile);
+    for (int i = 0; i < count; ++i) store(out + (first + i) * kLanes, tile[i]);
+  }
+}
+
+// All of them: (vector, tap, lane). Zeros where there are no values.
 template <class T>
 std::vector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
   std::vector<float> out(lanes.vectors() * taps * kLanes);
   for (int64_t v = 0; values && v < lanes.vectors(); ++v)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t c = lanes.channel(v, lane);
-      for (int tap = 0; c >= 0 && tap < taps; ++tap)
-        out[Lanes::at(v, tap, taps) + lane] = float(values[c * taps + tap]);
-    }
+    as_lanes(values, taps, lanes, v, out.data() + Lanes::at(v, 0, taps));
   return out;
 }
 
@@ -62,19 +71,16 @@ void reduce_sums(const std::vector<float>& sums, int64_t slices, int taps, const
         const float* from = sums.data() + slice * slice_size + v * size;
         for (int64_t i = 0; i < size; ++i) total[i] += from[i];
       }
-      for (int tap = 0; tap <= taps; ++tap) {
-        double* lane_total = total.data() + tap * kLanes;
-        // Where images share the vector, lane by lane of each channel.
-        for (int lane = int(lanes.channels); lanes.images() > 1 && lane < kLanes; ++lane)
-          if (lanes.counts(v, lane)) lane_total[lane % lanes.channels] += lane_total[lane];
-        for (int lane = 0; lane < std::min<int64_t>(kLanes, lanes.channels); ++lane) {
-          if (!lanes.counts(v, lane)) continue;
-          const int64_t c = lanes.channel(v, lane);
-          if (tap < taps && dweight)
-            dweight[c * taps + tap] = T(float(lane_total[lane]));
-          else if (tap == taps && dbias)
-            dbias[c] = T(float(lane_total[lane]));
-        }
+      // Where images share the vector, lane by lane of each channel.
+      for (int lane = int(lanes.channels); lanes.images() > 1 && lane < kLanes; ++lane)
+        for (int tap = 0; lanes.counts(v, lane) && tap <= taps; ++tap)
+          total[tap * kLanes + lane % lanes.channels] += total[tap * kLanes + lane];
+      for (int lane = 0; lane < std::min<int64_t>(kLanes, lanes.channels); ++lane) {
+        if (!lanes.counts(v, lane)) continue;
+        const int64_t c = lanes.channel(v, lane);
+        const double* sum = total.data() + lane;
+        for (int tap = 0; dweight && tap < taps; ++tap) dweight[c * taps + tap] = T(float(sum[tap * kLanes]));
+        if (dbias) dbias[c] = T(float(sum[taps * kLanes]));
       }
     }
   });
