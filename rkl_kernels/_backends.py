@@ -221,9 +221,12 @@ def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dty
     return next(fit, "reference")
 
 
-def is_served(x: Tensor) -> bool:
-    """Whether ``x`` is for the compiled kernels of its device, as it mostly is."""
-    return _forced.value == "auto" and x is not None and x.dtype in KERNEL_TYPES and x.device.type in _BUILT
+def is_served(x: Tensor, weight: Tensor) -> bool:
+    """Whether an image and its depthwise filter are for the compiled kernels of their device, as they mostly are."""
+    if x is None or weight is None or _forced.value != "auto":
+        return False
+    shape, built = x.shape, x.device.type in _BUILT
+    return built and x.dtype in KERNEL_TYPES and len(shape) == 4 and weight.dim() == 4 and weight.shape[0] == shape[1]
 
 
 def namespace_for(operator: str, x: Tensor, multiplied: bool = False) -> Any:

@@ -61,12 +61,12 @@ def depthwise_conv2d(
         tensors = x, weight, bias
         return handle_torch_function(depthwise_conv2d, tensors, *tensors, stride, padding, dilation)
     # The common case first: between two layers of a network Python is in no cache, and the rules below cost 40 us.
-    if is_plain(x, weight, bias) and is_served(x) and type(padding) is not str:
+    if is_plain(x, weight, bias) and is_served(x, weight) and type(padding) is not str:
         window = _checks.unchecked(stride, padding, dilation)
         try:
             return convolution(x, weight, bias, *window, False, (0, 0), x.shape[1])
-        except (RuntimeError, IndexError):
-            pass  # refused by C++'s own guard: the rules serve it otherwise, or explain
+        except RuntimeError:
+            pass  # refused by C++'s own guard: the rules explain
     x, weight, bias = autocast(x, weight, bias)
     checked = _checks.depthwise(x, weight, bias, stride, padding, dilation)
     operators = namespace_for("depthwise_conv2d", x, checked.multiplied)

@@ -75,12 +75,12 @@ def separable_conv2d(
     outside = activation not in INVERTIBLE and activation is not None and torch.is_grad_enabled()
     fused = 0 if outside else outer
     # The common case first, as in depthwise_conv2d.
-    if is_plain(*tensors) and is_served(x) and type(padding) is not str:
+    if is_plain(*tensors) and is_served(x, depthwise_weight) and type(padding) is not str:
         try:
             y = rkl.separable_conv2d.plain(*tensors, *_checks.unchecked(stride, padding, dilation), inner, fused)
             return reference.activate(y, activation) if outside else y
         except RuntimeError:
-            pass  # refused by C++'s own guard: the rules serve it otherwise, or explain
+            pass  # refused by C++'s own guard: the rules explain
     x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias = autocast(*tensors)
     weights = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
     window = _checks.separable(x, *weights, stride, padding, dilation)

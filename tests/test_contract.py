@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from exactness import TYPES, assert_rounded, layouts
 
 import rkl_kernels as rk
+from rkl_kernels import _checks
 
 WINDOWS = {
     "plain": {},
@@ -232,3 +233,19 @@ def test_caller_tensors_are_left_alone(backend):
     y.backward(grad)
     assert torch.equal(grad, kept)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+
+
+def test_a_plain_call_needs_no_rules(monkeypatch):
+    """C++ refuses what the rules would; were it to refuse a right call too, each call would be made twice."""
+
+    def fail(*_):
+        raise AssertionError("asked for rules")
+
+    monkeypatch.setattr(_checks, "depthwise", fail)
+    monkeypatch.setattr(_checks, "separable", fail)
+    x, w, p, b = torch.randn(2, 4, 6, 6), torch.randn(4, 1, 3, 3), torch.randn(5, 4, 1, 1), torch.randn(4)
+    for window in (1, 1, 1), ((2, 1), (1, 0), (1, 2)), ([1, 1], [0, 1], [1, 1]):
+        for grad in False, True:
+            image = x.clone().requires_grad_(grad)
+            assert rk.depthwise_conv2d(image, w, b, *window).requires_grad == grad
+            assert rk.separable_conv2d(image, w, p, b, None, *window, "silu", "gelu").requires_grad == grad
