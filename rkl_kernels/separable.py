@@ -72,7 +72,7 @@ def separable_conv2d(
     inner = _checks.activation("inner_activation", inner_activation)
     outer = _checks.activation("activation", activation)
     # Backward needs the pre-activation of silu and gelu: there the activation stands outside, and autograd keeps it.
-    outside = activation not in INVERTIBLE and activation is not None and torch.is_grad_enabled()
+    outside = activation is not None and activation not in INVERTIBLE and _wants_gradient(tensors)
     fused = 0 if outside else outer
     # The common case first, as in depthwise_conv2d.
     if is_plain(*tensors) and is_served(x, depthwise_weight) and type(padding) is not str:
@@ -92,3 +92,7 @@ def separable_conv2d(
     y = operators.separable_conv2d(batched, *weights, *settings, inner, fused)
     y = reference.activate(y, activation) if outside else y
     return y if x.dim() == 4 else y[0]
+
+
+def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

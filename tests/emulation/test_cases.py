@@ -25,6 +25,14 @@ def check_emulated(case: Case) -> None:
     check(case, rules, "cuda", lambda tensors, grad: case.run(rk, tensors, grad))
 
 
+def test_public_functions_are_served_by_the_emulated_kernels(operators: Operators) -> None:
+    x, w, p = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3), torch.randn(4, 8, 1, 1)
+    for call in (lambda: rk.trelu(x), lambda: rk.depthwise_conv2d(x, w), lambda: rk.separable_conv2d(x, w, p)):
+        before = operators.launches.total()
+        call()
+        assert operators.launches.total() > before
+
+
 @examples(0.04)
 @given(case=cases("trelu", empty=False))
 def test_trelu(operators: Operators, case: Case) -> None:
