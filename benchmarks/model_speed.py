@@ -2,11 +2,13 @@
 
     python -m benchmarks.model_speed [--only NAME] [--budget SECONDS] [--within SECONDS]
     python -m benchmarks.model_speed --again [--budget SECONDS]
+    python -m benchmarks.model_speed --missing [--budget SECONDS] [--within SECONDS]
 
 The models of docs/models.md, fp32, at the image size that each was published with. Ours and
 PyTorch's run interleaved, each in both layouts, of which the better one counts. Glibc keeps freed memory for both, as
 a training process has it. Rows are written as they come; what a run does not reach keeps the row that it had. A
-second run, `--again`, is for the rows below LOW: it takes longer, and what it finds stands.
+second run, `--again`, is for the rows below LOW: it takes longer, and what it finds stands. `--missing` is for models
+without a row.
 """
 
 from __future__ import annotations
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing; a step has 3 times that")
     parser.add_argument("--within", type=float, default=1200, help="seconds after which no other model is begun")
     parser.add_argument("--again", action="store_true", help=f"only models with a row below {LOW}, which is replaced")
+    parser.add_argument("--missing", action="store_true", help="only models without a row")
     parser.add_argument("--out", type=Path, help="a folder for the record; by default benchmarks/results")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -143,7 +146,8 @@ def main() -> None:
 
     save()
     for name, build in models(Path("docs/models.md")):
-        if options.only not in name or (options.again and not (name in speeds and speeds[name].is_low())):
+        low = name in speeds and speeds[name].is_low()
+        if options.only not in name or (options.again and not low) or (options.missing and name in speeds):
             continue
         if failed.get(name) == CRASHED and not options.only:
             continue
