@@ -15,7 +15,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from tools.installed import Outcome, core_tests, environment, only, unpack
+from tools.installed import NEEDED, Outcome, core_tests, environment, only, unpack
 
 OLDEST_TORCH = "torch==2.11.*"
 VERSIONS = "import platform, torch; print(platform.python_version(), torch.__version__)"
@@ -26,7 +26,7 @@ def corner(wheel: Path, tree: Path, python: str, torch: str) -> tuple[str, Outco
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         try:
-            interpreter = environment(folder / "venv", python, wheel, torch, "pytest")
+            interpreter = environment(folder / "venv", python, wheel, torch, *NEEDED)
         except RuntimeError as error:
             return f"not at hand: {' '.join(str(error).split())[:120]}", None
         versions = subprocess.run([interpreter, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout

@@ -32,7 +32,9 @@ CORE = [
     "test_tracing.py",
     "test_transforms.py",
 ]
-"""Every operator and layer on the CPU. They need the package, torch and pytest alone."""
+"""Every operator and layer on the CPU. They need the package, torch and what follows."""
+
+NEEDED = ("pytest", "hypothesis", "numpy")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def core_tests(interpreter: Path, tree: Path, folder: Path) -> Outcome:
     """Runs the core tests of a tree from a new folder that holds tests and nothing to import in the package's place."""
     shutil.copytree(tree / "tests", folder / "tests", ignore=shutil.ignore_patterns("emulation", "gpu", "triton"))
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command: list[str | Path] = [interpreter, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
+    command: list[str | Path] = [interpreter, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
     command += [f"tests/{name}" for name in CORE]
     done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["pytest said nothing"]

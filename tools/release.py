@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tools.installed import core_tests, environment, only, unpack
+from tools.installed import NEEDED, core_tests, environment, only, unpack
 
 BINARIES = {"rkl_kernels/_C.abi3.so", "rkl_kernels/_C_cuda.abi3.so"}
 PACKAGES = ("rkl/", "rkl_kernels/")
@@ -75,7 +75,7 @@ def main(dist: Path) -> int:
             [interpreter, "-m", "rkl_kernels"], cwd=folder, capture_output=True, text=True, check=False
         )
         print(report.stdout + report.stderr)
-        environment(folder / "tested", sys.executable, wheel, "pytest")
+        environment(folder / "tested", sys.executable, wheel, *NEEDED)
         outcome = core_tests(folder / "tested/bin/python", unpack(sdist, folder), folder / "run")
     print("\n".join([f"core tests on the installed wheel: {outcome.summary}", *outcome.failed]))
     return int(bool(faults or report.returncode or not outcome.green))
