@@ -32,9 +32,8 @@ def run_again(which: str, files: list[str], **environment: str) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout[-3000:]
-    assert re.search(r"^\d+ passed(, \d+ deselected)?(, \d+ warnings?)? in ", run.stdout, re.MULTILINE), run.stdout[
-        -300:
-    ]
+    count = re.search(r"^(=+ )?\d+ passed(, \d+ deselected)?(, \d+ warnings?)? in ", run.stdout, re.MULTILINE)
+    assert count, run.stdout[-300:]
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
