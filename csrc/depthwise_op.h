@@ -71,7 +71,8 @@ struct DepthwiseOps {
 
   // The two as PyTorch's extension point for a device's own convolutions (aten::convolution_overrideable and its
   // backward): that has a gradient in C++, which the Stable ABI cannot give to an operator of ours. A gradient in
-  // Python costs a call 25 us in a loop and 100 to 200 us in a network, where it finds no cache warm.
+  // Python costs a call 30 us in a loop and 100 to 200 us in a network, where it finds no cache warm
+  // (benchmarks/NOTES.md).
   static Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                             const Ints& stride, const Ints& padding, const Ints& dilation, bool transposed,
                             const Ints& /*output_padding*/, int64_t groups) {

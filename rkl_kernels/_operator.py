@@ -81,15 +81,16 @@ class Operator:
 
 class DepthwiseOperator(Operator):
     """The depthwise convolution of ``torch.ops.rkl``, whose kernels serve PyTorch's extension point for a device's own
-    convolutions too. That is differentiated in C++: a gradient in Python costs a call 25 us in a loop, and 100 to 200
-    us in a network, whose layers leave none of it in the cache (19 layers of ShuffleNetV2, two cores of an AMD EPYC).
+    convolutions too. That is differentiated in C++; what a gradient in Python costs in a network stands, with its
+    program, in benchmarks/NOTES.md.
     """
 
-    def plain(self, *args: Any) -> Any:
-        x, weight, bias, *window = args
-        if intercepted(x, weight, bias):  # they know our operators, and not that one
-            return super().plain(*args)
-        return convolution(x, weight, bias, *window, False, (0, 0), x.shape[1])
+    def __call__(self, *args: Any) -> Any:
+        # Modes and classes of tensors know our operators, and not that one.
+        return self.registered(*args) if intercepted(*args[:3]) else super().__call__(*args)
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any) -> Any:
+        return convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), x.shape[1])
 
 
 def _refuse_leaf(x: Tensor) -> None:

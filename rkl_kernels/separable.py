@@ -78,9 +78,10 @@ def separable_conv2d(
     if is_plain(*tensors) and is_served(x, depthwise_weight) and type(padding) is not str:
         try:
             y = rkl.separable_conv2d.plain(*tensors, *_checks.unchecked(stride, padding, dilation), inner, fused)
-            return reference.activate(y, activation) if outside else y
         except RuntimeError:
-            pass  # refused by C++'s own guard: the rules explain
+            pass
+        else:
+            return reference.activate(y, activation) if outside else y
     x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias = autocast(*tensors)
     weights = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
     window = _checks.separable(x, *weights, stride, padding, dilation)

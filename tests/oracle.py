@@ -322,7 +322,7 @@ def check(
         before = [None if t is None else t.detach().clone() for t in (*tensors, grad)]
         try:
             like = case.call(reference, [None if t is None else t.detach().double() for t in tensors])
-        except Exception as error:
+        except Exception as error:  # whatever the reference raises must be raised
             with pytest.raises(type(error)):
                 serve(tensors, grad)
             return
@@ -338,5 +338,5 @@ def check(
             assert_near(rules, result, near, "gradient" if i else "output")
         for t, was in zip((*tensors, grad), before, strict=True):
             assert t is None or torch.equal(t.detach().nan_to_num(), was.nan_to_num()), "an argument was written to"
-    except Exception as error:
+    except Exception as error:  # raised again, with what reproduces it
         raise AssertionError(f"{error}\nThese three lines do it:\n{case.program(backend)}") from error

@@ -125,7 +125,7 @@ def test_every_contestant_is_right_in_every_direction(operator: str, direction: 
 @pytest.mark.parametrize("name", runtimes.NAMES)
 @pytest.mark.parametrize("operator", ["trelu", "depthwise", "separable"])
 def test_the_runtimes_compute_the_same(name: str, operator: str) -> None:
-    pytest.importorskip(name)
+    pytest.importorskip(name, reason=f"{name}, a rival of the extra [bench], is not installed")
     activation = "trelu" if operator == "separable" else None
     case = replace(TINY, operator=operator, out_channels=5, stride=2, dilation=2, padding=2, activation=activation)
     assert error(runtimes.rival(name).prepare(case, "cpu")(), reference(case)) < 1e-5

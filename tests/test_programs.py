@@ -32,7 +32,7 @@ def assert_both(ours: Callable[[], Sequence[Any]], theirs: Callable[[], Sequence
     """The same results, or an error from both: a program may be one that PyTorch refuses. Whether it can go on."""
     try:
         wanted = theirs()
-    except Exception:
+    except Exception:  # any error of PyTorch's own, which must then be one of ours, too
         with pytest.raises(Exception):  # noqa: B017, PT011  whatever it is that PyTorch says
             ours()
         return False

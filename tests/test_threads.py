@@ -7,15 +7,17 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case, cases, examples
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import rkl_kernels as rk
+from rkl_kernels._checks import ArgumentError, ArgumentTypeError
 
 X = torch.randn(2, 3, 5, 5)
 THREADS = 8
@@ -50,8 +52,8 @@ def test_settings_are_undone_after_an_error():
 
 
 def results(case: Case) -> list[Tensor]:
-    """Of a case; none where its arguments do not fit."""
-    with rk.use_backend("cpu"), suppress(RuntimeError):
+    """Of a case; none where the rules refuse its arguments. An error of a kernel's is a failure."""
+    with rk.use_backend("cpu"), suppress(ArgumentError, ArgumentTypeError):
         return case.run(rk, *case.make())
     return []
 
@@ -66,9 +68,10 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
 @examples(0.1)
 @given(st.one_of(cases("depthwise"), cases("separable")))
 def test_same_bits_for_any_number_of_threads(case):
-    # Where a gradient is wanted the last gelu or silu is PyTorch's, whose 16-bit gelu rounds otherwise where a thread's
-    # share ends.
-    assume(not (any(case.wanted) and case.activations[1:] and case.activations[1] in ("silu", "gelu")))
+    # Where a gradient is wanted the last gelu is PyTorch's, which in 16 bits rounds otherwise where a thread's share
+    # ends: there, all that is before it.
+    if case.dtype != torch.float32 and any(case.wanted) and case.activations[1:] == ("gelu",):
+        case = replace(case, activations=(case.activations[0], None))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):

@@ -103,7 +103,7 @@ def test_feature_extraction():
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_quantization_prepares_a_model():
-    quantization = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    quantization = pytest.importorskip("torch.ao.quantization.quantize_fx", reason="this torch has no FX quantization")
     from torch.ao.quantization import get_default_qconfig_mapping
 
     net = nn.Sequential(rk.DepthwiseConv2d(3, 3), nn.Conv2d(3, 4, 1)).eval()

@@ -7,7 +7,7 @@ import torch
 
 import rkl_kernels as rk
 
-pytest.importorskip("hypothesis")  # make gpu takes the machine's own packages
+pytest.importorskip("hypothesis", reason="make gpu takes the machine's own packages; hypothesis is not among them")
 
 from cases import Case, cases, examples
 from hypothesis import given

@@ -6,7 +6,7 @@ from torch import nn
 
 import rkl_kernels as rk
 
-model = pytest.importorskip("rkl.network.model")
+model = pytest.importorskip("rkl.network.model", reason="extra [train] not installed")
 
 
 def test_gradients_of_a_whole_step():
