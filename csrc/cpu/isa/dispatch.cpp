@@ -72,9 +72,9 @@ const Chosen& chosen() {
 
 const Kernels& kernels(Dtype dtype) { return dtype == Dtype::bf16 ? *chosen().bf16 : *chosen().any; }
 
-// Where these kernels take longer than oneDNN's on an AMD EPYC (Zen 4) by more than the way to it, 50 us: small NCHW
-// planes, which are transposed for windows that are mostly padding. Layers in a row, of oneDNN's rate in fp32 and bf16:
-// 7 x 7 at 8 px 0.78 and 0.92, at 4 px 0.58 and 0.60; 5 x 5 at 7 px 0.94 and 0.66.
+// Where these kernels take longer than oneDNN's on an AMD EPYC (Zen 4): small NCHW planes, which are transposed for
+// windows that are mostly padding. Of oneDNN's rate in fp32 and bf16: 7 x 7 at 8 px 0.83 and 0.92, at 4 px 0.60 and
+// 0.66; 5 x 5 at 7 px 0.94 and 0.71. The way to it takes nearly all of that again (benchmarks/NOTES.md).
 bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
 #if defined(__x86_64__)
   const bool measured = dtype == Dtype::f32    ? chosen().any == &avx512::kernels
