@@ -86,8 +86,11 @@ class DepthwiseOperator(Operator):
     """
 
     def __call__(self, *args: Any) -> Any:
-        # Modes and classes of tensors know our operators, and not that one.
-        return self.registered(*args) if intercepted(*args[:3]) else super().__call__(*args)
+        # Modes and classes of tensors know our operators, and not that one. watched() first: a compiler that follows
+        # this line cannot trace intercepted().
+        if watched() or intercepted(*args[:3]):
+            return self.registered(*args)
+        return super().__call__(*args)
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any) -> Any:
         return convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), x.shape[1])
