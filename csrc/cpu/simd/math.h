@@ -1,4 +1,5 @@
-// The activations of activation.h on vectors: the same definitions, with tanh and exp as polynomials.
+// The activations of activation.h on vectors: the same definitions, with tanh, exp and the normal distribution as
+// polynomials.
 #pragma once
 #include "activation.h"
 #include "cpu/simd/vec.h"
@@ -55,11 +56,28 @@ inline Vec vtrelu(Vec x, T) {
 // Zero below -88, where vexp stops to grow: x * sigmoid(x) is to vanish for any x, and to be NaN at -inf as in PyTorch.
 inline Vec vsigmoid(Vec x) { return select(x < -88.f, Vec{}, 1.f / (1.f + vexp(-x))); }
 
-// The scalar formula a lane, where a vector one is not worth its lines (erf).
-template <class F>
-inline Vec each_lane(Vec x, F&& f) {
-  for (int i = 0; i < kLanes; ++i) x[i] = f(x[i]);
-  return x;
+// The normal distribution at x: its density, and what lies below x, the factor of gelu.
+struct Normal {
+  Vec density, below;
+};
+
+// Near zero 1/2 and an odd polynomial; elsewhere the tail as the density times a polynomial in (a - 2.5) / (a + 2.5),
+// fitted to 7e-8 of its value. So gelu keeps its digits where 1 + erf has none (x = -5: within 12 ulp, not 10^5), at a
+// tenth of the time of erff lane by lane. Zero below -13.2, where floats end.
+inline Normal normal(Vec x) {
+  const Vec a = smaller(larger(x, -x), broadcast(13.5f)), u = a * a, half = u * 0.5f;
+  const Vec e = select(half > 87.f, Vec{}, exp_in_range(-smaller(half, broadcast(87.f))));
+  const Vec odd =
+      ((((u * -7.65419372e-06f + 1.13486334e-04f) * u - 1.18632987e-03f) * u + 9.97332297e-03f) * u - 6.64903596e-02f) *
+          u +
+      3.98942292e-01f;
+  const Vec t = (a - 2.5f) / (a + 2.5f);
+  const Vec high = (((t * -1.56367794e-04f - 3.30667477e-04f) * t + 8.02090159e-04f) * t + 2.94222427e-03f) * t;
+  const Vec ratio =
+      ((((high - 5.11872256e-03f) * t - 2.45481320e-02f) * t + 1.13135248e-01f) * t - 2.28069797e-01f) * t +
+      1.41331345e-01f;
+  const Vec tail = e * ratio, far = select(x > 0.f, 1.f - tail, tail);
+  return {e * 0.39894228f, select(a < 1.f, x * odd + 0.5f, far)};
 }
 
 template <class T>
@@ -75,7 +93,7 @@ inline Vec activate(Activation a, Vec x, T) {
     case Activation::silu:
       return x * vsigmoid(x);
     case Activation::gelu:
-      return each_lane(x, [](float v) { return rkl::activate(Activation::gelu, v); });
+      return x * normal(x).below;
     default:
       return x;
   }
@@ -105,8 +123,10 @@ inline Vec derivative_from_input(Activation a, Vec x) {
       const Vec s = vsigmoid(x);
       return s * (1.f + x * (1.f - s));
     }
-    case Activation::gelu:
-      return each_lane(x, [](float v) { return rkl::derivative_from_input(Activation::gelu, v); });
+    case Activation::gelu: {
+      const Normal n = normal(x);
+      return n.below + x * n.density;
+    }
     default:
       return derivative_from_output(a, x);  // relu, relu6: the same thresholds hold before and after
   }
