@@ -27,9 +27,14 @@ MaybePlan plan_fast(Result result, const Conv2d& g, Dtype dtype, bool aligned, c
   return plan_registers(result, g, dtype, device);
 }
 
+// Nothing is launched for an empty batch or no channels, but questions about their plans are asked. The families divide
+// by what they have of both.
+bool is_empty(const Conv2d& g) { return !g.batch || !g.channels; }
+
 }  // namespace
 
 MaybePlan plan_result(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
+  if (is_empty(g)) return result == Result::both_grads ? MaybePlan() : Plan{Family::general};
   return remembered(plan_key(g, dtype, aligned, device, int64_t(result)), [&]() -> MaybePlan {
     const MaybePlan plan = plan_fast(result, g, dtype, aligned, device);
     if (plan || result == Result::both_grads) return plan;

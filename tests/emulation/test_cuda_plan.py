@@ -19,18 +19,19 @@ DEVICES = {
 }
 
 
-def geometry(gpu: Gpu, shape: Shape, nhwc: bool) -> Any:
+def geometry(gpu: Gpu, shape: Shape, nhwc: bool, **changes: int) -> Any:
     case = shape.case("depthwise", device="cuda")
     out_h, out_w = (
         (i + 2 * case.padding - case.dilation * (k - 1) - 1) // case.stride + 1
         for i, k in ((case.height, case.kernel), (case.width, case.filter_width))
     )
     pairs = {name: getattr(case, name) for name in ("stride", "padding", "dilation")}
-    return gpu.kernels.Conv2d(
+    numbers = dict(
         batch=case.batch, channels=case.channels, in_h=case.height, in_w=case.width, out_h=out_h, out_w=out_w,
         kernel_h=case.kernel, kernel_w=case.filter_width, nhwc=nhwc,
         **{f"{name}_{axis}": value for name, value in pairs.items() for axis in "hw"},
     )  # fmt: skip
+    return gpu.kernels.Conv2d(**numbers | changes)
 
 
 def plans(gpu: Gpu, shape: Shape, dtype: str, nhwc: bool, device: str) -> dict[str, Any]:
@@ -68,6 +69,19 @@ def test_families_and_shared_memory(gpu: Gpu, dtype: str, nhwc: bool, device: st
             # Where a block may have less, more may be left to the families that take less.
             fallback = set() if device == "H200" else {"registers", "general"}
             assert plan.family.name in expected_families(shape, dtype, nhwc) | fallback, told
+
+
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_an_empty_convolution_has_a_plan_too(gpu: Gpu, dtype: str, nhwc: bool) -> None:
+    # Whoever asks how a call would be run asks for an empty batch as well; a family's cut would divide by its images.
+    kernels, device = gpu.kernels, gpu.kernels.Device(*DEVICES["H200"])
+    for shape in SHAPES:
+        for empty in ("batch", "channels"):
+            g = geometry(gpu, shape, nhwc, **{empty: 0})
+            for result in (kernels.Result.output, kernels.Result.data_grad, kernels.Result.filter_grad):
+                assert kernels.plan_result(result, g, getattr(kernels.Dtype, dtype), True, device).blocks == 0
+            assert kernels.plan_result(kernels.Result.both_grads, g, kernels.Dtype.bf16, True, device) is None
 
 
 def test_no_shape_in_16_bits_nhwc_is_left_to_the_general_kernel(gpu: Gpu) -> None:
