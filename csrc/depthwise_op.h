@@ -8,14 +8,21 @@
 
 namespace rkl {
 
+inline Activation activation_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= int64_t(Activation::gelu), "activation must be a number from 0 to ",
+                  int64_t(Activation::gelu), ", got ", number);
+  return Activation(number);
+}
+
 // Kernels: struct with
 //   static forward(Conv2d, x, weight, bias or null, activation, y, dtype, like) and
 //   static backward(Conv2d, grad, x, weight, dx or null, dweight or null, dbias or null, dtype, like)
 // over dense memory; `like` is a tensor on the device; and
+//   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like), over dense rows
 //   static left_to_pytorch(Conv2d, dtype) -> bool
 //   static transposes(Conv2d, dtype, of_filter) -> bool
 //   static dense(x, nhwc), in_format(x, nhwc), as tensor_args.h has them
-// where the first says whether PyTorch's own convolution makes the output sooner, and the second whether NCHW images
+// where the second says whether PyTorch's own convolution makes the output sooner, and the third whether NCHW images
 // are computed as NHWC ones, for the output or the image's gradient alone, or for the filter's gradient too.
 template <class Kernels>
 struct DepthwiseOps {
@@ -24,21 +31,31 @@ struct DepthwiseOps {
 
   static Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
                         const Ints& padding, const Ints& dilation) {
+    return activated(x, weight, bias, stride, padding, dilation, 0);
+  }
+
+  // With an activation behind it, for inference: it has no gradient.
+  static Tensor activated(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+                          const Ints& padding, const Ints& dilation, int64_t activation) {
+    const Activation act = activation_of(activation);
     const Dtype dtype = dtype_of(x, "x");
     Conv2d g = conv2d(x, weight, stride, padding, dilation);
     const bool nhwc = g.nhwc;
     check_bias(bias, x, g.channels);
     if (Kernels::left_to_pytorch(g, dtype)) {
       const Ints none{0, 0};
-      return Kernels::in_format(
+      const Tensor y = Kernels::in_format(
           aten("aten::convolution", "", x, weight, bias, stride, padding, dilation, false, none, g.channels), nhwc);
+      if (act != Activation::none && y.numel())
+        Kernels::epilogue(y.const_data_ptr(), nullptr, act, y.mutable_data_ptr(), y.numel(), 1, dtype, x);
+      return y;
     }
     g.nhwc = nhwc || Kernels::transposes(g, dtype, false);
     Tensor y = empty_image(x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
     if (!y.numel()) return Kernels::in_format(y, nhwc);
     const Tensor x_in = Kernels::dense(x, g.nhwc), weight_in = as_contiguous(weight);
     const std::optional<Tensor> bias_in = contiguous(bias);
-    Kernels::forward(g, x_in.const_data_ptr(), weight_in.const_data_ptr(), data_or_null(bias_in), Activation::none,
+    Kernels::forward(g, x_in.const_data_ptr(), weight_in.const_data_ptr(), data_or_null(bias_in), act,
                      y.mutable_data_ptr(), dtype, x);
     return Kernels::in_format(y, nhwc);
   }

@@ -108,8 +108,7 @@ std::vector<int64_t> separable_plan(const Tensor& x, const Tensor& depthwise, in
   const Dtype dtype = dtype_of(x, "x");
   Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
   g.nhwc = SeparableOps<CpuConv>::computes_in_nhwc(g, x, dtype);
-  const cpu::SeparablePlan plan =
-      cpu::plan_separable(g, outputs, SeparableOps<CpuConv>::activation_of(inner_activation), dtype);
+  const cpu::SeparablePlan plan = cpu::plan_separable(g, outputs, activation_of(inner_activation), dtype);
   return {g.nhwc, int64_t(plan.forward), int64_t(plan.backward), int64_t(plan.filter_gradient)};
 }
 
@@ -139,6 +138,7 @@ STABLE_TORCH_LIBRARY_IMPL(rkl, CPU, m) {
   using Depthwise = rkl::DepthwiseOps<rkl::CpuConv>;
   m.impl("depthwise_conv2d", RKL_BOX(Depthwise::forward));
   m.impl("depthwise_conv2d_backward", RKL_BOX(Depthwise::backward));
+  m.impl("depthwise_conv2d_activated", RKL_BOX(Depthwise::activated));
   using Separable = rkl::SeparableOps<rkl::CpuConv>;
   m.impl("separable_conv2d", RKL_BOX(Separable::forward));
   m.impl("separable_conv2d_backward", RKL_BOX(Separable::backward));

@@ -77,12 +77,6 @@ struct SeparableOps {
   using Maybe = std::optional<Tensor>;
   using Call = SeparableCall;
 
-  static Activation activation_of(int64_t number) {
-    STD_TORCH_CHECK(number >= 0 && number <= int64_t(Activation::gelu), "activation must be a number from 0 to ",
-                    int64_t(Activation::gelu), ", got ", number);
-    return Activation(number);
-  }
-
   static void check_pointwise(const Tensor& pointwise, const Tensor& x) {
     STD_TORCH_CHECK(
         pointwise.dim() == 4 && pointwise.size(1) == x.size(1) && pointwise.size(2) == 1 && pointwise.size(3) == 1,

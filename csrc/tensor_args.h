@@ -89,7 +89,8 @@ inline Tensor empty_image(const Tensor& like, int64_t n, int64_t c, int64_t h, i
 
 // Dense, in the order of x's dimensions, whatever gaps x has.
 inline Tensor new_like(const Tensor& x) {
-  if (x.is_contiguous()) return empty_strided(x, x.dim(), x.sizes().data(), x.strides().data());
+  if (x.is_contiguous() || (x.dim() == 4 && is_dense(x, true)))
+    return empty_strided(x, x.dim(), x.sizes().data(), x.strides().data());
   return torch::stable::empty_like(x);
 }
 

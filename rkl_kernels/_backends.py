@@ -223,10 +223,15 @@ def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dty
 
 def is_served(x: Tensor, weight: Tensor) -> bool:
     """Whether an image and its depthwise filter are for the compiled kernels of their device, as they mostly are."""
-    if x is None or weight is None or _forced.value != "auto":
+    if x is None or weight is None:
         return False
-    shape, built = x.shape, x.device.type in _BUILT
-    return built and x.dtype in KERNEL_TYPES and len(shape) == 4 and weight.dim() == 4 and weight.shape[0] == shape[1]
+    shape = x.shape
+    return is_built(x) and len(shape) == 4 and weight.dim() == 4 and weight.shape[0] == shape[1]
+
+
+def is_built(x: Tensor) -> bool:
+    """Whether the compiled kernels of an image's device, which serve its type, may be called for it."""
+    return _forced.value == "auto" and x.device.type in _BUILT and x.dtype in KERNEL_TYPES
 
 
 def namespace_for(operator: str, x: Tensor, multiplied: bool = False) -> Any:

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import _checks, reference
-from ._backends import namespace_for
-from ._surroundings import watched
+from ._backends import is_built, namespace_for
+from ._surroundings import is_plain, watched
+from .ops import rkl
 
 
 def trelu(x: Tensor, inplace: bool = False) -> Tensor:
@@ -38,6 +39,11 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
     """
     if has_torch_function_unary(x):
         return handle_torch_function(trelu, (x,), x, inplace)
+    if not inplace and type(x) is Tensor and is_plain(x) and is_built(x):  # the common case, without the rules below
+        try:
+            return rkl.trelu.plain(x)
+        except RuntimeError:
+            pass  # out of memory, say: made again below, where the error gets its words
     _checks.floating("x", x)
     operators = namespace_for("trelu", x)
     if operators is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._checks import Activation
 from ._convert import is_depthwise
+from .folded import ActivatedConv2d, ActivatedDepthwiseConv2d
 from .layers import DepthwiseConv2d, SeparableConv2d, TReLU, is_altered, is_pointwise
 
 # By name, so that neither library is imported to ask.
@@ -41,6 +42,7 @@ _ACTIVATIONS: dict[type[nn.Module], Activation] = {
 
 
 C = TypeVar("C", bound=nn.Conv2d)
+A = TypeVar("A", ActivatedConv2d, ActivatedDepthwiseConv2d)
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,13 @@ def fuse(modules: Sequence[nn.Module]) -> Fused | None:
         return None
     reader = _Reader(modules[1:])
     of_depthwise = reader.affine()
-    before_pointwise = reader.at
     inner = reader.activation()
     pointwise = reader.pointwise()
-    if pointwise is None:
-        reader.at = before_pointwise
-        layer: nn.Module | None = _depthwise(first, of_depthwise) if of_depthwise else None
+    layer: nn.Module | None = None
+    if pointwise is None and inner:
+        layer = _activated(ActivatedDepthwiseConv2d, _depthwise(first, of_depthwise), inner)
+    elif pointwise is None:
+        layer = _depthwise(first, of_depthwise) if of_depthwise else None
     else:
         of_pointwise = reader.affine()
         layer = _separable(first, of_depthwise, inner, pointwise, of_pointwise, reader.activation())
@@ -101,9 +104,10 @@ def fuse(modules: Sequence[nn.Module]) -> Fused | None:
 
 
 def fold_norm(modules: Sequence[nn.Module]) -> Fused | None:
-    """A plain convolution that does what the first of these modules and the norm after it do; None where there is none.
+    """A convolution that does what the first of these modules, the norm after it and the activation after that do; None
+    where there is no norm.
 
-    It saves the norm's pass over memory.
+    It saves the norm's pass over memory, and on a GPU that of the bias or the activation.
 
     Args:
         modules: in the order of their calls, in inference mode, each the only reader of the one before.
@@ -115,7 +119,8 @@ def fold_norm(modules: Sequence[nn.Module]) -> Fused | None:
     affine = reader.affine()
     if affine is None:
         return None
-    return _fused(_with(copy.deepcopy(first), *_folded(first, affine)), reader)
+    layer = _with(copy.deepcopy(first), *_folded(first, affine))
+    return _fused(_activated(ActivatedConv2d, layer, reader.activation()), reader)
 
 
 def _fused(layer: nn.Module | None, reader: _Reader) -> Fused | None:
@@ -233,6 +238,14 @@ def _with(layer: C, weight: Tensor, bias: Tensor | None) -> C:
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer.eval()
+
+
+def _activated(kind: type[A], layer: nn.Conv2d, activation: Activation | None) -> A:
+    """The layer as one of a kind that activates too, which has nothing of its own but that."""
+    layer.__class__ = kind
+    activated: Any = layer
+    activated.activation = activation
+    return activated
 
 
 def _class_name(module: nn.Module) -> str:

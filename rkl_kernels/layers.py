@@ -98,7 +98,7 @@ class DepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        image, padding = _padded(x, self)
+        image, padding = padded(x, self)
         return depthwise_conv2d(image, self.weight, self.bias, self.stride, padding, self.dilation)
 
 
@@ -168,7 +168,7 @@ class SeparableConv2d(nn.Module):
         if not (_has_one_filter(depthwise) and is_pointwise(pointwise)):
             depthwise_out = _activate(depthwise(x), self.inner_activation)
             return _activate(pointwise(depthwise_out), self.activation)
-        image, padding = _padded(x, depthwise)
+        image, padding = padded(x, depthwise)
         return separable_conv2d(
             image,
             depthwise.weight,
@@ -214,7 +214,7 @@ def _activate(x: Tensor, name: Activation | None) -> Tensor:
     return trelu(x) if name == "trelu" else reference.activate(x, name)
 
 
-def _padded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Any]:
+def padded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Any]:
     """The image with the padding that is not zeros, and the zeros that are left for the kernel to pad with."""
     if conv.padding_mode == "zeros":
         return x, conv.padding

@@ -53,6 +53,13 @@ SCHEMAS = {
     ),
 }
 
+INFERENCE_SCHEMAS = {
+    "depthwise_conv2d_activated": f"(Tensor x, Tensor weight, Tensor? bias, {_WINDOW}, int activation) -> Tensor",
+    "conv2d_activated": (f"(Tensor x, Tensor weight, Tensor? bias, {_WINDOW}, int groups, int activation) -> Tensor"),
+}
+"""What the layers of folded.py call where no gradient is wanted and nothing looks on: steps without a gradient, and of
+the compiled backends alone. The first is for the CPU and a GPU, the second for a GPU."""
+
 _libraries: list[torch.library.Library] = []
 
 
@@ -186,5 +193,12 @@ def _register_in_place(library: torch.library.Library, operator: Operator) -> No
     library.impl(name, differentiate, "Autograd", with_keyset=True)
 
 
+def _define_for_inference(ops: SimpleNamespace) -> None:
+    for name, schema in INFERENCE_SCHEMAS.items():
+        _libraries[0].define(name + schema)
+        setattr(ops, name, Operator(getattr(torch.ops.rkl, name).default))
+
+
 rkl = define("rkl")
+_define_for_inference(rkl)
 rkl_triton = define("rkl_triton")

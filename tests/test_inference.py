@@ -89,6 +89,25 @@ def test_norms_after_other_convolutions_are_folded(norm, settings):
     assert_same(fused, plain)
 
 
+@pytest.mark.parametrize("inner", [nn.ReLU(inplace=True), nn.ReLU6(), nn.SiLU(), nn.GELU(), rk.TReLU()])
+@pytest.mark.parametrize("settings", [{}, {"bias": True, "stride": 2, "padding_mode": "reflect"}, {"padding": "same"}])
+def test_a_lone_depthwise_layer_activates(inner, settings):
+    plain = nn.Sequential(*chain(inner, **settings)[:3], nn.AvgPool2d(2)).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert fused.fusion_report.fused == [("0", "1", "2")]
+    assert_same(fused, plain)
+    assert_same(fused, plain, X.contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("inner", [nn.ReLU(inplace=True), nn.SiLU(), nn.GELU(), rk.TReLU()])
+def test_a_dense_layer_activates(inner):
+    torch.manual_seed(0)
+    plain = fill(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), inner, *chain())).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert fused.fusion_report.folded == [("0", "1", "2")]
+    assert_same(fused, plain)
+
+
 class ReadTwice(nn.Module):
     """A convolution of which the norm is not the only reader."""
 
@@ -288,7 +307,7 @@ def test_a_shared_pointwise_layer():
 
 MODELS = {
     "torchvision mobilenet_v2": (17, 85),
-    "torchvision mobilenet_v3_small": (11, 28),
+    "torchvision mobilenet_v3_small": (11, 29),
     "torchvision shufflenet_v2_x0_5": (19, 95),
     "torchvision convnext_tiny": (0, 0),
     "timm mobilenetv2_100": (17, 102),

@@ -46,21 +46,33 @@ __device__ inline void store(T* to, const float (&v)[width]) {
     *reinterpret_cast<uint4*>(to) = pack<T>(v);
 }
 
+// Vectors of a thread. All are asked for before the first is used: with one a thread, a pass took 64 us where a copy
+// takes 44 (728 channels, 32 x 19^2 px, bf16, H100).
+constexpr int kEach = 4;
+
+// step: how many channels a thread's next vector lies after the one before, modulo the channels.
 template <class T, int width>
-__global__ void __launch_bounds__(kThreads)
-    bias_and_activation(const T* z, const T* bias, Activation act, T* out, unsigned n, unsigned channels) {
-  const unsigned at = (blockIdx.x * kThreads + threadIdx.x) * width;
-  if (at >= n) return;
-  float v[width];
-  load(z + at, v);
-  if (bias) {
-    float b[width];
-    load(bias + at % channels, b);
+__global__ void __launch_bounds__(kThreads) bias_and_activation(const T* z, const T* bias, Activation act, T* out,
+                                                                unsigned n, unsigned channels, unsigned step) {
+  const unsigned first = (blockIdx.x * kThreads * kEach + threadIdx.x) * width;
+  float v[kEach][width] = {};
 #pragma unroll
-    for (int i = 0; i < width; ++i) v[i] += b[i];
+  for (int i = 0; i < kEach; ++i)
+    if (const unsigned at = first + i * kThreads * width; at < n) load(z + at, v[i]);
+  unsigned channel = bias ? first % channels : 0;
+#pragma unroll
+  for (int i = 0; i < kEach && bias; ++i) {
+    float b[width];
+    load(bias + channel, b);
+#pragma unroll
+    for (int e = 0; e < width; ++e) v[i][e] += b[e];
+    channel += step;
+    if (channel >= channels) channel -= channels;
   }
-  activate_all<T>(act, v);
-  store(out + at, v);
+  activate_all<T>(act, reinterpret_cast<float (&)[kEach * width]>(v));
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    if (const unsigned at = first + i * kThreads * width; at < n) store(out + at, v[i]);
 }
 
 // The same of NCHW images, whose bias is one number a plane.
@@ -144,9 +156,10 @@ void epilogue(const void* z, const void* bias, Activation act, void* out, int64_
     by_width<T>(channels, z, bias, out, [&](auto size) {
       constexpr int width = decltype(size)::value;
       by_pieces(rows, channels, [&](int64_t first, unsigned n) {
-        bias_and_activation<T, width><<<dim3(blocks_for(n / width)), dim3(kThreads), 0, stream>>>(
+        const unsigned step = unsigned(kThreads * width % channels);
+        bias_and_activation<T, width><<<dim3(blocks_for(ceil_div(n / width, kEach))), dim3(kThreads), 0, stream>>>(
             static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first, n,
-            unsigned(channels));
+            unsigned(channels), step);
       });
     });
   });

@@ -8,6 +8,7 @@
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/pointwise.h"
 #include "depthwise_op.h"
 #include "module.h"
 #include "separable_op.h"
@@ -71,6 +72,10 @@ struct CudaConv {
     const OnDeviceOf device(like);
     cuda::depthwise(g, x, weight, bias, act, y, dtype, device.stream);
   }
+  static void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
+                       Dtype dtype, const Tensor& like) {
+    cuda::epilogue(z, bias, act, out, rows, channels, dtype, OnDeviceOf(like).stream);
+  }
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor& like) {
     const OnDeviceOf device(like);
@@ -80,13 +85,28 @@ struct CudaConv {
   }
 };
 
+bool aligned_16(std::initializer_list<const void*> pointers) {
+  return std::all_of(pointers.begin(), pointers.end(), [](auto p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+}
+
+// out = act(image * filter + bias) over NHWC images in one kernel; nothing where it does not serve. filter: (C', C).
+std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias,
+                                       Activation act, Dtype dtype) {
+  const OnDeviceOf device(image);
+  const int64_t n = image.size(0), c = image.size(1), h = image.size(2), w = image.size(3), outputs = filter.size(0);
+  const Tensor filter_in = as_contiguous(filter);
+  const void *from = image.const_data_ptr(), *by = filter_in.const_data_ptr();
+  const cuda::Device& facts = cuda::current_device();
+  if (!cuda::serves_pointwise(c, outputs, act, dtype, aligned_16({from, by}), facts)) return std::nullopt;
+  Tensor out = empty_image(image, n, outputs, h, w, true);
+  cuda::pointwise(from, by, data_or_null(bias), act, out.mutable_data_ptr(), n * h * w, c, outputs, dtype, facts,
+                  device.stream);
+  return out;
+}
+
 // And those around a library's matrix product; one kernel for all of it where the plan says so.
 struct CudaSeparable : CudaConv {
   static bool takes_planes(const Conv2d& g, Dtype dtype) { return cuda::takes_planes(g, dtype); }
-  static void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
-                       Dtype dtype, const Tensor& like) {
-    cuda::epilogue(z, bias, act, out, rows, channels, dtype, OnDeviceOf(like).stream);
-  }
   static void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out,
                                   int64_t rows, int64_t channels, Dtype dtype, const Tensor& like) {
     cuda::activation_backward(grad, values, act, from_output, out, rows * channels, dtype, OnDeviceOf(like).stream);
@@ -108,6 +128,8 @@ struct CudaSeparable : CudaConv {
   }
   static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,
                           const std::optional<Tensor>& bias, Activation act) {
+    if (call.g.nhwc && (bias || act != Activation::none))
+      if (std::optional<Tensor> y = pointwise_in_one(image, filter, bias, act, call.dtype)) return *y;
     if (call.g.nhwc && by_cudnn(call, image, filter)) return pointwise_by_cudnn(call, image, filter, bias, act);
     if (call.g.nhwc) return pointwise_by_matrix<CudaSeparable>(call, image, filter, bias, act);
     // filter (C', C) times each image's (C, pixels), as a batch of products that share the filter: nothing is
@@ -156,9 +178,8 @@ struct CudaSeparable : CudaConv {
     if (!g.nhwc) return std::nullopt;
     const OnDeviceOf device(call.x);
     const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
-    const bool aligned = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(pointwise)) % 16 == 0;
-    const cuda::MaybePlan plan =
-        cuda::plan_separable(g, call.c_out, call.inner_act, call.act, call.dtype, aligned, cuda::current_device());
+    const cuda::MaybePlan plan = cuda::plan_separable(g, call.c_out, call.inner_act, call.act, call.dtype,
+                                                      aligned_16({x, pointwise}), cuda::current_device());
     if (!plan) return std::nullopt;
     Tensor y = empty_image(call.x, g.batch, call.c_out, g.out_h, g.out_w, true);
     cuda::fused_separable(*plan, g, call.c_out, x, call.depthwise.const_data_ptr(), pointwise,
@@ -173,6 +194,44 @@ struct CudaSeparable : CudaConv {
     return false;
   }
 };
+
+// x = act(x + bias) in one pass over an image that is dense in either format.
+void bias_and_activation(const Tensor& x, const std::optional<Tensor>& bias, Activation act, Dtype dtype) {
+  const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
+  const OnDeviceOf device(x);
+  void* const memory = x.mutable_data_ptr();
+  if (is_dense(x, true))
+    cuda::epilogue(memory, data_or_null(bias), act, memory, n * pixels, c, dtype, device.stream);
+  else
+    cuda::plane_epilogue(memory, data_or_null(bias), act, memory, n, c, pixels, dtype, device.stream);
+}
+
+// Any convolution of PyTorch's with an activation behind it, for inference: it has no gradient. PyTorch adds a
+// convolution's bias in a pass of its own here.
+Tensor conv2d_activated(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                        const std::vector<int64_t>& dilation, int64_t groups, int64_t activation) {
+  const Dtype dtype = dtype_of(x, "x");
+  const Activation act = activation_of(activation);
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "x and weight must have 4 dimensions");
+  check_same(x, weight, "x and weight");
+  check_bias(bias, x, weight.size(0));
+  const std::optional<Tensor> bias_in = contiguous(bias);
+  const auto all = [](const std::vector<int64_t>& numbers, int64_t value) {
+    return std::all_of(numbers.begin(), numbers.end(), [=](int64_t n) { return n == value; });
+  };
+  const bool pointwise = weight.size(2) == 1 && weight.size(3) == 1 && groups == 1 && all(stride, 1) && all(padding, 0);
+  if (pointwise && weight.size(1) == x.size(1) && is_dense(x, true)) {
+    const Tensor filter = torch::stable::reshape(weight, std::vector<int64_t>{weight.size(0), weight.size(1)});
+    if (std::optional<Tensor> y = pointwise_in_one(x, filter, bias_in, act, dtype)) return *y;
+  }
+  Tensor y = aten("aten::convolution", "", x, weight, std::optional<Tensor>(), stride, padding, dilation, false,
+                  std::vector<int64_t>{0, 0}, groups);
+  if (!y.numel() || (!bias && act == Activation::none)) return y;
+  if (!is_dense(y, true)) y = dense(y, false);
+  bias_and_activation(y, bias_in, act, dtype);
+  return y;
+}
 
 // The numbers of a Conv2d, in its order.
 Conv2d conv2d_of(const std::vector<int64_t>& geometry, bool nhwc) {
@@ -241,6 +300,8 @@ STABLE_TORCH_LIBRARY_IMPL(rkl, CUDA, m) {
   using Depthwise = rkl::DepthwiseOps<rkl::CudaConv>;
   m.impl("depthwise_conv2d", RKL_BOX(Depthwise::forward));
   m.impl("depthwise_conv2d_backward", RKL_BOX(Depthwise::backward));
+  m.impl("depthwise_conv2d_activated", RKL_BOX(Depthwise::activated));
+  m.impl("conv2d_activated", RKL_BOX(rkl::conv2d_activated));
   using Separable = rkl::SeparableOps<rkl::CudaSeparable>;
   m.impl("separable_conv2d", RKL_BOX(Separable::forward));
   m.impl("separable_conv2d_backward", RKL_BOX(Separable::backward));

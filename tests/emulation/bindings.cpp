@@ -5,6 +5,7 @@
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/pointwise.h"
 #include "emulator.h"
 #include "seeded_bugs.h"
 #include "warp_functions.h"
@@ -126,6 +127,8 @@ void bind_kernels(py::module_& m) {
   define(m, "column_sums", cuda::column_sums);
   define(m, "plan_separable", cuda::plan_separable);
   define(m, "fused_separable", cuda::fused_separable);
+  define(m, "serves_pointwise", cuda::serves_pointwise);
+  define(m, "pointwise", cuda::pointwise);
 
   define(m, "depthwise", cuda::depthwise);
   define(m, "plan_depthwise_backward", cuda::plan_depthwise_backward);

@@ -104,6 +104,48 @@ def test_trelu(backend, device, dtype, shape):
     check(lambda library, x: library.trelu(x), (shape,), device, *DTYPES[dtype], backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU6, nn.SiLU, nn.GELU, rk.TReLU])
+def test_small_models_fused_for_inference(monkeypatch, device, dtype, layout, activation):
+    """A pointwise convolution, a lone depthwise one and one of 3 x 3, each with its norm and its activation."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    kinds = nn.Conv2d(16, 48, 1), nn.Conv2d(48, 48, 5, padding=2, groups=48), nn.Conv2d(48, 24, 3, 2, bias=False)
+    layers = [(conv, nn.BatchNorm2d(conv.out_channels), activation()) for conv in kinds]
+    exact = nn.Sequential(*(module for three in layers for module in three)).double().eval()
+    kind, tolerance = DTYPES[dtype]
+    image = torch.randn(3, 16, 13, 11).to(kind)
+    if layout == "nhwc":
+        image = image.contiguous(memory_format=torch.channels_last)
+    for conv, norm, _ in layers:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        conv.weight.data = conv.weight.data.to(kind).double()
+    want = exact(image.double())
+    fused = rk.fuse_for_inference(exact.to(kind)).to(device)
+    got = fused(image.to(device))
+    image.requires_grad_()
+    with_gradient = fused(image.to(device))
+    assert with_gradient.requires_grad
+    for y in (got, with_gradient):
+        assert (y.cpu().double() - want).abs().max() <= 2 * tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_small_batches_of_none(backend, device, layout):
+    """Empty images and gradients, whose plans are asked all the same."""
+    for dtype in (torch.float16, torch.float32):
+        x = torch.zeros(0, 96, 33, 17, dtype=dtype, device=device)
+        x = x.contiguous(memory_format=torch.channels_last) if layout == "nhwc" else x
+        weight = torch.randn(96, 1, 3, 3, dtype=dtype, device=device).requires_grad_()
+        with rk.use_backend(backend):
+            y = rk.depthwise_conv2d(x.requires_grad_(), weight, None, 1, (4, 3), 2)
+            dx, dweight = torch.autograd.grad(y, [x, weight], torch.zeros_like(y))
+        assert (y.shape, dx.shape) == ((0, 96, 37, 19), x.shape)
+        assert not dweight.any()
+
+
 def test_small_shapes_for_the_sanitizer(backend, device):
     shapes = (1, 10, 5, 7), (10, 1, 3, 3), (10,)
     check(depthwise(3), shapes, device, torch.bfloat16, 2e-2, backend)
