@@ -208,8 +208,9 @@ def serving(operators: Operators) -> Iterator[None]:
         for module in ("_trelu", "depthwise", "separable"):
             patched = mock.patch.object(sys.modules[f"rkl_kernels.{module}"], "namespace_for", namespace_for)
             patches.enter_context(patched)
-        for module in ("depthwise", "separable"):  # whose shorter way leads to the CPU's kernels
-            patched = mock.patch.object(sys.modules[f"rkl_kernels.{module}"], "is_served", return_value=False)
+        shorter = {"_trelu": "is_built", "depthwise": "is_served", "separable": "is_served"}  # to the CPU
+        for module, question in shorter.items():
+            patched = mock.patch.object(sys.modules[f"rkl_kernels.{module}"], question, return_value=False)
             patches.enter_context(patched)
         yield
     library._destroy()
