@@ -54,11 +54,6 @@ void launch(Result result, const FilterGrad& a, const Plan& plan, Dtype dtype, c
   }
 }
 
-template <class... P>
-bool aligned_16(P*... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
-}
-
 }  // namespace
 
 void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,

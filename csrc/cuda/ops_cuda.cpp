@@ -85,10 +85,6 @@ struct CudaConv {
   }
 };
 
-bool aligned_16(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(), [](auto p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
-}
-
 // out = act(image * filter + bias) over NHWC images in one kernel; nothing where it does not serve. filter: (C', C).
 std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias,
                                        Activation act, Dtype dtype) {
@@ -97,7 +93,7 @@ std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter
   const Tensor filter_in = as_contiguous(filter);
   const void *from = image.const_data_ptr(), *by = filter_in.const_data_ptr();
   const cuda::Device& facts = cuda::current_device();
-  if (!cuda::serves_pointwise(c, outputs, act, dtype, aligned_16({from, by}), facts)) return std::nullopt;
+  if (!cuda::serves_pointwise(c, outputs, act, dtype, cuda::aligned_16(from, by), facts)) return std::nullopt;
   Tensor out = empty_image(image, n, outputs, h, w, true);
   cuda::pointwise(from, by, data_or_null(bias), act, out.mutable_data_ptr(), n * h * w, c, outputs, dtype, facts,
                   device.stream);
@@ -179,7 +175,7 @@ struct CudaSeparable : CudaConv {
     const OnDeviceOf device(call.x);
     const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
     const cuda::MaybePlan plan = cuda::plan_separable(g, call.c_out, call.inner_act, call.act, call.dtype,
-                                                      aligned_16({x, pointwise}), cuda::current_device());
+                                                      cuda::aligned_16(x, pointwise), cuda::current_device());
     if (!plan) return std::nullopt;
     Tensor y = empty_image(call.x, g.batch, call.c_out, g.out_h, g.out_w, true);
     cuda::fused_separable(*plan, g, call.c_out, x, call.depthwise.const_data_ptr(), pointwise,
