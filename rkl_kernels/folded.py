@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks, reference
+from . import _checks
 from ._backends import is_built, is_served
 from ._checks import Activation
 from ._surroundings import is_plain
 from ._trelu import trelu
-from .layers import DepthwiseConv2d, padded
+from .layers import DepthwiseConv2d, activated, padded
 from .ops import rkl
 
 
@@ -38,7 +38,7 @@ class ActivatedConv2d(nn.Conv2d):
             return activate(super().forward(x), self.activation)
         window = _checks.unchecked(self.stride, padding, self.dilation)
         code = _checks.activation("activation", self.activation)
-        return rkl.conv2d_activated.plain(image, self.weight, self.bias, *window, self.groups, code)
+        return rkl.conv2d_activated(image, self.weight, self.bias, *window, self.groups, code)
 
 
 class ActivatedDepthwiseConv2d(DepthwiseConv2d):
@@ -58,7 +58,7 @@ class ActivatedDepthwiseConv2d(DepthwiseConv2d):
             return activate(super().forward(x), self.activation)
         window = _checks.unchecked(self.stride, padding, self.dilation)
         code = _checks.activation("activation", self.activation)
-        return rkl.depthwise_conv2d_activated.plain(image, self.weight, self.bias, *window, code)
+        return rkl.depthwise_conv2d_activated(image, self.weight, self.bias, *window, code)
 
 
 def _is_inference(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -68,11 +68,9 @@ def _is_inference(x: Tensor, conv: nn.Conv2d) -> bool:
 
 
 def activate(x: Tensor, name: Activation | None) -> Tensor:
-    """The activation, written over ``x``, which nobody else reads, where no gradient needs it."""
-    if x.requires_grad:
-        return trelu(x) if name == "trelu" else reference.activate(x, name)
+    """The activation, written over ``x``, which nobody else reads, where no gradient needs it and PyTorch can."""
+    if x.requires_grad or name in (None, "gelu"):
+        return activated(x, name)
     if name == "trelu":
         return trelu(x, True)
-    if name == "gelu" or name is None:
-        return reference.activate(x, name)
     return {"relu": F.relu, "relu6": F.relu6, "silu": F.silu}[name](x, inplace=True)

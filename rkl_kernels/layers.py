@@ -166,8 +166,8 @@ class SeparableConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         depthwise, pointwise = self.depthwise, self.pointwise
         if not (_has_one_filter(depthwise) and is_pointwise(pointwise)):
-            depthwise_out = _activate(depthwise(x), self.inner_activation)
-            return _activate(pointwise(depthwise_out), self.activation)
+            depthwise_out = activated(depthwise(x), self.inner_activation)
+            return activated(pointwise(depthwise_out), self.activation)
         image, padding = padded(x, depthwise)
         return separable_conv2d(
             image,
@@ -210,7 +210,7 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not is_altered(module)
 
 
-def _activate(x: Tensor, name: Activation | None) -> Tensor:
+def activated(x: Tensor, name: Activation | None) -> Tensor:
     return trelu(x) if name == "trelu" else reference.activate(x, name)
 
 
