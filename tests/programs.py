@@ -77,10 +77,18 @@ class WithArguments(Net):
         return super().forward(y) if again else y
 
 
+class Halved(nn.Conv2d):
+    """A convolution that computes something of its own, as timm's Conv2dSame does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
 def _depthwise(rng: random.Random) -> nn.Conv2d:
     size, mode = rng.choice((1, 3, 5)), rng.choice(("zeros", "zeros", "reflect", "circular"))
     padding = rng.choice((size // 2, "same"))
-    return nn.Conv2d(CHANNELS, CHANNELS, size, 1, padding, groups=CHANNELS, bias=rng.random() < 0.5, padding_mode=mode)
+    kind = Halved if rng.random() < 0.15 else nn.Conv2d
+    return kind(CHANNELS, CHANNELS, size, 1, padding, groups=CHANNELS, bias=rng.random() < 0.5, padding_mode=mode)
 
 
 def _part(rng: random.Random) -> nn.Sequential:

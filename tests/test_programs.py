@@ -108,4 +108,4 @@ def test_programs_reach_what_they_are_for():
     """Most have something fused, and many something left."""
     reports = [rk.fuse_for_inference(programs.build(seed)).fusion_report for seed in range(60)]
     assert sum(bool(report.fused) for report in reports) > 30
-    assert sum(bool(report.left) for report in reports) >= 30
+    assert sum(bool(report.left) for report in reports) > 30
