@@ -22,7 +22,8 @@ class Fusion:
 
     Attributes:
         fused: for each fused layer, the names of the modules whose work it does, in the order of their calls.
-        folded: likewise, for each other convolution with the norm after it folded into its filter.
+        folded: likewise, for each other convolution with the norm after it folded into its filter, and the
+            activation after that in the same layer.
         left: names of the depthwise convolutions that are in no fused layer, with why.
 
     Examples:
