@@ -1,7 +1,7 @@
-// What stands around a band's matrix products: serial, over matrices that are in cache. Included once an instruction
-// set, as simd/elementwise.h is.
+// What stands around matrix products: over a band's, which are in cache, serial. Included once an instruction set, as
+// simd/elementwise.h is.
 #pragma once
-#include "cpu/simd/math.h"
+#include "cpu/simd/elementwise.h"
 
 namespace rkl::cpu::RKL_ISA {
 
@@ -49,6 +49,20 @@ inline void finish(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dt
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     z_type == dtype ? finish_rows<T, T>(f, act) : finish_rows<float, T>(f, act);
+  });
+}
+
+// out = act(z + bias) over dense rows of channels, shared between threads.
+inline void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
+                     Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (!bias) return map<T>(z, z, out, rows * channels, [=](Vec v, Vec) { return activate(act, v, T{}); });
+    torch::stable::parallel_for(0, rows, kGrain / channels + 1, [=](int64_t begin, int64_t end) {
+      const T* from = static_cast<const T*>(z) + begin * channels;
+      T* to = static_cast<T*>(out) + begin * channels;
+      finish_rows<T, T>({from, bias, to, end - begin, channels, channels, channels}, act);
+    });
   });
 }
 

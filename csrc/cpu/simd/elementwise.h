@@ -49,25 +49,4 @@ inline void activation_backward(const void* grad, const void* values, Activation
   });
 }
 
-// out = act(z + bias), a row of channels at a time.
-inline void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
-                     Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const T *in = static_cast<const T*>(z), *b = static_cast<const T*>(bias);
-    T* to = static_cast<T*>(out);
-    const auto finished = [=](Vec v, Vec with) { return activate(act, v + with, T{}); };
-    torch::stable::parallel_for(0, rows, kGrain / channels + 1, [=](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const T* from = in + r * channels;
-        T* row = to + r * channels;
-        int64_t c = 0;
-        for (; c + kLanes <= channels; c += kLanes) store(row + c, finished(load(from + c), b ? load(b + c) : Vec{}));
-        if (const int64_t rest = channels - c)
-          store_some(row + c, finished(load_some(from + c, rest), b ? load_some(b + c, rest) : Vec{}), rest);
-      }
-    });
-  });
-}
-
 }  // namespace rkl::cpu::RKL_ISA
