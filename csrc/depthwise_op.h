@@ -14,6 +14,28 @@ inline Activation activation_of(int64_t number) {
   return Activation(number);
 }
 
+// act(x * weight + bias) of an image that is dense in g's format, as another one: by PyTorch's own convolution where
+// that makes it sooner. Kernels: as DepthwiseOps takes them.
+template <class Kernels>
+Tensor depthwise_output(const Conv2d& g, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        Activation act, Dtype dtype) {
+  if (Kernels::left_to_pytorch(g, dtype)) {
+    const std::vector<int64_t> stride{g.stride_h, g.stride_w}, padding{g.padding_h, g.padding_w},
+        dilation{g.dilation_h, g.dilation_w}, none{0, 0};
+    const Tensor y = Kernels::in_format(
+        aten("aten::convolution", "", x, weight, bias, stride, padding, dilation, false, none, g.channels), g.nhwc);
+    if (act != Activation::none && y.numel())
+      Kernels::epilogue(y.const_data_ptr(), nullptr, act, y.mutable_data_ptr(), g.batch * g.out_h * g.out_w, g.channels,
+                        dtype, x);
+    return y;
+  }
+  Tensor y = empty_image(x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
+  if (y.numel())
+    Kernels::forward(g, x.const_data_ptr(), weight.const_data_ptr(), data_or_null(bias), act, y.mutable_data_ptr(),
+                     dtype, x);
+  return y;
+}
+
 // Kernels: struct with
 //   static forward(Conv2d, x, weight, bias or null, activation, y, dtype, like) and
 //   static backward(Conv2d, grad, x, weight, dx or null, dweight or null, dbias or null, dtype, like)
@@ -42,21 +64,9 @@ struct DepthwiseOps {
     Conv2d g = conv2d(x, weight, stride, padding, dilation);
     const bool nhwc = g.nhwc;
     check_bias(bias, x, g.channels);
-    if (Kernels::left_to_pytorch(g, dtype)) {
-      const Ints none{0, 0};
-      const Tensor y = Kernels::in_format(
-          aten("aten::convolution", "", x, weight, bias, stride, padding, dilation, false, none, g.channels), nhwc);
-      if (act != Activation::none && y.numel())
-        Kernels::epilogue(y.const_data_ptr(), nullptr, act, y.mutable_data_ptr(), y.numel(), 1, dtype, x);
-      return y;
-    }
     g.nhwc = nhwc || Kernels::transposes(g, dtype, false);
-    Tensor y = empty_image(x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
-    if (!y.numel()) return Kernels::in_format(y, nhwc);
-    const Tensor x_in = Kernels::dense(x, g.nhwc), weight_in = as_contiguous(weight);
-    const std::optional<Tensor> bias_in = contiguous(bias);
-    Kernels::forward(g, x_in.const_data_ptr(), weight_in.const_data_ptr(), data_or_null(bias_in), act,
-                     y.mutable_data_ptr(), dtype, x);
+    const Tensor y =
+        depthwise_output<Kernels>(g, Kernels::dense(x, g.nhwc), as_contiguous(weight), contiguous(bias), act, dtype);
     return Kernels::in_format(y, nhwc);
   }
 

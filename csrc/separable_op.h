@@ -117,11 +117,7 @@ struct SeparableOps {
   }
 
   static Tensor depthwise(const Call& call, Activation act) {
-    const Conv2d& g = call.g;
-    Tensor out = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
-    Kernels::forward(g, call.x.const_data_ptr(), call.depthwise.const_data_ptr(), data_or_null(call.depthwise_bias),
-                     act, out.mutable_data_ptr(), call.dtype, call.x);
-    return out;
+    return depthwise_output<Kernels>(call.g, call.x, call.depthwise, call.depthwise_bias, act, call.dtype);
   }
 
   static Tensor forward(const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
