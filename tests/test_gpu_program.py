@@ -139,7 +139,7 @@ def test_counters_are_put_to_their_cases():
     assert (second["case"], second["us"], second["registers"]) == ("backward", None, None)
     with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
         gpu_counters.parse("==ERROR== ERR_NVGPUCTRPERM - no permission", [])
-    assert len(list(gpu_counters.cases())) == 10
+    assert len(list(gpu_counters.cases())) == 20
 
 
 def test_a_gpu_is_asked_for_where_there_is_none(capsys):
