@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, status in rk.backends().items():
         print(f"  {name:<10} {'yes' if status.available else 'no ':<4} {status.reason}")
     if "tests" in wanted:
-        run.tests = attempt("tests", lambda: run_tests(options.device, max(within / 4, 60))) or "failed to run"
+        run.tests = attempt("tests", lambda: run_tests(options.device, max(0.75 * within, 60))) or "failed to run"
         print(run.tests, flush=True)
     measure_all(run, options, wanted, within)
     run.seconds = time.perf_counter() - start
