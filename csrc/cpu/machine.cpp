@@ -1,6 +1,9 @@
 #include "cpu/machine.h"
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 
@@ -8,11 +11,19 @@ namespace rkl::cpu {
 
 namespace {
 
+#if defined(__x86_64__)
+// Not by __builtin_cpu_supports, of which clang does not know the name until its version 19.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 Machine read_machine() {
   Machine machine{};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  machine.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  machine.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   machine.avx512 = machine.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   machine.avx512_bf16 = machine.avx512 && __builtin_cpu_supports("avx512bf16");
