@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import rkl_kernels as rk
 from rkl_kernels import _checks, ops, reference
 
 CASES = [  # N, C, C', H, W, k, stride, padding, dilation
@@ -159,3 +161,15 @@ def test_a_nan_lets_the_gradient_of_relu_pass(name: int) -> None:
         mask = [True, False, False, False, False]
         dx = ops.rkl.separable_conv2d_backward(grad, y, x, one, one, None, *window, *activations, mask)[0]
         assert torch.equal(dx, grad)
+
+
+def test_depthwise_step_is_left_to_pytorch_too() -> None:
+    """Where PyTorch's own convolution makes a depthwise output sooner, it makes a separable convolution's, too."""
+    x, depthwise, pointwise = torch.randn(32, 256, 8, 8), torch.randn(256, 1, 7, 7), torch.randn(4, 256, 1, 1)
+    if not torch.ops.rkl.cpu_depthwise_by_pytorch(x, depthwise, (1, 1), (3, 3), (1, 1)):
+        pytest.skip("measured for AVX-512 alone, which this machine has not")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = rk.separable_conv2d(x, depthwise, pointwise, padding=3, inner_activation="relu")
+    assert [event.count for event in profile.key_averages() if event.key == "aten::convolution"] == [1]
+    wanted = F.conv2d(F.conv2d(x.double(), depthwise.double(), padding=3, groups=256).relu(), pointwise.double())
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))

@@ -12,7 +12,7 @@ namespace rkl::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// Not by __builtin_cpu_supports, of which clang does not know the name until its version 19.
+// Not by __builtin_cpu_supports: clang 14 does not know the name.
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);

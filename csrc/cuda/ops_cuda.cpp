@@ -261,8 +261,8 @@ std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, in
                                     std::vector<int64_t> device) {
   Conv2d g = conv2d_of(geometry, nhwc);
   const cuda::Result wanted = cuda::Result(result);
-  if (wanted == cuda::Result::output && cuda::left_to_pytorch(g, Dtype(dtype))) return {kPyTorch};
   g.nhwc = nhwc || cuda::transposes(g, Dtype(dtype), wanted != cuda::Result::output);
+  if (wanted == cuda::Result::output && cuda::left_to_pytorch(g, Dtype(dtype))) return {kPyTorch};
   return numbers_of(cuda::plan_result(wanted, g, Dtype(dtype), true, device_of(device)));
 }
 

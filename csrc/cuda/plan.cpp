@@ -63,8 +63,9 @@ bool takes_planes(const Conv2d& g, Dtype dtype) {
 // for its loads: 42 and 56 us (8 and 4 px, bf16, H200), where cuDNN takes 29 and 32. In fp32 cuDNN may take TF32.
 bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
   constexpr int64_t kNarrow = 4;
-  return dtype != Dtype::f32 && g.nhwc && g.stride_h == 2 && g.stride_w == 2 && g.kernel_h == 3 && g.kernel_w == 3 &&
-         g.out_w <= kNarrow && g.channels % 8 == 0;
+  const bool halves = g.stride_h == 2 && g.stride_w == 2 && g.dilation_h == 1 && g.dilation_w == 1;
+  return dtype != Dtype::f32 && g.nhwc && halves && g.kernel_h == 3 && g.kernel_w == 3 && g.out_w <= kNarrow &&
+         g.channels % 8 == 0;
 }
 
 // To transpose takes two or three passes over memory more. The general kernel takes 5 to 100 times what NHWC's take

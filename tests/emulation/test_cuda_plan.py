@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +123,10 @@ def test_what_is_left_to_pytorch(gpu: Gpu) -> None:
 
     assert left("bf16", True) == {"rkl-8-k3s2", "rkl-4-k3s2"}
     assert left("f32", True) == left("bf16", False) == set()
+
+    (shape,) = select("rkl-4-k3s2")
+    dilated = geometry(gpu, replace(shape, dilation=2, padding=2), True)
+    assert not gpu.kernels.left_to_pytorch(dilated, gpu.kernels.Dtype.bf16)  # not measured
 
 
 def test_rows_are_cut_by_waves(gpu: Gpu) -> None:
