@@ -45,6 +45,11 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (2, 21, 33, 31, (3, 3), 1, 1, 1),  # planes of many vectors, the last one short
     (1, 32, 14, 3, (3, 3), 2, 3, 3),  # phases of one tap and of two, three rows apart
     (1, 20, 23, 9, (3, 3), 2, 4, 4),  # phases of three taps, two rows apart, and of none
+    (2, 48, 11, 15, (5, 5), 1, 2, 1),  # two vectors that go together and one alone
+    (1, 72, 9, 15, (13, 13), 1, 6, 1),  # four, and one that overlaps; filters by pieces
+    (1, 40, 20, 19, (13, 9), 2, (6, 4), 1),
+    (1, 48, 6, 5, (5, 5), 1, 9, 1),  # outputs that no tap reaches
+    (1, 32, 6, 7, (9, 9), 3, 12, 1),
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
 

@@ -1,23 +1,25 @@
-// The convolution of a row of outputs with more taps than a window has registers for: some neighbouring outputs, a
-// vector of channels at a time. Their sums and the weights of one row of the filter are in registers while the pixels
-// under them go by, each loaded once a row.
+// The convolution of a row of outputs with more taps than a window has registers for: some neighbouring outputs, one or
+// two vectors of channels at a time. Their sums and the weights of one row of the filter are in registers while the
+// pixels under them go by, each loaded once a row.
 #pragma once
 #include "cpu/depthwise/job.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// K taps of a row, outputs S columns apart, B of them at once.
-template <class T, int K, int S, int B>
+// K taps of a row, outputs S columns apart, B of them at once, of V vectors.
+template <class T, int K, int S, int B, int V>
 class Block {
   using P = Pixels<T>;
+  static constexpr int kColumns = (B - 1) * S + K;
 
  public:
   // The first row of the job's outputs.
   static __attribute__((noinline)) void run(const Job<T>& job) {
     Job<T> here = job;
+    if (!job.in_columns) here.read.step *= V, here.written.step *= V;
     // Outputs whose taps all lie inside the image.
     const int64_t inner = here.left <= 0 ? 0 : ceil_div(here.left, S), end = (here.inputs + here.left - K) / S + 1;
-    for (int64_t v = 0; v < job.vectors; ++v) {
+    for (int64_t v = 0; v < job.vectors; v += V) {
       for (int64_t o = 0; o < here.count; o += B) {
         if (o >= inner && o + B <= std::min(end, here.count))
           make<false>(here, o);
@@ -25,62 +27,72 @@ class Block {
           make<true>(here, o);
         here.read.from += B * here.read.step, here.written.from += B * here.written.step;
       }
-      here.weights += here.weight_vector;
-      here.at += kLanes, here.out[0] += kLanes, here.start[0] += kLanes;
+      here.weights += V * here.weight_vector;
+      here.at += V * kLanes, here.out[0] += V * kLanes, here.start[0] += V * kLanes;
       if (!job.in_columns) continue;
-      here.read.from = job.read.from + (v + 1) * kLanes * sizeof(T);
-      here.written.from = job.written.from + (v + 1) * kLanes * sizeof(T);
+      here.read.from = job.read.from + (v + V) * kLanes * sizeof(T);
+      here.written.from = job.written.from + (v + V) * kLanes * sizeof(T);
     }
   }
 
  private:
   template <bool edge>
   static RKL_INLINE void make(const Job<T>& job, int64_t o) {
-    constexpr int columns = (B - 1) * S + K;
     const int64_t c = S * o - job.left, at = job.at + c * job.pitch;
     const int64_t from = edge ? std::max<int64_t>(0, -c) : 0;
-    const int64_t to = edge ? std::min<int64_t>(columns, job.inputs - c) : columns;
+    const int64_t to = edge ? std::min<int64_t>(kColumns, job.inputs - c) : kColumns;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
 #pragma GCC unroll 4
       for (int row = 0; row < S * S; ++row)
         __builtin_prefetch(job.read.from + b * job.read.step + row * job.read.row, 0, 2);
-      __builtin_prefetch(job.written.from + b * job.written.step, 1, 2);
     }
-    Vec sum[B];
+    Vec sum[B][V];
 #pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) sum[b] = read<Vec>(job.start[0] + (o + b) * job.start_step);
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[b][v] = read<Vec>(job.start[0] + (o + b) * job.start_step + v * kLanes);
     const int whole = P::kRows > 1 && job.odd && job.end == job.units ? job.end - 1 : job.end;
-    for (int u = job.begin; u < whole; ++u) add<edge, false>(job, u, at, from, to, sum);
-    if (whole < job.end) add<edge, true>(job, whole, at, from, to, sum);
+    for (int u = job.begin; u < whole; ++u) add<edge, false>(job, u, at, int(from), int(to), sum);
+    if (whole < job.end) add<edge, true>(job, whole, at, int(from), int(to), sum);
     const int64_t count = edge ? std::min<int64_t>(B, job.count - o) : B;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      if (b >= count) break;
-      if (job.sums[0])
-        store(job.sums[0] + (o + b) * kLanes, sum[b]);
-      else
-        store(job.out[0] + (o + b) * job.out_pitch, sum[b]);
+      __builtin_prefetch(job.written.from + b * job.written.step, 1, 2);
+      if (b >= count) continue;
+      if (!job.sums[0]) {
+        P::store(job.out[0] + (o + b) * job.out_pitch, sum[b]);
+        continue;
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(job.sums[0] + ((o + b) * V + v) * kLanes, sum[b][v]);
     }
   }
 
   // An operand's columns [from, to) of those under the block.
   template <bool edge, bool upper>
-  static RKL_INLINE void add(const Job<T>& job, int u, int64_t at, int64_t from, int64_t to, Vec (&sum)[B]) {
+  static RKL_INLINE void add(const Job<T>& job, int u, int64_t at, int from, int to, Vec (&sum)[B][V]) {
     const float* weights = job.weights + u * job.weight_row;
     const T* const* rows = job.rows + u * P::kRows;
-    Vec weight[K];
+    Vec weight[K][V];
 #pragma GCC unroll 8
-    for (int t = 0; t < K; ++t) weight[t] = in_register(read<Vec>(weights + t * kLanes));
+    for (int t = 0; t < K; ++t)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) weight[t][v] = in_register(read<Vec>(weights + v * job.weight_vector + t * kLanes));
 #pragma GCC unroll 24
-    for (int j = 0; j < (B - 1) * S + K; ++j, at += job.pitch) {
-      if (edge && (j < from || j >= to)) continue;
-      Vec x[1];
+    for (int j = 0; j < kColumns; ++j, at += job.pitch) {
+      if (edge && j < from) continue;
+      if (edge && j >= to) break;
+      Vec x[V];
       P::load(rows, at, x);
-      if (upper) x[0] = P::upper_alone(x[0]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        if (upper) x[v] = P::upper_alone(x[v]);
 #pragma GCC unroll 8
-      for (int t = 0; t < K; ++t)
-        if (const int b = j - t; b >= 0 && b % S == 0 && b / S < B) sum[b / S] = P::add(sum[b / S], x[0], weight[t]);
+        for (int t = 0; t < K; ++t)
+          if (const int b = j - t; b >= 0 && b % S == 0 && b / S < B)
+            sum[b / S][v] = P::add(sum[b / S][v], x[v], weight[t][v]);
+      }
     }
   }
 };

@@ -135,10 +135,12 @@ class Window {
     if (output < 0 || output >= job.count) return;
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
-      if (!square && V == 1 && job.sums[0])
-        store(job.sums[r] + output * kLanes, sum[r][place][0]);
-      else
+      if (square || V > P::kTogether || !job.sums[0]) {
         P::store(job.out[r] + to_ + output * job.out_pitch, sum[r][place]);
+        continue;
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(job.sums[r] + (output * V + v) * kLanes, sum[r][place][v]);
     }
   }
 
@@ -197,42 +199,57 @@ class Window {
 constexpr int kMostTaps = 7;    // of a row at once; wider filters go by pieces
 constexpr int kWindowTaps = 3;  // of a window
 
-// By rows of outputs, less 1: for a vector of channels, and for two where their sums have room beside each other. Or by
-// blocks of 4, 7 and 8 outputs.
+// For a vector of channels, and for two where they go together or their sums have room beside each other.
+template <class T>
+struct Code {
+  using Run = void (*)(const Job<T>&);
+  Run one = nullptr, two = nullptr;
+};
+
+// Windows by rows of outputs, less 1. Or blocks of 4, 7 and 8 outputs.
 template <class T>
 struct RowCode {
-  using Run = void (*)(const Job<T>&);
-  Run one[2] = {}, two[2] = {}, square_one[2] = {}, square_two[2] = {}, block_4 = nullptr, block_7 = nullptr,
-      block_8 = nullptr;
+  Code<T> any[2] = {}, square[2] = {}, block_4 = {}, block_7 = {}, block_8 = {};
 
-  // Null where windows serve.
-  Run block(int64_t row) const {
+  bool in_blocks() const { return block_4.one; }
+  Code<T> window(int rows, bool is_square) const {
+    const Code<T>&code = any[rows - 1], &best = square[rows - 1];
+    return {is_square && best.one ? best.one : code.one, is_square && best.two ? best.two : code.two};
+  }
+  const Code<T>& block(int64_t row) const {
     const int width = block_width(row);
     return width == 4 ? block_4 : width == 7 ? block_7 : block_8;
   }
 };
 
+template <class T, int K, int S, int B>
+constexpr Code<T> block_code() {
+  Code<T> code{&Block<T, K, S, B, 1>::run};
+  if constexpr (Pixels<T>::kTogether == 2) code.two = &Block<T, K, S, B, 2>::run;
+  return code;
+}
+
 template <class T, int K, int S>
 constexpr RowCode<T> code_for() {
   RowCode<T> code;
   if constexpr (K > kWindowTaps) {
-    code.block_4 = &Block<T, K, S, 4>::run;
-    code.block_7 = &Block<T, K, S, 7>::run;
-    code.block_8 = &Block<T, K, S, 8>::run;
+    code.block_4 = block_code<T, K, S, 4>();
+    code.block_7 = block_code<T, K, S, 7>();
+    code.block_8 = block_code<T, K, S, 8>();
     return code;
   } else {
-    code.one[0] = &Window<T, K, S, 1, 1, false>::run;
-    code.one[1] = &Window<T, K, S, 2, 1, false>::run;
+    code.any[0].one = &Window<T, K, S, 1, 1, false>::run;
+    code.any[1].one = &Window<T, K, S, 2, 1, false>::run;
     if constexpr (sizeof(T) == 2) {
-      code.two[0] = &Window<T, K, S, 1, 2, false>::run;
-      code.two[1] = &Window<T, K, S, 2, 2, false>::run;
+      code.any[0].two = &Window<T, K, S, 1, 2, false>::run;
+      code.any[1].two = &Window<T, K, S, 2, 2, false>::run;
     }
     if constexpr (kRegisters == 32 && K == 3) {
-      code.square_one[0] = &Window<T, K, S, 1, 1, true>::run;
-      code.square_one[1] = &Window<T, K, S, 2, 1, true>::run;
-      if constexpr (sizeof(T) == 2) code.square_two[0] = &Window<T, K, S, 1, 2, true>::run;
+      code.square[0].one = &Window<T, K, S, 1, 1, true>::run;
+      code.square[1].one = &Window<T, K, S, 2, 1, true>::run;
+      if constexpr (sizeof(T) == 2) code.square[0].two = &Window<T, K, S, 1, 2, true>::run;
       if constexpr (Pixels<T>::kRows == 2)  // else 18 weights leave too little room
-        code.square_two[1] = &Window<T, K, S, 2, 2, true>::run;
+        code.square[1].two = &Window<T, K, S, 2, 2, true>::run;
     }
     return code;
   }

@@ -79,7 +79,8 @@ inline PackedFilter pack_filter(const Conv2d& g, const void* weight, const void*
     const Lanes lanes{g.channels, g.nhwc};
     const Gather gather = forward_gather(g);
     const T* from = static_cast<const T*>(weight);
-    filter.bias = as_lanes(static_cast<const T*>(bias), 1, lanes);
+    const T* offset = static_cast<const T*>(bias);
+    filter.bias = lanes.in_place() ? pack_bias<T>(offset, lanes) : as_lanes(offset, 1, lanes);
     if (lanes.in_place())
       filter.weights = pack_weights<T>(from, gather, g.kernel_h, g.kernel_w, lanes);
     else

@@ -21,7 +21,7 @@ struct Job {
   int shift;                          // operands from the first row of outputs to the second
   int begin, end;                     // operands of which a pixel lies inside the image
   bool odd;                           // the last operand's lower pixel does not count
-  const float* weights;               // (vector, operand, tap, lane)
+  const float* weights;               // (vector, operand, tap, lane), crossed where two vectors go together
   int64_t weight_row, weight_vector;  // floats from one operand's, one vector's to the next's
   int64_t at, pitch;                  // elements from a row's start to the first column, from one column to the next
   const float* start[2];              // what the sums begin with: the bias, or sums of other taps

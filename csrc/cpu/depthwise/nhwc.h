@@ -26,8 +26,9 @@ Tiling window_tiling(const Conv2d& g, int64_t rows, int64_t pairs, int64_t bands
   const int64_t filter_fits = std::max<int64_t>((int64_t(256) << 10) / filter, 256 / line);
   const int64_t group = std::min({rows_fit, filter_fits, lanes.vectors()});
   const int64_t parts = ceil_div(lanes.vectors(), group);
+  const int64_t even = ceil_div(ceil_div(lanes.vectors(), parts), Pixels<T>::kTogether) * Pixels<T>::kTogether;
   const int64_t wanted = std::clamp<int64_t>(ceil_div(bands, g.batch * parts), 1, pairs);
-  return {g.batch, lanes.vectors(), ceil_div(lanes.vectors(), parts), pairs, ceil_div(pairs, wanted)};
+  return {g.batch, lanes.vectors(), even, pairs, ceil_div(pairs, wanted)};
 }
 
 template <class T>

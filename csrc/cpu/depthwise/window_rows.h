@@ -20,34 +20,61 @@ int operands(int taps) {
   return (taps + Pixels<T>::kRows - 1) / Pixels<T>::kRows;
 }
 
+// Vectors that go together from v on: two if both are whole and overlap no other.
+template <class Operand>
+int64_t vectors_together(const Lanes& lanes, int64_t v) {
+  return (v + Pixels<Operand>::kTogether) * kLanes <= lanes.channels ? Pixels<Operand>::kTogether : 1;
+}
+
 // A filter (C, kernel_h * kernel_w) as the weights of each phase of a gather, which forward has one of: of each phase
 // down and across, of each vector of channels, of each operand of a column, of each tap of a row.
 // Operand: the type that the pixels have when they meet the weights.
 template <class Operand, class T>
 std::vector<float> pack_weights(const T* filter, const Gather& gather, int kernel_h, int kernel_w, const Lanes& lanes) {
-  constexpr int kRows = Pixels<Operand>::kRows;
+  constexpr int kRows = Pixels<Operand>::kRows, kTogether = Pixels<Operand>::kTogether;
   const auto operands_of = [](const Axis& down, const Axis& across) {
     return operands<Operand>(down.taps()) * across.taps();
   };
   int64_t size = 0;
   for (const Axis& down : gather.vertical)
     for (const Axis& across : gather.horizontal) size += operands_of(down, across);
-  std::vector<float> out(size * lanes.vectors() * kLanes), by_tap(kernel_h * kernel_w * kLanes);
-  for (int64_t v = 0; v < lanes.vectors(); ++v) {
-    as_lanes(filter, kernel_h * kernel_w, lanes, v, by_tap.data());
+  const int64_t taps = kernel_h * kernel_w * kLanes;
+  std::vector<float> out(size * lanes.vectors() * kLanes), by_tap(kTogether * taps);
+  for (int64_t v = 0, count; v < lanes.vectors(); v += count) {
+    count = vectors_together<Operand>(lanes, v);
+    for (int64_t i = 0; i < count; ++i) as_lanes(filter, kernel_h * kernel_w, lanes, v + i, by_tap.data() + i * taps);
     float* phase = out.data();
     for (const Axis& down : gather.vertical)
       for (const Axis& across : gather.horizontal) {
-        const auto weight = [&](int a, int t) {
-          return a < down.taps() ? read<Vec>(&by_tap[(down.tap[a] * kernel_w + across.tap[t]) * kLanes]) : Vec{};
+        const auto weight = [&](int64_t i, int a, int t) {
+          const int64_t tap = a < down.taps() ? down.tap[a] * kernel_w + across.tap[t] : 0;
+          return a < down.taps() ? read<Vec>(&by_tap[i * taps + tap * kLanes]) : Vec{};
         };
         const int64_t vector = operands_of(down, across) * kLanes;
         float* to = phase + v * vector;
         for (int a = 0; a < down.taps(); a += kRows)
-          for (int t = 0; t < across.taps(); ++t, to += kLanes)
-            store(to, Pixels<Operand>::weight(weight(a, t), weight(a + 1, t)));
+          for (int t = 0; t < across.taps(); ++t, to += kLanes) {
+            Vec here[kTogether] = {};
+            for (int64_t i = 0; i < count; ++i) here[i] = Pixels<Operand>::weight(weight(i, a, t), weight(i, a + 1, t));
+            if (count == kTogether) Pixels<Operand>::cross(here);
+            for (int64_t i = 0; i < count; ++i) store(to + i * vector, here[i]);
+          }
         phase += lanes.vectors() * vector;
       }
+  }
+  return out;
+}
+
+// A bias (C) to begin sums with: (vector, lane).
+template <class Operand, class T>
+std::vector<float> pack_bias(const T* bias, const Lanes& lanes) {
+  constexpr int kTogether = Pixels<Operand>::kTogether;
+  std::vector<float> out = as_lanes(bias, 1, lanes);
+  for (int64_t v = 0; vectors_together<Operand>(lanes, v) > 1; v += kTogether) {
+    Vec here[kTogether];
+    for (int i = 0; i < kTogether; ++i) here[i] = read<Vec>(&out[(v + i) * kLanes]);
+    Pixels<Operand>::cross(here);
+    for (int i = 0; i < kTogether; ++i) store(&out[(v + i) * kLanes], here[i]);
   }
   return out;
 }
@@ -66,7 +93,7 @@ struct Steps {
 // Rows of outputs. One object a thread.
 template <class T>
 class WindowRows {
-  static constexpr int kRows = Pixels<T>::kRows;
+  static constexpr int kRows = Pixels<T>::kRows, kTogether = Pixels<T>::kTogether;
 
  public:
   // weights, bias: packed for the gather.
@@ -92,7 +119,7 @@ class WindowRows {
       pieces_.push_back(pieces_of(l));
       if (pieces_.back().size() > 1) most = std::max(most, l.count + 2 * kMostTaps);
     }
-    sums_.resize(2 * most * kLanes);
+    sums_.resize(2 * most * kTogether * kLanes);
   }
 
   // Pairs of rows of the longest of the lattices.
@@ -236,17 +263,17 @@ class WindowRows {
       }
       taken += run(job, pieces_[h], down, rows);
     };
-    // Lattices that read the same columns take turns at every vector. Else vectors go together where one window makes
-    // all of a row, up to the last one, which may overlap its neighbour.
+    // Lattices that read the same columns take turns at every vector. Else one call makes all vectors where one window
+    // makes all of a row, up to the last one, which may overlap its neighbour.
     if (!apart_) {
-      for (int64_t v = first; v < last; ++v)
-        for (size_t h = 0; h < across_.size(); ++h) make(h, v, 1);
+      for (int64_t v = first; v < last; v += vectors_together<T>(lanes_, v))
+        for (size_t h = 0; h < across_.size(); ++h) make(h, v, vectors_together<T>(lanes_, v));
       return;
     }
     const int64_t whole = std::min(last, lanes_.channels / kLanes);
     for (size_t h = 0; h < across_.size(); ++h)
       for (int64_t v = first, vectors; v < last; v += vectors) {
-        vectors = pieces_[h].size() != 1 || lanes_.at(v) != v * kLanes || v >= whole ? 1 : whole - v;
+        vectors = pieces_[h].size() != 1 || v >= whole ? vectors_together<T>(lanes_, v) : whole - v;
         make(h, v, vectors);
       }
   }
@@ -258,21 +285,22 @@ class WindowRows {
     for (size_t p = 0; p < pieces.size(); ++p) {
       const Piece& piece = pieces[p];
       job.first = piece.steps.first, job.last = piece.steps.last, job.left = piece.steps.left;
-      float* scratch[2] = {sums_.data() + kMostTaps * kLanes, sums_.data() + sums_.size() / 2 + kMostTaps * kLanes};
+      const int64_t output = job.vectors * kLanes;
+      float* scratch[2] = {sums_.data() + kMostTaps * output, sums_.data() + sums_.size() / 2 + kMostTaps * output};
       for (int r = 0; r < 2; ++r) job.sums[r] = p + 1 < pieces.size() ? scratch[r] : nullptr;
       const bool square = pieces.size() == 1 && down.taps == piece.taps && down.step == job.step;
       int64_t steps = job.last - job.first;
-      if (const auto block = piece.code->block(job.count)) {
-        for (int r = 0; r < rows; ++r) block(row_alone(job, r));
+      if (piece.code->in_blocks()) {
         steps = ceil_div(job.count, block_width(job.count)) * block_width(job.count);
+        for (int r = 0; r < rows; ++r) call(piece.code->block(job.count), steps, row_alone(job, r));
       } else {
-        call(*piece.code, square, rows, job);
+        call(piece.code->window(rows, square), steps, job);
         fill(job, 0, std::min(job.count, job.first - (piece.steps.most - 1)), rows);
         fill(job, job.last, job.count, rows);
       }
       if (!p) taken = steps * job.vectors;
       job.weights += piece.taps * kLanes;
-      job.start_step = kLanes;
+      job.start_step = output;
       job.read = job.written = {reinterpret_cast<const char*>(rows_.data()), 0, 0};
       for (int r = 0; r < 2; ++r) job.start[r] = scratch[r];
     }
@@ -292,34 +320,38 @@ class WindowRows {
     return job;
   }
 
-  // As many vectors two by two as there are, the last one alone.
-  static void call(const RowCode<T>& code, bool square, int rows, const Job<T>& given) {
-    const auto one = square && code.square_one[rows - 1] ? code.square_one[rows - 1] : code.one[rows - 1];
-    const auto two = square && code.square_two[rows - 1] ? code.square_two[rows - 1] : code.two[rows - 1];
-    const int64_t pairs = two ? given.vectors / 2 * 2 : 0;
-    if (pairs == given.vectors) return two(given);
-    if (!pairs) return one(given);
+  // As many vectors two by two as there are, the last one alone. A vector's steps: how often it asks for memory.
+  static void call(const Code<T>& code, int64_t steps, const Job<T>& given) {
+    const int64_t pairs = code.two ? given.vectors / 2 * 2 : 0;
+    if (pairs == given.vectors) return code.two(given);
+    if (!pairs) return code.one(given);
     Job<T> job = given;
     job.vectors = pairs;
-    two(job);
+    code.two(job);
     job.vectors = 1;
     job.weights += pairs * job.weight_vector;
     job.at += pairs * kLanes;
     for (int r = 0; r < 2; ++r) job.start[r] += pairs * kLanes, job.out[r] += pairs * kLanes;
-    const int64_t steps = (job.last - job.first) * pairs, beside = pairs * kLanes * int64_t(sizeof(T));
-    job.read.from += job.in_columns ? beside : steps * job.read.step;
-    job.written.from += job.in_columns ? beside : steps * job.written.step;
-    one(job);
+    const int64_t beside = pairs * kLanes * int64_t(sizeof(T));
+    job.read.from += job.in_columns ? beside : steps * pairs * job.read.step;
+    job.written.from += job.in_columns ? beside : steps * pairs * job.written.step;
+    code.one(job);
   }
 
   // Outputs that no tap reaches.
   static void fill(const Job<T>& job, int64_t first, int64_t last, int rows) {
     for (int64_t o = first; o < last; ++o)
       for (int r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < job.vectors * kLanes; c += kLanes) {
-          const Vec v = read<Vec>(job.start[r] + o * job.start_step + c);
-          job.sums[r] ? store(job.sums[r] + o * kLanes, v) : store(job.out[r] + o * job.out_pitch + c, v);
-        }
+        for (int64_t v = 0; v < job.vectors; v += kTogether)
+          v + kTogether <= job.vectors ? fill_output<kTogether>(job, o, r, v) : fill_output<1>(job, o, r, v);
+  }
+
+  template <int V>
+  static void fill_output(const Job<T>& job, int64_t o, int r, int64_t v) {
+    Vec sums[V];
+    for (int i = 0; i < V; ++i) sums[i] = read<Vec>(job.start[r] + o * job.start_step + (v + i) * kLanes);
+    if (!job.sums[r]) return Pixels<T>::store(job.out[r] + o * job.out_pitch + v * kLanes, sums);
+    for (int i = 0; i < V; ++i) store(job.sums[r] + (o * job.vectors + v + i) * kLanes, sums[i]);
   }
 
   // A pass of its own over outputs that are in the nearest cache: beside the sums a switch would cost them their
