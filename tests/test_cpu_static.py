@@ -16,13 +16,13 @@ pytestmark = [  # the loops below are named by their instructions
     pytest.mark.skipif(shutil.which("objdump") is None, reason="reads machine code by objdump; it is not on PATH"),
 ]
 
-# Namespace, class and arguments: taps, step, rows of outputs and vectors, or rows of the filter.
+# Namespace, class and arguments: taps, step, rows of outputs or of the filter, vectors.
 LOOPS = [
     ("avx512", "Window<float, 3, 1, 2, 1, true>", 54),  # multiply-adds: 3 columns x 2 rows x 9 taps
     ("avx512", "Window<float, 3, 2, 2, 1, true>", 36),
-    ("avx512", "FilterWindow<float, 3, 1, 3>", 27),
+    ("avx512", "FilterWindow<float, 3, 1, 3, 1>", 27),
     ("avx512_bf16", "Window<c10::BFloat16, 3, 1, 2, 1, true>", 36),  # two rows of the filter an instruction
-    ("avx512_bf16", "FilterWindow<c10::BFloat16, 3, 1, 3>", 27),
+    ("avx512_bf16", "FilterWindow<c10::BFloat16, 3, 1, 3, 2>", 54),
 ]
 
 

@@ -59,7 +59,7 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
       if (wants_sums) to_filter.flush(sums.data() + slice * slice_size, taps, group * tiles.group);
     }
   });
-  if (wants_sums) reduce_sums(sums, slices, taps, lanes, dweight, dbias);
+  if (wants_sums) reduce_sums(sums.data(), slices, taps, lanes, dweight, dbias);
 }
 
 // Calls f with the kind of rows that serves, forward, images which are not in place, as a null pointer.

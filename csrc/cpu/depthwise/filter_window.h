@@ -1,13 +1,13 @@
-// The filter's gradient of one row of output gradients (or two, where an operand is two pixels), a vector of channels
-// at a time: the output gradients slide over the image's columns. Of a column those gradients are kept that meet it, so
-// each is read once; a row's sums stay in registers, and are added to those of the rows before when it is done: the
-// error of a sum grows with a row's and a column's length, not with their product.
+// The filter's gradient of one row of output gradients (or two, where an operand is two pixels), one or two vectors of
+// channels at a time: the output gradients slide over the image's columns. Of a column those gradients are kept that
+// meet it, so each is read once; a row's sums stay in registers, and are added to those of the rows before when it is
+// done: the error of a sum grows with a row's and a column's length, not with their product.
 #pragma once
 #include "cpu/depthwise/window_rows.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// One row of the filter: the pixels that it meets, and its sums, a vector a tap.
+// One row of the filter: the pixels that it meets, and its sums, a vector a tap, crossed where two vectors go together.
 template <class T>
 struct FilterRow {
   const T* row[Pixels<T>::kRows];
@@ -19,11 +19,13 @@ struct FilterJob {
   const FilterRow<T>* rows;
   const T* grad[Pixels<T>::kRows];  // the first output's
   int64_t at, pitch, grad_at, grad_pitch, sums;
+  int64_t sums_vector;                             // floats from one vector's sums to the next's
   int64_t first, last, count, inputs, step, left;  // as a window's
   Prefetch read, beside;
 };
 
-template <class T, int K, int S, int Q>
+// K taps of a row, outputs S columns apart, Q rows of the filter, V vectors.
+template <class T, int K, int S, int Q, int V>
 class FilterWindow {
   using P = Pixels<T>;
   static constexpr int M = (K + S - 1) / S;
@@ -43,19 +45,22 @@ class FilterWindow {
     const int64_t at = job.at + c * job.pitch;
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
-      Vec x[1];
+      Vec x[V];
       P::load(job.rows[q].row, at, x);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
-        if (const int t = J + S * m; t < K) sum[q][t] = P::add(sum[q][t], x[0], grad[(phase - m + M) % M]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v)
+          if (const int t = J + S * m; t < K) sum[q][t][v] = P::add(sum[q][t][v], x[v], grad[(phase - m + M) % M][v]);
     }
   }
 
   template <int place>
   RKL_INLINE void take(int64_t output) {
-    Vec g[1] = {};
+    Vec g[V] = {};
     if (output >= 0 && output < job.count) P::load(job.grad, job.grad_at + output * job.grad_pitch, g);
-    grad[place] = g[0];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) grad[place][v] = g[v];
   }
 
   template <int phase, int... J>
@@ -82,7 +87,9 @@ class FilterWindow {
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
-      for (int t = 0; t < K; ++t) sum[q][t] = Vec{};
+      for (int t = 0; t < K; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[q][t][v] = Vec{};
     ((phase ? take<phase>(job.first - M + phase) : void()), ...);
     constexpr std::make_integer_sequence<int, S> columns;
     for (int64_t i = job.first; ((i < job.last ? (step<phase>(i++, columns), true) : false) && ...);) {
@@ -90,15 +97,17 @@ class FilterWindow {
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
 #pragma GCC unroll 8
-      for (int t = 0; t < K; ++t) {
-        float* to = job.rows[q].sums + job.sums + t * kLanes;
-        store(to, read<Vec>(to) + sum[q][t]);
-      }
+      for (int t = 0; t < K; ++t)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          float* to = job.rows[q].sums + job.sums + v * job.sums_vector + t * kLanes;
+          store(to, read<Vec>(to) + sum[q][t][v]);
+        }
   }
 
   const FilterJob<T>& job;
   const char *read_, *beside_;
-  Vec sum[Q][K], grad[M];
+  Vec sum[Q][K][V], grad[M][V];
 };
 
 // Filter rows at once of K taps each, whose sums have room beside the gradients and a pixel; 0 where not even one has.
@@ -107,20 +116,24 @@ constexpr int filter_rows_at_once() {
   return std::min(K, (kRegisters - (K + S - 1) / S - 1) / K);
 }
 
+// One row of the filter and several, by vectors less 1.
 template <class T>
 struct FilterCode {
-  void (*one)(const FilterJob<T>&) = nullptr;
-  void (*many)(const FilterJob<T>&) = nullptr;
+  using Run = void (*)(const FilterJob<T>&);
+  Run one[2] = {}, many[2] = {};
   int rows = 0;
 };
 
 template <class T, int K, int S>
 constexpr FilterCode<T> filter_code_for() {
   constexpr int rows = filter_rows_at_once<T, K, S>();
-  if constexpr (rows < 1)
-    return {};
-  else
-    return {&FilterWindow<T, K, S, 1>::run, &FilterWindow<T, K, S, rows>::run, rows};
+  FilterCode<T> code;
+  if constexpr (rows >= 1) code = {{&FilterWindow<T, K, S, 1, 1>::run}, {&FilterWindow<T, K, S, rows, 1>::run}, rows};
+  if constexpr (Pixels<T>::kTogether == 2 && K <= kWindowTaps) {
+    code.one[1] = &FilterWindow<T, K, S, 1, 2>::run;
+    code.many[1] = &FilterWindow<T, K, S, rows, 2>::run;
+  }
+  return code;
 }
 
 template <class T>
@@ -165,7 +178,22 @@ class FilterRows {
         rows_of(in, grad, down, j, first, last, wants_bias, sums);
   }
 
+  // Puts the sums of vectors [first, last) into their order, when all rows are added.
+  void finish(int64_t first, int64_t last, float* sums) const {
+    constexpr int kTogether = Pixels<T>::kTogether;
+    for (int64_t v = first; v < last && together(v) > 1; v += kTogether)
+      for (int tap = 0; tap < taps_; ++tap) {
+        Vec here[kTogether];
+        for (int i = 0; i < kTogether; ++i) here[i] = read<Vec>(sums + Lanes::at(v + i, tap, taps_ + 1));
+        Pixels<T>::uncross(here);
+        for (int i = 0; i < kTogether; ++i) store(sums + Lanes::at(v + i, tap, taps_ + 1), here[i]);
+      }
+  }
+
  private:
+  // Vectors at once from v on. The sums of more taps leave no room for two.
+  int64_t together(int64_t v) const { return kernel_w_ <= kWindowTaps ? vectors_together<T>(lanes_, v) : 1; }
+
   void rows_of(const Image<const T>& in, const Image<const T>& grad, const Lattice& down, int64_t j, int64_t first,
                int64_t last, bool wants_bias, float* sums) {
     const int64_t rows = std::min<int64_t>(kRows, down.count - j), top = down.step * j - down.left;
@@ -190,24 +218,27 @@ class FilterRows {
     const char* read = reinterpret_cast<const char*>(
         in.first + (down.origin + down.unit * (top + down.step * (rows - 1) + down.taps)) * in.row);
     const char* beside = reinterpret_cast<const char*>(grad.first + (down.first + down.pitch * (j + rows)) * grad.row);
-    for (int64_t v = first; v < last; ++v) {
+    job.sums_vector = Lanes::at(1, 0, taps_ + 1);
+    for (int64_t v = first, vectors; v < last; v += vectors) {
+      vectors = together(v);
       const int64_t at = lanes_.at(v), of_vector = Lanes::at(v, 0, taps_ + 1);
       for (const Lattice& l : across_) {
         job.pitch = l.unit * in.pixel, job.grad_pitch = l.pitch * grad.pixel;
         job.at = l.origin * in.pixel + at, job.grad_at = l.first * grad.pixel + at;
         job.count = l.count, job.inputs = l.inputs, job.step = l.step;
-        job.read = {read + (linear ? 0 : job.at * size), linear ? vector : l.step * job.pitch * size,
+        job.read = {read + (linear ? 0 : job.at * size), linear ? vectors * vector : l.step * job.pitch * size,
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1)};
-        job.beside = {beside + (linear ? 0 : job.grad_at * size), linear ? vector : job.grad_pitch * size,
+        job.beside = {beside + (linear ? 0 : job.grad_at * size), linear ? vectors * vector : job.grad_pitch * size,
                       down.pitch * grad.row * size};
-        if (wants_bias) add_bias(job, int(rows), sums + of_vector + int64_t(taps_) * kLanes);
-        const int64_t steps = run(job, l, of_vector);
-        if (linear) read += steps * vector, beside += steps * vector;
+        for (int64_t i = 0; wants_bias && i < vectors; ++i)
+          add_bias(job, i, int(rows), sums + Lanes::at(v + i, taps_, taps_ + 1));
+        const int64_t steps = run(job, l, int(vectors), of_vector);
+        if (linear) read += steps * vectors * vector, beside += steps * vectors * vector;
       }
     }
   }
 
-  int64_t run(FilterJob<T>& job, const Lattice& l, int64_t sums) {
+  int64_t run(FilterJob<T>& job, const Lattice& l, int vectors, int64_t sums) {
     const int most = l.step > 2 ? 1 : kMostTaps, pieces = (l.taps + most - 1) / most;
     int64_t taken = 0;
     for (int p = 0; p < pieces; ++p) {
@@ -220,7 +251,7 @@ class FilterRows {
       for (size_t q = 0; q < rows_.size();) {
         job.rows = rows_.data() + q;
         const bool many = q + code.rows <= rows_.size();
-        (many ? code.many : code.one)(job);
+        (many ? code.many : code.one)[vectors - 1](job);
         q += many ? code.rows : 1;
         // What is asked for is asked for once.
         taken = std::max(taken, steps.last - steps.first);
@@ -230,10 +261,11 @@ class FilterRows {
     return taken;
   }
 
-  static void add_bias(const FilterJob<T>& job, int rows, float* sums) {
+  static void add_bias(const FilterJob<T>& job, int64_t v, int rows, float* sums) {
     Vec total{};
     for (int i = 0; i < rows; ++i)
-      for (int64_t o = 0; o < job.count; ++o) total += load(job.grad[i] + job.grad_at + o * job.grad_pitch);
+      for (int64_t o = 0; o < job.count; ++o)
+        total += load(job.grad[i] + job.grad_at + o * job.grad_pitch + v * kLanes);
     store(sums, read<Vec>(sums) + total);
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "cpu/depthwise/filter_window.h"
 #include "cpu/depthwise/tiling.h"
+#include "cpu/simd/scratch.h"
 
 namespace rkl::cpu::RKL_ISA {
 
@@ -77,24 +78,29 @@ void gradient_windows(const Conv2d& g, const T* grad, const T* x, const T* weigh
   const int64_t pixels = g.batch * g.out_h * g.out_w;
   const int64_t slices = wants_sums ? tiles.slices(pixels, taps) : tiles.units();
   const int64_t slice_size = Lanes::at(lanes.vectors(), 0, taps + 1), tasks = slices * tiles.groups();
-  std::vector<float> sums(wants_sums ? slices * slice_size : 0);
+  const Scratch sums(wants_sums ? slices * slice_size * int64_t(sizeof(float)) : 0);  // a task makes zeros of its own
   const int64_t work = 2 * pixels * g.channels * (taps + 4) / tasks;
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     WindowRows<T> image_rows = rows();
     FilterRows<T> filter = filter_rows();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task % slices, group = task / slices;
+      const Tile all = tiles.tile(0, group, 0);
+      float* here = sums.as<float>() + slice * slice_size;
+      if (wants_sums)
+        std::fill(here + Lanes::at(all.first_vector, 0, taps + 1), here + Lanes::at(all.last_vector, 0, taps + 1), 0.f);
       for (int64_t u = tiles.units() * slice / slices; u < tiles.units() * (slice + 1) / slices; ++u) {
         const Tile at_x = tiles.tile(u, group, to_x), at_filter = tiles.tile(u, group, to_filter);
         const Image<const T> from = nhwc_image(grad, at_x.image, g, true), image = nhwc_image(x, at_x.image, g, false);
         for (int64_t pair = at_x.first_row; dx && pair < at_x.last_row; ++pair)
           image_rows.make(from, nhwc_image(dx, at_x.image, g, false), pair, at_x.first_vector, at_x.last_vector, true);
         for (int64_t pair = at_filter.first_row; wants_sums && pair < at_filter.last_row; ++pair)
-          filter.add(image, from, pair, at_x.first_vector, at_x.last_vector, dbias, sums.data() + slice * slice_size);
+          filter.add(image, from, pair, at_x.first_vector, at_x.last_vector, dbias, here);
       }
+      if (wants_sums) filter.finish(all.first_vector, all.last_vector, here);
     }
   });
-  if (wants_sums) reduce_sums(sums, slices, taps, lanes, dweight, dbias);
+  if (wants_sums) reduce_sums(sums.as<float>(), slices, taps, lanes, dweight, dbias);
 }
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -30,6 +30,7 @@ struct Pixels {
     for (int v = 0; v < V; ++v) RKL_ISA::store(to + v * kLanes, y[v]);
   }
   static RKL_INLINE void cross(Vec (&)[1]) {}
+  static RKL_INLINE void uncross(Vec (&)[1]) {}
   static RKL_INLINE Vec upper_alone(Vec x) { return x; }
   static RKL_INLINE Vec add(Vec sum, Vec x, Vec weight) { return sum + x * weight; }
   static RKL_INLINE Vec weight(Vec first, Vec) { return first; }
@@ -75,6 +76,12 @@ struct Pixels<bf16> {
     const __m512 a = (__m512)x[0], b = (__m512)x[1];
     x[0] = (Vec)_mm512_shuffle_f32x4(a, b, 0x88);
     x[1] = (Vec)_mm512_shuffle_f32x4(a, b, 0xdd);
+  }
+  static RKL_INLINE void uncross(Vec (&x)[2]) {
+    const __m512 a = (__m512)x[0], b = (__m512)x[1];
+    const __m512 first = _mm512_shuffle_f32x4(a, b, 0x44), second = _mm512_shuffle_f32x4(a, b, 0xee);
+    x[0] = (Vec)_mm512_shuffle_f32x4(first, first, 0xd8);
+    x[1] = (Vec)_mm512_shuffle_f32x4(second, second, 0xd8);
   }
   // A zero in the place of the lower pixel.
   static RKL_INLINE Vec upper_alone(Vec x) { return (Vec)((VecBits)x & 0xffffu); }

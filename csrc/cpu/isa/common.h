@@ -21,4 +21,5 @@
 #include "cpu/depthwise/lattice.h"
 #include "cpu/kernels.h"
 #include "cpu/simd/element.h"
+#include "cpu/simd/scratch.h"
 #include "geometry.h"

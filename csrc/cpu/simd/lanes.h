@@ -62,14 +62,14 @@ std::vector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
 
 // The slices' sums (slice, vector, tap, lane) added in their order: the gradients (C, taps) and, of the last row, (C).
 template <class T>
-void reduce_sums(const std::vector<float>& sums, int64_t slices, int taps, const Lanes& lanes, T* dweight, T* dbias) {
+void reduce_sums(const float* sums, int64_t slices, int taps, const Lanes& lanes, T* dweight, T* dbias) {
   const int64_t size = (taps + 1) * kLanes, slice_size = lanes.vectors() * size;
   torch::stable::parallel_for(0, lanes.vectors(), kGrain / (slices * size) + 1, [&](int64_t begin, int64_t end) {
     std::vector<double> total(size);
     for (int64_t v = begin; v < end; ++v) {
       std::fill(total.begin(), total.end(), 0.);
       for (int64_t slice = 0; slice < slices; ++slice) {
-        const float* from = sums.data() + slice * slice_size + v * size;
+        const float* from = sums + slice * slice_size + v * size;
         for (int64_t i = 0; i < size; ++i) total[i] += from[i];
       }
       // Where images share the vector, lane by lane of each channel.
