@@ -1,7 +1,7 @@
 """Single cases under pytest-benchmark: ``pytest benchmarks/bench_operators.py -k "depthwise and mnv1-112 and fp32"``.
 
 One contestant after the other, each to its end, with pytest-benchmark's own statistics and comparisons
-(``--benchmark-compare``). Ratios that count come from suite.py, whose contestants take turns: see there why.
+(``--benchmark-compare``). Ratios that count come from suite.py, whose contestants take part in rounds: see there why.
 """
 
 from __future__ import annotations

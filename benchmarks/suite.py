@@ -1,8 +1,8 @@
 """The whole suite, ``make bench``: every shape and the models, written as JSON, a table and a plot.
 
-The contestants take turns within a row (``rkl_kernels.bench.timing.interleave``). pytest-benchmark times one contestant
-to its end before the next begins, so on a shared machine the drift between the two would go into their ratio; it
-serves the single cases of bench_operators.py, with the same contestants.
+The contestants take part in rounds within a row (``rkl_kernels.bench.timing.interleave``). pytest-benchmark times one
+contestant to its end before the next begins, so on a shared machine the drift between the two would go into their
+ratio; it serves the single cases of bench_operators.py, with the same contestants.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The benchmark harness: this package's operators against their rivals, in turns, with the floors beside them.
+"""The benchmark harness: this package's operators against their rivals, in rounds, with the floors beside them.
 
 From an installed wheel, with torch alone (ONNX Runtime and OpenVINO join in where they are installed)::
 

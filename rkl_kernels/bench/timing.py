@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,10 +96,13 @@ def summarize(samples: list[float], fastest: bool = False) -> Timing:
 def interleave(
     contestants: Mapping[str, Run], timer: Timer, budget: float, least: int = 3, fastest: bool = False
 ) -> dict[str, Timing]:
-    """Time the contestants in turns, A B C, B C A, ..., for about ``budget`` seconds in all.
+    """Time the contestants in rounds for about ``budget`` seconds in all.
 
-    In turns, because a shared machine's speed drifts: what slows one slows the others of the same round, and the
-    ratios stand. Each has the same share of the time; a slow one takes ``least`` samples and sits out the later
+    In rounds, because a shared machine's speed drifts: what slows one slows the others of the same round, and the
+    ratios stand. Each round in an order of its own, drawn from the same numbers in every run: a contestant finds in the
+    caches what the one before it left there, its own input or nothing, so none may always follow the same one (in
+    turns, the first had always come after the matrix product, and the next found its image ready: 0.7 where 1.0 is
+    right). Each has the same share of the time; a slow one takes ``least`` samples and sits out the later
     rounds, and one whose single call takes more than the whole budget is content with that call.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
@@ -110,10 +114,11 @@ def interleave(
             samples[name].append(first)
     share = budget / max(len(contestants), 1)
     active = [name for name in contestants if not samples[name]]
+    order = random.Random(0)
     while active:
-        for name in active:
+        for name in order.sample(active, len(active)):
             samples[name].append(timer(contestants[name], calls[name]))
-        active = [n for n in active[1:] + active[:1] if _goes_on(samples[n], calls[n], share, least)]
+        active = [n for n in active if _goes_on(samples[n], calls[n], share, least)]
     return {name: summarize(times, fastest) for name, times in samples.items()}
 
 
