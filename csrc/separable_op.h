@@ -84,11 +84,6 @@ struct SeparableOps {
     check_same(x, pointwise, "x and pointwise_weight");
   }
 
-  static Tensor as_matrix(const Tensor& pointwise) {
-    const std::vector<int64_t> size{pointwise.size(0), pointwise.size(1)};
-    return torch::stable::reshape(pointwise, size);
-  }
-
   // The format that is computed in; g has the output's.
   static bool computes_in_nhwc(const Conv2d& g, const Tensor& x, Dtype dtype) {
     return g.nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, dtype);

@@ -94,10 +94,32 @@ inline Tensor new_like(const Tensor& x) {
   return torch::stable::empty_like(x);
 }
 
-// A dense NHWC image as a matrix of pixels by channels: a view.
+// x's memory by other sizes and strides: a view, made as empty_strided makes a tensor.
+template <size_t N>
+Tensor seen_as(const Tensor& x, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides) {
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), N, sizes.data(), strides.data(), 0, &out));
+  return Tensor(out);
+}
+
+// A dense NHWC image as a matrix of pixels by channels, and such a matrix as an image: views.
 inline Tensor pixel_rows(const Tensor& x) {
-  const std::vector<int64_t> nhwc{0, 2, 3, 1}, rows{x.size(0) * x.size(2) * x.size(3), x.size(1)};
-  return torch::stable::view(aten("aten::permute", "", x, nhwc), rows);
+  const int64_t pixels = x.size(0) * x.size(2) * x.size(3), c = x.size(1);
+  return seen_as<2>(x, {pixels, c}, {c, 1});
+}
+inline Tensor image_of_rows(const Tensor& rows, int64_t n, int64_t h, int64_t w) {
+  const int64_t c = rows.size(1);
+  return seen_as<4>(rows, {n, c, h, w}, image_strides(c, h, w, true));
+}
+
+// A pointwise filter (C', C, 1, 1) as the matrix (C', C), a view where it is dense; and a matrix as a filter.
+inline Tensor as_matrix(const Tensor& filter) {
+  const int64_t c_out = filter.size(0), c = filter.size(1);
+  if (is_dense(filter, false)) return seen_as<2>(filter, {c_out, c}, {c, 1});
+  return torch::stable::reshape(filter, std::vector<int64_t>{c_out, c});
+}
+inline Tensor as_filter(const Tensor& matrix) {
+  return seen_as<4>(matrix, {matrix.size(0), matrix.size(1), 1, 1}, {matrix.stride(0), matrix.stride(1), 1, 1});
 }
 
 // x with the strides of the given format, whatever its sizes of 1; x itself where it has them.

@@ -115,10 +115,9 @@ struct CudaSeparable : CudaConv {
   }
   static Tensor pointwise_by_cudnn(const SeparableCall& call, const Tensor& image, const Tensor& filter,
                                    const std::optional<Tensor>& bias, Activation act) {
-    const std::vector<int64_t> ones{1, 1}, zeros{0, 0}, size{filter.size(0), filter.size(1), 1, 1};
-    const Tensor filters = torch::stable::view(as_contiguous(filter), size);
-    const Tensor out = dense(aten("aten::convolution", "", image, filters, std::optional<Tensor>(), ones, zeros, ones,
-                                  false, zeros, int64_t(1)),
+    const std::vector<int64_t> ones{1, 1}, zeros{0, 0};
+    const Tensor out = dense(aten("aten::convolution", "", image, as_filter(as_contiguous(filter)),
+                                  std::optional<Tensor>(), ones, zeros, ones, false, zeros, int64_t(1)),
                              true);
     return finish_pointwise<CudaSeparable>(call, out, bias, act);
   }
@@ -218,8 +217,7 @@ Tensor conv2d_activated(const Tensor& x, const Tensor& weight, const std::option
   };
   const bool pointwise = weight.size(2) == 1 && weight.size(3) == 1 && groups == 1 && all(stride, 1) && all(padding, 0);
   if (pointwise && weight.size(1) == x.size(1) && is_dense(x, true)) {
-    const Tensor filter = torch::stable::reshape(weight, std::vector<int64_t>{weight.size(0), weight.size(1)});
-    if (std::optional<Tensor> y = pointwise_in_one(x, filter, bias_in, act, dtype)) return *y;
+    if (std::optional<Tensor> y = pointwise_in_one(x, as_matrix(weight), bias_in, act, dtype)) return *y;
   }
   Tensor y = aten("aten::convolution", "", x, weight, std::optional<Tensor>(), stride, padding, dilation, false,
                   std::vector<int64_t>{0, 0}, groups);

@@ -9,16 +9,9 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
-// A matrix of pixels by channels as an NHWC image of the other's size: a view.
-Tensor like_image(const Tensor& pixels, const Tensor& image) {
-  const Ints size{image.size(0), image.size(2), image.size(3), pixels.size(1)}, nchw{0, 3, 1, 2};
-  return aten("aten::permute", "", torch::stable::view(pixels, size), nchw);
-}
-
 Tensor convolution(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias) {
-  const Ints none{0, 0}, ones{1, 1}, size{filter.size(0), filter.size(1), 1, 1};
-  return aten("aten::mkldnn_convolution", "", image, torch::stable::reshape(filter, size), bias, none, ones, ones,
-              int64_t(1));
+  const Ints none{0, 0}, ones{1, 1};
+  return aten("aten::mkldnn_convolution", "", image, as_filter(filter), bias, none, ones, ones, int64_t(1));
 }
 
 bool has_convolution() {
@@ -61,7 +54,7 @@ Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<
   const int64_t rows = image.size(0) * image.size(2) * image.size(3), c = image.size(1), c_out = filter.size(0);
   const bool packed = dtype == Dtype::f32 && filter.stride(0) == 1 && 2 * rows * c * c_out <= kSmall;
   if (kSteady && nhwc && (rows <= kFewPixels || packed))
-    return like_image(linear(pixel_rows(image), filter, bias), image);
+    return image_of_rows(linear(pixel_rows(image), filter, bias), image.size(0), image.size(2), image.size(3));
   return dense(convolution(image, filter, bias), nhwc);
 }
 

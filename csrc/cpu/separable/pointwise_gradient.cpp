@@ -19,11 +19,7 @@ using Ints = std::vector<int64_t>;
 int64_t pixels_of(const Tensor& image) { return image.size(0) * image.size(2) * image.size(3); }
 
 // All pixels of an NHWC image as one row of an image: a view.
-Tensor as_one_row(const Tensor& image) {
-  const Tensor pixels = pixel_rows(image);
-  const Ints row{1, 1, pixels.size(0), pixels.size(1)}, nchw{0, 3, 1, 2};
-  return aten("aten::permute", "", torch::stable::view(pixels, row), nchw);
-}
+Tensor as_one_row(const Tensor& image) { return image_of_rows(pixel_rows(image), 1, 1, pixels_of(image)); }
 
 Tensor narrow(const Tensor& x, int64_t dim, int64_t first, int64_t count) {
   Tensor self = x;
