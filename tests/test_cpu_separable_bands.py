@@ -23,6 +23,7 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (3, 64, 272, 5, 5, 3, 1, 1, 1),  # in backward, shared out by output channels, the last part short
     (5, 256, 130, 2, 2, 3, 2, 1, 1),
     (35, 128, 124, 12, 12, 3, 1, 1, 1),  # in backward, several bands a task
+    (8, 365, 301, 14, 14, 3, 1, 1, 1),  # in backward, in 16 bits, four tiles, the last ones short
     (19, 24, 40, 33, 32, 3, 1, 1, 1),  # planes where they lie: several images a task
 ]
 

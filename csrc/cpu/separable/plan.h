@@ -101,7 +101,7 @@ enum class FilterGradient : int {
   bands,     // by bands of pixels, each made again from the depthwise step's input
   pixels,    // by parts of the pixels, each a share of the sum
   channels,  // by output channels: large filters of few pixels
-  rows,      // by rows of one matrix product over all pixels
+  tiles,     // by tiles of one matrix product over all pixels
 };
 
 // How a call is made, as a value: the launchers follow it and rk.explain reads it.
@@ -119,7 +119,7 @@ inline bool images_serve(const Conv2d& g, Dtype dtype) {
 // there are few pixels to a channel (bf16, 512 to 512 channels, 14 px: 3.7 ms against 4.4), a convolution where there
 // are many (32 to 64, 112 px: 2.1 against 3.6).
 inline FilterGradient plan_filter_gradient(Dtype dtype, bool nhwc, int64_t pixels, int64_t c, int64_t c_out) {
-  if (nhwc && dtype != Dtype::f32 && pixels < 64 * std::min(c, c_out)) return FilterGradient::rows;
+  if (nhwc && dtype != Dtype::f32 && pixels < 64 * std::min(c, c_out)) return FilterGradient::tiles;
   return 4 * pixels <= c_out && c_out >= 256 ? FilterGradient::channels : FilterGradient::pixels;
 }
 

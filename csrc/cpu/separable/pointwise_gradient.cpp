@@ -113,17 +113,24 @@ void by_channels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, D
   });
 }
 
-// NHWC images in 16 bits: one matrix product over all pixels, shared out by its rows, of which it needs no copy.
-void by_rows(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
+// NHWC images in 16 bits: one matrix product over all pixels, whose factors need no copy, in tiles. They are of one
+// size, a power of 2 of them, and as square as that allows, since each reads its rows and its columns of the factors
+// (512 to 512 channels, 14 px, bf16, eight tasks on one thread: 21 ms by rows alone, 18.7 by tiles of 128 x 256).
+void by_tiles(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
   const int64_t pixels = pixels_of(dz), c = hidden.size(1), c_out = dz.size(1);
-  // Each part reads all of the other factor: 200704 x 64 by 32, 10.5 ms by 16 rows, 5.6 in one.
-  const int64_t part = std::max<int64_t>(64, (c_out + kTasks - 1) / kTasks);
-  for_tasks((c_out + part - 1) / part, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * part; first < end * part && first < c_out; first += part) {
-      const int64_t count = std::min(part, c_out - first);
-      const Matrix left{at(const_cast<void*>(dz.const_data_ptr()), first, dtype), dtype, count, pixels, 1, c_out};
-      Product(left, matrix(hidden.const_data_ptr(), dtype, pixels, c),
-              matrix(at(out, first * c, dtype), dtype, count, c));
+  int64_t rows = c_out, columns = c;
+  for (int64_t tasks = tasks_for(2 * pixels * c * c_out, dtype); tasks > 1; tasks /= 2) {
+    int64_t& longer = rows >= columns ? rows : columns;
+    longer = (longer + 1) / 2;
+  }
+  const int64_t across = (c + columns - 1) / columns, down = (c_out + rows - 1) / rows;
+  for_tasks(across * down, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / across * rows, column = i % across * columns;
+      const int64_t high = std::min(rows, c_out - row), wide = std::min(columns, c - column);
+      const Matrix left{at(const_cast<void*>(dz.const_data_ptr()), row, dtype), dtype, high, pixels, 1, c_out};
+      const Matrix right{at(const_cast<void*>(hidden.const_data_ptr()), column, dtype), dtype, pixels, wide, c, 1};
+      Product(left, right, {at(out, row * c + column, dtype), dtype, high, wide, c, 1});
     }
   });
 }
@@ -141,8 +148,8 @@ void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, void* ou
     return;
   }
   switch (plan_filter_gradient(dtype, nhwc, pixels_of(dz), c, c_out)) {
-    case FilterGradient::rows:
-      return by_rows(dz, hidden, out, dtype);
+    case FilterGradient::tiles:
+      return by_tiles(dz, hidden, out, dtype);
     case FilterGradient::channels:
       return by_channels(dz, hidden, nhwc, out, dtype);
     default:
