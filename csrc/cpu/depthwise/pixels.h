@@ -84,7 +84,7 @@ struct Pixels<bf16> {
     x[1] = (Vec)_mm512_shuffle_f32x4(second, second, 0xd8);
   }
   // A zero in the place of the lower pixel.
-  static RKL_INLINE Vec upper_alone(Vec x) { return (Vec)((VecBits)x & 0xffffu); }
+  static RKL_INLINE Vec upper_alone(Vec x) { return (Vec)_mm512_maskz_mov_epi16(0x55555555, (__m512i)x); }
   static RKL_INLINE Vec add(Vec sum, Vec x, Vec weight) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
   }
