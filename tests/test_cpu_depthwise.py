@@ -50,6 +50,14 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (1, 40, 20, 19, (13, 9), 2, (6, 4), 1),
     (1, 48, 6, 5, (5, 5), 1, 9, 1),  # outputs that no tap reaches
     (1, 32, 6, 7, (9, 9), 3, 12, 1),
+    (2, 8, 9, 12, (3, 1), 1, (1, 0), 1),  # one column: pixels of a row as channels
+    (2, 24, 20, 8, (5, 1), (2, 1), (2, 0), (2, 1)),
+    (1, 40, 7, 6, (3, 1), 1, (1, 0), 1),
+    (2, 32, 9, 13, (1, 3), 1, (0, 1), 1),
+    (2, 48, 8, 9, (2, 3), 1, 1, 1),
+    (7, 5, 6, 11, (3, 3), 1, 1, 1),  # three images in a vector, and the last one alone
+    (7, 3, 9, 9, (5, 5), 2, 2, 1),
+    (3, 3, 1, 1, (5, 5), 1, 2, 1),  # planes of one pixel
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
 

@@ -16,14 +16,19 @@ pytestmark = [  # the loops below are named by their instructions
     pytest.mark.skipif(shutil.which("objdump") is None, reason="reads machine code by objdump; it is not on PATH"),
 ]
 
-# Namespace, class and arguments: taps, step, rows of outputs or of the filter, vectors.
+# Namespace, class and arguments: taps, step, rows of outputs or of the filter, vectors; a window's last is the
+# filter's height.
 LOOPS = [
-    ("avx512", "Window<float, 3, 1, 2, 1, true>", 54),  # multiply-adds: 3 columns x 2 rows x 9 taps
-    ("avx512", "Window<float, 3, 2, 2, 1, true>", 36),
+    ("avx512", "Window<float, 3, 1, 2, 1, 3>", 54),  # multiply-adds: 3 columns x 2 rows x 9 taps
+    ("avx512", "Window<float, 3, 2, 2, 1, 3>", 36),
+    ("avx512", "Window<float, 2, 1, 2, 1, 2>", 16),
+    ("avx512", "Window<float, 1, 1, 2, 1, 3>", 6),
     ("avx512", "FilterWindow<float, 3, 1, 3, 1>", 27),
-    ("avx512_bf16", "Window<c10::BFloat16, 3, 1, 2, 1, true>", 36),  # two rows of the filter an instruction
-    # Not <..., 3, 1, 2, 2, true>: beside 24 sums and weights GCC 12 has too little room; 11 vectors are on the stack.
-    ("avx512_bf16", "Window<c10::BFloat16, 3, 2, 2, 2, true>", 48),
+    ("avx512_bf16", "Window<c10::BFloat16, 3, 1, 2, 1, 3>", 36),  # two rows of the filter an instruction
+    # Not <..., 3, 1, 2, 2, 3>: beside 24 sums and weights GCC 12 has too little room; 11 vectors are on the stack.
+    ("avx512_bf16", "Window<c10::BFloat16, 3, 2, 2, 2, 3>", 48),
+    ("avx512_bf16", "Window<c10::BFloat16, 2, 1, 2, 2, 2>", 16),
+    ("avx512_bf16", "Window<c10::BFloat16, 1, 1, 2, 2, 3>", 8),
     ("avx512_bf16", "FilterWindow<c10::BFloat16, 3, 1, 3, 2>", 54),
 ]
 

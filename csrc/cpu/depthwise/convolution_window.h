@@ -10,16 +10,16 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// K taps of a row, outputs S columns apart (any distance for one tap), R rows of V vectors of outputs. Square: the
-// filter has K rows and the outputs are S rows apart.
+// K taps of a row, outputs S columns apart (any distance for one tap), R rows of V vectors of outputs. H: the filter
+// has H rows and the outputs are S rows apart; 0 for any.
 //
-// An AVX-512 core of AMD takes a multiply-add's weight from memory at two thirds of its rate, so a square filter's
-// weights are all in registers, and wider filters are made by blocks.
-template <class T, int K, int S, int R, int V, bool square>
+// An AVX-512 core of AMD takes a multiply-add's weight from memory at two thirds of its rate, so the weights of common
+// small filters are all in registers, and wider filters are made by blocks.
+template <class T, int K, int S, int R, int V, int H>
 class Window {
   using P = Pixels<T>;
   static constexpr int M = (K + S - 1) / S;  // outputs that a column may belong to
-  static constexpr int kUnits = (K + P::kRows - 1) / P::kRows;
+  static constexpr int kUnits = (H + P::kRows - 1) / P::kRows;
 
  public:
   static __attribute__((noinline)) void run(const Job<T>& job) {
@@ -57,10 +57,10 @@ class Window {
   }
 
   // Of operand m of the filter's column: of an odd number of rows the last one's lower pixel does not count.
-  static RKL_INLINE Vec part(Vec x, int m) { return K % P::kRows && m == kUnits - 1 ? P::upper_alone(x) : x; }
+  static RKL_INLINE Vec part(Vec x, int m) { return H % P::kRows && m == kUnits - 1 ? P::upper_alone(x) : x; }
 
   template <int phase, int J>
-  RKL_INLINE void square_column(int64_t at) {
+  RKL_INLINE void held_column(int64_t at) {
 #pragma GCC unroll 16
     for (int u = 0; u < kUnits + (R - 1) * S; ++u) {
       Vec x[V];
@@ -107,8 +107,8 @@ class Window {
   RKL_INLINE void column(int64_t c) {
     const int64_t at = at_ + c * job.pitch;
     const int units = job.units, shift = job.shift, from = job.begin, to = job.end;
-    if constexpr (square) {
-      square_column<phase, J>(at);
+    if constexpr (H > 0) {
+      held_column<phase, J>(at);
     } else if constexpr (R == 1) {
       for (int u = from; u < to; ++u) add_unit<phase, J, true, false>(at, u);
     } else {
@@ -126,8 +126,7 @@ class Window {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v)
-        sum[r][place][v] =
-            read<Vec>((square ? job.start[0] : job.start[r] + output * job.start_step) + start_ + v * kLanes);
+        sum[r][place][v] = read<Vec>((H ? job.start[0] : job.start[r] + output * job.start_step) + start_ + v * kLanes);
   }
 
   template <int place>
@@ -135,7 +134,7 @@ class Window {
     if (output < 0 || output >= job.count) return;
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
-      if (square || V > P::kTogether || !job.sums[0]) {
+      if (H || V > P::kTogether || !job.sums[0]) {
         P::store(job.out[r] + to_ + output * job.out_pitch, sum[r][place]);
         continue;
       }
@@ -173,7 +172,7 @@ class Window {
 
   template <int... phase>
   RKL_INLINE void slide(std::integer_sequence<int, phase...>) {
-    if constexpr (square)
+    if constexpr (H > 0)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v)
 #pragma GCC unroll 12
@@ -192,7 +191,7 @@ class Window {
   int64_t at_, to_, start_;
   const char *read_, *written_;
   const int64_t read_step_, written_step_;
-  Vec held[V][square ? kUnits * K : 1];
+  Vec held[V][H ? kUnits * K : 1];
   Vec sum[R][M][V];
 };
 
@@ -206,15 +205,15 @@ struct Code {
   Run one = nullptr, two = nullptr;
 };
 
-// Windows by rows of outputs, less 1. Or blocks of 4, 7 and 8 outputs.
+// Windows by the filter's height, 0 for any, and rows of outputs, less 1. Or blocks of 4, 7 and 8 outputs.
 template <class T>
 struct RowCode {
-  Code<T> any[2] = {}, square[2] = {}, block_4 = {}, block_7 = {}, block_8 = {};
+  Code<T> windows[kWindowTaps + 1][2] = {}, block_4 = {}, block_7 = {}, block_8 = {};
 
   bool in_blocks() const { return block_4.one; }
-  Code<T> window(int rows, bool is_square) const {
-    const Code<T>&code = any[rows - 1], &best = square[rows - 1];
-    return {is_square && best.one ? best.one : code.one, is_square && best.two ? best.two : code.two};
+  Code<T> window(int rows, int height) const {
+    const Code<T>&any = windows[0][rows - 1], &best = windows[height <= kWindowTaps ? height : 0][rows - 1];
+    return {best.one ? best.one : any.one, best.two ? best.two : any.two};
   }
   const Code<T>& block(int64_t row) const {
     const int width = block_width(row);
@@ -229,6 +228,17 @@ constexpr Code<T> block_code() {
   return code;
 }
 
+template <class T, int K, int S, int H>
+constexpr void add_windows(RowCode<T>& code) {
+  code.windows[H][0].one = &Window<T, K, S, 1, 1, H>::run;
+  code.windows[H][1].one = &Window<T, K, S, 2, 1, H>::run;
+  if constexpr (sizeof(T) == 2) {
+    code.windows[H][0].two = &Window<T, K, S, 1, 2, H>::run;
+    if constexpr (H * K < 9 || Pixels<T>::kRows == 2)  // else 18 weights leave too little room
+      code.windows[H][1].two = &Window<T, K, S, 2, 2, H>::run;
+  }
+}
+
 template <class T, int K, int S>
 constexpr RowCode<T> code_for() {
   RowCode<T> code;
@@ -238,19 +248,9 @@ constexpr RowCode<T> code_for() {
     code.block_8 = block_code<T, K, S, 8>();
     return code;
   } else {
-    code.any[0].one = &Window<T, K, S, 1, 1, false>::run;
-    code.any[1].one = &Window<T, K, S, 2, 1, false>::run;
-    if constexpr (sizeof(T) == 2) {
-      code.any[0].two = &Window<T, K, S, 1, 2, false>::run;
-      code.any[1].two = &Window<T, K, S, 2, 2, false>::run;
-    }
-    if constexpr (kRegisters == 32 && K == 3) {
-      code.square[0].one = &Window<T, K, S, 1, 1, true>::run;
-      code.square[1].one = &Window<T, K, S, 2, 1, true>::run;
-      if constexpr (sizeof(T) == 2) code.square[0].two = &Window<T, K, S, 1, 2, true>::run;
-      if constexpr (Pixels<T>::kRows == 2)  // else 18 weights leave too little room
-        code.square[1].two = &Window<T, K, S, 2, 2, true>::run;
-    }
+    add_windows<T, K, S, 0>(code);
+    if constexpr (kRegisters == 32)
+      add_windows<T, K, S, 1>(code), add_windows<T, K, S, 2>(code), add_windows<T, K, S, 3>(code);
     return code;
   }
 }

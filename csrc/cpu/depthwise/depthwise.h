@@ -76,7 +76,7 @@ inline PackedFilter pack_filter(const Conv2d& g, const void* weight, const void*
   PackedFilter filter;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Lanes lanes{g.channels, g.nhwc};
+    const Lanes lanes = lanes_of<T>(g);
     const Gather gather = forward_gather(g);
     const T* from = static_cast<const T*>(weight);
     const T* offset = static_cast<const T*>(bias);
@@ -94,7 +94,7 @@ inline void depthwise_packed(const Conv2d& g, const void* x, const PackedFilter&
                              Dtype dtype) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Lanes lanes{g.channels, g.nhwc};
+    const Lanes lanes = lanes_of<T>(g);
     const T* from = static_cast<const T*>(x);
     const Finish finish{filter.weights.data(), filter.bias.data(), act};
     if (lanes.in_place()) return convolve_windows(g, from, finish, static_cast<T*>(y));
@@ -113,7 +113,7 @@ inline void depthwise_backward(const Conv2d& g, const void* grad, const void* x,
                                void* dweight, void* dbias, Dtype dtype) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Lanes lanes{g.channels, g.nhwc};
+    const Lanes lanes = lanes_of<T>(g);
     const T *from = static_cast<const T*>(grad), *image = static_cast<const T*>(x);
     const T* filter = static_cast<const T*>(weight);
     T *to_x = static_cast<T*>(dx), *to_weight = static_cast<T*>(dweight), *to_bias = static_cast<T*>(dbias);

@@ -1,6 +1,7 @@
-// Images whose channels lie apart, and NHWC images with less than a vector of channels: kLanes planes go through a
-// scratch image in the cache, where they are transposed to one NHWC image of kLanes channels, and so meet the same
-// windows as NHWC images. The transposition costs about as much as a 3 x 3 filter and wastes nothing on narrow maps.
+// Images whose channels lie apart, and NHWC images with less than a vector of channels: kLanes planes, of several
+// images where they have few, go through a scratch image in the cache, where they are transposed to one NHWC image of
+// kLanes channels, and so meet the same windows as NHWC images. The transposition costs about as much as a 3 x 3 filter
+// and wastes nothing on narrow maps.
 #pragma once
 #include "cpu/depthwise/filter_window.h"
 #include "cpu/depthwise/tiling.h"
@@ -8,12 +9,14 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// Up to kLanes channels as they lie in memory: pixel p of lane l is first[l * lane + p * pixel].
+// Up to kLanes channels as they lie in memory: `count` planes of so many pixels, or pixels of all channels of some
+// images.
 template <class T>
 struct Planes {
   T* first;
   int count;
-  int64_t lane, pixel;
+  bool nhwc;
+  int64_t pixels, channels, images;
 };
 
 // Rows of up to kLanes channels as an image of kLanes channels.
@@ -37,6 +40,7 @@ class ScratchImage {
   template <class T>
   void fill(const Planes<const T>& planes, int64_t width, int64_t first, int64_t last) {
     resize(first, last, width);
+    if (planes.nhwc) return pack(planes, first * width, last * width);
     for_chunks(first * width, last * width, [&](int64_t pixel, int64_t some) {
       Vec v[kLanes];
       take(planes, pixel, some, last * width, v);
@@ -52,6 +56,7 @@ class ScratchImage {
   // Gives rows [first, last) of an image.
   template <class T>
   void empty_into(const Planes<T>& planes, int64_t width, int64_t first, int64_t last) {
+    if (planes.nhwc) return unpack(planes, first * width, last * width);
     for_chunks(first * width, last * width, [&](int64_t pixel, int64_t some) {
       const float* from = data_ + (pixel - first * width) * kLanes;
       Vec v[kLanes];
@@ -75,42 +80,55 @@ class ScratchImage {
     }
   }
 
+  // Pixels whose channels lie together, those of all images in one vector. Vectors are stored whole, image by image of
+  // a pixel: what one has too much, zeros, the next one covers, or there is room. Behind an image's rows there is none.
+  template <class T>
+  void pack(const Planes<const T>& planes, int64_t begin, int64_t end) {
+    const auto [first, count, nhwc, pixels, channels, images] = planes;
+    float* to = data_;
+    for (int64_t pixel = begin; pixel < end; ++pixel, to += kLanes)
+      for (int64_t i = 0; i < images; ++i)
+        store(to + i * channels, load_some(first + (i * pixels + pixel) * channels, channels));
+  }
+  template <class T>
+  void unpack(const Planes<T>& planes, int64_t begin, int64_t end) const {
+    const auto [first, count, nhwc, pixels, channels, images] = planes;
+    for (int64_t i = 0; i < images; ++i) {
+      const float* from = data_ + i * channels;
+      T* to = first + (i * pixels + begin) * channels;
+      for (int64_t left = (end - begin) * channels; left > 0; left -= channels, from += kLanes, to += channels)
+        left >= kLanes ? store(to, load(from)) : store_some(to, load(from), channels);
+    }
+  }
+
   // `some` pixels of the planes, one a vector.
   template <class T>
   static void take(const Planes<const T>& planes, int64_t pixel, int64_t some, int64_t end, Vec (&v)[kLanes]) {
-    const T* from = planes.first + pixel * planes.pixel;
-    if (planes.lane == 1) {
-      for (int64_t i = 0; i < some; ++i) v[i] = load_some(from + i * planes.pixel, planes.count);
-      return;
-    }
+    const T* from = planes.first + pixel;
     if (planes.count == kLanes && some == kLanes) {
       // Where these planes end, the next ones follow.
-      const int64_t ahead = pixel + kAhead < end ? kAhead : kAhead + (kLanes - 1) * planes.lane;
+      const int64_t ahead = pixel + kAhead < end ? kAhead : kAhead + (kLanes - 1) * planes.pixels;
 #pragma GCC unroll 16
       for (int lane = 0; lane < kLanes; ++lane) {
-        __builtin_prefetch(from + lane * planes.lane + ahead);
-        v[lane] = load(from + lane * planes.lane);
+        __builtin_prefetch(from + lane * planes.pixels + ahead);
+        v[lane] = load(from + lane * planes.pixels);
       }
     } else {
       for (int lane = 0; lane < kLanes; ++lane)
-        v[lane] = lane < planes.count ? load_some(from + lane * planes.lane, some) : Vec{};
+        v[lane] = lane < planes.count ? load_some(from + lane * planes.pixels, some) : Vec{};
     }
     transpose(v);
   }
 
   template <class T>
   static void give(const Planes<T>& planes, int64_t pixel, int64_t some, Vec (&v)[kLanes]) {
-    T* to = planes.first + pixel * planes.pixel;
-    if (planes.lane == 1) {
-      for (int64_t i = 0; i < some; ++i) store_some(to + i * planes.pixel, v[i], planes.count);
-      return;
-    }
+    T* to = planes.first + pixel;
     transpose(v);
     if (planes.count < kLanes || some < kLanes) {
-      for (int lane = 0; lane < planes.count; ++lane) store_some(to + lane * planes.lane, v[lane], some);
+      for (int lane = 0; lane < planes.count; ++lane) store_some(to + lane * planes.pixels, v[lane], some);
     } else {
 #pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes; ++lane) store(to + lane * planes.lane, v[lane]);
+      for (int lane = 0; lane < kLanes; ++lane) store(to + lane * planes.pixels, v[lane]);
     }
   }
 
@@ -143,10 +161,9 @@ class PlaneScratch {
   template <class U>
   Planes<U> planes(U* images, const Tile& tile, int64_t pixels) const {
     const int64_t image = tile.image * lanes_.images(), first = tile.first_vector * kLanes;
-    const int64_t here = std::min(lanes_.images(), batch_ - image) * lanes_.channels;
-    const int count = int(std::min<int64_t>(kLanes, here - first));
-    if (lanes_.nhwc) return {images + image * pixels * lanes_.channels, count, 1, lanes_.channels};
-    return {images + (image * lanes_.channels + first) * pixels, count, pixels, 1};
+    const int64_t here = std::min(lanes_.images(), batch_ - image), channels = lanes_.channels;
+    const int count = int(std::min<int64_t>(kLanes, here * channels - first));
+    return {images + (image * channels + first) * pixels, count, lanes_.nhwc, pixels, channels, here};
   }
 
   // The input rows that output rows [begin, end) read.

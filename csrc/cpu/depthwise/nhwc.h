@@ -13,29 +13,46 @@ Image<T> nhwc_image(T* images, int64_t image, const Conv2d& g, bool output) {
   return {images + image * h * w * g.channels, w * g.channels, g.channels};
 }
 
+// The images as the kernels take them. A filter one column wide at stride 1 reads each column for itself, so pixels
+// that lie side by side can be channels too: as many of them as fill whole vectors (3 x 1 of 8 channels had half of
+// each).
+template <class T>
+Conv2d in_whole_vectors(Conv2d g) {
+  constexpr int64_t kWhole = Pixels<T>::kTogether * kLanes;
+  const int64_t pixels = kWhole / std::gcd(g.channels, kWhole);
+  if (!g.nhwc || g.kernel_w > 1 || g.stride_w > 1 || g.padding_w || g.in_w % pixels) return g;
+  g.channels *= pixels, g.in_w /= pixels, g.out_w /= pixels;
+  return g;
+}
+
+template <class T>
+Lanes lanes_of(const Conv2d& g) {
+  return {in_whole_vectors<T>(g).channels, g.nhwc, g.channels};
+}
+
 // Channels in parts so narrow that the rows which a filter spans stay in a core's cache, and the filter itself too, yet
 // not so narrow that memory is read in short runs (33 px, 2048 channels, dilation 12: 28 ms in runs of 384 bytes, 20 ms
 // in runs of 2 KiB; but 31 x 31: 23 ms for 24 vectors, 17.7 ms for 4).
 // rows: of the input, that a pair of rows of outputs spans.
 template <class T>
 Tiling window_tiling(const Conv2d& g, int64_t rows, int64_t pairs, int64_t bands) {
-  const Lanes lanes{g.channels, g.nhwc};
-  const int64_t line = kLanes * int64_t(sizeof(T));
+  const int64_t vectors = lanes_of<T>(g).vectors(), line = kLanes * int64_t(sizeof(T));
   const int64_t span = rows * g.in_w * line;
   const int64_t rows_fit = std::max<int64_t>(cache_share() / span, 2048 / line);
   const int64_t filter = int64_t(operands<T>(g.kernel_h)) * g.kernel_w * kLanes * 4;
   const int64_t filter_fits = std::max<int64_t>((int64_t(256) << 10) / filter, 256 / line);
-  const int64_t group = std::min({rows_fit, filter_fits, lanes.vectors()});
-  const int64_t parts = ceil_div(lanes.vectors(), group);
-  const int64_t even = ceil_div(ceil_div(lanes.vectors(), parts), Pixels<T>::kTogether) * Pixels<T>::kTogether;
+  const int64_t group = std::min({rows_fit, filter_fits, vectors});
+  const int64_t parts = ceil_div(vectors, group);
+  const int64_t even = ceil_div(ceil_div(vectors, parts), Pixels<T>::kTogether) * Pixels<T>::kTogether;
   const int64_t wanted = std::clamp<int64_t>(ceil_div(bands, g.batch * parts), 1, pairs);
-  return {g.batch, lanes.vectors(), even, pairs, ceil_div(pairs, wanted)};
+  return {g.batch, vectors, even, pairs, ceil_div(pairs, wanted)};
 }
 
 template <class T>
-void convolve_windows(const Conv2d& g, const T* x, const Finish& finish, T* y) {
+void convolve_windows(const Conv2d& given, const T* x, const Finish& finish, T* y) {
+  const Conv2d g = in_whole_vectors<T>(given);
   const Gather gather = forward_gather(g);
-  const Lanes lanes{g.channels, g.nhwc};
+  const Lanes lanes = lanes_of<T>(given);
   const auto rows = [&] {
     return WindowRows<T>(gather, lanes, finish.weights, finish.bias, finish.act, g.in_w * g.channels);
   };
@@ -59,9 +76,10 @@ void convolve_windows(const Conv2d& g, const T* x, const Finish& finish, T* y) {
 // Both gradients in one pass: some rows of the image's, then of the filter's, while they are in the cache. The filter's
 // is summed in slices of the batch, each for itself, and the slices are added in their order.
 template <class T>
-void gradient_windows(const Conv2d& g, const T* grad, const T* x, const T* weight, T* dx, T* dweight, T* dbias) {
+void gradient_windows(const Conv2d& given, const T* grad, const T* x, const T* weight, T* dx, T* dweight, T* dbias) {
+  const Conv2d g = in_whole_vectors<T>(given);
   const Gather forward = forward_gather(g), gradient = gradient_gather(g);
-  const Lanes lanes{g.channels, g.nhwc};
+  const Lanes lanes = lanes_of<T>(given);
   const std::vector<float> weights = pack_weights<T>(weight, gradient, g.kernel_h, g.kernel_w, lanes);
   const std::vector<float> no_bias(lanes.vectors() * kLanes);
   const auto rows = [&] {

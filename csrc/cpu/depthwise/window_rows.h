@@ -288,13 +288,13 @@ class WindowRows {
       const int64_t output = job.vectors * kLanes;
       float* scratch[2] = {sums_.data() + kMostTaps * output, sums_.data() + sums_.size() / 2 + kMostTaps * output};
       for (int r = 0; r < 2; ++r) job.sums[r] = p + 1 < pieces.size() ? scratch[r] : nullptr;
-      const bool square = pieces.size() == 1 && down.taps == piece.taps && down.step == job.step;
+      const bool alone = pieces.size() == 1 && down.step == (piece.taps == 1 ? 1 : job.step);
       int64_t steps = job.last - job.first;
       if (piece.code->in_blocks()) {
         steps = ceil_div(job.count, block_width(job.count)) * block_width(job.count);
         for (int r = 0; r < rows; ++r) call(piece.code->block(job.count), steps, row_alone(job, r));
       } else {
-        call(piece.code->window(rows, square), steps, job);
+        call(piece.code->window(rows, alone ? down.taps : 0), steps, job);
         fill(job, 0, std::min(job.count, job.first - (piece.steps.most - 1)), rows);
         fill(job, job.last, job.count, rows);
       }

@@ -41,14 +41,13 @@ const Kernels& with_bf16() {
   return merged;
 }
 
-// Of NHWC images, filters and channels that leave a window little to do for each pixel that it loads: fewer channels
-// than a vector has lanes (3 to 12 channels, 3 x 3: 0.5 to 0.65 of oneDNN's rate), and filters of one row or column or
-// of 2 x 2 where memory is not what decides (bf16: 0.4 to 0.86; fp32 of 24 channels: 0.6). Of fewer pixels the way to
-// oneDNN, 25 us, takes longer than is gained.
-bool is_thin(const Conv2d& g, Dtype dtype) {
-  if (!g.nhwc || g.batch * g.out_h * g.out_w < 32768) return false;
-  const bool thin = g.kernel_h == 1 || g.kernel_w == 1 || (g.kernel_h == 2 && g.kernel_w == 2);
-  return g.channels < 16 || (thin && (dtype == Dtype::bf16 || g.channels < 32));
+// NHWC images with fewer channels than a vector has lanes, which go through a scratch image: of 12 channels, 3 x 3, at
+// 0.56 to 0.78 of oneDNN's rate. Not several images of at most 8, which share vectors (8 channels: 0.81 to 1.0, and by
+// way of oneDNN 0.69 to 0.87; 3 channels 0.97 to 1.3), nor filters one column wide, for which pixels are channels too.
+// Of fewer pixels the way to oneDNN, 25 to 60 us, takes longer than is gained.
+bool has_few_channels(const Conv2d& g) {
+  if (!g.nhwc || g.batch * g.out_h * g.out_w < 32768 || g.kernel_w == 1) return false;
+  return g.channels < 16 && (g.channels > 8 || g.batch == 1);
 }
 #endif
 
@@ -81,7 +80,7 @@ bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
                         : dtype == Dtype::bf16 ? chosen().bf16 == &with_bf16()
                                                : false;
   if (!measured) return false;
-  if (is_thin(g, dtype)) return true;
+  if (has_few_channels(g)) return true;
   const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
   const bool small = g.out_w <= 8 && g.batch * g.channels * g.out_h * g.out_w >= 1 << 19;
   if (g.nhwc || !plain || !small || g.kernel_h != g.kernel_w) return false;

@@ -4,10 +4,11 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// Which channel a lane of a vector stands for.
+// Which channel a lane of a vector stands for, and under which filter: channel c is under filter c % filters.
 struct Lanes {
   int64_t channels;
   bool nhwc;
+  int64_t filters = channels;
 
   // Whether blocks read and write the images where they lie: channels lie together and fill a vector.
   bool in_place() const { return nhwc && channels >= kLanes; }
@@ -17,14 +18,14 @@ struct Lanes {
   // Of a vector's first channel in images that are in place.
   int64_t at(int64_t v) const { return in_place() ? std::min(v * kLanes, last()) : 0; }
   int64_t last() const { return in_place() ? channels - kLanes : 0; }
-  // Images whose channels share a vector: more than one where NCHW images have few channels.
-  int64_t images() const { return nhwc ? 1 : std::max<int64_t>(1, kLanes / channels); }
+  // Images of few channels that share a vector, and the channels of all of them.
+  int64_t images() const { return std::max<int64_t>(1, kLanes / channels); }
+  int64_t used() const { return images() * channels; }
 
   // In place, the last vector ends with the last channel. -1 for an idle lane.
   int64_t channel(int64_t v, int lane) const {
     if (in_place()) return std::min(v * kLanes, last()) + lane;
-    if (images() > 1) return lane < images() * channels ? lane % channels : -1;
-    return v * kLanes + lane < channels ? v * kLanes + lane : -1;
+    return v * kLanes + lane < used() ? v * kLanes + lane : -1;
   }
   // Whether this lane's sum counts: not where the last vector overlaps its neighbour, nor where the lane is idle.
   bool counts(int64_t v, int lane) const { return channel(v, lane) >= v * kLanes; }
@@ -45,7 +46,8 @@ void as_lanes(const T* values, int taps, const Lanes& lanes, int64_t v, float* o
     const int count = std::min(kLanes, taps - first);
     Vec tile[kLanes] = {};
     for (int lane = 0; lane < kLanes; ++lane)
-      if (const int64_t c = lanes.channel(v, lane); c >= 0) tile[lane] = load_some(values + c * taps + first, count);
+      if (const int64_t c = lanes.channel(v, lane); c >= 0)
+        tile[lane] = load_some(values + c % lanes.filters * taps + first, count);
     transpose(tile);
     for (int i = 0; i < count; ++i) store(out + (first + i) * kLanes, tile[i]);
   }
@@ -63,28 +65,32 @@ std::vector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
 // The slices' sums (slice, vector, tap, lane) added in their order: the gradients (C, taps) and, of the last row, (C).
 template <class T>
 void reduce_sums(const float* sums, int64_t slices, int taps, const Lanes& lanes, T* dweight, T* dbias) {
-  const int64_t size = (taps + 1) * kLanes, slice_size = lanes.vectors() * size;
-  torch::stable::parallel_for(0, lanes.vectors(), kGrain / (slices * size) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> total(size);
-    for (int64_t v = begin; v < end; ++v) {
-      std::fill(total.begin(), total.end(), 0.);
-      for (int64_t slice = 0; slice < slices; ++slice) {
-        const float* from = sums + slice * slice_size + v * size;
-        for (int64_t i = 0; i < size; ++i) total[i] += from[i];
-      }
-      // Where images share the vector, lane by lane of each channel.
-      for (int lane = int(lanes.channels); lanes.images() > 1 && lane < kLanes; ++lane)
-        for (int tap = 0; lanes.counts(v, lane) && tap <= taps; ++tap)
-          total[tap * kLanes + lane % lanes.channels] += total[tap * kLanes + lane];
-      for (int lane = 0; lane < std::min<int64_t>(kLanes, lanes.channels); ++lane) {
-        if (!lanes.counts(v, lane)) continue;
-        const int64_t c = lanes.channel(v, lane);
-        const double* sum = total.data() + lane;
-        for (int tap = 0; dweight && tap < taps; ++tap) dweight[c * taps + tap] = T(float(sum[tap * kLanes]));
-        if (dbias) dbias[c] = T(float(sum[taps * kLanes]));
-      }
-    }
-  });
+  // Channels of one filter, which fill whole vectors or are in the only one, are added up by one task.
+  const bool shared = lanes.used() > lanes.filters;
+  const int64_t together = shared ? lanes.vectors() : 1;
+  const int64_t vector = (taps + 1) * kLanes, size = together * vector, slice_size = lanes.vectors() * vector;
+  torch::stable::parallel_for(
+      0, lanes.vectors() / together, kGrain / (slices * size) + 1, [&](int64_t begin, int64_t end) {
+        std::vector<double> total(size);
+        for (int64_t task = begin; task < end; ++task) {
+          std::fill(total.begin(), total.end(), 0.);
+          for (int64_t slice = 0; slice < slices; ++slice) {
+            const float* from = sums + slice * slice_size + task * size;
+            for (int64_t i = 0; i < size; ++i) total[i] += from[i];
+          }
+          const auto sum = [&](int64_t channel, int tap) -> double& {
+            return total[Lanes::at(channel / kLanes, tap, taps + 1) + channel % kLanes];
+          };
+          for (int64_t c = lanes.filters; shared && c < lanes.used(); ++c)
+            for (int tap = 0; tap <= taps; ++tap) sum(c % lanes.filters, tap) += sum(c, tap);
+          for (int64_t at = 0; at < together * kLanes; ++at) {
+            const int64_t v = task * together + at / kLanes, c = lanes.channel(v, int(at % kLanes));
+            if (!lanes.counts(v, int(at % kLanes)) || c >= lanes.filters) continue;
+            for (int tap = 0; dweight && tap < taps; ++tap) dweight[c * taps + tap] = T(float(sum(at, tap)));
+            if (dbias) dbias[c] = T(float(sum(at, taps)));
+          }
+        }
+      });
 }
 
 }  // namespace rkl::cpu::RKL_ISA
