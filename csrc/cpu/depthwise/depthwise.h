@@ -6,6 +6,7 @@
 #include "cpu/depthwise/nchw_transposed.h"
 #include "cpu/depthwise/nhwc.h"
 #include "cpu/simd/elementwise.h"
+#include "cpu/simd/scratch.h"
 
 namespace rkl::cpu::RKL_ISA {
 
@@ -36,35 +37,38 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   const Gather forward = forward_gather(g), gradient = gradient_gather(g);
   const std::vector<float> weights = Rows::pack(weight, gradient, g, lanes), no_bias(lanes.vectors() * kLanes);
   const Finish finish{weights.data(), no_bias.data(), Activation::none};
-  const int64_t to_x = Rows(gradient, g, lanes, finish).height(), to_weight = Filter(forward, g, lanes).height();
-  const Tiling tiles = Rows::tiling(g, lanes, to_weight);
+  const int64_t to_x = Rows(gradient, g, lanes, finish).height(), to_weight = Filter(forward, g, lanes, dbias).height();
+  const Tiling tiles = Rows::tiling(g, lanes, std::max(to_x, to_weight));
   const int taps = g.kernel_h * g.kernel_w;
   const bool wants_sums = dweight || dbias;
   const int64_t pixels = g.batch * g.out_h * g.out_w;
   const int64_t slices = wants_sums ? tiles.slices(pixels, taps) : tiles.units();
   const int64_t slice_size = Lanes::at(lanes.vectors(), 0, taps + 1), tasks = slices * tiles.groups();
-  std::vector<float> sums(wants_sums ? slices * slice_size : 0);
+  const Scratch sums(wants_sums ? slices * slice_size * int64_t(sizeof(float)) : 0);
   const int64_t work = 2 * pixels * g.channels * (taps + 4) / tasks;
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     Rows to_image(gradient, g, lanes, finish);
-    Filter to_filter(forward, g, lanes);
+    Filter to_filter(forward, g, lanes, dbias);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task % slices, group = task / slices;
+      const Tile all = tiles.tile(0, group, 0);
+      float* here = sums.as<float>() + slice * slice_size;
+      if (wants_sums) to_filter.begin(here, all);
       for (int64_t u = tiles.units() * slice / slices; u < tiles.units() * (slice + 1) / slices; ++u) {
         const Tile at_x = tiles.tile(u, group, to_x), at_weight = tiles.tile(u, group, to_weight);
         if (dx && at_x.first_row < at_x.last_row) to_image.convolve_rows(grad, dx, at_x);
-        if (wants_sums && at_weight.first_row < at_weight.last_row)
-          to_filter.correlate_rows(x, grad, sums.data() + slice * slice_size, taps, at_weight);
+        if (wants_sums && at_weight.first_row < at_weight.last_row) to_filter.correlate_rows(x, grad, here, at_weight);
       }
-      if (wants_sums) to_filter.flush(sums.data() + slice * slice_size, taps, group * tiles.group);
+      if (wants_sums) to_filter.finish(here, all);
     }
   });
-  if (wants_sums) reduce_sums(sums.data(), slices, taps, lanes, dweight, dbias);
+  if (wants_sums) reduce_sums(sums.as<float>(), slices, taps, lanes, dweight, dbias);
 }
 
-// Calls f with the kind of rows that serves, forward, images which are not in place, as a null pointer.
+// Calls f with the kind of rows that serves, forward, as a null pointer.
 template <class T, class F>
-void with_rows(const Conv2d& g, F&& f) {
+void with_rows(const Conv2d& g, const Lanes& lanes, F&& f) {
+  if (lanes.in_place()) return f(static_cast<NhwcRows<T, true>*>(nullptr));
 #if RKL_LANES == 16
   if (FlatRows<T>::serves(g)) return f(static_cast<FlatRows<T>*>(nullptr));
   if (HalvingRows<T>::serves(g)) return f(static_cast<HalvingRows<T>*>(nullptr));
@@ -72,34 +76,31 @@ void with_rows(const Conv2d& g, F&& f) {
   f(static_cast<PlaneRows<T>*>(nullptr));
 }
 
-inline PackedFilter pack_filter(const Conv2d& g, const void* weight, const void* bias, Dtype dtype) {
+inline PackedFilter pack_filter(const Conv2d& given, const void* weight, const void* bias, Dtype dtype) {
   PackedFilter filter;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Lanes lanes = lanes_of<T>(g);
-    const Gather gather = forward_gather(g);
-    const T* from = static_cast<const T*>(weight);
-    const T* offset = static_cast<const T*>(bias);
-    filter.bias = lanes.in_place() ? pack_bias<T>(offset, lanes) : as_lanes(offset, 1, lanes);
-    if (lanes.in_place())
-      filter.weights = pack_weights<T>(from, gather, g.kernel_h, g.kernel_w, lanes);
-    else
-      with_rows<T>(
-          g, [&](auto* rows) { filter.weights = std::remove_pointer_t<decltype(rows)>::pack(from, gather, g, lanes); });
+    const Conv2d g = in_whole_vectors<T>(given);
+    const Lanes lanes = lanes_of<T>(given);
+    with_rows<T>(g, lanes, [&](auto* rows) {
+      using Rows = std::remove_pointer_t<decltype(rows)>;
+      filter.weights = Rows::pack(static_cast<const T*>(weight), forward_gather(g), g, lanes);
+      filter.bias = pack_bias<typename Rows::Operand>(static_cast<const T*>(bias), lanes);
+    });
   });
   return filter;
 }
 
-inline void depthwise_packed(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y,
+inline void depthwise_packed(const Conv2d& given, const void* x, const PackedFilter& filter, Activation act, void* y,
                              Dtype dtype) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Lanes lanes = lanes_of<T>(g);
-    const T* from = static_cast<const T*>(x);
+    const Conv2d g = in_whole_vectors<T>(given);
+    const Lanes lanes = lanes_of<T>(given);
     const Finish finish{filter.weights.data(), filter.bias.data(), act};
-    if (lanes.in_place()) return convolve_windows(g, from, finish, static_cast<T*>(y));
-    with_rows<T>(g, [&](auto* rows) {
-      convolve_all<std::remove_pointer_t<decltype(rows)>>(g, lanes, from, finish, static_cast<T*>(y));
+    with_rows<T>(g, lanes, [&](auto* rows) {
+      using Rows = std::remove_pointer_t<decltype(rows)>;
+      convolve_all<Rows>(g, lanes, static_cast<const T*>(x), finish, static_cast<T*>(y));
     });
   });
 }
@@ -109,15 +110,16 @@ inline void depthwise(const Conv2d& g, const void* x, const void* weight, const 
   depthwise_packed(g, x, pack_filter(g, weight, bias, dtype), act, y, dtype);
 }
 
-inline void depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
+inline void depthwise_backward(const Conv2d& given, const void* grad, const void* x, const void* weight, void* dx,
                                void* dweight, void* dbias, Dtype dtype) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Lanes lanes = lanes_of<T>(g);
+    const Conv2d g = in_whole_vectors<T>(given);
+    const Lanes lanes = lanes_of<T>(given);
     const T *from = static_cast<const T*>(grad), *image = static_cast<const T*>(x);
     const T* filter = static_cast<const T*>(weight);
     T *to_x = static_cast<T*>(dx), *to_weight = static_cast<T*>(dweight), *to_bias = static_cast<T*>(dbias);
-    if (lanes.in_place()) return gradient_windows(g, from, image, filter, to_x, to_weight, to_bias);
+    if (lanes.in_place()) return gradients<NhwcRows<T, false>>(g, lanes, from, image, filter, to_x, to_weight, to_bias);
 #if RKL_LANES == 16
     if (FlatRows<T>::serves(g)) return gradients<FlatRows<T>>(g, lanes, from, image, filter, to_x, to_weight, to_bias);
 #endif

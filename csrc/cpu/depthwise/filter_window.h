@@ -178,6 +178,11 @@ class FilterRows {
         rows_of(in, grad, down, j, first, last, wants_bias, sums);
   }
 
+  // Makes zeros of the sums of vectors [first, last), before any row is added.
+  void begin(int64_t first, int64_t last, float* sums) const {
+    std::fill(sums + Lanes::at(first, 0, taps_ + 1), sums + Lanes::at(last, 0, taps_ + 1), 0.f);
+  }
+
   // Puts the sums of vectors [first, last) into their order, when all rows are added.
   void finish(int64_t first, int64_t last, float* sums) const {
     constexpr int kTogether = Pixels<T>::kTogether;

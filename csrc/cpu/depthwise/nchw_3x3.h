@@ -45,12 +45,15 @@ class FlatRows {
   }
 
   using Filter = FlatRows;
+  using Operand = float;
 
   static std::vector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
     return as_lanes(filter, kTaps, lanes);
   }
 
-  FlatRows(const Gather& gather, const Conv2d&, const Lanes& lanes, const Finish& finish = {})
+  FlatRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, bool) : FlatRows(gather, g, lanes, Finish{}) {}
+
+  FlatRows(const Gather& gather, const Conv2d&, const Lanes& lanes, const Finish& finish)
       : lanes_(lanes), finish_(finish), width_(gather.out_w), pixels_(gather.out_h * gather.out_w) {
     const Axis &down = gather.vertical[0], &across = gather.horizontal[0];
     for (int i = 0; i < kTaps; ++i) tap_[i] = down.tap[i / 3] * 3 + across.tap[i % 3];
@@ -73,22 +76,27 @@ class FlatRows {
     }
   }
 
-  // Adds the tile's share of the filter's gradient, of which flush() gives the sums.
-  void correlate_rows(const T* in, const T* grad, float*, int, const Tile& tile) {
-    sums_.resize((tile.last_vector - tile.first_vector) * kRows * kLanes);
+  // sums: (vector, tap, lane). A tile's vectors are channels; the last ones' tile has the lanes behind them too.
+  void begin(float* sums, const Tile& all) {
+    sums_.assign((all.last_vector - all.first_vector) * kRows * kLanes, 0.f);
+    const int64_t end = all.last_vector < lanes_.channels ? all.last_vector : lanes_.vectors() * kLanes;
+    for (int64_t channel = all.last_vector; channel < end; ++channel)
+      for (int row = 0; row < kRows; ++row) sums[at_channel(channel, row, kRows)] = 0;
+  }
+
+  // Adds the tile's share of the filter's gradient, of which finish() gives the sums.
+  void correlate_rows(const T* in, const T* grad, float*, const Tile& tile) {
     for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
       const int64_t plane = (tile.image * lanes_.channels + channel) * pixels_;
       correlate(in + plane, grad + plane, sums_.data() + (channel - tile.first_vector) * kRows * kLanes);
     }
   }
 
-  // Adds what correlate_rows has summed of the channels from `first` on to sums (vector, tap, lane), and begins anew.
-  void flush(float* sums, int, int64_t first) {
+  void finish(float* sums, const Tile& all) const {
     sum_lanes(sums_.data(), sums_.size() / kLanes, [&](int64_t i, float sum) {
       const int64_t row = i % kRows, tap = row < kTaps ? tap_[row] : kTaps;
-      sums[at_channel(first + i / kRows, tap, kRows)] += sum;
+      sums[at_channel(all.first_vector + i / kRows, tap, kRows)] = sum;
     });
-    sums_.clear();
   }
 
  private:

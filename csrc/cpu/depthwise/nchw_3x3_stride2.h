@@ -10,6 +10,8 @@ namespace rkl::cpu::RKL_ISA {
 template <class T>
 class HalvingRows {
  public:
+  using Operand = float;
+
   static bool serves(const Conv2d& g) { return is_3_by_3_on_planes(g, 2); }
 
   // Some rows of large planes, or so many channels of small ones that a task has work.

@@ -189,14 +189,17 @@ class PlaneScratch {
 template <class T>
 class PlaneFilterRows : PlaneScratch<T> {
  public:
-  PlaneFilterRows(const Gather& gather, const Conv2d& g, const Lanes& lanes)
+  PlaneFilterRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, bool wants_bias)
       : PlaneScratch<T>(gather, lanes, g.batch),
+        wants_bias_(wants_bias),
         rows_(gather, lanes, g.kernel_h, g.kernel_w, std::max(g.in_w, g.out_w) * kLanes) {}
 
   int64_t height() const { return rows_.pairs(); }
 
+  void begin(float* sums, const Tile& all) { rows_.begin(all.first_vector, all.last_vector, sums); }
+
   // Adds the tile's pairs of rows of the output's gradient to the filter's gradient.
-  void correlate_rows(const T* in, const T* grad, float* sums, int, const Tile& tile) {
+  void correlate_rows(const T* in, const T* grad, float* sums, const Tile& tile) {
     const int64_t begin = rows_.rows_before(tile.first_row);
     const int64_t end = std::min(this->gather_.out_h, rows_.rows_before(tile.last_row));
     this->fill(in, tile, begin, end);
@@ -205,12 +208,13 @@ class PlaneFilterRows : PlaneScratch<T> {
     const Image<float> image = this->image_in_.image(), gradient = this->image_out_.image();
     for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
       rows_.add({image.first, image.row, image.pixel}, {gradient.first, gradient.row, gradient.pixel}, pair,
-                tile.first_vector, tile.last_vector, true, sums);
+                tile.first_vector, tile.last_vector, wants_bias_, sums);
   }
 
-  void flush(float*, int, int64_t) {}  // nothing is kept back
+  void finish(float* sums, const Tile& all) const { rows_.finish(all.first_vector, all.last_vector, sums); }
 
  private:
+  const bool wants_bias_;
   FilterRows<float> rows_;
 };
 
@@ -218,6 +222,7 @@ template <class T>
 class PlaneRows : PlaneScratch<T> {
  public:
   using Filter = PlaneFilterRows<T>;
+  using Operand = float;
   using PlaneScratch<T>::tiling;
 
   static std::vector<float> pack(const T* filter, const Gather& gather, const Conv2d& g, const Lanes& lanes) {
