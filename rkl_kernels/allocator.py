@@ -8,8 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
-_MIB = 2**20
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -28,12 +27,6 @@ def keep_freed_memory() -> bool:
     """
     # 0 mappings: the heap alone serves. -1: its free end is never given back (mallopt(3)).
     return _mallopt((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
-
-
-def give_freed_memory_back() -> bool:
-    """Make it do again what it does by default once it has been given tensors of some MiB: map what exceeds 32 MiB, and
-    give back what is free beyond 64 MiB; False where there is no glibc."""
-    return _mallopt((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 32 * _MIB), (M_TRIM_THRESHOLD, 64 * _MIB))
 
 
 def return_gaps() -> bool:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..allocator import give_freed_memory_back, keep_freed_memory
 from .case import Case
+from .faulting import time_faulting
 from .rivals import TOLERANCES, TYPES, Rival, error, layers, reference
 from .timing import (
     Timing,
+    a_layer,
     busy_timer,
     copier,
     interleave,
@@ -114,8 +115,8 @@ def measure(
 
     Args:
         budget: seconds of timing for all contestants together.
-        faulting: time this package and PyTorch once more with the allocator as it comes, in half as much time; the
-            process keeps freed memory afterwards.
+        faulting: time this package and PyTorch once more on the CPU, in half as much time, in a process whose allocator
+            is as it comes.
         busy: CPU time and shortest samples instead of wall time and medians, to look at a kernel on one thread while
             the machine does other work. Such figures are for looking, not for keeping.
     """
@@ -149,11 +150,9 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
         contestants = _recorded(contestants, rejected)
     times = interleave(contestants | {COPY: copier(case.bytes, device), MATRIX: product}, timer, budget, fastest=busy)
     copy, matrix = times.pop(COPY), times.pop(MATRIX)
-    row = Row(case, copy, operations / matrix.seconds, _a_layer(times, chains), rejected)
-    if faulting and give_freed_memory_back():
-        again = {name: chain for name, chain in contestants.items() if name.split()[0] in (OURS, "eager")}
-        row.faulting = _a_layer(interleave(again, timer, budget / 2, fastest=busy), chains)
-        keep_freed_memory()
+    row = Row(case, copy, operations / matrix.seconds, a_layer(times, chains), rejected)
+    if faulting:
+        row.faulting = time_faulting(case, contestants, budget / 2, busy)
     return row
 
 
@@ -167,10 +166,6 @@ def _recorded(contestants: dict[str, Callable[[], Any]], rejected: dict[str, str
         except RuntimeError as problem:
             rejected[name] = f"cannot be recorded: {str(problem).splitlines()[0]}"
     return found
-
-
-def _a_layer(times: dict[str, Timing], chains: Mapping[str, tuple[Any, int]]) -> dict[str, Timing]:
-    return {name: replace(timing, seconds=timing.seconds / chains[name][1]) for name, timing in times.items()}
 
 
 def to_json(row: Row) -> dict[str, Any]:
