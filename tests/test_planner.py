@@ -159,7 +159,11 @@ def test_cpu_kernels_are_named(memory, dtype):
         (12, 136, 3, 3): nhwc,
         (12, 64, 3, 3): False,  # of 8,192 pixels
         (3, 136, 3, 3): False,  # two images, which share vectors
-        (12, 136, 3, 1): False,  # one column
+        (3, 64, 3, 3): False,
+        (12, 136, 3, 1): False,  # one column, so that pixels can be channels
+        (12, 135, 3, 1): nhwc,  # which do not fill vectors
+        (24, 136, 3, 1): False,
+        (64, 136, 3, 1): False,
     }
     for (channels, size, *kernel), left in cases.items():
         x = torch.randn(2, channels, size, size, dtype=dtype).to(memory_format=memory)

@@ -151,7 +151,7 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
     times = interleave(contestants | {COPY: copier(case.bytes, device), MATRIX: product}, timer, budget, fastest=busy)
     copy, matrix = times.pop(COPY), times.pop(MATRIX)
     row = Row(case, copy, operations / matrix.seconds, a_layer(times, chains), rejected)
-    if faulting:
+    if faulting and device == "cpu":
         row.faulting = time_faulting(case, contestants, budget / 2, busy)
     return row
 

@@ -103,17 +103,18 @@ def interleave(
     caches what the one before it left there, its own input or nothing, so none may always follow the same one (in
     turns, the first had always come after the matrix product, and the next found its image ready: 0.7 where 1.0 is
     right). Each has the same share of the time; a slow one takes ``least`` samples and sits out the later
-    rounds. The first call of each is not a sample: it makes what is made once, and takes the memory that the later ones
-    find (four layers of 64 MiB: 390 ms, then 36). One whose first call takes more than the whole budget is content with
-    one more.
+    rounds. Nothing is told by the first call of each: it makes what is made once, and takes the memory that the later
+    ones find (four layers of 64 MiB: 390 ms, then 36). One whose second call takes more than the whole budget is
+    content with that.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     calls: dict[str, int] = {}
     for name, run in contestants.items():
-        first = timer(run, 1)
-        calls[name] = max(1, math.ceil(LEAST_SAMPLE / max(first, 1e-9)))
-        if first > budget:
-            samples[name].append(timer(run, 1))
+        timer(run, 1)
+        warm = timer(run, 1)
+        calls[name] = max(1, math.ceil(LEAST_SAMPLE / max(warm, 1e-9)))
+        if warm > budget:
+            samples[name].append(warm)
     share = budget / max(len(contestants), 1)
     active = [name for name in contestants if not samples[name]]
     order = random.Random(0)

@@ -37,7 +37,8 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   const Gather forward = forward_gather(g), gradient = gradient_gather(g);
   const std::vector<float> weights = Rows::pack(weight, gradient, g, lanes), no_bias(lanes.vectors() * kLanes);
   const Finish finish{weights.data(), no_bias.data(), Activation::none};
-  const int64_t to_x = Rows(gradient, g, lanes, finish).height(), to_weight = Filter(forward, g, lanes, dbias).height();
+  const int64_t to_x = Rows(gradient, g, lanes, finish).height(),
+                to_weight = Filter(forward, g, lanes, dbias != nullptr).height();
   const Tiling tiles = Rows::tiling(g, lanes, std::max(to_x, to_weight));
   const int taps = g.kernel_h * g.kernel_w;
   const bool wants_sums = dweight || dbias;
@@ -48,7 +49,7 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   const int64_t work = 2 * pixels * g.channels * (taps + 4) / tasks;
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     Rows to_image(gradient, g, lanes, finish);
-    Filter to_filter(forward, g, lanes, dbias);
+    Filter to_filter(forward, g, lanes, dbias != nullptr);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task % slices, group = task / slices;
       const Tile all = tiles.tile(0, group, 0);
@@ -65,13 +66,14 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   if (wants_sums) reduce_sums(sums.as<float>(), slices, taps, lanes, dweight, dbias);
 }
 
-// Calls f with the kind of rows that serves, forward, as a null pointer.
-template <class T, class F>
+// Calls f with the kind of rows that serves, forward or for both gradients, as a null pointer.
+template <class T, bool forward, class F>
 void with_rows(const Conv2d& g, const Lanes& lanes, F&& f) {
-  if (lanes.in_place()) return f(static_cast<NhwcRows<T, true>*>(nullptr));
+  if (lanes.in_place()) return f(static_cast<NhwcRows<T, forward>*>(nullptr));
 #if RKL_LANES == 16
   if (FlatRows<T>::serves(g)) return f(static_cast<FlatRows<T>*>(nullptr));
-  if (HalvingRows<T>::serves(g)) return f(static_cast<HalvingRows<T>*>(nullptr));
+  if constexpr (forward)
+    if (HalvingRows<T>::serves(g)) return f(static_cast<HalvingRows<T>*>(nullptr));
 #endif
   f(static_cast<PlaneRows<T>*>(nullptr));
 }
@@ -81,8 +83,8 @@ inline PackedFilter pack_filter(const Conv2d& given, const void* weight, const v
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Conv2d g = in_whole_vectors<T>(given);
-    const Lanes lanes = lanes_of<T>(given);
-    with_rows<T>(g, lanes, [&](auto* rows) {
+    const Lanes lanes{g.channels, g.nhwc, given.channels};
+    with_rows<T, true>(g, lanes, [&](auto* rows) {
       using Rows = std::remove_pointer_t<decltype(rows)>;
       filter.weights = Rows::pack(static_cast<const T*>(weight), forward_gather(g), g, lanes);
       filter.bias = pack_bias<typename Rows::Operand>(static_cast<const T*>(bias), lanes);
@@ -96,9 +98,9 @@ inline void depthwise_packed(const Conv2d& given, const void* x, const PackedFil
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Conv2d g = in_whole_vectors<T>(given);
-    const Lanes lanes = lanes_of<T>(given);
+    const Lanes lanes{g.channels, g.nhwc, given.channels};
     const Finish finish{filter.weights.data(), filter.bias.data(), act};
-    with_rows<T>(g, lanes, [&](auto* rows) {
+    with_rows<T, true>(g, lanes, [&](auto* rows) {
       using Rows = std::remove_pointer_t<decltype(rows)>;
       convolve_all<Rows>(g, lanes, static_cast<const T*>(x), finish, static_cast<T*>(y));
     });
@@ -115,15 +117,12 @@ inline void depthwise_backward(const Conv2d& given, const void* grad, const void
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Conv2d g = in_whole_vectors<T>(given);
-    const Lanes lanes = lanes_of<T>(given);
-    const T *from = static_cast<const T*>(grad), *image = static_cast<const T*>(x);
-    const T* filter = static_cast<const T*>(weight);
-    T *to_x = static_cast<T*>(dx), *to_weight = static_cast<T*>(dweight), *to_bias = static_cast<T*>(dbias);
-    if (lanes.in_place()) return gradients<NhwcRows<T, false>>(g, lanes, from, image, filter, to_x, to_weight, to_bias);
-#if RKL_LANES == 16
-    if (FlatRows<T>::serves(g)) return gradients<FlatRows<T>>(g, lanes, from, image, filter, to_x, to_weight, to_bias);
-#endif
-    gradients<PlaneRows<T>>(g, lanes, from, image, filter, to_x, to_weight, to_bias);
+    const Lanes lanes{g.channels, g.nhwc, given.channels};
+    with_rows<T, false>(g, lanes, [&](auto* rows) {
+      using Rows = std::remove_pointer_t<decltype(rows)>;
+      gradients<Rows>(g, lanes, static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(weight),
+                      static_cast<T*>(dx), static_cast<T*>(dweight), static_cast<T*>(dbias));
+    });
   });
 }
 

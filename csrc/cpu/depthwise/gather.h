@@ -1,6 +1,7 @@
 // Which input pixels an output pixel reads: one description for the convolution and for its data gradient, so that both
 // run through the same kernels. Every pixel of the output gathers; nothing is ever scattered.
 #pragma once
+#include <numeric>
 #include <vector>
 
 #include "geometry.h"
@@ -23,6 +24,14 @@ struct Gather {
   std::vector<Axis> vertical, horizontal;  // one a phase
   int64_t in_h, in_w, out_h, out_w;
 };
+
+// Pixels of a row of NHWC images that can be taken for one of more channels, a multiple of `whole`: a filter one column
+// wide at stride 1 reads each column for itself. 1 where they cannot.
+inline int64_t pixels_as_channels(const Conv2d& g, int64_t whole) {
+  const int64_t pixels = whole / std::gcd(g.channels, whole);
+  const bool apart = g.nhwc && g.kernel_w == 1 && g.stride_w == 1 && !g.padding_w;
+  return apart && g.in_w % pixels == 0 ? pixels : 1;
+}
 
 inline Axis forward_axis(int64_t out, int kernel, int stride, int padding, int dilation) {
   Axis axis;

@@ -76,7 +76,8 @@ class FlatRows {
     }
   }
 
-  // sums: (vector, tap, lane). A tile's vectors are channels; the last ones' tile has the lanes behind them too.
+  // sums: (vector, tap, lane). A tile's vectors are channels. The last channels' tile makes zeros of the lanes behind
+  // them too: of few channels those count as other images'.
   void begin(float* sums, const Tile& all) {
     sums_.assign((all.last_vector - all.first_vector) * kRows * kLanes, 0.f);
     const int64_t end = all.last_vector < lanes_.channels ? all.last_vector : lanes_.vectors() * kLanes;

@@ -10,21 +10,13 @@ Image<T> nhwc_image(T* images, int64_t image, int64_t height, int64_t width, int
   return {images + image * height * width * channels, width * channels, channels};
 }
 
-// The images as the kernels take them. A filter one column wide at stride 1 reads each column for itself, so pixels
-// that lie side by side can be channels too: as many of them as fill whole vectors (3 x 1 of 8 channels had half of
-// each).
+// The images as the kernels take them: where pixels of a row can be channels, as many as fill whole vectors (3 x 1 of 8
+// channels had half of each).
 template <class T>
 Conv2d in_whole_vectors(Conv2d g) {
-  constexpr int64_t kWhole = Pixels<T>::kTogether * kLanes;
-  const int64_t pixels = kWhole / std::gcd(g.channels, kWhole);
-  if (!g.nhwc || g.kernel_w > 1 || g.stride_w > 1 || g.padding_w || g.in_w % pixels) return g;
+  const int64_t pixels = pixels_as_channels(g, Pixels<T>::kTogether * kLanes);
   g.channels *= pixels, g.in_w /= pixels, g.out_w /= pixels;
   return g;
-}
-
-template <class T>
-Lanes lanes_of(const Conv2d& g) {
-  return {in_whole_vectors<T>(g).channels, g.nhwc, g.channels};
 }
 
 // Channels in parts so narrow that the rows which a filter spans stay in a core's cache, and the filter itself too, yet

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/depthwise/gather.h"
 #include "cpu/kernels.h"
 #include "cpu/machine.h"
 
@@ -43,11 +44,11 @@ const Kernels& with_bf16() {
 
 // NHWC images with fewer channels than a vector has lanes, which go through a scratch image: of 12 channels, 3 x 3, at
 // 0.56 to 0.78 of oneDNN's rate. Not several images of at most 8, which share vectors (8 channels: 0.81 to 1.0, and by
-// way of oneDNN 0.69 to 0.87; 3 channels 0.97 to 1.3), nor filters one column wide, for which pixels are channels too.
+// way of oneDNN 0.69 to 0.87; 3 channels 0.97 to 1.3), nor where pixels are channels too.
 // Of fewer pixels the way to oneDNN, 25 to 60 us, takes longer than is gained.
-bool has_few_channels(const Conv2d& g) {
-  if (!g.nhwc || g.batch * g.out_h * g.out_w < 32768 || g.kernel_w == 1) return false;
-  return g.channels < 16 && (g.channels > 8 || g.batch == 1);
+bool has_few_channels(const Conv2d& g, int64_t whole) {
+  if (!g.nhwc || g.batch * g.out_h * g.out_w < 32768) return false;
+  return g.channels * pixels_as_channels(g, whole) < 16 && (g.channels > 8 || g.batch == 1);
 }
 #endif
 
@@ -80,7 +81,7 @@ bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
                         : dtype == Dtype::bf16 ? chosen().bf16 == &with_bf16()
                                                : false;
   if (!measured) return false;
-  if (has_few_channels(g)) return true;
+  if (has_few_channels(g, dtype == Dtype::bf16 ? 32 : 16)) return true;
   const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
   const bool small = g.out_w <= 8 && g.batch * g.channels * g.out_h * g.out_w >= 1 << 19;
   if (g.nhwc || !plain || !small || g.kernel_h != g.kernel_w) return false;
