@@ -43,8 +43,8 @@ const Kernels& with_bf16() {
 }
 
 // NHWC images with fewer channels than a vector has lanes, which go through a scratch image: of 12 channels, 3 x 3, at
-// 0.56 to 0.78 of oneDNN's rate. Not several images of at most 8, which share vectors (8 channels: 0.81 to 1.0, and by
-// way of oneDNN 0.69 to 0.87; 3 channels 0.97 to 1.3), nor where pixels are channels too.
+// 0.56 to 0.78 of oneDNN's rate. Not several images of at most 8, which share vectors (8 channels: 0.81 to 1.18, and
+// by way of oneDNN 0.69 to 0.87; 3 channels 0.79 to 1.3), nor where pixels are channels too.
 // Of fewer pixels the way to oneDNN, 25 to 60 us, takes longer than is gained.
 bool has_few_channels(const Conv2d& g, int64_t whole) {
   if (!g.nhwc || g.batch * g.out_h * g.out_w < 32768) return false;
