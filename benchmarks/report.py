@@ -107,10 +107,11 @@ def markdown(run: Run, plot_name: str) -> str:
         f"{run.noise:.0%}. The run took {run.seconds:.0f} s.",
         "Ratios are how many times faster this package is: than PyTorch eager in the same layout (`x nchw`, `x nhwc`), "
         "and, in its better layout, than the best rival in any (`x best`). `of floor`: the share of the speed that the "
-        "unavoidable bytes at copy bandwidth, or the operations at the matrix rate, allow. Times are of layers in a "
-        "row, each reading the one before, or, where the shape does not allow that, of a call and an in-place ReLU "
-        "over its result. glibc's allocator keeps freed memory here, so none pays for page faults; `faulting`: "
-        "channels_last over PyTorch's with the allocator as it comes.",
+        "unavoidable bytes at copy bandwidth, or the operations at the matrix rate, allow. (A copy on a CPU reads "
+        "each line of its output before it writes it. What is written past the caches need not, and may exceed it.) "
+        "Times are of layers in a row, each reading the one before, or, where the shape does not allow that, of a call "
+        "and an in-place ReLU over its result. glibc's allocator keeps freed memory here, so none pays for page "
+        "faults; `faulting`: channels_last over PyTorch's with the allocator as it comes.",
         "## Summary (geometric means)",
         markdown_table(SUMMARY, summary_lines(run.rows)),
     ]

@@ -11,13 +11,23 @@ from pathlib import Path
 
 import pytest
 
-OTHER_CACHE = """
+OTHER_CACHES = """
 #include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
 #include <unistd.h>
+#ifdef L2_BYTES
 long sysconf(int name) {
-  if (name == _SC_LEVEL2_CACHE_SIZE) return CACHE_BYTES;
+  if (name == _SC_LEVEL2_CACHE_SIZE) return L2_BYTES;
   return ((long (*)(int))dlsym(RTLD_NEXT, "sysconf"))(name);
 }
+#endif
+#ifdef L3_SIZE
+FILE *fopen(const char *name, const char *mode) {
+  if (strstr(name, "/cache/index3/size")) return fmemopen(L3_SIZE, strlen(L3_SIZE), "r");
+  return ((FILE * (*)(const char *, const char *))dlsym(RTLD_NEXT, "fopen"))(name, mode);
+}
+#endif
 """
 """Stands before the C library's own."""
 
@@ -42,17 +52,35 @@ def test_lower_instruction_sets(capability: str) -> None:
     run_again("trelu or float32", files, ATEN_CPU_CAPABILITY=capability)
 
 
-@pytest.mark.skipif(not shutil.which("gcc"), reason="another cache is a library compiled here, by gcc; none on PATH")
+needs_gcc = pytest.mark.skipif(
+    not shutil.which("gcc"), reason="another cache is a library compiled here, by gcc; none on PATH"
+)
+
+
+def preload(folder: Path, definition: str) -> str:
+    """LD_PRELOAD for a process that is told of other caches."""
+    source, library = folder / "cache.c", folder / "cache.so"
+    source.write_text(OTHER_CACHES)
+    flags = ["-D_GNU_SOURCE", f"-D{definition}", "-shared", "-fPIC"]
+    subprocess.run(["gcc", *flags, source, "-o", library], check=True)
+    return ":".join(filter(None, (os.environ.get("LD_PRELOAD"), str(library))))  # a sanitizer stands before it
+
+
+@needs_gcc
 @pytest.mark.parametrize("kib", [256, 2048])
 def test_other_second_level_caches(kib: int, tmp_path: Path) -> None:
     """Bands and groups of channels become narrower or wider; 1 MiB, which most tuning was done on, lies between."""
-    source, library = tmp_path / "cache.c", tmp_path / "cache.so"
-    source.write_text(OTHER_CACHE)
-    flags = ["-D_GNU_SOURCE", f"-DCACHE_BYTES={kib * 1024}L", "-shared", "-fPIC"]
-    subprocess.run(["gcc", *flags, source, "-o", library], check=True)
-    preloaded = ":".join(filter(None, (os.environ.get("LD_PRELOAD"), str(library))))  # a sanitizer stands before it
+    preloaded = preload(tmp_path, f"L2_BYTES={kib * 1024}L")
     told = {**os.environ, "LD_PRELOAD": preloaded}
     said = subprocess.run(["getconf", "LEVEL2_CACHE_SIZE"], env=told, capture_output=True, text=True, check=True)
     assert int(said.stdout) == kib * 1024
     files = ["test_cpu_depthwise.py", "test_cpu_separable_bands.py"]
     run_again("forward_and_gradients and float32 or bands", files, LD_PRELOAD=preloaded)
+
+
+@needs_gcc
+def test_a_small_third_level_cache(tmp_path: Path) -> None:
+    """Every output of whole lines is then larger than the caches and written past them."""
+    preloaded = preload(tmp_path, 'L3_SIZE="1K"')
+    files = ["test_cpu_depthwise.py", "test_cpu_separable.py"]
+    run_again("forward_and_gradients and nhwc", files, LD_PRELOAD=preloaded)

@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdio>
 
 namespace rkl::cpu {
 
@@ -18,6 +19,16 @@ bool has_f16c() {
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 #endif
+
+// Not by sysconf, which adds up the caches of all groups of cores (320 MiB where a core has 32).
+int64_t read_l3_bytes() {
+  std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+  if (!file) return 0;
+  long kib = 0;
+  if (std::fscanf(file, "%ldK", &kib) != 1) kib = 0;
+  std::fclose(file);
+  return int64_t(kib) << 10;
+}
 
 Machine read_machine() {
   Machine machine{};
@@ -34,6 +45,7 @@ Machine read_machine() {
   told = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
   machine.l2_bytes = told > 0 ? std::clamp(told, 256 * kKiB, 2048 * kKiB) : 1024 * kKiB;
+  machine.l3_bytes = read_l3_bytes();
   return machine;
 }
 

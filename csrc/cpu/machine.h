@@ -9,8 +9,14 @@ struct Machine {
   // Of a core's second-level cache: 1 MiB where the system does not say (some virtual machines); at least 256 KiB and
   // at most 2 MiB, as what is larger is shared by several cores.
   int64_t l2_bytes;
+  int64_t l3_bytes;  // of the cache that a core shares with some others; 0 where the system does not say
 };
 
 const Machine& machine();
+
+// Whether an output of so many bytes is better written past the caches: where a layer's image and output do not both
+// fit, the next layer finds nothing of what was written first, and a line that is not read before it is written saves a
+// third of the traffic (benchmarks/NOTES.md).
+inline bool exceeds_caches(int64_t output) { return machine().l3_bytes && output >= machine().l3_bytes / 2; }
 
 }  // namespace rkl::cpu

@@ -50,7 +50,11 @@ class Row:
 
     @property
     def floor(self) -> float:
-        """Seconds that the work takes at least: its bytes at copy speed or its operations at the matrix rate."""
+        """Seconds that the work takes at least: its bytes at copy speed or its operations at the matrix rate.
+
+        A copy on a CPU reads each line of its output before it writes it; outputs past the caches may take two
+        thirds of its time.
+        """
         return max(self.copy.seconds, self.case.operations / self.matrix_rate)
 
     def best(self, mine: bool) -> str | None:

@@ -16,7 +16,8 @@ class Block {
   // The first row of the job's outputs.
   static __attribute__((noinline)) void run(const Job<T>& job) {
     Job<T> here = job;
-    if (!job.in_columns) here.read.step *= V, here.written.step *= V;
+    for (Prefetch* p : {&here.read, &here.written})
+      if (!p->in_columns) p->step *= V;
     // Outputs whose taps all lie inside the image.
     const int64_t inner = here.left <= 0 ? 0 : ceil_div(here.left, S), end = (here.inputs + here.left - K) / S + 1;
     for (int64_t v = 0; v < job.vectors; v += V) {
@@ -29,9 +30,9 @@ class Block {
       }
       here.weights += V * here.weight_vector;
       here.at += V * kLanes, here.out[0] += V * kLanes, here.start[0] += V * kLanes;
-      if (!job.in_columns) continue;
-      here.read.from = job.read.from + (v + V) * kLanes * sizeof(T);
-      here.written.from = job.written.from + (v + V) * kLanes * sizeof(T);
+      const int64_t beside = (v + V) * kLanes * int64_t(sizeof(T));
+      if (here.read.in_columns) here.read.from = job.read.from + beside;
+      if (here.written.in_columns) here.written.from = job.written.from + beside;
     }
   }
 
@@ -61,7 +62,7 @@ class Block {
       __builtin_prefetch(job.written.from + b * job.written.step, 1, 2);
       if (b >= count) continue;
       if (!job.sums[0]) {
-        P::store(job.out[0] + (o + b) * job.out_pitch, sum[b]);
+        P::store(job.out[0] + (o + b) * job.out_pitch, sum[b], job.streams);
         continue;
       }
 #pragma GCC unroll 2

@@ -39,17 +39,16 @@ class Window {
         start_(0),
         read_(given.read.from),
         written_(given.written.from),
-        read_step_((given.in_columns ? 1 : V) * given.read.step),
-        written_step_((given.in_columns ? 1 : V) * given.written.step) {}
+        read_step_((given.read.in_columns ? 1 : V) * given.read.step),
+        written_step_((given.written.in_columns ? 1 : V) * given.written.step) {}
 
   RKL_INLINE void next() {
     weights += V * job.weight_vector;
     at_ += V * kLanes;
     to_ += V * kLanes;
     start_ += V * kLanes;
-    if (!job.in_columns) return;
-    read_ = job.read.from + to_ * sizeof(T);
-    written_ = job.written.from + to_ * sizeof(T);
+    if (job.read.in_columns) read_ = job.read.from + to_ * sizeof(T);
+    if (job.written.in_columns) written_ = job.written.from + to_ * sizeof(T);
   }
 
   RKL_INLINE Vec weight(int v, int64_t place) const {
@@ -135,7 +134,7 @@ class Window {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       if (H || V > P::kTogether || !job.sums[0]) {
-        P::store(job.out[r] + to_ + output * job.out_pitch, sum[r][place]);
+        P::store(job.out[r] + to_ + output * job.out_pitch, sum[r][place], job.streams);
         continue;
       }
 #pragma GCC unroll 2

@@ -9,7 +9,8 @@ namespace rkl::cpu::RKL_ISA {
 // channels, too short runs for the hardware to foresee, so what the next rows need is asked for in the order of memory.
 struct Prefetch {
   const char* from;
-  int64_t step, row;  // bytes from one step's to the next's, from one row's to the next's
+  int64_t step, row;  // bytes from one step's to the next's, from one row's to the next's; no step: nothing to ask for
+  bool in_columns;    // a vector's steps go down its own columns, beside the last vector's; else all go on in one line
 };
 
 // One call: the outputs of a lattice, of one or two rows, of some vectors of channels. Two rows are Pixels::kRows rows
@@ -27,13 +28,13 @@ struct Job {
   const float* start[2];              // what the sums begin with: the bias, or sums of other taps
   int64_t start_step;                 // floats from one output's to the next's: 0 for the bias
   T* out[2];                          // the first output of each row
+  bool streams;                       // outputs go past the caches
   int64_t out_pitch;
   float* sums[2];                     // where the sums go, instead of rounded ones to out; or null
   int64_t first, last;                // steps
   int64_t count, inputs, step, left;  // of the lattice
   int64_t vectors;
   Prefetch read, written;
-  bool in_columns;  // a vector's steps prefetch down its own columns, beside the last vector's; else all in one line
 };
 
 }  // namespace rkl::cpu::RKL_ISA

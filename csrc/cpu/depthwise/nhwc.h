@@ -10,6 +10,12 @@ Image<T> nhwc_image(T* images, int64_t image, int64_t height, int64_t width, int
   return {images + image * height * width * channels, width * channels, channels};
 }
 
+// Whether the vectors of images in this memory are whole lines.
+template <class T>
+bool in_lines(const T* images, int64_t channels) {
+  return Pixels<T>::kStreams && reinterpret_cast<uintptr_t>(images) % kLine == 0 && channels * sizeof(T) % kLine == 0;
+}
+
 // The images as the kernels take them: where pixels of a row can be channels, as many as fill whole vectors (3 x 1 of 8
 // channels had half of each).
 template <class T>
@@ -83,26 +89,30 @@ class NhwcRows {
     return pack_weights<T>(filter, gather, g.kernel_h, g.kernel_w, lanes);
   }
 
-  NhwcRows(const Gather& gather, const Conv2d&, const Lanes& lanes, const Finish& finish)
+  NhwcRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, const Finish& finish)
       : gather_(gather),
         channels_(lanes.channels),
+        streams_(exceeds_caches(g.batch * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)))),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels) {}
 
   int64_t height() const { return by_class ? rows_.steps() : rows_.pairs(); }
 
   void convolve_rows(const T* in, T* out, const Tile& tile) {
     const auto from = nhwc_image(in, tile.image, gather_.in_h, gather_.in_w, channels_);
-    const auto to = nhwc_image(out, tile.image, gather_.out_h, gather_.out_w, channels_);
+    auto to = nhwc_image(out, tile.image, gather_.out_h, gather_.out_w, channels_);
+    to.streams = streams_ && in_lines(out, channels_);
     for (int64_t row = tile.first_row; row < tile.last_row; ++row)
       if (by_class)
         rows_.make_step(from, to, row, tile.first_vector, tile.last_vector, true);
       else
         rows_.make(from, to, row, tile.first_vector, tile.last_vector, true);
+    if (to.streams) end_stream();
   }
 
  private:
   const Gather& gather_;
   const int64_t channels_;
+  const bool streams_;
   WindowRows<T> rows_;
 };
 

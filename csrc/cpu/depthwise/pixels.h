@@ -19,13 +19,17 @@ constexpr int kRegisters = 16;
 template <class T>
 struct Pixels {
   static constexpr int kRows = 1, kTogether = 1;
+  static constexpr bool kStreams = kLineVectors<T> == kTogether;
   template <int V>
   static RKL_INLINE void load(const T* const* rows, int64_t at, Vec (&x)[V]) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) x[v] = in_register(RKL_ISA::load(rows[0] + at + v * kLanes));
   }
+  // streamed: past the caches. Of whole lines, where kStreams.
   template <int V>
-  static RKL_INLINE void store(T* to, const Vec (&y)[V]) {
+  static RKL_INLINE void store(T* to, const Vec (&y)[V], bool streamed) {
+    if constexpr (kStreams && V == 1)
+      if (streamed) return stream(to, y);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) RKL_ISA::store(to + v * kLanes, y[v]);
   }
@@ -48,6 +52,7 @@ struct Pixels {
 template <>
 struct Pixels<bf16> {
   static constexpr int kRows = 2, kTogether = 2;
+  static constexpr bool kStreams = true;
   template <int V>
   static RKL_INLINE void load(const bf16* const* rows, int64_t at, Vec (&x)[V]) {
     if constexpr (V == 1) {
@@ -63,12 +68,13 @@ struct Pixels<bf16> {
     }
   }
   template <int V>
-  static RKL_INLINE void store(bf16* to, const Vec (&y)[V]) {
+  static RKL_INLINE void store(bf16* to, const Vec (&y)[V], bool streamed) {
     if constexpr (V == 1) {
       RKL_ISA::store(to, y[0]);
     } else {
       const __m512i crossed = (__m512i)_mm512_cvtne2ps_pbh((__m512)y[1], (__m512)y[0]);
-      write(to, _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), crossed));
+      const __m512i line = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), crossed);
+      streamed ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line) : write(to, line);
     }
   }
   // Two vectors in the order of memory, crossed.

@@ -1,8 +1,8 @@
 // Rows of outputs out of windows: which window serves a row's taps, what it reads and where its sums go.
 #pragma once
 #include "cpu/depthwise/convolution_window.h"
+#include "cpu/depthwise/pack.h"
 #include "cpu/kernels.h"
-#include "cpu/simd/lanes.h"
 #include "cpu/simd/math.h"
 
 namespace rkl::cpu::RKL_ISA {
@@ -12,72 +12,8 @@ template <class T>
 struct Image {
   T* first;
   int64_t row, pixel;
+  bool streams = false;  // what is written goes past the caches; its vectors are whole lines then
 };
-
-// Operands of a column of so many taps.
-template <class T>
-int operands(int taps) {
-  return (taps + Pixels<T>::kRows - 1) / Pixels<T>::kRows;
-}
-
-// Vectors that go together from v on: two if both are whole and overlap no other.
-template <class Operand>
-int64_t vectors_together(const Lanes& lanes, int64_t v) {
-  return (v + Pixels<Operand>::kTogether) * kLanes <= lanes.channels ? Pixels<Operand>::kTogether : 1;
-}
-
-// A filter (C, kernel_h * kernel_w) as the weights of each phase of a gather, which forward has one of: of each phase
-// down and across, of each vector of channels, of each operand of a column, of each tap of a row.
-// Operand: the type that the pixels have when they meet the weights.
-template <class Operand, class T>
-std::vector<float> pack_weights(const T* filter, const Gather& gather, int kernel_h, int kernel_w, const Lanes& lanes) {
-  constexpr int kRows = Pixels<Operand>::kRows, kTogether = Pixels<Operand>::kTogether;
-  const auto operands_of = [](const Axis& down, const Axis& across) {
-    return operands<Operand>(down.taps()) * across.taps();
-  };
-  int64_t size = 0;
-  for (const Axis& down : gather.vertical)
-    for (const Axis& across : gather.horizontal) size += operands_of(down, across);
-  const int64_t taps = kernel_h * kernel_w * kLanes;
-  std::vector<float> out(size * lanes.vectors() * kLanes), by_tap(kTogether * taps);
-  for (int64_t v = 0, count; v < lanes.vectors(); v += count) {
-    count = vectors_together<Operand>(lanes, v);
-    for (int64_t i = 0; i < count; ++i) as_lanes(filter, kernel_h * kernel_w, lanes, v + i, by_tap.data() + i * taps);
-    float* phase = out.data();
-    for (const Axis& down : gather.vertical)
-      for (const Axis& across : gather.horizontal) {
-        const auto weight = [&](int64_t i, int a, int t) {
-          const int64_t tap = a < down.taps() ? down.tap[a] * kernel_w + across.tap[t] : 0;
-          return a < down.taps() ? read<Vec>(&by_tap[i * taps + tap * kLanes]) : Vec{};
-        };
-        const int64_t vector = operands_of(down, across) * kLanes;
-        float* to = phase + v * vector;
-        for (int a = 0; a < down.taps(); a += kRows)
-          for (int t = 0; t < across.taps(); ++t, to += kLanes) {
-            Vec here[kTogether] = {};
-            for (int64_t i = 0; i < count; ++i) here[i] = Pixels<Operand>::weight(weight(i, a, t), weight(i, a + 1, t));
-            if (count == kTogether) Pixels<Operand>::cross(here);
-            for (int64_t i = 0; i < count; ++i) store(to + i * vector, here[i]);
-          }
-        phase += lanes.vectors() * vector;
-      }
-  }
-  return out;
-}
-
-// A bias (C) to begin sums with: (vector, lane).
-template <class Operand, class T>
-std::vector<float> pack_bias(const T* bias, const Lanes& lanes) {
-  constexpr int kTogether = Pixels<Operand>::kTogether;
-  std::vector<float> out = as_lanes(bias, 1, lanes);
-  for (int64_t v = 0; vectors_together<Operand>(lanes, v) > 1; v += kTogether) {
-    Vec here[kTogether];
-    for (int i = 0; i < kTogether; ++i) here[i] = read<Vec>(&out[(v + i) * kLanes]);
-    Pixels<Operand>::cross(here);
-    for (int i = 0; i < kTogether; ++i) store(&out[(v + i) * kLanes], here[i]);
-  }
-  return out;
-}
 
 // The first and the last step of a window of `taps` taps from the lattice's t0-th on.
 struct Steps {
@@ -215,7 +151,7 @@ class WindowRows {
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
     Job<T> base{};
-    base.in_columns = asks && !linear;
+    base.streams = out.streams;
     set_rows(in, down, j, rows, base);
     // What the next rows of outputs read first, and those rows: where pairs of rows lie in one another, all of theirs,
     // shared between them.
@@ -236,15 +172,14 @@ class WindowRows {
       for (int r = 0; r < 2; ++r)
         job.out[r] =
             out.first + (down.first + down.pitch * (j + std::min(r, rows - 1) * kRows)) * out.row + l.first * out.pixel;
-      if (asks) {
-        const int64_t parts = linear ? std::clamp<int64_t>(l.step, 1, 2) : 1;
+      const int64_t parts = linear ? std::clamp<int64_t>(l.step, 1, 2) : 1;
+      job.read = job.written = nothing();
+      if (asks)
         job.read = {read + (linear ? 0 : job.at * size), linear ? vector : l.step * job.pitch * size,
-                    down.unit * in.row * size / parts};
+                    down.unit * in.row * size / parts, !linear};
+      if (asks && !out.streams)
         job.written = {written + (linear ? 0 : l.first * out.pixel * size), linear ? vector : job.out_pitch * size,
-                       down.pitch * out.row * size};
-      } else {
-        job.read = job.written = {reinterpret_cast<const char*>(rows_.data()), 0, 0};
-      }
+                       down.pitch * out.row * size, !linear};
       jobs_.push_back(job);
     }
     int64_t taken = 0;  // steps
@@ -257,10 +192,8 @@ class WindowRows {
       job.weight_vector = tables_[down.phase * phases_across_ + across_[h].phase].vector;
       job.weights += v * job.weight_vector;
       job.start[0] = job.start[1] = bias_ + v * kLanes;
-      if (asks) {
-        const int64_t ahead = linear ? taken * vector : at * size;
-        job.read.from += ahead, job.written.from += ahead;
-      }
+      for (Prefetch* p : {&job.read, &job.written})
+        if (p->step) p->from += linear ? taken * vector : at * size;
       taken += run(job, pieces_[h], down, rows);
     };
     // Lattices that read the same columns take turns at every vector. Else one call makes all vectors where one window
@@ -280,6 +213,8 @@ class WindowRows {
 
   // Every piece of a row's taps, the sums of all but the last kept in scratch. The first one's steps.
   int64_t run(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down, int rows) {
+    const Job<T> target = job;
+    if (act_ != Activation::none && job.streams) keep_outputs(job);
     int64_t taken = 0;
     if (pieces.empty()) fill(job, 0, job.count, rows);  // a phase without taps
     for (size_t p = 0; p < pieces.size(); ++p) {
@@ -301,12 +236,15 @@ class WindowRows {
       if (!p) taken = steps * job.vectors;
       job.weights += piece.taps * kLanes;
       job.start_step = output;
-      job.read = job.written = {reinterpret_cast<const char*>(rows_.data()), 0, 0};
+      job.read = job.written = nothing();
       for (int r = 0; r < 2; ++r) job.start[r] = scratch[r];
     }
-    if (act_ != Activation::none) finish(job, rows);
+    if (act_ != Activation::none) finish(job, target, rows);
     return taken;
   }
+
+  // To ask for: a line that is at hand.
+  Prefetch nothing() const { return {reinterpret_cast<const char*>(rows_.data()), 0, 0, false}; }
 
   // Row r of a job's outputs as its first.
   static Job<T> row_alone(const Job<T>& given, int r) {
@@ -332,9 +270,8 @@ class WindowRows {
     job.weights += pairs * job.weight_vector;
     job.at += pairs * kLanes;
     for (int r = 0; r < 2; ++r) job.start[r] += pairs * kLanes, job.out[r] += pairs * kLanes;
-    const int64_t beside = pairs * kLanes * int64_t(sizeof(T));
-    job.read.from += job.in_columns ? beside : steps * pairs * job.read.step;
-    job.written.from += job.in_columns ? beside : steps * pairs * job.written.step;
+    for (Prefetch* p : {&job.read, &job.written})
+      p->from += p->in_columns ? pairs * kLanes * int64_t(sizeof(T)) : steps * pairs * p->step;
     code.one(job);
   }
 
@@ -350,19 +287,38 @@ class WindowRows {
   static void fill_output(const Job<T>& job, int64_t o, int r, int64_t v) {
     Vec sums[V];
     for (int i = 0; i < V; ++i) sums[i] = read<Vec>(job.start[r] + o * job.start_step + (v + i) * kLanes);
-    if (!job.sums[r]) return Pixels<T>::store(job.out[r] + o * job.out_pitch + v * kLanes, sums);
+    if (!job.sums[r]) return Pixels<T>::store(job.out[r] + o * job.out_pitch + v * kLanes, sums, job.streams);
     for (int i = 0; i < V; ++i) store(job.sums[r] + (o * job.vectors + v + i) * kLanes, sums[i]);
   }
 
-  // A pass of its own over outputs that are in the nearest cache: beside the sums a switch would cost them their
-  // registers.
-  void finish(const Job<T>& job, int rows) const {
+  // Has the outputs made in scratch, where finish() still finds them in a cache.
+  void keep_outputs(Job<T>& job) {
+    job.streams = false;
+    job.out_pitch = job.vectors * kLanes;
+    const int64_t row = job.count * job.out_pitch;
+    if (int64_t(outputs_.size()) < 2 * row) outputs_.resize(2 * row);
+    for (int r = 0; r < 2; ++r) job.out[r] = outputs_.data() + r * row;
+  }
+
+  // The activation, in a pass of its own over outputs that are in the nearest cache: beside the sums a switch would
+  // cost them their registers.
+  void finish(const Job<T>& made, const Job<T>& target, int rows) const {
+    constexpr int kTogether = kLineVectors<T>;
+    const int64_t channels = made.vectors * kLanes;
     for (int r = 0; r < rows; ++r)
-      for (int64_t o = 0; o < job.count; ++o)
-        for (int64_t c = 0; c < job.vectors * kLanes; c += kLanes) {
-          T* to = job.out[r] + o * job.out_pitch + c;
-          store(to, activate(act_, load(to), T{}));
+      for (int64_t o = 0; o < made.count; ++o) {
+        const T* from = made.out[r] + o * made.out_pitch;
+        T* to = target.out[r] + o * target.out_pitch;
+        if (!target.streams) {
+          for (int64_t c = 0; c < channels; c += kLanes) store(to + c, activate(act_, load(from + c), T{}));
+          continue;
         }
+        for (int64_t c = 0; c < channels; c += kTogether * kLanes) {
+          Vec y[kTogether];
+          for (int v = 0; v < kTogether; ++v) y[v] = activate(act_, load(from + c + v * kLanes), T{});
+          stream(to + c, y);
+        }
+      }
   }
 
   const Lanes lanes_;
@@ -379,6 +335,7 @@ class WindowRows {
   std::vector<const T*> rows_;
   std::vector<Job<T>> jobs_;
   std::vector<float> sums_;
+  std::vector<T> outputs_;
 };
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -157,6 +157,35 @@ inline void store(T* p, Vec v) {
   write(p, packed(v, T{}));
 }
 
+// ---- whole lines of memory past the caches, which need not read them then before they are written
+
+constexpr int kLine = 64;
+
+// Vectors of elements of this type that fill a line.
+template <class T>
+constexpr int kLineVectors = kLine / (kLanes * int(sizeof(T)));
+
+// Before others may read what was written past the caches.
+inline void end_stream() {
+#if RKL_LANES == 16
+  _mm_sfence();
+#endif
+}
+
+template <class T>
+inline void stream(T* p, const Vec (&v)[kLineVectors<T>]) {
+#if RKL_LANES == 16
+  if constexpr (sizeof(T) == 4) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v[0]);
+  } else {
+    const __m512i lower = _mm512_castsi256_si512((__m256i)packed(v[0], T{}));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_inserti64x4(lower, (__m256i)packed(v[1], T{}), 1));
+  }
+#else
+  for (int i = 0; i < kLineVectors<T>; ++i) store(p + i * kLanes, v[i]);
+#endif
+}
+
 // ---- fewer than kLanes elements, where a row ends
 
 template <class T>

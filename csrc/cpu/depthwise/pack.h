@@ -1,0 +1,73 @@
+// Filters and biases widened, and in the order that windows read them in.
+#pragma once
+#include "cpu/depthwise/pixels.h"
+#include "cpu/simd/lanes.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// Operands of a column of so many taps.
+template <class T>
+int operands(int taps) {
+  return (taps + Pixels<T>::kRows - 1) / Pixels<T>::kRows;
+}
+
+// Vectors that go together from v on: two if both are whole and overlap no other.
+template <class Operand>
+int64_t vectors_together(const Lanes& lanes, int64_t v) {
+  return (v + Pixels<Operand>::kTogether) * kLanes <= lanes.channels ? Pixels<Operand>::kTogether : 1;
+}
+
+// A filter (C, kernel_h * kernel_w) as the weights of each phase of a gather, which forward has one of: of each phase
+// down and across, of each vector of channels, of each operand of a column, of each tap of a row.
+// Operand: the type that the pixels have when they meet the weights.
+template <class Operand, class T>
+std::vector<float> pack_weights(const T* filter, const Gather& gather, int kernel_h, int kernel_w, const Lanes& lanes) {
+  constexpr int kRows = Pixels<Operand>::kRows, kTogether = Pixels<Operand>::kTogether;
+  const auto operands_of = [](const Axis& down, const Axis& across) {
+    return operands<Operand>(down.taps()) * across.taps();
+  };
+  int64_t size = 0;
+  for (const Axis& down : gather.vertical)
+    for (const Axis& across : gather.horizontal) size += operands_of(down, across);
+  const int64_t taps = kernel_h * kernel_w * kLanes;
+  std::vector<float> out(size * lanes.vectors() * kLanes), by_tap(kTogether * taps);
+  for (int64_t v = 0, count; v < lanes.vectors(); v += count) {
+    count = vectors_together<Operand>(lanes, v);
+    for (int64_t i = 0; i < count; ++i) as_lanes(filter, kernel_h * kernel_w, lanes, v + i, by_tap.data() + i * taps);
+    float* phase = out.data();
+    for (const Axis& down : gather.vertical)
+      for (const Axis& across : gather.horizontal) {
+        const auto weight = [&](int64_t i, int a, int t) {
+          const int64_t tap = a < down.taps() ? down.tap[a] * kernel_w + across.tap[t] : 0;
+          return a < down.taps() ? read<Vec>(&by_tap[i * taps + tap * kLanes]) : Vec{};
+        };
+        const int64_t vector = operands_of(down, across) * kLanes;
+        float* to = phase + v * vector;
+        for (int a = 0; a < down.taps(); a += kRows)
+          for (int t = 0; t < across.taps(); ++t, to += kLanes) {
+            Vec here[kTogether] = {};
+            for (int64_t i = 0; i < count; ++i) here[i] = Pixels<Operand>::weight(weight(i, a, t), weight(i, a + 1, t));
+            if (count == kTogether) Pixels<Operand>::cross(here);
+            for (int64_t i = 0; i < count; ++i) store(to + i * vector, here[i]);
+          }
+        phase += lanes.vectors() * vector;
+      }
+  }
+  return out;
+}
+
+// A bias (C) to begin sums with: (vector, lane).
+template <class Operand, class T>
+std::vector<float> pack_bias(const T* bias, const Lanes& lanes) {
+  constexpr int kTogether = Pixels<Operand>::kTogether;
+  std::vector<float> out = as_lanes(bias, 1, lanes);
+  for (int64_t v = 0; vectors_together<Operand>(lanes, v) > 1; v += kTogether) {
+    Vec here[kTogether];
+    for (int i = 0; i < kTogether; ++i) here[i] = read<Vec>(&out[(v + i) * kLanes]);
+    Pixels<Operand>::cross(here);
+    for (int i = 0; i < kTogether; ++i) store(&out[(v + i) * kLanes], here[i]);
+  }
+  return out;
+}
+
+}  // namespace rkl::cpu::RKL_ISA
