@@ -1,4 +1,5 @@
 // The operators on the CPU: guards, outputs and layouts here, arithmetic in cpu/. Schemas: rkl_kernels/ops.py.
+#include "conv2d_op.h"
 #include "cpu/kernels.h"
 #include "cpu/separable/plan.h"
 #include "cpu/separable/pointwise.h"
@@ -42,18 +43,19 @@ struct CpuConv : PyTorchFormats {
   static bool takes_planes(const Conv2d& g, Dtype dtype) { return cpu::takes_planes(g, dtype); }
   static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,
                           const std::optional<Tensor>& bias, Activation act) {
-    if (!cpu::convolves_images(call.g)) return pointwise_by_matrix<CpuConv>(call, image, filter, bias, act);
+    if (!cpu::convolves_images(call.g.channels)) return pointwise_by_matrix<CpuConv>(call, image, filter, bias, act);
     Tensor out = cpu::pointwise(image, filter, bias, call.g.nhwc);
     if (act != Activation::none)
       epilogue(out.const_data_ptr(), nullptr, act, out.mutable_data_ptr(), call.rows, filter.size(0), call.dtype, out);
     return out;
   }
   static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& hidden, const Tensor& out) {
-    if (!cpu::convolves_images(call.g)) return filter_gradient_by_matrix(dz, hidden, out);
+    if (!cpu::convolves_images(call.g.channels)) return filter_gradient_by_matrix(dz, hidden, out);
     cpu::filter_gradient(dz, hidden, call.g.nhwc, out.mutable_data_ptr());
   }
   static bool filter_gradient_from_image(const SeparableCall& call, const Tensor& dz, const Tensor& out) {
-    if (!cpu::convolves_images(call.g) || plan(call).filter_gradient != cpu::FilterGradient::bands) return false;
+    if (!cpu::convolves_images(call.g.channels) || plan(call).filter_gradient != cpu::FilterGradient::bands)
+      return false;
     cpu::filter_gradient_by_bands(raw(call, nullptr), dz, out.mutable_data_ptr());
     return true;
   }
@@ -101,6 +103,21 @@ struct CpuConv : PyTorchFormats {
   }
 };
 
+struct CpuConv2d {
+  static constexpr bool kBiasIsFree = true;
+  static std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter,
+                                                const std::optional<Tensor>& bias, Activation act, Dtype dtype) {
+    if (!cpu::convolves_images(image.size(1))) return std::nullopt;
+    Tensor y = cpu::pointwise(image, filter, bias, true);
+    if (act != Activation::none) bias_and_activation(y, std::nullopt, act, dtype);
+    return y;
+  }
+  static void bias_and_activation(const Tensor& x, const std::optional<Tensor>&, Activation act, Dtype dtype) {
+    void* const memory = x.mutable_data_ptr();
+    cpu::kernels(dtype).epilogue(memory, nullptr, act, memory, x.numel(), 1, dtype);
+  }
+};
+
 // The plan of a separable call, for rk.explain: whether it is computed in NHWC, then SeparablePlan's numbers.
 std::vector<int64_t> separable_plan(const Tensor& x, const Tensor& depthwise, int64_t outputs,
                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -139,6 +156,7 @@ STABLE_TORCH_LIBRARY_IMPL(rkl, CPU, m) {
   m.impl("depthwise_conv2d", RKL_BOX(Depthwise::forward));
   m.impl("depthwise_conv2d_backward", RKL_BOX(Depthwise::backward));
   m.impl("depthwise_conv2d_activated", RKL_BOX(Depthwise::activated));
+  m.impl("conv2d_activated", RKL_BOX(rkl::Conv2dOps<rkl::CpuConv2d>::activated));
   using Separable = rkl::SeparableOps<rkl::CpuConv>;
   m.impl("separable_conv2d", RKL_BOX(Separable::forward));
   m.impl("separable_conv2d_backward", RKL_BOX(Separable::backward));

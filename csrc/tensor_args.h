@@ -129,6 +129,11 @@ inline bool has_strides(const Tensor& x, bool nhwc) {
   for (int64_t d = 0; d < 4; ++d) same = same && strides[d] == x.stride(d);
   return same;
 }
+// A dense image with the strides of the given format, in which it must be dense too: a view.
+inline Tensor in_strides(const Tensor& x, bool nhwc) {
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  return seen_as<4>(x, {n, c, h, w}, image_strides(c, h, w, nhwc));
+}
 inline Tensor in_format(const Tensor& x, bool nhwc) {
   if (has_strides(x, nhwc)) return x;
   Tensor out = empty_image(x, x.size(0), x.size(1), x.size(2), x.size(3), nhwc);

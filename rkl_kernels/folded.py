@@ -34,7 +34,7 @@ class ActivatedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         image, padding = padded(x, self)
-        if not (x.is_cuda and _is_inference(image, self) and is_built(image) and type(padding) is not str):
+        if not (_is_inference(image, self) and is_built(image) and type(padding) is not str):
             return activate(super().forward(x), self.activation)
         window = _checks.unchecked(self.stride, padding, self.dilation)
         code = _checks.activation("activation", self.activation)

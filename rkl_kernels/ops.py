@@ -58,7 +58,7 @@ INFERENCE_SCHEMAS = {
     "conv2d_activated": (f"(Tensor x, Tensor weight, Tensor? bias, {_WINDOW}, int groups, int activation) -> Tensor"),
 }
 """What the layers of folded.py call where no gradient is wanted and nothing looks on: steps without a gradient, and of
-the compiled backends alone. The first is for the CPU and a GPU, the second for a GPU."""
+the compiled backends alone."""
 
 _libraries: list[torch.library.Library] = []
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "conv2d_op.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "cuda/pointwise.h"
@@ -190,42 +191,22 @@ struct CudaSeparable : CudaConv {
   }
 };
 
-// x = act(x + bias) in one pass over an image that is dense in either format.
-void bias_and_activation(const Tensor& x, const std::optional<Tensor>& bias, Activation act, Dtype dtype) {
-  const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
-  const OnDeviceOf device(x);
-  void* const memory = x.mutable_data_ptr();
-  if (is_dense(x, true))
-    cuda::epilogue(memory, data_or_null(bias), act, memory, n * pixels, c, dtype, device.stream);
-  else
-    cuda::plane_epilogue(memory, data_or_null(bias), act, memory, n, c, pixels, dtype, device.stream);
-}
-
-// Any convolution of PyTorch's with an activation behind it, for inference: it has no gradient. PyTorch adds a
-// convolution's bias in a pass of its own here.
-Tensor conv2d_activated(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                        const std::vector<int64_t>& dilation, int64_t groups, int64_t activation) {
-  const Dtype dtype = dtype_of(x, "x");
-  const Activation act = activation_of(activation);
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "x and weight must have 4 dimensions");
-  check_same(x, weight, "x and weight");
-  check_bias(bias, x, weight.size(0));
-  const std::optional<Tensor> bias_in = contiguous(bias);
-  const auto all = [](const std::vector<int64_t>& numbers, int64_t value) {
-    return std::all_of(numbers.begin(), numbers.end(), [=](int64_t n) { return n == value; });
-  };
-  const bool pointwise = weight.size(2) == 1 && weight.size(3) == 1 && groups == 1 && all(stride, 1) && all(padding, 0);
-  if (pointwise && weight.size(1) == x.size(1) && is_dense(x, true)) {
-    if (std::optional<Tensor> y = pointwise_in_one(x, as_matrix(weight), bias_in, act, dtype)) return *y;
+struct CudaConv2d {
+  static constexpr bool kBiasIsFree = false;
+  static std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter,
+                                                const std::optional<Tensor>& bias, Activation act, Dtype dtype) {
+    return rkl::pointwise_in_one(image, filter, bias, act, dtype);
   }
-  Tensor y = aten("aten::convolution", "", x, weight, std::optional<Tensor>(), stride, padding, dilation, false,
-                  std::vector<int64_t>{0, 0}, groups);
-  if (!y.numel() || (!bias && act == Activation::none)) return y;
-  if (!is_dense(y, true)) y = dense(y, false);
-  bias_and_activation(y, bias_in, act, dtype);
-  return y;
-}
+  static void bias_and_activation(const Tensor& x, const std::optional<Tensor>& bias, Activation act, Dtype dtype) {
+    const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
+    const OnDeviceOf device(x);
+    void* const memory = x.mutable_data_ptr();
+    if (is_dense(x, true))
+      cuda::epilogue(memory, data_or_null(bias), act, memory, n * pixels, c, dtype, device.stream);
+    else
+      cuda::plane_epilogue(memory, data_or_null(bias), act, memory, n, c, pixels, dtype, device.stream);
+  }
+};
 
 // The numbers of a Conv2d, in its order.
 Conv2d conv2d_of(const std::vector<int64_t>& geometry, bool nhwc) {
@@ -295,7 +276,7 @@ STABLE_TORCH_LIBRARY_IMPL(rkl, CUDA, m) {
   m.impl("depthwise_conv2d", RKL_BOX(Depthwise::forward));
   m.impl("depthwise_conv2d_backward", RKL_BOX(Depthwise::backward));
   m.impl("depthwise_conv2d_activated", RKL_BOX(Depthwise::activated));
-  m.impl("conv2d_activated", RKL_BOX(rkl::conv2d_activated));
+  m.impl("conv2d_activated", RKL_BOX(rkl::Conv2dOps<rkl::CudaConv2d>::activated));
   using Separable = rkl::SeparableOps<rkl::CudaSeparable>;
   m.impl("separable_conv2d", RKL_BOX(Separable::forward));
   m.impl("separable_conv2d_backward", RKL_BOX(Separable::backward));

@@ -147,7 +147,7 @@ class ImagesBackward {
 
 }  // namespace
 
-bool takes_planes(const Conv2d& g, Dtype dtype) { return convolves_images(g) || images_serve(g, dtype); }
+bool takes_planes(const Conv2d& g, Dtype dtype) { return convolves_images(g.channels) || images_serve(g, dtype); }
 
 void separable_images(const Separable& s, void* y) {
   if (s.g.batch < kTasks) return by_parts(s, y);

@@ -9,8 +9,9 @@
 
 namespace rkl::cpu {
 
-// Whether torch has that library; where it has not, matrix products over NHWC images are to serve.
-bool convolves_images(const Conv2d& g);
+// Whether torch has that library, for images of so many channels; where it has not, matrix products over NHWC images
+// are to serve.
+bool convolves_images(int64_t channels);
 
 // filter (C', C) times image (N, C, H, W), plus the bias: an image in the same format. Either of the filter's strides
 // may be 1.

@@ -1,0 +1,54 @@
+"""The layers that fuse_for_inference makes of other convolutions, beside PyTorch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rkl_kernels.folded import ActivatedConv2d, activate
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
+ACTIVATIONS = [None, "relu", "relu6", "trelu", "silu", "gelu"]
+LAYERS = [  # (N, C, H, W), C', what else
+    ((2, 24, 9, 7), 40, {"kernel_size": 1}),  # a product of few pixels
+    ((2, 24, 30, 31), 17, {"kernel_size": 1, "bias": False}),  # of many
+    ((3, 24, 1, 1), 8, {"kernel_size": 1}),
+    ((2, 24, 9, 7), 40, {"kernel_size": 1, "stride": 2}),
+    ((2, 24, 9, 7), 40, {"kernel_size": 1, "padding": 1}),
+    ((2, 24, 9, 7), 48, {"kernel_size": 1, "groups": 2}),
+    ((2, 3, 20, 21), 16, {"kernel_size": 3, "stride": 2, "padding": 1}),
+    ((0, 24, 9, 7), 40, {"kernel_size": 1}),
+]
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "outputs", "settings"), LAYERS, ids=str)
+def test_activated_convolutions(shape, outputs, settings, dtype, format):
+    torch.manual_seed(0)
+    layer = ActivatedConv2d(shape[1], outputs, **settings, dtype=dtype).to(memory_format=format)
+    plain = nn.Conv2d(shape[1], outputs, **settings, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=format)
+    with torch.no_grad():
+        z, like = plain(x.double()), nn.Conv2d.forward(layer, x)
+        for layer.activation in ACTIVATIONS:
+            y, want = layer(x), activate(z.clone(), layer.activation)
+            assert (y.shape, y.dtype, y.stride()) == (like.shape, dtype, like.stride())
+            if want.numel():
+                assert (y.double() - want).abs().max() <= TOLERANCE[dtype] * z.abs().max()
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_pass_as_they_do_in_pytorch(activation, kernel):
+    """oneDNN's own epilogues make zeros of NaN."""
+    layer = ActivatedConv2d(16, 16, kernel, padding=kernel // 2).to(memory_format=torch.channels_last)
+    layer.activation = activation
+    x = torch.randn(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0], x[0, 0, 3, 0], x[0, 0, 5, 5] = float("nan"), float("inf"), -float("inf")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            layer(x), activate(nn.Conv2d.forward(layer, x), activation), equal_nan=True, rtol=1e-5, atol=1e-6
+        )
