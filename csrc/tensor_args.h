@@ -191,6 +191,7 @@ inline Conv2d conv2d(const Tensor& x, const Tensor& weight, IntList stride, IntL
   std::array<int64_t, 2> out, step;
   for (int d : {0, 1}) {
     const int64_t taps = weight.size(2 + d), in = x.size(2 + d);
+    STD_TORCH_CHECK(in > 0 || !x.size(0), "x must have at least one pixel");
     STD_TORCH_CHECK(taps > 0 && stride[d] > 0 && dilation[d] > 0 && padding[d] >= 0,
                     "kernel, stride and dilation must be positive and padding not negative");
     STD_TORCH_CHECK(stride[d] <= kMost && dilation[d] <= kMost && padding[d] <= kMost && in <= kMost - 2 * padding[d],

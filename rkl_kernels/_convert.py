@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .layers import DepthwiseConv2d, TReLU
+from .layers import DepthwiseConv2d, TReLU, has_own_forward
 
 _WAS = "_rkl_was"
 """The attribute of a swapped module that holds the class it had."""
@@ -74,7 +74,7 @@ def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Con
         raise ValueError(f"activation must be None or 'trelu', got {activation!r}")
     report = Conversion()
     for name, module in model.named_modules():
-        if activation and type(module) is nn.ReLU and "forward" not in vars(module):
+        if activation and type(module) is nn.ReLU and not has_own_forward(module):
             _swap(module, TReLU)
             report.activations.append(name)
         elif isinstance(module, nn.Conv2d) and is_depthwise(module) and not isinstance(module, DepthwiseConv2d):
@@ -84,6 +84,7 @@ def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Con
             else:
                 _swap(module, DepthwiseConv2d)
                 report.depthwise.append(name)
+    _tell_transformers(model)
     return report
 
 
@@ -112,6 +113,7 @@ def restore(model: nn.Module) -> list[str]:
     swapped = [(name, module) for name, module in model.named_modules() if _WAS in vars(module)]
     for _, module in swapped:
         _give_class(module, vars(module).pop(_WAS))
+    _tell_transformers(model)
     return [name for name, _ in swapped]
 
 
@@ -127,7 +129,7 @@ def check_module(model: object) -> None:
 
 def _why_left(conv: nn.Conv2d) -> str | None:
     """Why a depthwise convolution stays as it is; None where it can be swapped."""
-    if "forward" in vars(conv):
+    if has_own_forward(conv):
         return "its forward was replaced on the object"
     kind: Any = parametrize.type_before_parametrizations(conv)
     if kind is not nn.Conv2d:
@@ -135,6 +137,16 @@ def _why_left(conv: nn.Conv2d) -> str | None:
     if conv.out_channels != conv.in_channels:
         return f"{conv.out_channels // conv.in_channels} filters a channel; one is served by kernels"
     return None
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """An ``nn.TransformerEncoderLayer`` notes when it is made that its activation is relu, which its fast path for
+    inference then computes by itself."""
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            kind = type(layer.activation)
+            if kind in (nn.ReLU, TReLU):
+                layer.activation_relu_or_gelu = int(kind is nn.ReLU)
 
 
 def _swap(module: nn.Module, kind: type[nn.Module]) -> None:

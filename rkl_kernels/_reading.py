@@ -82,6 +82,16 @@ class _Tracer(torch.fx.Tracer):
         super().__init__()
         self.closed = closed
         self.surroundings = _surroundings()
+        self.layers: dict[nn.Module, list[Any]] = {}
+
+    def trace(self, root: Any, concrete_args: Any = None) -> torch.fx.Graph:
+        self.layers = {module: _state(module) for module in root.modules() if self.is_leaf_module(module, "")}
+        return super().trace(root, concrete_args)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if m in self.layers and not _same(_state(m), self.layers[m]):
+            raise RuntimeError("it changes a layer for a call, which a graph does not hold")
+        return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.closed or is_altered(m) or is_leaf(m)

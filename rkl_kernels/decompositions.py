@@ -6,6 +6,7 @@ for what PyTorch is to differentiate or to map again.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def separable_conv2d(
     """The reference, with numbers for activations."""
     names = _checks.activation_name(inner_activation), _checks.activation_name(activation)
     weights = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
-    return reference.separable_conv2d(x, *weights, stride, padding, dilation, *names)
+    with _as_they_are(x):
+        return reference.separable_conv2d(x, *weights, stride, padding, dilation, *names)
 
 
 def separable_conv2d_backward(
@@ -70,7 +72,8 @@ def separable_conv2d_backward(
     inner = _checks.activation_name(inner_activation)
     if y is not None:
         grad = _times_derivative(_checks.activation_name(activation), grad, y, y)
-    depthwise_out = reference.depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
+    with _as_they_are(x):
+        depthwise_out = reference.depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
     wants_depthwise_out = mask[0] or mask[1] or mask[3]
     of_inner, of_pointwise, _ = aten.convolution_backward(
         grad, reference.activate(depthwise_out, inner), pointwise_weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0],
@@ -89,6 +92,13 @@ def separable_conv2d_backward(
         of_image[2],
         grad.sum((0, 2, 3)) if mask[4] else x.new_empty(0),
     )
+
+
+def _as_they_are(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast has cast an operator's arguments before it was called, or was off then; here it is to cast nothing."""
+    kind = x.device.type
+    available = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _times_derivative(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:

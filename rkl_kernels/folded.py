@@ -32,10 +32,10 @@ class ActivatedConv2d(nn.Conv2d):
 
     activation: Activation | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        image, padding = padded(x, self)
+    def forward(self, input: Tensor) -> Tensor:
+        image, padding = padded(input, self)
         if not (_is_inference(image, self) and is_built(image) and type(padding) is not str):
-            return activate(super().forward(x), self.activation)
+            return activate(super().forward(input), self.activation)
         window = _checks.unchecked(self.stride, padding, self.dilation)
         code = _checks.activation("activation", self.activation)
         return rkl.conv2d_activated(image, self.weight, self.bias, *window, self.groups, code)
@@ -52,10 +52,10 @@ class ActivatedDepthwiseConv2d(DepthwiseConv2d):
 
     activation: Activation | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        image, padding = padded(x, self)
+    def forward(self, input: Tensor) -> Tensor:
+        image, padding = padded(input, self)
         if not (_is_inference(image, self) and is_served(image, self.weight) and type(padding) is not str):
-            return activate(super().forward(x), self.activation)
+            return activate(super().forward(input), self.activation)
         window = _checks.unchecked(self.stride, padding, self.dilation)
         code = _checks.activation("activation", self.activation)
         return rkl.depthwise_conv2d_activated(image, self.weight, self.bias, *window, code)

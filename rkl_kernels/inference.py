@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from . import _reading, fold
 from ._convert import check_module, convert, is_depthwise
-from .layers import is_altered
+from .layers import has_own_forward, is_altered
 
 
 @dataclass
@@ -114,17 +115,25 @@ class Entry(nn.Module):
 
 class FusedSequential(nn.Sequential):
     """An ``nn.Sequential`` whose call as a whole runs fused steps. Its layers stay as they are, for whoever takes them
-    one by one; the steps are in a tuple, which registers nothing. A slice of it is made of its class, without steps."""
+    one by one, or changes them for a call (``torch.func.functional_call``, say); the steps are in a tuple, which
+    registers nothing. A slice of it is made of its class, without steps.
+
+    Attributes:
+        made_of: its layers and their tensors when the steps were made.
+    """
 
     steps: tuple[nn.Module, ...] = ()
+    made_of: tuple[tuple[nn.Module, tuple[Tensor | None, ...]], ...] = ()
 
     def forward(self, input: Any) -> Any:
-        return self.steps[0](input) if self.steps and isinstance(input, Tensor) else super().forward(input)
+        as_made = self.steps and isinstance(input, Tensor) and all(map(_is_as_made, self.made_of))
+        return self.steps[0](input) if as_made else super().forward(input)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedSequential:
         for graph in self.steps:
             graph._apply(fn, recurse)
         super()._apply(fn, recurse)
+        self.made_of = _made_of(self)
         return self
 
     def train(self, mode: bool = True) -> FusedSequential:
@@ -133,6 +142,21 @@ class FusedSequential(nn.Sequential):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         raise RuntimeError("a fused copy cannot load weights; load them into the model it was made from and fuse again")
+
+
+def _made_of(sequential: nn.Module) -> tuple[tuple[nn.Module, tuple[Tensor | None, ...]], ...]:
+    return tuple((layer, _tensors(layer)) for layer in sequential.modules() if layer is not sequential)
+
+
+def _is_as_made(part: tuple[nn.Module, tuple[Tensor | None, ...]]) -> bool:
+    layer, tensors = part
+    now = _tensors(layer)
+    same = len(tensors) == len(now) and all(map(operator.is_, tensors, now))
+    return same and not layer.training and not is_altered(layer)
+
+
+def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...]:
+    return *layer._parameters.values(), *layer._buffers.values()
 
 
 def _refuse_training(mode: bool) -> None:
@@ -159,6 +183,8 @@ class _Fuser:
         if not depthwise:
             return self.whole
         self._read(self.whole, set())
+        if self.whole not in self.graphs:  # a layer, or a container without a forward
+            self.closed.setdefault(self.whole, "it is called as it is")
         fused = self.whole
         if self.whole not in self.closed:
             fused = self._fused(self.whole) or self.whole
@@ -192,7 +218,7 @@ class _Fuser:
 
     def _sequentials(self, module: nn.Module) -> Iterator[nn.Module]:
         """A module that keeps its own code, where it is an ``nn.Sequential``, or the outermost below it."""
-        if type(module) is nn.Sequential and module in self.graphs and "forward" not in vars(module):
+        if type(module) is nn.Sequential and module in self.graphs and not has_own_forward(module):
             yield module
         elif type(module) is not FusedSequential:
             for child in module.children():
@@ -202,7 +228,7 @@ class _Fuser:
         steps = self._fused(sequential)
         if steps is not None:
             sequential.__class__ = FusedSequential
-            vars(sequential)["steps"] = (steps,)
+            vars(sequential).update(steps=(steps,), made_of=_made_of(sequential))
 
     def _fused(self, module: nn.Module) -> torch.fx.GraphModule | None:
         """The graph of a module with its chains fused, over the module's own layers; None where it has no chain."""
@@ -218,7 +244,7 @@ class _Fuser:
                 _insert_entry(graph, node, parts)
             elif node.op in ("call_module", "get_attr") and node.target not in parts:
                 parts[node.target] = _attribute(module, node.target)
-        return torch.fx.GraphModule(parts, graph, type(module).__name__)
+        return torch.fx.GraphModule(parts, graph, type(module).__name__).eval()
 
     def _fuse_from(self, module: nn.Module, node: torch.fx.Node, parts: dict[str, Any]) -> None:
         """Put a fused layer in the place of ``node`` and the nodes after it, where it begins a chain."""
@@ -250,6 +276,8 @@ class _Fuser:
 
     def _why_not_read(self, name: str) -> str:
         """The reason that keeps the nearest module above closed."""
+        if not name:
+            return "it is the whole model"
         while name:
             name = name.rpartition(".")[0]
             why = self.closed.get(self.whole.get_submodule(name))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import _checks, reference
 from ._checks import Activation, IntPair, Padding, PaddingMode
@@ -32,8 +33,8 @@ class TReLU(nn.Module):
         super().__init__()
         self.inplace = inplace
 
-    def forward(self, x: Tensor) -> Tensor:
-        return trelu(x, self.inplace)
+    def forward(self, input: Tensor) -> Tensor:
+        return trelu(input, self.inplace)
 
     def extra_repr(self) -> str:
         return "inplace=True" if self.inplace else ""
@@ -97,8 +98,10 @@ class DepthwiseConv2d(nn.Conv2d):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        image, padding = padded(x, self)
+    def forward(self, input: Tensor) -> Tensor:
+        if "_conv_forward" in self.__dict__:  # replaced on the object, to pad another way, say
+            return super().forward(input)
+        image, padding = padded(input, self)
         return depthwise_conv2d(image, self.weight, self.bias, self.stride, padding, self.dilation)
 
 
@@ -163,12 +166,12 @@ class SeparableConv2d(nn.Module):
         self.inner_activation = inner_activation
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         depthwise, pointwise = self.depthwise, self.pointwise
-        if not (_has_one_filter(depthwise) and is_pointwise(pointwise)):
-            depthwise_out = activated(depthwise(x), self.inner_activation)
+        if _has_any_global_hook() or not (_has_one_filter(depthwise) and is_pointwise(pointwise)):
+            depthwise_out = activated(depthwise(input), self.inner_activation)
             return activated(pointwise(depthwise_out), self.activation)
-        image, padding = padded(x, depthwise)
+        image, padding = padded(input, depthwise)
         return separable_conv2d(
             image,
             depthwise.weight,
@@ -189,7 +192,12 @@ class SeparableConv2d(nn.Module):
 def is_altered(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class says: it has hooks, or a forward on the object."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
+    return bool(hooks) or has_own_forward(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a method that a layer's call goes through was replaced on the object."""
+    return "forward" in vars(module) or "_conv_forward" in vars(module)
 
 
 def _has_one_filter(module: nn.Module) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import random
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval, parametrizations, parametrize, prune
 
@@ -248,3 +250,65 @@ def test_known_models(name):
     assert len(report.depthwise) + len(report.left) == depthwise > 0
     assert all("Conv2dSame" in why for why in report.left.values())
     assert bool(report.left) == (name == "tf_mobilenetv3_small_minimal_100")
+
+
+def circular(layer):
+    """A way of padding that replaces a method of the layer, as programs that make images tile do."""
+
+    def forward(self, x, weight, bias):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias, groups=self.groups)
+
+    layer._conv_forward = types.MethodType(forward, layer)
+
+
+def test_a_replaced_method_is_what_counts():
+    x = torch.randn(2, 8, 9, 9)
+    before, after = (nn.Conv2d(8, 8, 3, padding=1, groups=8) for _ in range(2))
+    circular(before)
+    want = before(x)
+    assert rk.convert(before).left == {"": "its forward was replaced on the object"}
+    assert torch.equal(before(x), want)
+    rk.convert(after)
+    circular(after)
+    after.load_state_dict(before.state_dict())
+    assert torch.equal(after(x), want)
+    both = rk.SeparableConv2d(8, 4, 3, padding=1)
+    with torch.no_grad():
+        plain = both(x)
+        circular(both.depthwise)
+        assert not torch.allclose(both(x), plain)
+
+
+def test_a_transformer_computes_the_replaced_activation_in_inference_too():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, 0.0, nn.ReLU(), batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    plain = model(x)
+    rk.convert(model, activation="trelu")
+    want = model(x)
+    assert not torch.allclose(want, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want)
+    rk.restore(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain)
+
+
+def test_converted_layers_take_pytorchs_keyword():
+    x = torch.randn(2, 8, 9, 9)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU())
+    want = model[1](input=model[0](input=x))
+    rk.convert(model)
+    torch.testing.assert_close(model[1](input=model[0](input=x)), want)
+    assert torch.equal(rk.TReLU()(input=x), rk.trelu(x))
+
+
+def test_hooks_of_all_modules_see_the_parts_of_a_separable_layer():
+    seen = []
+    layer, x = rk.SeparableConv2d(8, 4, 3), torch.randn(1, 8, 5, 5)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    try:
+        layer(x)
+    finally:
+        handle.remove()
+    assert seen == [layer.depthwise, layer.pointwise, layer]

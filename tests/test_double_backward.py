@@ -53,3 +53,17 @@ def test_a_converted_model_keeps_it():
         grads = torch.autograd.grad(model(x).pow(2).sum(), list(model.parameters()), create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), list(model.parameters())))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_a_second_backward_in_autocast_of_a_forward_outside():
+    layer, x = rk.SeparableConv2d(8, 4, 3), torch.randn(2, 8, 9, 9, requires_grad=True)
+
+    def second(cast):
+        x.grad = None
+        y = layer(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            first.sum().backward()
+        return x.grad
+
+    torch.testing.assert_close(second(cast=True), second(cast=False))

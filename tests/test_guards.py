@@ -70,8 +70,10 @@ def test_no_pixels(shape):
     """Padding makes outputs of such an image; ``F.conv2d`` refuses it all the same, unless the batch is empty too."""
     with pytest.raises(RuntimeError):
         F.conv2d(torch.zeros(shape), W, padding=3, groups=4)
-    for backend in ("cpu", "reference"):
+    for backend in ("auto", "cpu", "reference"):
         with rk.use_backend(backend):
             with pytest.raises(ValueError, match="at least one pixel"):
                 rk.depthwise_conv2d(torch.zeros(shape), W, padding=3)
+            with pytest.raises(ValueError, match="at least one pixel"):
+                rk.separable_conv2d(torch.zeros(shape), W, P, padding=3)
             assert rk.depthwise_conv2d(torch.zeros(0, 4, 0, 5), W, padding=3).shape == (0, 4, 4, 9)

@@ -327,3 +327,59 @@ def test_a_sample_of_the_table_of_models(name):
     for output, gradients in row.errors.values():
         assert output <= 4 * of_pytorch[0]
         assert gradients is None or gradients <= 4 * of_pytorch[1]
+
+
+class Changing(nn.Module):
+    """A model that changes its chain for a call and restores it after that."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.chain, self.how = chain(nn.ReLU()), how
+
+    def forward(self, x):
+        if self.how == "functional call":
+            doubled = {name: 2 * value for name, value in self.chain.named_parameters()}
+            return torch.func.functional_call(self.chain, doubled, (x,))
+        if self.how == "training norm":
+            self.chain[1].train()
+            y = self.chain(x)
+            self.chain[1].eval()
+            return y
+        handle = self.chain[2].register_forward_hook(lambda module, inputs, output: output * 2)
+        y = self.chain(x)
+        handle.remove()
+        return y
+
+
+@pytest.mark.parametrize("how", ["functional call", "training norm", "hook"])
+def test_what_a_forward_changes_for_a_call_counts(how):
+    plain = Changing(how).eval()
+    fused = rk.fuse_for_inference(plain)
+    for model in (fused, copy.deepcopy(fused), copy.deepcopy(fused).double()):
+        x = X.to(next(model.parameters()).dtype)
+        torch.testing.assert_close(model(x).float(), copy.deepcopy(plain)(X), rtol=1e-4, atol=1e-4)
+
+
+def test_fused_copies_are_in_inference_mode():
+    fused = rk.fuse_for_inference(chain(nn.ReLU()))
+    assert not any(m.training for m in fused.modules())
+    torch.jit.freeze(torch.jit.trace(fused, X))
+
+
+@pytest.mark.parametrize(
+    ("model", "chains"),
+    [
+        (nn.ModuleList([chain(nn.ReLU())]), 1),
+        (nn.ModuleDict({"a": chain(nn.ReLU())}), 1),
+        (nn.DataParallel(chain(nn.ReLU())), 1),
+        (nn.Conv2d(8, 8, 3, groups=8), 0),
+        (rk.DepthwiseConv2d(8, 3), 0),
+        (rk.SeparableConv2d(8, 4, 3), 0),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_that_is_a_layer_or_a_container(model, chains):
+    fused = rk.fuse_for_inference(model)
+    assert len(fused.fusion_report.fused) == chains
+    assert not fused.training
+    assert type(fused) is (rk.DepthwiseConv2d if type(model) is nn.Conv2d else type(model))
