@@ -1,5 +1,6 @@
 #include "cpu/machine.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -50,6 +51,16 @@ Machine read_machine() {
 }
 
 }  // namespace
+
+bool is_resident(const void* p) {
+#if defined(__linux__)
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), address = reinterpret_cast<uintptr_t>(p) / page * page;
+  unsigned char is = 1;
+  return mincore(reinterpret_cast<void*>(address), page, &is) || (is & 1);
+#else
+  return true;
+#endif
+}
 
 const Machine& machine() {
   static const Machine once = read_machine();

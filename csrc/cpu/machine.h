@@ -17,6 +17,10 @@ const Machine& machine();
 // Whether an output of so many bytes is better written past the caches: where a layer's image and output do not both
 // fit, the next layer finds nothing of what was written first, and a line that is not read before it is written saves a
 // third of the traffic (benchmarks/NOTES.md).
+// Not where its pages are new, which is_resident tells: the system has just written those, so that they are in a cache.
 inline bool exceeds_caches(int64_t output) { return machine().l3_bytes && output >= machine().l3_bytes / 2; }
+
+// Whether the page at p has memory behind it yet.
+bool is_resident(const void* p);
 
 }  // namespace rkl::cpu
