@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -52,5 +53,7 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
         return operators.trelu(x)
     if watched():  # a compiler finds out by itself where a copy can be spared
         return x.copy_(operators.trelu(x))
+    if x.is_inference() and not torch.is_inference_mode_enabled():  # autograd would not be told of the write
+        raise RuntimeError("x must not be an inference tensor, written outside of inference mode; clone it first")
     operators.trelu_(x)
     return x

@@ -246,6 +246,7 @@ _KERNELS: dict[str, Callable[..., str]] = {"cuda": _cuda_kernels, "cpu": _cpu_ke
 
 
 def _trelu(x: Tensor, inplace: bool = False) -> tuple[int, int, Tensor]:
+    _checks.floating("x", x)
     return 2 * x.numel(), x.numel(), x
 
 
@@ -273,6 +274,7 @@ def _multiplied(x: Tensor, weight: Tensor, *rest: Any, **others: Any) -> bool:
 def _depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1
 ) -> tuple[int, int, Tensor]:
+    _checks.depthwise(x, weight, bias, stride, padding, dilation)
     pixels, x = _image(x, weight, stride, padding, dilation)
     outputs = pixels * weight.shape[0]
     return x.numel() + weight.numel() + outputs, 2 * outputs * weight[0].numel(), x
@@ -280,7 +282,9 @@ def _depthwise(
 
 def _separable(*args: Any, **kwargs: Any) -> tuple[int, int, Tensor]:
     call = _SeparableCall(*args, **kwargs)
+    weights = call.depthwise_weight, call.pointwise_weight, call.depthwise_bias, call.pointwise_bias
+    _checks.separable(call.x, *weights, call.stride, call.padding, call.dilation)
     pixels, x = _image(call.x, call.depthwise_weight, call.stride, call.padding, call.dilation)
-    weights = call.depthwise_weight.numel() + call.pointwise_weight.numel()
-    moved = x.numel() + weights + pixels * call.pointwise_weight.shape[0]
-    return moved, 2 * pixels * weights, x
+    taps = call.depthwise_weight.numel() + call.pointwise_weight.numel()
+    moved = x.numel() + taps + pixels * call.pointwise_weight.shape[0]
+    return moved, 2 * pixels * taps, x

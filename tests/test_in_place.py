@@ -83,3 +83,15 @@ def test_inference_mode():
         x = torch.randn(5)
         expected = rk.reference.trelu(x)
         torch.testing.assert_close(rk.trelu(x, inplace=True), expected)
+
+
+def test_an_inference_tensor_is_not_written_outside_of_inference_mode():
+    with torch.inference_mode():
+        x = torch.tensor([-1.0, 2.0])
+        rk.trelu(x, inplace=True)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        rk.trelu(x, inplace=True)
+    assert torch.equal(x, before)
+    with pytest.raises(RuntimeError, match="inference tensor"):
+        torch.relu_(x)

@@ -175,3 +175,26 @@ def test_cpu_kernels_are_named(memory, dtype):
         got, want = rk.depthwise_conv2d(x, w, padding=padding), rk.reference.depthwise_conv2d(x, w, padding=padding)
         assert got.is_contiguous(memory_format=memory)
         torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-4)
+
+
+X8, W8, P8 = torch.zeros(2, 8, 9, 9), torch.zeros(8, 1, 3, 3), torch.zeros(4, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        ("trelu", (torch.zeros(3, dtype=torch.int64),)),
+        ("trelu", ([1.0],)),
+        ("depthwise_conv2d", (X8, W8, torch.zeros(3))),
+        ("depthwise_conv2d", (X8, [1.0])),
+        ("separable_conv2d", (X8, W8, torch.zeros(4, 7, 1, 1))),
+        ("separable_conv2d", (X8, W8, P8, None, torch.zeros(5))),
+    ],
+)
+def test_explain_raises_as_the_call_does(operator, arguments):
+    raised = []
+    for call in (lambda: rk.explain(operator, *arguments), lambda: getattr(rk, operator)(*arguments)):
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        raised.append((error.type, str(error.value)))
+    assert raised[0] == raised[1]
