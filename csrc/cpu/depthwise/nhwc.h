@@ -95,6 +95,10 @@ class NhwcRows {
         streams_(exceeds_caches(g.batch * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)))),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels) {}
 
+  ~NhwcRows() {  // of a thread: once behind all its tiles
+    if (streams_) end_stream();
+  }
+
   int64_t height() const { return by_class ? rows_.steps() : rows_.pairs(); }
 
   void convolve_rows(const T* in, T* out, const Tile& tile) {
@@ -109,7 +113,6 @@ class NhwcRows {
         rows_.make_step(from, to, row, tile.first_vector, tile.last_vector, true);
       else
         rows_.make(from, to, row, tile.first_vector, tile.last_vector, true);
-    if (to.streams) end_stream();
   }
 
  private:
