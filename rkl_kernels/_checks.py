@@ -94,6 +94,13 @@ def pair(name: str, value: IntPair, least: int) -> list[int]:
     return values * 2 if len(values) == 1 else values
 
 
+def count(name: str, value: int, least: int) -> int:
+    """One integer of at least ``least``."""
+    if not hasattr(type(value), "__index__"):
+        raise ArgumentTypeError(f"{name} must be an int, got {value!r}")
+    return pair(name, value, least)[0]
+
+
 def unchecked(*window: Any) -> list[Any]:
     """Stride, padding and dilation for a call that C++'s guard looks at: an int as a pair, anything else as it is."""
     return [(value, value) if type(value) is int else value for value in window]

@@ -10,11 +10,13 @@ in C++.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._autocast import below_autocast
 from ._surroundings import intercepted, watched
 
 Formula = tuple[Callable[..., None], Callable[..., Any]]
@@ -40,10 +42,12 @@ class Operator:
         self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        """A call on tensors that are cast where autocast casts them: of a function of this package or a gradient."""
         if watched():
             return self.registered(*args)
         try:
-            return self.plain(*args)
+            with below_autocast() if torch._C._is_any_autocast_enabled() else nullcontext():
+                return self.plain(*args)
         except RuntimeError as error:
             # Every error of an extension comes as RuntimeError; this one has a type that programs look for.
             if str(error).startswith("CUDA out of memory"):

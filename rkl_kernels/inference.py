@@ -86,6 +86,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         fuser = _Fuser(whole)
         fused = fuser.fuse()
     vars(fused)["fusion_report"] = fuser.report
+    if isinstance(fused, torch.fx.GraphModule):
+        fused.meta["_user_preserved_attributes"] = {"fusion_report": fuser.report}  # what torch.fx's deep copies keep
     return fused
 
 

@@ -84,9 +84,10 @@ class DepthwiseConv2d(nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        channels = _checks.count("channels", channels, 1)
         super().__init__(
             channels,
-            channels * _checks.pair("multiplier", multiplier, 1)[0],
+            channels * _checks.count("multiplier", multiplier, 1),
             tuple(_checks.pair("kernel_size", kernel_size, 1)),  # type: ignore[arg-type]
             tuple(_checks.pair("stride", stride, 1)),  # type: ignore[arg-type]
             padding if isinstance(padding, str) else tuple(_checks.pair("padding", padding, 0)),  # type: ignore[arg-type]
@@ -157,6 +158,7 @@ class SeparableConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        c_in, c_out = _checks.count("c_in", c_in, 1), _checks.count("c_out", c_out, 0)
         _checks.activation("inner_activation", inner_activation)
         _checks.activation("activation", activation)
         self.depthwise = DepthwiseConv2d(

@@ -9,6 +9,7 @@ Forward and backward are operators of their own. The depthwise pair is closed un
 differentiated any number of times.
 
     gradients.py        the gradients' formulas
+    _autocast.py        what is cast under torch.autocast
     batching.py         the rules of torch.vmap
     decompositions.py   the same in PyTorch's own operators, for exporters that know no others
     counting.py         floating-point operations, for torch.utils.flop_counter
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import batching, counting, decompositions, gradients, sharding
+from . import _autocast, batching, counting, decompositions, gradients, sharding
 from ._later import when_imported
 from ._operator import DepthwiseOperator, Operator, below_autograd
 
@@ -152,6 +153,8 @@ def define(namespace: str) -> Any:
             _register_in_place(library, ops.trelu_)
         else:
             torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
+    for name in _autocast.CONVOLUTIONS:
+        _autocast.register(library, name, getattr(ops, name).registered)
     for name, rule in batching.rules(ops).items():
         torch.library.register_vmap(f"{namespace}::{name}", rule, lib=library)
     for name, decomposition in decompositions.DECOMPOSITIONS.items():

@@ -229,6 +229,8 @@ def test_cases_and_reports_name_what_is_wrong_with_an_argument() -> None:
             replace(TINY, **changes)
     with pytest.raises(ValueError, match="shape must be N,C,H,W, got 1,2"):
         bench.operator_report("depthwise", (1, 2))
+    with pytest.raises(ValueError, match="seconds must be a positive number, got -1"):
+        bench.operator_report("depthwise", (1, 2, 8, 8), seconds=-1)
     with pytest.raises(ValueError, match="layout must be one of nchw, nhwc, got 'chwn'"):
         bench.operator_report("depthwise", (1, 2, 8, 8), layout="chwn")
     with pytest.raises(ValueError, match="device must be cpu, or cuda where torch sees a GPU, got 'tpu'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import random
 import warnings
 
@@ -31,6 +32,7 @@ def test_a_chain_is_one_layer(inner, settings, outer):
     names = tuple(str(i) for i in range(len(plain)))
     assert [tuple(n for n in found) for found in fused.fusion_report.fused] == [names]
     assert not fused.fusion_report.left
+    assert copy.deepcopy(fused).fusion_report == pickle.loads(pickle.dumps(fused)).fusion_report == fused.fusion_report
     assert layers(fused) == [rk.SeparableConv2d, rk.DepthwiseConv2d]
     assert_same(fused, plain)
 

@@ -139,6 +139,12 @@ def test_refused_settings():
         rk.DepthwiseConv2d(4, 3, padding_mode="mirror")
     with pytest.raises(ValueError, match="multiplier must be at least 1, got 0"):
         rk.DepthwiseConv2d(4, 3, multiplier=0)
+    with pytest.raises(TypeError, match="multiplier must be an int, got \\(2, 3\\)"):
+        rk.DepthwiseConv2d(4, 3, multiplier=(2, 3))
+    with pytest.raises(TypeError, match="channels must be an int, got 4.0"):
+        rk.DepthwiseConv2d(4.0, 3)
+    with pytest.raises(ValueError, match="c_out must be at least 0, got -1"):
+        rk.SeparableConv2d(8, -1, 3)
     with pytest.raises(ValueError, match="or a multiple of it, got \\(6, 1, 3, 3\\)"):
         rk.depthwise_conv2d(torch.randn(1, 4, 5, 5), torch.randn(6, 1, 3, 3))
     with pytest.raises(ValueError, match="with C = 4, the channels of x, got"):

@@ -56,6 +56,37 @@ def test_autocast_lowers_convolutions(backend, dtype):
     assert x.grad.dtype == weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("graph", ["export", "trace", "compile"])
+def test_autocast_lowers_the_convolutions_of_a_graph(graph):
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), rk.DepthwiseConv2d(8, 3), rk.SeparableConv2d(8, 4, 3, activation="relu6"))
+    x = torch.randn(2, 3, 9, 9)
+    made = {
+        "export": lambda: torch.export.export(net, (x,)).module(),
+        "trace": lambda: torch.jit.trace(net, x),
+        "compile": lambda: torch.compile(net, backend="aot_eager", fullgraph=True),
+    }[graph]()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, y = net(x), made(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    wanted = torch.autograd.grad(expected.float().square().sum(), list(net.parameters()))
+    got = torch.autograd.grad(y.float().square().sum(), list(made.parameters()))
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_leaves_float64_as_pytorch_does():
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(4, 1, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rk.depthwise_conv2d(x.double(), weight.double()).dtype == torch.float64
+        for mixed in ((x, weight.double()), (x.double(), weight)):
+            with pytest.raises(RuntimeError):
+                nn.functional.conv2d(*mixed, groups=4)
+            with pytest.raises(RuntimeError, match="type"):
+                rk.depthwise_conv2d(*mixed)
+
+
 def _arguments(layout, dtype):
     """Of each operator, one or several."""
     window = [2, 1], [1, 1], [1, 1]

@@ -20,6 +20,7 @@ From an installed wheel, with torch alone (ONNX Runtime and OpenVINO join in whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -91,6 +92,8 @@ def operator_report(
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds must be a positive number, got {seconds!r}")
     batch, channels, height, width = shape
     if padding is None:
         padding = dilation * (min(kernel, kernel_width or kernel) - 1) // 2
