@@ -12,13 +12,11 @@ import json
 
 import torch
 
-import rkl_kernels  # noqa: F401  (registers the operators)
+from rkl_kernels.planner import HOPPER
 
 from .shapes import SHAPES, Shape
 from .static_report import RESULTS
 
-H200 = [90, 132, 227 << 10, 228 << 10]
-"""Compute capability, multiprocessors, shared memory of a block and of a multiprocessor."""
 CLOCK, COPY = 1.77e9, 4.2e12  # Hz under these loads; bytes a second, read and written
 K16, K8, ISSUE, SHARED = 0.67, 0.99, 4.0, 128.0  # products and instructions a clock and multiprocessor; bytes
 KERNELS = (
@@ -39,7 +37,7 @@ def plan(shape: Shape, result: int) -> list[int]:
     kernel = (shape.kernel, shape.kernel_width or shape.kernel)
     pairs = (kernel, (shape.stride,) * 2, (shape.padding,) * 2, (shape.dilation,) * 2)
     geometry = [*sizes, *(n for pair in pairs for n in pair)]
-    return torch.ops.rkl.cuda_depthwise_plan(geometry, True, BF16, result, H200)
+    return torch.ops.rkl.cuda_depthwise_plan(geometry, True, BF16, result, HOPPER)
 
 
 def moved(shape: Shape, result: int) -> int:
@@ -62,7 +60,7 @@ def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) ->
         loop["mma_k16"] / K16 + loop["mma_k8"] / K8,
         (512 * loop["ldmatrix"] + shared) / SHARED,
     )
-    rows = numbers[7] / H200[1] / CLOCK
+    rows = numbers[7] / HOPPER[1] / CLOCK
     return [1e6 * moved(shape, result) / COPY, *(1e6 * clock * rows for clock in clocks)]
 
 

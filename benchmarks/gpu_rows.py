@@ -47,7 +47,7 @@ def attempt(title: str, work: Callable[[], Any]) -> Any:
         return None
 
 
-def contestants(case: Case, device: str, compile_too: bool) -> list[Rival]:
+def gpu_contestants(device: str, compile_too: bool) -> list[Rival]:
     """This package by its own choice and, in NHWC, by each backend; PyTorch (cuDNN or native, as it chooses) and, where
     asked for, its compiler, in both layouts."""
     chosen = []
@@ -79,7 +79,7 @@ def measure_machine(device: str, budget: float) -> tuple[dict[int, float], dict[
 
 def measure_row(case: Case, device: str, compile_too: bool, budget: float) -> tuple[Row, bool]:
     """A row, and whether the device still answers after it."""
-    row = measure(case, contestants(case, device, compile_too), device, budget)
+    row = measure(case, gpu_contestants(device, compile_too), device, budget)
     if device == "cuda":
         try:
             torch.cuda.synchronize()

@@ -31,6 +31,7 @@ from torch import nn
 from benchmarks.models import Model, ModelRow, measure_model, timm_model, torchvision_model
 from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench.machine import machine, machine_line, slug
+from rkl_kernels.bench.table import geometric_mean
 
 BATCH = 2
 LOW = 0.97
@@ -78,7 +79,7 @@ def ratio_and_noise(row: ModelRow) -> tuple[float, float]:
 
 def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]) -> str:
     def mean(values: list[float]) -> str:
-        return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}, lowest {min(values):.2f}"
+        return f"{geometric_mean(values):.2f}, lowest {min(values):.2f}"
 
     def spread(noises: list[float]) -> str:
         return f"{statistics.median(noises):.0%} in the middle, {max(noises):.0%} at most"

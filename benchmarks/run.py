@@ -27,8 +27,7 @@ def cases(
         for shape in shapes
         for direction in directions
         for dtype in dtypes
-        if (operator != "separable" or shape.out_channels)
-        and (operator != "trelu" or direction in ("forward", "backward"))
+        if exists(shape, operator, direction)
     ]
 
 

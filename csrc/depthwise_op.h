@@ -41,11 +41,10 @@ Tensor depthwise_output(const Conv2d& g, const Tensor& x, const Tensor& weight, 
 //   static backward(Conv2d, grad, x, weight, dx or null, dweight or null, dbias or null, dtype, like)
 // over dense memory; `like` is a tensor on the device; and
 //   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like), over dense rows
-//   static left_to_pytorch(Conv2d, dtype) -> bool
-//   static transposes(Conv2d, dtype, of_filter) -> bool
-//   static dense(x, nhwc), in_format(x, nhwc), as tensor_args.h has them
-// where the second says whether PyTorch's own convolution makes the output sooner, and the third whether NCHW images
-// are computed as NHWC ones, for the output or the image's gradient alone, or for the filter's gradient too.
+//   static left_to_pytorch(Conv2d, dtype) -> bool: whether PyTorch's own convolution makes the output sooner
+//   static transposes(Conv2d, dtype, of_filter) -> bool: whether NCHW images are computed as NHWC ones; of_filter: for
+//     the filter's gradient too
+//   static dense(x, nhwc), in_format(x, nhwc), as tensor_args.h has them.
 template <class Kernels>
 struct DepthwiseOps {
   using Ints = std::vector<int64_t>;

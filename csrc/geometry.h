@@ -30,4 +30,6 @@ struct Conv2d {
   bool nhwc;
 };
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 }  // namespace rkl

@@ -122,7 +122,7 @@ inline Tensor as_filter(const Tensor& matrix) {
   return seen_as<4>(matrix, {matrix.size(0), matrix.size(1), 1, 1}, {matrix.stride(0), matrix.stride(1), 1, 1});
 }
 
-// x with the strides of the given format, whatever its sizes of 1; x itself where it has them.
+// Whether x has exactly the strides of the given format, those of sizes of 1 included.
 inline bool has_strides(const Tensor& x, bool nhwc) {
   const std::array<int64_t, 4> strides = image_strides(x.size(1), x.size(2), x.size(3), nhwc);
   bool same = true;
@@ -134,6 +134,7 @@ inline Tensor in_strides(const Tensor& x, bool nhwc) {
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   return seen_as<4>(x, {n, c, h, w}, image_strides(c, h, w, nhwc));
 }
+// x with the strides of the given format; x itself where it has them.
 inline Tensor in_format(const Tensor& x, bool nhwc) {
   if (has_strides(x, nhwc)) return x;
   Tensor out = empty_image(x, x.size(0), x.size(1), x.size(2), x.size(3), nhwc);

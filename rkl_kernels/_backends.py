@@ -22,7 +22,7 @@ NAMES: tuple[Backend, ...] = get_args(Backend)
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Triton reads the variable when it is imported, and so do the kernels: then they run on the CPU, for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _forced = Setting("auto")
 
@@ -67,7 +67,7 @@ def _register_triton_kernels() -> torch.library.Library:
         def kernel(*args: Any) -> Any:
             return importlib.import_module("rkl_kernels.triton").IMPLEMENTATIONS[name](*args)
 
-        library.impl(name, kernel, "CPU" if _INTERPRETED else "CUDA")
+        library.impl(name, kernel, "CPU" if INTERPRETED else "CUDA")
 
     for name in ops.SCHEMAS:
         register(name)
@@ -99,9 +99,9 @@ def _triton_status() -> Status:
         return Status(False, "Triton is not installed")
     if importlib.util.find_spec("rkl_kernels.triton") is None:
         return Status(False, "this installation has no Triton kernels")
-    if not _INTERPRETED and not torch.cuda.is_available():
+    if not INTERPRETED and not torch.cuda.is_available():
         return Status(False, "torch sees no GPU here; TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly")
-    return Status(True, "Triton kernels, interpreted on CPU tensors" if _INTERPRETED else "Triton kernels on the GPU")
+    return Status(True, "Triton kernels, interpreted on CPU tensors" if INTERPRETED else "Triton kernels on the GPU")
 
 
 _STATUS: dict[str, Callable[[], Status]] = {
@@ -178,7 +178,7 @@ def refusal(
     found = status(backend)
     if not found.available:
         return found.reason
-    served = "cpu" if backend == "cpu" or (backend == "triton" and _INTERPRETED) else "cuda"
+    served = "cpu" if backend == "cpu" or (backend == "triton" and INTERPRETED) else "cuda"
     if backend != "triton" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"rkl::{operator}", served.upper()):
         return f"it has no kernel for {operator}"
     if dtype not in KERNEL_TYPES:
@@ -189,7 +189,7 @@ def refusal(
         return "it serves one filter a channel"
     if differentiated:
         return "torch.func and forward-mode AD differentiate PyTorch's own operators only"
-    if backend == "triton" and _INTERPRETED and dtype == torch.bfloat16:
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         from .triton.launch import interpreter_serves_bf16
 
         if not interpreter_serves_bf16():
@@ -221,8 +221,8 @@ def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dty
     return next(fit, "reference")
 
 
-def is_served(x: Tensor, weight: Tensor) -> bool:
-    """Whether an image and its depthwise filter are for the compiled kernels of their device, as they mostly are."""
+def is_served(x: Tensor | None, weight: Tensor | None) -> bool:
+    """Whether the compiled kernels of their device serve an image and its depthwise filter."""
     if x is None or weight is None:
         return False
     shape = x.shape

@@ -50,7 +50,7 @@ class ArgumentTypeError(TypeError, RuntimeError):
 class Window(NamedTuple):
     """How a filter moves over an image: stride, symmetric padding and dilation, each (height, width).
 
-    ``before`` is what must be padded onto the image's bottom and right first: "same" with an even filter is
+    ``extra`` is what must be padded onto the image's bottom and right first: "same" with an even filter is
     lopsided, and PyTorch puts the odd row and column there. ``multiplied`` says that channels have several filters.
     """
 

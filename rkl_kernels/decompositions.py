@@ -102,7 +102,8 @@ def _as_they_are(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _times_derivative(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """``grad`` times an activation's derivative, from its input; from its output where both are the output."""
+    """``grad`` times the activation's derivative. ``x``: its input, ``y``: its output. relu, relu6 and trelu may be
+    given the output for both."""
     if name == "relu":
         return aten.threshold_backward(grad, x, 0)
     if name == "relu6":

@@ -35,7 +35,7 @@ class ActivatedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         image, padding = padded(input, self)
         if not (_is_inference(image, self) and is_built(image) and type(padding) is not str):
-            return activate(super().forward(input), self.activation)
+            return activate_in_place(super().forward(input), self.activation)
         window = _checks.unchecked(self.stride, padding, self.dilation)
         code = _checks.activation("activation", self.activation)
         return rkl.conv2d_activated(image, self.weight, self.bias, *window, self.groups, code)
@@ -55,7 +55,7 @@ class ActivatedDepthwiseConv2d(DepthwiseConv2d):
     def forward(self, input: Tensor) -> Tensor:
         image, padding = padded(input, self)
         if not (_is_inference(image, self) and is_served(image, self.weight) and type(padding) is not str):
-            return activate(super().forward(input), self.activation)
+            return activate_in_place(super().forward(input), self.activation)
         window = _checks.unchecked(self.stride, padding, self.dilation)
         code = _checks.activation("activation", self.activation)
         return rkl.depthwise_conv2d_activated(image, self.weight, self.bias, *window, code)
@@ -67,7 +67,7 @@ def _is_inference(x: Tensor, conv: nn.Conv2d) -> bool:
     return x.dim() == 4 and x.dtype == conv.weight.dtype and not wanted and is_plain(x, conv.weight, conv.bias)
 
 
-def activate(x: Tensor, name: Activation | None) -> Tensor:
+def activate_in_place(x: Tensor, name: Activation | None) -> Tensor:
     """The activation, written over ``x``, which nobody else reads, where no gradient needs it and PyTorch can."""
     if x.requires_grad or name in (None, "gelu"):
         return activated(x, name)

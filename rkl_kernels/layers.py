@@ -221,6 +221,7 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def activated(x: Tensor, name: Activation | None) -> Tensor:
+    """The named activation of ``x``, T-ReLU by the kernels."""
     return trelu(x) if name == "trelu" else reference.activate(x, name)
 
 

@@ -19,6 +19,7 @@ differentiated any number of times.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,8 +78,8 @@ def output_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _wanted(mask: list[bool], *like: Tensor) -> tuple[Tensor, ...]:
-    """Fake gradients: shaped as ``like`` where wanted, empty elsewhere; image gradients keep the image's format."""
+def wanted(mask: Sequence[bool], *like: Tensor) -> tuple[Tensor, ...]:
+    """Gradients yet to be filled: shaped as ``like`` where wanted, empty elsewhere. An image's has its format."""
     return tuple(
         torch.empty_like(t, memory_format=suggest_memory_format(t)) if m else t.new_empty(0)
         for m, t in zip(mask, like, strict=True)
@@ -93,7 +94,7 @@ def _fake_depthwise(x, weight, bias, stride, padding, dilation):  # type: ignore
 
 
 def _fake_depthwise_backward(grad, x, weight, stride, padding, dilation, mask):  # type: ignore[no-untyped-def]
-    return _wanted(mask, x, weight, x.new_empty(x.shape[1]))
+    return wanted(mask, x, weight, x.new_empty(x.shape[1]))
 
 
 def _fake_separable(x, depthwise, pointwise, db, pb, stride, padding, dilation, inner, activation):  # type: ignore[no-untyped-def]
@@ -106,7 +107,7 @@ def _fake_separable_backward(  # type: ignore[no-untyped-def]
     grad, y, x, depthwise, pointwise, db, stride, padding, dilation, inner, activation, mask
 ):
     biases = x.new_empty(x.shape[1]), x.new_empty(pointwise.shape[0])
-    return _wanted(mask, x, depthwise, pointwise, *biases)
+    return wanted(mask, x, depthwise, pointwise, *biases)
 
 
 def _fake_trelu(x: Tensor) -> Tensor:

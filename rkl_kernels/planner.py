@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,16 +98,15 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
         depthwise_conv2d: backend reference, kernel rkl_kernels.reference.depthwise_conv2d
           0.0131 MB to move, 0.0288 MFLOP; floor: 2.2 FLOP a byte; which side binds on a CPU, `rkl bench` measures
     """
-    counts: dict[str, Callable[..., tuple[int, int, Tensor]]] = {
+    counts: dict[str, Callable[..., _Work]] = {
         "trelu": _trelu,
         "depthwise_conv2d": _depthwise,
         "separable_conv2d": _separable,
     }
     if operator not in counts:
         raise ValueError(f"operator must be one of {', '.join(counts)}, got {operator!r}")
-    moved, operations, x = counts[operator](*args, **kwargs)
-    moved *= x.element_size()
-    multiplied = operator == "depthwise_conv2d" and _multiplied(*args, **kwargs)
+    elements, operations, x, multiplied = counts[operator](*args, **kwargs)
+    moved = elements * x.element_size()
     backend = choose(operator, x, multiplied)
     namespace = {"reference": "rkl_kernels.reference", "triton": "torch.ops.rkl_triton"}.get(backend, "torch.ops.rkl")
     fused, reason = _fusion(backend, _SeparableCall(*args, **kwargs)) if operator == "separable_conv2d" else (None, "")
@@ -198,9 +197,13 @@ _CUDA_FAMILIES = (
 _NHWC_FAMILIES = (1, 2)
 
 
+HOPPER = [90, 132, 227 << 10, 228 << 10]
+"""Of an H100 or H200: compute capability, multiprocessors, shared memory of a block and of a multiprocessor."""
+
+
 def _facts_of(x: Tensor) -> list[int]:
-    """Device in csrc/cuda/plan.h: nothing for the tensor's own GPU, an H100's facts for a CPU that plays one."""
-    return [] if x.is_cuda else [90, 132, 227 << 10, 228 << 10]
+    """Device in csrc/cuda/plan.h: nothing for the tensor's own GPU, HOPPER for a CPU that plays one."""
+    return [] if x.is_cuda else HOPPER
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -245,14 +248,22 @@ def _cpu_kernels(
 _KERNELS: dict[str, Callable[..., str]] = {"cuda": _cuda_kernels, "cpu": _cpu_kernels}
 
 
-def _trelu(x: Tensor, inplace: bool = False) -> tuple[int, int, Tensor]:
+class _Work(NamedTuple):
+    """What a call cannot avoid: elements read and written, operations; the batched image, and whether its channels
+    have several filters."""
+
+    elements: int
+    operations: int
+    x: Tensor
+    multiplied: bool = False
+
+
+def _trelu(x: Tensor, inplace: bool = False) -> _Work:
     _checks.floating("x", x)
-    return 2 * x.numel(), x.numel(), x
+    return _Work(2 * x.numel(), x.numel(), x)
 
 
-def _geometry(
-    x: Tensor, weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1
-) -> tuple[list[int], Tensor]:
+def _geometry(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> tuple[list[int], Tensor]:
     """The numbers of csrc/geometry.h's Conv2d, in its order, and the batched image."""
     window = _checks.depthwise(x, weight, None, stride, padding, dilation)
     x = window.pad_extra(x if x.dim() == 4 else x[None])
@@ -266,25 +277,26 @@ def _image(*args: Any) -> tuple[int, Tensor]:
     return n * height * width, x
 
 
-def _multiplied(x: Tensor, weight: Tensor, *rest: Any, **others: Any) -> bool:
-    """Whether a depthwise filter has several planes a channel."""
-    return weight.shape[0] != x.shape[-3]
-
-
 def _depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1
-) -> tuple[int, int, Tensor]:
-    _checks.depthwise(x, weight, bias, stride, padding, dilation)
+) -> _Work:
+    window = _checks.depthwise(x, weight, bias, stride, padding, dilation)
     pixels, x = _image(x, weight, stride, padding, dilation)
     outputs = pixels * weight.shape[0]
-    return x.numel() + weight.numel() + outputs, 2 * outputs * weight[0].numel(), x
+    elements = x.numel() + weight.numel() + _elements(bias) + outputs
+    return _Work(elements, 2 * outputs * weight[0].numel(), x, window.multiplied)
 
 
-def _separable(*args: Any, **kwargs: Any) -> tuple[int, int, Tensor]:
+def _elements(bias: Tensor | None) -> int:
+    return 0 if bias is None else bias.numel()
+
+
+def _separable(*args: Any, **kwargs: Any) -> _Work:
     call = _SeparableCall(*args, **kwargs)
     weights = call.depthwise_weight, call.pointwise_weight, call.depthwise_bias, call.pointwise_bias
     _checks.separable(call.x, *weights, call.stride, call.padding, call.dilation)
     pixels, x = _image(call.x, call.depthwise_weight, call.stride, call.padding, call.dilation)
     taps = call.depthwise_weight.numel() + call.pointwise_weight.numel()
-    moved = x.numel() + taps + pixels * call.pointwise_weight.shape[0]
-    return moved, 2 * pixels * taps, x
+    biases = _elements(call.depthwise_bias) + _elements(call.pointwise_bias)
+    elements = x.numel() + taps + biases + pixels * call.pointwise_weight.shape[0]
+    return _Work(elements, 2 * pixels * taps, x)

@@ -62,9 +62,9 @@ def test_separable(backend, args, settings, kind, message):
 
 
 def test_trelu(backend):
-    with pytest.raises(TypeError, match="x must be a torch.Tensor, got int"):
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got int"):
         rk.trelu(3)
-    with pytest.raises(TypeError, match="got torch.int64"):
+    with pytest.raises(TypeError, match=r"got torch.int64"):
         rk.trelu(torch.arange(3))
     leaf = torch.zeros(3, requires_grad=True)
     with pytest.raises(RuntimeError, match="leaf"):
@@ -79,14 +79,14 @@ def test_layers():
         rk.SeparableConv2d(4, 4, 3, activation="swish")
     with pytest.raises(ValueError, match="activation must be None or 'trelu'"):
         rk.convert(torch.nn.ReLU(), activation="relu")
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module"):
         rk.convert(X)
 
 
 def test_backends():
     with pytest.raises(ValueError, match="backend must be one of"), rk.use_backend("gpu"):
         pass
-    with rk.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot serve this call.*float64"):
+    with rk.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cannot serve this call.*float64"):
         rk.trelu(X.double())
     with pytest.raises(ValueError, match="operator must be one of"):
         rk.explain("conv3d", X)

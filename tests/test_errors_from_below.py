@@ -43,7 +43,7 @@ def test_no_memory_on_a_gpu_has_the_type_that_programs_catch():
     def registered(*args):
         raise RuntimeError(words)
 
-    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2.00 GiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 2.00 GiB"):
         Operator(registered)(torch.zeros(1))
 
 

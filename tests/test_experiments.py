@@ -58,7 +58,7 @@ def test_rows_may_be_trained_apart(finished):
     experiments.run(plan, announce=said.append, only=["ResNet", "ResNet-KL"])
     assert said == ["Table V on digits: 2 runs, 2 done before"]
     assert list(json.loads(plan.record.read_text())["rows"]) == list(TABLES["table5"].rows)
-    with pytest.raises(ValueError, match="rows must be of table5's: ResNet, .*; got 'VGG'"):
+    with pytest.raises(ValueError, match=r"rows must be of table5's: ResNet, .*; got 'VGG'"):
         experiments.run(plan, only=["VGG"])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rkl_kernels.folded import ActivatedConv2d, activate
+from rkl_kernels.folded import ActivatedConv2d, activate_in_place
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
 ACTIVATIONS = [None, "relu", "relu6", "trelu", "silu", "gelu"]
@@ -34,7 +34,7 @@ def test_activated_convolutions(shape, outputs, settings, dtype, format):
     with torch.no_grad():
         z, like = plain(x.double()), nn.Conv2d.forward(layer, x)
         for layer.activation in ACTIVATIONS:
-            y, want = layer(x), activate(z.clone(), layer.activation)
+            y, want = layer(x), activate_in_place(z.clone(), layer.activation)
             assert (y.shape, y.dtype, y.stride()) == (like.shape, dtype, like.stride())
             if want.numel():
                 assert (y.double() - want).abs().max() <= TOLERANCE[dtype] * z.abs().max()
@@ -50,5 +50,5 @@ def test_nan_and_infinity_pass_as_they_do_in_pytorch(activation, kernel):
     x[0, 0, 0, 0], x[0, 0, 3, 0], x[0, 0, 5, 5] = float("nan"), float("inf"), -float("inf")
     with torch.no_grad():
         torch.testing.assert_close(
-            layer(x), activate(nn.Conv2d.forward(layer, x), activation), equal_nan=True, rtol=1e-5, atol=1e-6
+            layer(x), activate_in_place(nn.Conv2d.forward(layer, x), activation), equal_nan=True, rtol=1e-5, atol=1e-6
         )

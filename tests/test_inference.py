@@ -257,9 +257,9 @@ def test_what_a_copy_refuses():
     fused = rk.fuse_for_inference(chain(nn.ReLU()))
     with pytest.raises(ValueError, match="mode must be False for a model fused for inference, got True"):
         fused.train()
-    with pytest.raises(TypeError, match="x must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got list"):
         fused([X])
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got Tensor"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got Tensor"):
         rk.fuse_for_inference(X)
     assert "chains fused: 1, of 4 layers" in str(fused.fusion_report)
 

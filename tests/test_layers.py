@@ -141,7 +141,7 @@ def test_refused_settings():
         rk.DepthwiseConv2d(4, 3, multiplier=0)
     with pytest.raises(TypeError, match="multiplier must be an int, got \\(2, 3\\)"):
         rk.DepthwiseConv2d(4, 3, multiplier=(2, 3))
-    with pytest.raises(TypeError, match="channels must be an int, got 4.0"):
+    with pytest.raises(TypeError, match=r"channels must be an int, got 4.0"):
         rk.DepthwiseConv2d(4.0, 3)
     with pytest.raises(ValueError, match="c_out must be at least 0, got -1"):
         rk.SeparableConv2d(8, -1, 3)

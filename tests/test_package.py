@@ -108,6 +108,9 @@ def test_explains_a_call():
     assert rk.explain("separable_conv2d", x, weight, pointwise, stride=2, padding=1).bytes == 4 * (
         1600 + 72 + 128 + 800
     )
+    bias, both = torch.zeros(8), (torch.zeros(8), torch.zeros(16))
+    assert rk.explain("depthwise_conv2d", x, weight, bias, padding=1).bytes == told.bytes + 4 * 8
+    assert rk.explain("separable_conv2d", x, weight, pointwise, *both, 2, 1).bytes == 4 * (1600 + 72 + 128 + 800 + 24)
     assert rk.explain("trelu", x.double()).backend == "reference"
     with rk.use_backend("reference"):
         assert rk.explain("trelu", x).backend == "reference"

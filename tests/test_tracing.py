@@ -156,7 +156,7 @@ def test_complex_tensors_are_the_references():
     torch.testing.assert_close(rk.depthwise_conv2d(x, w), F.conv2d(x, w, groups=3))
     torch.testing.assert_close(rk.separable_conv2d(x, w, p), F.conv2d(F.conv2d(x, w, groups=3), p))
     assert rk.explain("depthwise_conv2d", x, w).backend == "reference"
-    with pytest.raises(TypeError, match="got torch.complex64"):
+    with pytest.raises(TypeError, match=r"got torch.complex64"):
         rk.trelu(x)
 
 

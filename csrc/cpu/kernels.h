@@ -53,8 +53,8 @@ struct Kernels {
   void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
 };
 
-// Whether PyTorch's own convolution makes a depthwise output sooner than these kernels: filters of 5 and 7 on small
-// maps.
+// Whether PyTorch's own convolution makes a depthwise output sooner than these kernels: NCHW filters of 5 and 7 on
+// small maps, and large NHWC images of fewer channels than a vector has lanes.
 bool left_to_pytorch(const Conv2d& g, Dtype dtype);
 
 // Those for elements of this type, of the widest instruction set that this machine has, or that ATEN_CPU_CAPABILITY

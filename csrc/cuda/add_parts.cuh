@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kSumResults* kSumThreads)
 
 template <class T, class Destination>
 void launch_add_parts(const float* partial, int parts, int64_t results, Destination destination, cudaStream_t stream) {
-  const unsigned blocks = unsigned((results + kSumResults - 1) / kSumResults);
+  const unsigned blocks = unsigned(ceil_div(results, kSumResults));
   add_parts<T, Destination>
       <<<dim3(blocks), dim3(kSumResults * kSumThreads), 0, stream>>>(partial, parts, results, destination);
 }

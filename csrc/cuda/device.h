@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #include "cuda/plan.h"
 
 namespace rkl::cuda {
@@ -12,6 +14,12 @@ const Device& current_device();
 // Lets a kernel have so many bytes of dynamic shared memory on the current device. The driver is asked once for each
 // kernel and device: past 48 KiB a kernel must be allowed what it takes.
 void allow_shared(const void* kernel, int bytes);
+
+// Whether all begin at multiples of 16 bytes, as most kernels' loads need.
+template <class... P>
+bool aligned_16(P*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
+}
 
 // Throws std::runtime_error with the kernel's name where its launch was refused.
 void check_launch(const char* kernel);

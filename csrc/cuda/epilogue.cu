@@ -14,12 +14,12 @@ constexpr int kThreads = 256;
 // Calls f(elements a thread) with that of a 16-byte vector where it divides the count and all pointers, else with 1.
 template <class T, class F>
 void by_width(int64_t count, const void* a, const void* b, const void* c, F&& f) {
-  const auto bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c);
   constexpr int size = 16 / sizeof(T);
-  count % size == 0 && bits % 16 == 0 ? f(std::integral_constant<int, size>{}) : f(std::integral_constant<int, 1>{});
+  const bool wide = count % size == 0 && aligned_16(a, b, c);
+  wide ? f(std::integral_constant<int, size>{}) : f(std::integral_constant<int, 1>{});
 }
 
-unsigned blocks_for(int64_t threads) { return unsigned((threads + kThreads - 1) / kThreads); }
+unsigned blocks_for(int64_t threads) { return unsigned(ceil_div(threads, kThreads)); }
 
 // Calls f(first element, elements) for pieces of whole rows, so small that offsets in them have 32 bits: a remainder of
 // 64 costs as much as the rest of a kernel.
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kColumns = 32, kLanes = kThreads / kColumns, kRowsOfSlice = 512, kMaxSlices = 1024;
 
 int64_t slices_of(int64_t rows) {
-  const int64_t slices = (rows + kRowsOfSlice - 1) / kRowsOfSlice;
+  const int64_t slices = ceil_div(rows, kRowsOfSlice);
   return slices < kMaxSlices ? slices : kMaxSlices;
 }
 
@@ -163,6 +163,7 @@ void epilogue(const void* z, const void* bias, Activation act, void* out, int64_
       });
     });
   });
+  check_launch("bias_and_activation");
 }
 
 void plane_epilogue(const void* z, const void* bias, Activation act, void* out, int64_t images, int64_t channels,
@@ -195,6 +196,7 @@ void activation_backward(const void* grad, const void* values, Activation act, b
       });
     });
   });
+  check_launch("times_derivative");
 }
 
 int64_t column_sums_workspace(int64_t rows, int64_t channels) { return slices_of(rows) * channels; }
@@ -204,10 +206,11 @@ void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, 
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t slices = slices_of(rows);
-    const dim3 grid(unsigned(slices), unsigned((channels + kColumns - 1) / kColumns));
+    const dim3 grid(unsigned(slices), unsigned(ceil_div(channels, kColumns)));
     sum_rows<T><<<grid, dim3(kThreads), 0, stream>>>(static_cast<const T*>(matrix), workspace, rows, channels);
     launch_add_parts<T>(workspace, int(slices), channels, Columns<T>{static_cast<T*>(out)}, stream);
   });
+  check_launch("sum_rows");
 }
 
 int64_t plane_sums_workspace(int64_t images, int64_t channels) { return images * channels; }
@@ -217,7 +220,7 @@ void plane_sums(const void* image, void* out, int64_t images, int64_t channels, 
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t planes = images * channels;
-    sum_planes<T><<<dim3(unsigned((planes + kThreads / 32 - 1) / (kThreads / 32))), dim3(kThreads), 0, stream>>>(
+    sum_planes<T><<<dim3(unsigned(ceil_div(planes, kThreads / 32))), dim3(kThreads), 0, stream>>>(
         static_cast<const T*>(image), workspace, planes, plane);
     launch_add_parts<T>(workspace, int(images), channels, Columns<T>{static_cast<T*>(out)}, stream);
   });

@@ -9,12 +9,6 @@
 
 namespace rkl::cuda {
 
-// Whether all begin at multiples of 16 bytes, as most kernels' loads need.
-template <class... P>
-bool aligned_16(P*... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
-}
-
 void trelu(const void* x, void* y, int64_t n, Dtype dtype, cudaStream_t stream);
 void trelu_backward(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype, cudaStream_t stream);
 

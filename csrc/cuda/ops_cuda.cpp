@@ -3,9 +3,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <algorithm>
-#include <initializer_list>
-
 #include "conv2d_op.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
@@ -25,7 +22,6 @@ struct OnDeviceOf {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &raw));
     stream = static_cast<cudaStream_t>(raw);
   }
-  ~OnDeviceOf() noexcept(false) { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
 
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
@@ -101,7 +97,7 @@ std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter
   return out;
 }
 
-// And those around a library's matrix product; one kernel for all of it where the plan says so.
+// Kernels of the separable convolution, as SeparableOps takes them.
 struct CudaSeparable : CudaConv {
   static bool takes_planes(const Conv2d& g, Dtype dtype) { return cuda::takes_planes(g, dtype); }
   static void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out,
@@ -184,7 +180,7 @@ struct CudaSeparable : CudaConv {
     return y;
   }
 
-  // The unfused steps: dz, the library's two products, and the depthwise gradients in one pass.
+  // No kernel makes all of backward at once: SeparableOps takes the unfused steps.
   static bool fused_backward(const SeparableCall&, const Tensor&, const std::optional<Tensor>&,
                              const PointwiseGradients&) {
     return false;

@@ -79,8 +79,6 @@ MaybePlan plan_planes(Result result, const Conv2d& g, Dtype dtype, const Device&
 MaybePlan plan_toeplitz(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device);
 Plan plan_general(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device);
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class Int>
 constexpr Int round_up(Int n, int to) {
   return (n + to - 1) / to * to;

@@ -1,5 +1,5 @@
 // The register kernels as a family: which serves a result.
-#include "cuda/registers_plan.h"
+#include "cuda/registers_launch.cuh"
 
 namespace rkl::cuda {
 

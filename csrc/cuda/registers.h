@@ -9,8 +9,8 @@ constexpr int kThreads = 128;  // of a block, at most
 constexpr int kAcross = 4;     // outputs of a thread beside each other
 
 // What all threads are told. A dilated convolution is dilation_h x dilation_w convolutions of their own, each of every
-// so-manieth row and column, its residue: a thread works on one of them, so that its neighbouring outputs share inputs
-// as ever.
+// dilation_h-th row and dilation_w-th column, its residue: a thread works on one of them, so that its neighbouring
+// outputs share inputs as ever.
 struct Sizes {
   int batch, in_h, in_w, out_h, out_w, channels;
   int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;

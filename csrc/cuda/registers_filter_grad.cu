@@ -6,7 +6,7 @@
 #include "cuda/depthwise.h"
 #include "cuda/device.h"
 #include "cuda/registers.cuh"
-#include "cuda/registers_plan.h"
+#include "cuda/registers_launch.cuh"
 
 namespace rkl::cuda {
 namespace registers {

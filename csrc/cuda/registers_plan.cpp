@@ -1,6 +1,8 @@
 // Which of the register kernels serves a convolution, and how it is cut.
 #include "cuda/registers_plan.h"
 
+#include <algorithm>
+
 namespace rkl::cuda {
 namespace registers {
 namespace {

@@ -8,6 +8,8 @@ namespace rkl::cuda::rows {
 
 constexpr int kOctet = 8, kOctets = 4, kStrip = kOctet * kOctets;  // columns; octets of a strip
 
+constexpr int kRegistersOfAll = 65536;  // of a multiprocessor's threads
+
 // A compiled kernel. slots: 16-byte pieces of a row that a thread copies, so a row has at most 32 * slots pixels.
 // groups: at most, so that a block has 32 * groups threads. registers: of a thread, which a test holds the machine code
 // to; with them the plan knows how many blocks a multiprocessor has.
@@ -19,7 +21,7 @@ struct Kernel {
   constexpr int ring() const { return slots > 3 ? 4 : 8; }
   constexpr int ahead() const { return slots > 3 ? 3 : 6; }
   constexpr int threads() const { return 32 * groups; }
-  constexpr int blocks() const { return 65536 / (registers * threads()); }
+  constexpr int blocks() const { return kRegistersOfAll / (registers * threads()); }
 };
 
 // The kernel of pairs of stride 2's data gradient, whose filter is half of the forward's.

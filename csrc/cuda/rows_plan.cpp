@@ -2,13 +2,12 @@
 #include "cuda/rows_plan.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 namespace rkl::cuda {
 namespace rows {
 namespace {
-
-int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
 // Images of which a strip has octets, at most: the halo that its row of inputs has room for.
 int images_of_a_strip(int octets) { return octets == 1 ? kOctets : octets % kOctets ? 2 : 1; }
@@ -39,7 +38,7 @@ Tiling tiling(const Conv2d& g, const Kernel& kernel, int images, int rows) {
   t.octet_pixels = kOctet * kernel.stride;
   t.halo = round_up((kernel.kernel_w - 1) * g.dilation_w + 1 - kernel.stride, kernel.stride);
   t.width = kOctets * t.octet_pixels + images_of_a_strip(t.octets) * t.halo;
-  const int shared_octets = greatest_common_divisor(t.octets, kOctets);
+  const int shared_octets = std::gcd(t.octets, kOctets);
   t.group_images = kOctets / shared_octets;
   t.group_strips = t.octets / shared_octets;
   t.groups_of_images = int(ceil_div(images, t.group_images));

@@ -8,10 +8,11 @@ namespace rkl::cuda::rows {
 
 // Blocks that the GPU has at a time.
 inline int64_t blocks_at_once(int registers, const Plan& plan, const Device& device) {
-  constexpr int kReserved = 1024, kThreads = 2048,
-                kMost = 32;  // bytes of a block by CUDA itself; a multiprocessor's limits
+  constexpr int kReserved = 1024;             // bytes of a block that CUDA takes
+  constexpr int kThreads = 2048, kMost = 32;  // threads and blocks of a multiprocessor
   const int by_shared = device.multiprocessor_shared / (plan.shared + kReserved);
-  const int blocks = std::min({65536 / (registers * plan.threads), by_shared, kThreads / plan.threads, kMost});
+  const int blocks =
+      std::min({kRegistersOfAll / (registers * plan.threads), by_shared, kThreads / plan.threads, kMost});
   return int64_t(std::max(1, blocks)) * device.multiprocessors;
 }
 

@@ -321,7 +321,7 @@ void launch_toeplitz(Result result, const Convolution& a, const Plan& plan, Dtyp
   Convolution b = a;
   b.g = convolution_of(result, a.g);
   const bool flipped = result == Result::data_grad;
-  const bool aligned = (reinterpret_cast<uintptr_t>(a.x) | reinterpret_cast<uintptr_t>(a.y)) % 16 == 0;
+  const bool aligned = aligned_16(a.x, a.y);
   Cut c = cut(b.g, plan.kernel, !a.g.nhwc && aligned);
   c.channels = plan.threads / 32;
   by_type(dtype, [&](auto zero) {

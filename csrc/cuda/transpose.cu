@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_pixel = blockIdx.x * kPixels, first_channel = blockIdx.y * words * kPack<T>;
 
-  // NCHW: a warp has 32 pixels, which lie beside each other, of every so-manieth channel.
+  // NCHW: a warp has 32 pixels, which lie beside each other, of every (kWarps / kColumns)-th channel.
   const int mine = warp % kColumns * 32 + lane, pixel = first_pixel + mine, image = pixel / pixels;
   const int64_t plane = int64_t(image) * channels * pixels + (pixel - image * pixels);
   const auto channel = [&](int i) { return warp / kColumns + i * (kWarps / kColumns); };

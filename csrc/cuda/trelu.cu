@@ -1,5 +1,6 @@
 // T-ReLU on a GPU: one pass, 16 bytes a load and a store, nothing kept but the output.
 #include "cuda/activation.cuh"
+#include "cuda/device.h"
 #include "cuda/element.cuh"
 #include "cuda/kernels.h"
 
@@ -49,13 +50,13 @@ void launch(const void* a, const void* b, void* out, int64_t n, Dtype dtype, cud
     using T = decltype(zero);
     constexpr int64_t size = 16 / sizeof(T);
     // A view may begin anywhere: then every element goes the scalar way.
-    const bool aligned =
-        (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
+    const bool aligned = aligned_16(a, b, out);
     const int64_t vectors = aligned ? n / size : 0, work = aligned ? vectors + n % size : n;
-    const int64_t blocks = (work + kThreads - 1) / kThreads;
+    const int64_t blocks = ceil_div(work, kThreads);
     elementwise<T, F<T>><<<dim3(unsigned(blocks < (1 << 20) ? blocks : 1 << 20)), dim3(kThreads), 0, stream>>>(
         static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), n, vectors, F<T>{});
   });
+  check_launch("trelu");
 }
 
 }  // namespace

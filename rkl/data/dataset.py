@@ -100,7 +100,7 @@ def subset(split: Split, size: int | None, option: str) -> Split:
     return split.select(stratified(split.labels, size / len(split), seed=0)[0])
 
 
-def long_tailed(split: Split, num_classes: int, imbalance: float, seed: int = 0) -> Split:
+def long_tailed(split: Split, num_classes: int, imbalance: float) -> Split:
     """Keep n * imbalance^(-c / (classes - 1)) samples of class c: the usual exponential profile (Cui et al., 2019).
 
     Never fewer than two, so that training and validation both know every class.
@@ -108,7 +108,7 @@ def long_tailed(split: Split, num_classes: int, imbalance: float, seed: int = 0)
     if imbalance < 1:
         raise DataError(f"imbalance must be at least 1 (first class to last), got {imbalance}")
     largest = int(split.counts(num_classes).max())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     kept = []
     for label in range(num_classes):
         members = torch.nonzero(split.labels == label).flatten()
@@ -117,13 +117,13 @@ def long_tailed(split: Split, num_classes: int, imbalance: float, seed: int = 0)
     return split.select(torch.cat(kept).sort().values)
 
 
-def resized(images: Tensor, size: int, chunk: int = 4096) -> Tensor:
+def resized(images: Tensor, size: int) -> Tensor:
     """uint8 images at ``size`` x ``size``: bilinear, antialiased where they shrink."""
     if images.shape[-2:] == (size, size):
         return images
     parts = [
         F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round_().to(torch.uint8)
-        for part in images.split(chunk)
+        for part in images.split(4096)  # as floats, all of a data set's may be more than memory holds
     ]
     return torch.cat(parts)
 
@@ -134,7 +134,7 @@ def assemble(
     train: Split,
     test: Split,
     *,
-    val: Split | None = None,
+    val: Split | None,
     flip: bool,
     val_fraction: float,
     seed: int,

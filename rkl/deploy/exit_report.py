@@ -73,20 +73,18 @@ def evaluate_early_exit(
 
 
 @torch.no_grad()
-def throughput(
-    model: ResNetKL, whole: nn.Module, images: list[Tensor], thresholds: list[float], repeats: int = 5
-) -> tuple[float, float]:
-    """Images a second, medians: with early exit, and through the whole model; in turns, on the same batches."""
+def throughput(model: ResNetKL, whole: nn.Module, images: list[Tensor], thresholds: list[float]) -> tuple[float, float]:
+    """Images a second, medians of five: with early exit, and through the whole model; in turns, on the same batches."""
     passes: tuple[Callable[[Tensor], object], ...] = (lambda x: early_exit(model, x, thresholds), whole)
     seconds: list[list[float]] = [[], []]
-    for repeat in range(repeats + 1):
+    for repeat in range(6):
         for run_batch, own in zip(passes, seconds, strict=True):
             start = time.perf_counter()
             for batch in images:
                 run_batch(batch)
             if images[0].is_cuda:
                 torch.cuda.synchronize(images[0].device)
-            if repeat:
+            if repeat:  # the first pass warms up
                 own.append(time.perf_counter() - start)
     count = sum(map(len, images))
     return tuple(count / sorted(own)[len(own) // 2] for own in seconds)  # type: ignore[return-value]

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import rkl_kernels as rk
 
@@ -167,11 +168,12 @@ class ConvUnit(nn.Module):
     def deployed(self) -> nn.Module:
         """The unit with batch norm folded into the pointwise (or dense) filter and its bias, and the activation in the
         kernel's epilogue where there is one."""
-        norm = self.norm
+        norm, last = self.norm, self.conv.pointwise if isinstance(self.conv, SEPARABLE) else self.conv
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        bias = norm.bias - norm.running_mean * scale
+        weight, bias = fuse_conv_bn_weights(
+            last.weight, last.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
         if not isinstance(self.conv, SEPARABLE):
             folded = nn.utils.skip_init(
                 nn.Conv2d,
@@ -180,27 +182,22 @@ class ConvUnit(nn.Module):
                 self.conv.kernel_size,
                 self.conv.stride,
                 self.conv.padding,
-                device=scale.device,
+                device="meta",
             )
-            folded.weight.copy_(self.conv.weight * scale.view(-1, 1, 1, 1))
-            assert folded.bias is not None
-            folded.bias.copy_(bias)
+            folded.weight, folded.bias = weight, bias
             return nn.Sequential(folded, self.activation) if self.activation_name else folded
-        depthwise, pointwise = self.conv.depthwise, self.conv.pointwise
-        weight = depthwise.weight
+        depthwise = self.conv.depthwise
         separable = rk.SeparableConv2d(
-            pointwise.in_channels,
-            pointwise.out_channels,
-            tuple(weight.shape[2:]),
+            last.in_channels,
+            last.out_channels,
+            tuple(depthwise.weight.shape[2:]),
             depthwise.stride,
-            padding=weight.shape[-1] // 2,
+            padding=depthwise.weight.shape[-1] // 2,
             activation=self.activation_name,
-            device=scale.device,
+            device="meta",
         )
-        separable.depthwise.weight.copy_(weight)
-        separable.pointwise.weight.copy_(pointwise.weight * scale.view(-1, 1, 1, 1))
-        assert separable.pointwise.bias is not None
-        separable.pointwise.bias.copy_(bias)
+        separable.depthwise.weight = nn.Parameter(depthwise.weight.clone())
+        separable.pointwise.weight, separable.pointwise.bias = weight, bias
         return separable
 
 

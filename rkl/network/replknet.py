@@ -60,7 +60,7 @@ class RepLKNet(nn.Module):
     """The network; ``channels`` (128, 256, 512, 1024) and ``blocks`` (2, 2, 18, 2) make the published RepLKNet-31B.
 
     Args:
-        classes, in_channels: of the task.
+        classes: of the task.
         channels, blocks: one value a stage.
         stem_strides: of the two downsampling steps before the first stage.
         image_size: caps the kernels at what reaches across a stage's whole map (2 * map - 1).
@@ -69,7 +69,6 @@ class RepLKNet(nn.Module):
     def __init__(
         self,
         classes: int,
-        in_channels: int = 3,
         channels: Sequence[int] = (64, 128, 256, 512),
         blocks: Sequence[int] = (2, 2, 6, 2),
         stem_strides: tuple[int, int] = (2, 2),
@@ -78,7 +77,7 @@ class RepLKNet(nn.Module):
         super().__init__()
         first, relu = channels[0], nn.ReLU(inplace=True)
         layers: list[nn.Module] = [
-            nn.Conv2d(in_channels, first, 3, stem_strides[0], 1, bias=False),
+            nn.Conv2d(3, first, 3, stem_strides[0], 1, bias=False),
             nn.BatchNorm2d(first),
             relu,
             *depthwise_bn(first, 3),

@@ -313,10 +313,8 @@ def prune(
     return cut
 
 
-def smallest_ratio(
-    model: nn.Module, example: Tensor, fits: Callable[[nn.Module], bool], target: str, steps: int = 7
-) -> float:
-    """The smallest ratio up to 0.95 (to 1 part in 2^steps) whose cut leaves a model that ``fits``.
+def smallest_ratio(model: nn.Module, example: Tensor, fits: Callable[[nn.Module], bool], target: str) -> float:
+    """The smallest ratio up to 0.95 (to 1 part in 128, by seven halvings) whose cut leaves a model that ``fits``.
 
     Args:
         fits: holds for every larger cut, where it holds for one.
@@ -332,7 +330,7 @@ def smallest_ratio(
         return fits(slim)
 
     low, high = 0.0, 0.95
-    for _ in range(steps):
+    for _ in range(7):
         middle = (low + high) / 2
         low, high = (low, middle) if cut_fits(middle) else (middle, high)
     if high == 0.95 and not cut_fits(high):

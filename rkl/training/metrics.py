@@ -72,15 +72,19 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
+LATENCY_REPEATS = 15
+"""Forward passes that a latency is the median of."""
+
+
 @torch.no_grad()
-def measure_latency(model: nn.Module, images: Tensor, repeats: int = 15) -> float:
+def measure_latency(model: nn.Module, images: Tensor) -> float:
     """Median milliseconds of a forward pass over ``images``, in eval mode, after two to warm up."""
-    return measure_latencies([model], images, repeats)[0]
+    return measure_latencies([model], images)[0]
 
 
-def measure_latencies(models: list[nn.Module], images: Tensor, repeats: int = 15) -> list[float]:
+def measure_latencies(models: list[nn.Module], images: Tensor) -> list[float]:
     """As :func:`measure_latency` for several models in turns, so that they share the machine's ups and downs."""
-    return [statistics.median(own) for own in latency_samples(models, images, repeats)]
+    return [statistics.median(own) for own in latency_samples(models, images, LATENCY_REPEATS)]
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The benchmark harness: this package's operators against their rivals, in rounds, with the floors beside them.
 
-From an installed wheel, with torch alone (ONNX Runtime and OpenVINO join in where they are installed)::
+From an installed wheel, with torch and NumPy (ONNX Runtime and OpenVINO join in where they are installed)::
 
     from rkl_kernels import bench
     print(bench.operator_report("separable", (32, 128, 56, 56), kernel=5))      # what `rkl bench` prints
@@ -12,7 +12,9 @@ From an installed wheel, with torch alone (ONNX Runtime and OpenVINO join in whe
     rivals.py    the contestants on PyTorch tensors, the inputs, the float64 reference
     runtimes.py  ONNX Runtime and OpenVINO
     timing.py    clocks (CPU, CUDA), interleaving, medians and their noise
+    faulting.py  contestants once more, in a process whose allocator is as it comes
     memory.py    a step's peak memory
+    machine.py   the machine's line
     host.py      what a call costs the host
     row.py       one case measured on all of them; ratios
     table.py     rows as text

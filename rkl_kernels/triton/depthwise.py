@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from .. import ops
 from . import tiles
@@ -322,10 +321,7 @@ def depthwise_conv2d_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, filter and bias; those that ``mask`` leaves out come back empty."""
-    dx, dw, db = (
-        torch.empty_like(t, memory_format=suggest_memory_format(t)) if wanted else t.new_empty(0)
-        for t, wanted in zip((x, weight, x.new_empty(x.shape[1])), mask, strict=True)
-    )
+    dx, dw, db = ops.wanted(mask, x, weight, x.new_empty(x.shape[1]))
     window = (*stride, *padding, *dilation)
     if not grad.numel():
         return dx.zero_(), dw.zero_(), db.zero_()

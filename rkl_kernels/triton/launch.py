@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from .._backends import INTERPRETED
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .launch import INTERPRETED
+from .._backends import INTERPRETED
 
 PROGRAMS = 1056
 """Programs that a gradient with partial sums aims at: 8 for each of the 132 processors of the largest GPU."""

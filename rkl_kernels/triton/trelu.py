@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from .._backends import INTERPRETED
 from . import activation as act
-from .launch import INTERPRETED, block, is_wide, run
+from .launch import block, is_wide, run
 
 # 1024 elements for 4 warps: one 16-byte vector of 16-bit elements a thread, two of float32.
 # The interpreter's cost is by program: there blocks are large.

@@ -16,7 +16,6 @@ struct Axis {
   std::vector<int> tap;
   std::vector<int64_t> offset;
 
-  bool consecutive() const { return !tap.empty() && offset.back() - offset.front() + 1 == taps(); }
   int taps() const { return int(tap.size()); }
 };
 
@@ -51,7 +50,7 @@ inline std::vector<Axis> gradient_axes(int64_t in, int kernel, int stride, int p
   for (int64_t phase = 0; phase < stride; ++phase) {
     Axis axis;
     axis.first = phase;
-    axis.count = phase < in ? (in - phase + stride - 1) / stride : 0;
+    axis.count = phase < in ? ceil_div(in - phase, stride) : 0;
     for (int k = kernel - 1; k >= 0; --k) {
       const int64_t from = phase + padding - int64_t(k) * dilation;
       if (from % stride) continue;

@@ -21,8 +21,6 @@ struct Lattice {
   int taps;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Output i of the axis reads step * i + offset + distance * t. With q = distance / gcd(step, distance), the outputs
 // q * j + r read inputs a whole number of distances apart.
 inline void add_lattices(const Axis& axis, int phase, int64_t phases, int64_t distance, int64_t in,

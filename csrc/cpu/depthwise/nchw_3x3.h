@@ -57,7 +57,7 @@ class FlatRows {
       : lanes_(lanes), finish_(finish), width_(gather.out_w), pixels_(gather.out_h * gather.out_w) {
     const Axis &down = gather.vertical[0], &across = gather.horizontal[0];
     for (int i = 0; i < kTaps; ++i) tap_[i] = down.tap[i / 3] * 3 + across.tap[i % 3];
-    masks_.resize((pixels_ + kLanes - 1) / kLanes + 1);
+    masks_.resize(ceil_div(pixels_, kLanes) + 1);
     for (int64_t v = 0; v + 1 < int64_t(masks_.size()); ++v)
       for (int i = 0; i < 3; ++i) masks_[v].row[i] = inside(v * kLanes + (i - 1) * width_);
     for (int64_t first = 0; first < pixels_; first += width_) {

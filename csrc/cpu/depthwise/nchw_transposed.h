@@ -144,7 +144,7 @@ class PlaneScratch {
   // A vector of planes, in bands of pairs of rows that fit into the cache with their input; at least 8 tasks where
   // there are rows.
   static Tiling tiling(const Conv2d& g, const Lanes& lanes, int64_t pairs) {
-    const int64_t images = (g.batch + lanes.images() - 1) / lanes.images();
+    const int64_t images = ceil_div(g.batch, lanes.images());
     const int64_t vector = 4 * kLanes, in_row = g.in_w * vector, out_row = g.out_w * vector;
     const int64_t halo = int64_t(g.kernel_h - 1) * g.dilation_h * in_row;
     const int64_t fitting = (cache_share() - halo) / (g.stride_h * in_row + out_row);

@@ -17,8 +17,8 @@ struct Tile {
 struct Tiling {
   int64_t images, vectors, group, rows, band;
 
-  int64_t groups() const { return (vectors + group - 1) / group; }
-  int64_t bands() const { return (rows + band - 1) / band; }
+  int64_t groups() const { return ceil_div(vectors, group); }
+  int64_t bands() const { return ceil_div(rows, band); }
   int64_t units() const { return images * bands(); }
 
   // Parts of the units whose sums for a filter's gradient are made apart, and then added in their order: few enough

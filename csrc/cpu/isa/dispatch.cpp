@@ -81,7 +81,8 @@ bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
                         : dtype == Dtype::bf16 ? chosen().bf16 == &with_bf16()
                                                : false;
   if (!measured) return false;
-  if (has_few_channels(g, dtype == Dtype::bf16 ? 32 : 16)) return true;
+  const int64_t whole = dtype == Dtype::bf16 ? 32 : 16;  // with AVX-512: Pixels<T>::kTogether * kLanes
+  if (has_few_channels(g, whole)) return true;
   const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
   const bool small = g.out_w <= 8 && g.batch * g.channels * g.out_h * g.out_w >= 1 << 19;
   if (g.nhwc || !plain || !small || g.kernel_h != g.kernel_w) return false;

@@ -9,7 +9,7 @@ void channel_sums(const void* image, void* out, int64_t batch, int64_t pixels, i
   // NHWC: rows of channels, as many as lie in a core's own cache. NCHW: whole images.
   const int64_t rows = nhwc ? batch * pixels : batch;
   const int64_t part = nhwc ? std::max<int64_t>(64, (int64_t(1) << 16) / channels) : 1;
-  const int64_t parts = (rows + part - 1) / part, tasks = std::min<int64_t>(parts, 2 * kTasks);
+  const int64_t parts = ceil_div(rows, part), tasks = std::min<int64_t>(parts, 2 * kTasks);
   std::vector<double> sums(tasks * channels);
   for_tasks(tasks, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)

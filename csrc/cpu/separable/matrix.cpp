@@ -1,5 +1,7 @@
 #include "cpu/separable/matrix.h"
 
+#include <algorithm>
+
 #include "aten.h"
 #include "cpu/kernels.h"
 #include "cpu/simd/scratch.h"

@@ -36,7 +36,7 @@ void by_parts(const Separable& s, void* y) {
   const int64_t n = pixels_of(s), c = s.g.channels, size = size_of(s.dtype);
   const Scratch hidden(s.g.batch * n * c * size);
   kernels(s.dtype).depthwise(s.g, s.x, s.depthwise, s.depthwise_bias, s.inner, hidden.as(), s.dtype);
-  const int64_t part = std::min(n, std::max((n + kTasks - 1) / kTasks, kLeastPixels)), parts = (n + part - 1) / part;
+  const int64_t part = std::min(n, std::max(ceil_div(n, kTasks), kLeastPixels)), parts = ceil_div(n, part);
   for_tasks(s.g.batch * parts, [&](int64_t begin, int64_t end) {
     const Scratch dense(part * c * size);
     for (int64_t i = begin; i < end; ++i) {

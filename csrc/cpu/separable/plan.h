@@ -27,11 +27,11 @@ class Bands {
     const int64_t plane = g.out_h * g.out_w;
     images_ = std::clamp<int64_t>(pixels / plane, 1, g.batch);
     const int64_t pieces = std::min(g.out_h, std::max<int64_t>(1, (plane + pixels / 2) / pixels));
-    rows_ = images_ > 1 ? g.out_h : (g.out_h + pieces - 1) / pieces;
-    per_image_ = (g.out_h + rows_ - 1) / rows_;
+    rows_ = images_ > 1 ? g.out_h : ceil_div(g.out_h, pieces);
+    per_image_ = ceil_div(g.out_h, rows_);
   }
 
-  int64_t count() const { return (g_.batch + images_ - 1) / images_ * per_image_; }
+  int64_t count() const { return ceil_div(g_.batch, images_) * per_image_; }
 
   int64_t most_pixels() const { return images_ * rows_ * g_.out_w; }
 
@@ -77,8 +77,8 @@ inline int64_t tasks_for(int64_t operations, Dtype factor) {
 // Pixels a band when `all` are cut into bands of at most so many: a multiple of `tasks` bands, if they do not get
 // smaller than `least`.
 inline int64_t even_pixels(int64_t all, int64_t most, int64_t tasks, int64_t least) {
-  const int64_t bands = ((all + most - 1) / most + tasks - 1) / tasks * tasks;
-  return std::min(most, std::max((all + bands - 1) / bands, least));
+  const int64_t bands = ceil_div(ceil_div(all, most), tasks) * tasks;
+  return std::min(most, std::max(ceil_div(all, bands), least));
 }
 
 // Pixels a band.

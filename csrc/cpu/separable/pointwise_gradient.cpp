@@ -103,8 +103,8 @@ void by_pixels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, Dty
 void by_channels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, Dtype dtype) {
   const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(hidden) : hidden;
   const int64_t c_out = dz.size(1), c = hidden.size(1);
-  const int64_t part = std::max<int64_t>(64, ((c_out + kTasks - 1) / kTasks + 15) / 16 * 16);
-  for_tasks((c_out + part - 1) / part, [&](int64_t begin, int64_t end) {
+  const int64_t part = std::max<int64_t>(64, ceil_div(ceil_div(c_out, kTasks), 16) * 16);
+  for_tasks(ceil_div(c_out, part), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * part, count = std::min(part, c_out - first);
       const Tensor share = share_of(narrow(left, 1, first, count), right);
@@ -123,7 +123,7 @@ void by_tiles(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
     int64_t& longer = rows >= columns ? rows : columns;
     longer = (longer + 1) / 2;
   }
-  const int64_t across = (c + columns - 1) / columns, down = (c_out + rows - 1) / rows;
+  const int64_t across = ceil_div(c, columns), down = ceil_div(c_out, rows);
   for_tasks(across * down, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / across * rows, column = i % across * columns;

@@ -12,7 +12,7 @@ namespace rkl::cpu {
 template <class Values>
 void round_sum(int64_t count, int64_t size, void* out, Dtype dtype, Values&& values) {
   constexpr int64_t piece = 4096;
-  torch::stable::parallel_for(0, (size + piece - 1) / piece, 8, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, ceil_div(size, piece), 8, [&](int64_t begin, int64_t end) {
     std::vector<double> total(piece);
     std::vector<float> buffer(piece);
     for (int64_t first = begin * piece; first < std::min(end * piece, size); first += piece) {

@@ -17,7 +17,7 @@ void map(const void* a, const void* b, void* out, int64_t n, F f) {
   const T *from = static_cast<const T*>(a), *other = static_cast<const T*>(b);
   T* to = static_cast<T*>(out);
   constexpr int64_t kBlock = 1024;  // threads meet at whole vectors
-  torch::stable::parallel_for(0, (n + kBlock - 1) / kBlock, kGrain / kBlock, [=](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, ceil_div(n, kBlock), kGrain / kBlock, [=](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlock, last = end * kBlock < n ? end * kBlock : n;
     map_range(from, other, to, first, last, f);
   });

@@ -12,7 +12,7 @@ struct Lanes {
 
   // Whether blocks read and write the images where they lie: channels lie together and fill a vector.
   bool in_place() const { return nhwc && channels >= kLanes; }
-  int64_t vectors() const { return (channels + kLanes - 1) / kLanes; }
+  int64_t vectors() const { return ceil_div(channels, kLanes); }
   // Where lane 0 of a vector's tap lies among weights or sums: the taps of a vector follow each other.
   static int64_t at(int64_t v, int64_t tap, int64_t taps) { return (v * taps + tap) * kLanes; }
   // Of a vector's first channel in images that are in place.
