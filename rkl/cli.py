@@ -94,7 +94,8 @@ class Predict:
     """`last` or `best`."""
     confidence: float | None = None
     """An image leaves at the first exit whose top probability reaches this, and the deepest takes the rest; by default
-    the thresholds that keep the deepest exit's accuracy on the validation images."""
+    the thresholds that `rkl evaluate --early-exit` found last or, before that, those that keep the deepest exit's
+    accuracy on the validation images."""
     device: str | None = None
     """`cpu` or `cuda`; the GPU where there is one."""
 
@@ -221,8 +222,9 @@ class Prune:
         from .training.checkpoint import open_run
 
         run = open_run(self.run, self.checkpoint, device_named(self.device))
+        before = report.read_metrics(self.run)
         prune_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs)
-        before, after = (report.read_metrics(folder) for folder in (self.run, self.out))
+        after = report.read_metrics(self.out)
         rows = [
             [name, *report.size_rows(record)[-1][1:], f"{record['test'][-1]['accuracy']:.2%}"]
             for name, record in (("before", before), ("after", after))
@@ -250,6 +252,8 @@ class Export:
         from .deploy.export import export
         from .training.checkpoint import open_run
 
+        if not self.format:
+            raise ValueError("format must be torch, onnx or both, got none")
         run = open_run(self.run, self.checkpoint, device_named(self.device))
         for name in self.format:
             file, difference = export(run, name, self.out)

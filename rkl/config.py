@@ -184,6 +184,12 @@ class Config(MachineSettings, PruningSettings, TrainingSettings, ModelSettings, 
             raise ValueError(f"warmup must be at most the {self.epochs} epochs, got {self.warmup}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov must go with a momentum above 0, got momentum 0")
+        if not self.cut_epochs and (self.prune_at or self.prune_macs is not None):
+            name = "prune_at" if self.prune_at else "prune_macs"
+            raise ValueError(
+                f"{name} must go with a cut that leaves an epoch to recover in, got {getattr(self, name)} with "
+                f"prune_at {self.prune_at} and {self.epochs} epochs of {self.model}"
+            )
         for name, needs in (("patience", self.patience), ("test_with", self.test_with == "best")):
             if needs and not self.val_fraction:
                 raise ValueError(f"{name} must go with a val_fraction above 0, got {getattr(self, name)}")
@@ -233,8 +239,8 @@ CUTS = {"resnet-kl": (0.08, 0.16, 0.24)}
 """Shares of the epochs after which a model is cut by default: after 4, 8 and 12 of 50."""
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (lambda v: v >= 0, "at least 0"),
-    "image_size": (lambda v: v >= 8, "at least 8"),
+    "seed": (lambda v: 0 <= v < 2**32, "at least 0 and below 2^32"),
+    "image_size": (lambda v: 8 <= v <= 2**14, "between 8 and 16384"),
     "val_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "train_size": (lambda v: v >= 2, "at least 2"),
     "test_size": (lambda v: v >= 1, "at least 1"),

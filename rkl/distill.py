@@ -200,4 +200,5 @@ def gamma_l1(model: nn.Module) -> float:
         >>> gamma_l1(nn.BatchNorm2d(8))
         8.0
     """
-    return float(sum(torch._foreach_norm([*gammas(model)], 1), torch.zeros(())))
+    found = [*gammas(model)]
+    return float(sum(torch._foreach_norm(tuple(found), 1), torch.zeros(()))) if found else 0.0

@@ -34,7 +34,12 @@ class Source:
     config: Path | None = None
     """YAML file of settings, over the recipe's."""
     resume: bool = False
-    """Go on with the interrupted run in --out."""
+    """Go on with the interrupted run in --out, with its settings."""
+
+
+@dataclass(frozen=True)
+class _Folder:
+    out: Path = RunSettings.out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,8 @@ class Train(Source):
 
 
 def read_options(arguments: Sequence[str]) -> Train:
-    """What the arguments ask for: settings given one by one go over ``--config``'s, and those over ``--recipe``'s.
+    """What the arguments ask for: settings given one by one go over ``--config``'s, and those over ``--recipe``'s. With
+    ``--resume`` and neither of the two, they go over those of the run in ``--out``.
 
     Raises:
         ValueError: an unknown recipe, a file that is no configuration, or a setting of a wrong type or out of range.
@@ -80,6 +86,11 @@ def read_options(arguments: Sequence[str]) -> Train:
     if source.recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {source.recipe!r}")
     base = from_plain(RECIPES[source.recipe])
-    base = read_yaml(source.config, base) if source.config else base
+    if source.config:
+        base = read_yaml(source.config, base)
+    elif source.resume and source.recipe == Source.recipe:
+        folder, _ = parse(_Folder, arguments, return_unknown_args=True, add_help=False)
+        file = folder.out / "config.yaml"
+        base = read_yaml(file) if file.is_file() else base
     options: Train = parse(Train, arguments, default=Train.of(base), prog="rkl train")
     return options

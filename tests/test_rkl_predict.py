@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from rkl.cli import main
 from rkl.config import Config
 from rkl.data import DataError, load
-from rkl.data.formats import image_tensor
+from rkl.data.dataset import resized
+from rkl.data.formats import image_folder, image_tensor
 from rkl.deploy import predict as prediction
 from rkl.network.model import ResNetKL
 from rkl.slimming.early_exit import early_exit, operate
@@ -54,6 +55,26 @@ def test_files_are_prepared_as_in_training(run: Path, folder: Path) -> None:
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
     image = prediction.read_image(folder / "dog" / "3.png", open_run(run)) * std + mean
     assert (pixels.float() / 255 - image).abs().amax((1, 2, 3)).min() < 1e-5
+
+
+@pytest.mark.parametrize("size", [5, 8, 13, 16])
+def test_files_are_scaled_as_a_data_sets_images_are(tmp_path: Path, size: int) -> None:
+    """Digits as files and digits in memory are the same pixels at any size, but for how halves are rounded."""
+    images = load("digits", image_size=8).test.images[:20]
+    wanted = resized(images, size).int()
+    for number, (image, scaled) in enumerate(zip(images, wanted, strict=True)):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{number}.png")
+        assert (image_tensor(tmp_path / f"{number}.png", size, 1).int() - scaled).abs().max() <= 2
+
+
+def test_every_format_that_predict_reads_is_read_for_training(tmp_path: Path) -> None:
+    suffixes = {".bmp", ".gif", ".jp2", ".jpg", ".png", ".pgm", ".tif", ".webp"}
+    suffixes |= {".avif"} if features.check("avif") else set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for suffix in suffixes:
+            Image.fromarray(ramp(16, 16)).convert("RGB").save(tmp_path / name / f"image{suffix}")
+    assert len(image_folder(tmp_path, ["a", "b"], 8).labels) == 2 * len(suffixes)
 
 
 def test_the_orientation_in_exif_counts(tmp_path: Path) -> None:
@@ -110,8 +131,11 @@ def test_the_runs_thresholds_are_the_default(run: Path, folder: Path, capsys: py
     opened = open_run(run)
     assert prediction.thresholds_of(opened, "last") == metrics["thresholds"]
     assert prediction.thresholds_of(opened, "best") is None
-    image = str(folder / "dog" / "0.png")
-    (run / "early_exit.json").write_text(json.dumps({"checkpoint": "last", "thresholds": [2.0, 0.0, 2.0]}))
+    image, epoch = str(folder / "dog" / "0.png"), opened.facts["epoch"]
+    record = {"checkpoint": "last", "epoch": epoch, "thresholds": [2.0, 0.0, 2.0]}
+    (run / "early_exit.json").write_text(json.dumps(record | {"epoch": epoch - 1}))
+    assert prediction.thresholds_of(opened, "last") == metrics["thresholds"], "not those of an earlier epoch"
+    (run / "early_exit.json").write_text(json.dumps(record))
     main(["predict", str(run), image])
     assert "left at exit 2 of 4" in capsys.readouterr().out
     (run / "early_exit.json").unlink()

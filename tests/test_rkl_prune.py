@@ -48,6 +48,13 @@ def silence(model: nn.Module, cut: pruning.Cut) -> None:
             parameters[name].data[gone] = 0
 
 
+@pytest.mark.parametrize("channels", [9, 17, 18, 36, 64])
+def test_a_larger_ratio_keeps_no_more(channels: int) -> None:
+    kept = [pruning.channels_kept(channels, percent / 100) for percent in range(1, 100)]
+    assert kept == sorted(kept, reverse=True)
+    assert all(count >= channels * (1 - percent / 100) for percent, count in zip(range(1, 100), kept, strict=True))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_cutting_silent_channels_changes_nothing(name: str) -> None:
     """Channels whose batch norm gives zero contribute nothing to a layer after them, so the cut model is the same

@@ -13,16 +13,22 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision.amp import MixedPrecision
+from torch import nn
 
+import rkl_kernels as rk
 from rkl.cli import COMMANDS, EXAMPLES, Experiments, Predict, main
 from rkl.config import Config
-from rkl.distill import gammas
+from rkl.data import class_weights
+from rkl.distill import gamma_l1, gammas, training_losses
+from rkl.network.blocks import MultiScaleDepthwise
 from rkl.network.model import ResNet, ResNetKL
 from rkl.slimming import pruning
 from rkl.terminal import parse
 from rkl.train_options import read_options
-from rkl.training import checkpoint
+from rkl.training import checkpoint, report
 from rkl.training import train as trainer
+from rkl.training.evaluation import batch_size_of, evaluation_batches
+from rkl.training.guard import check_splits
 from rkl.training.learner import Learner, make_fabric, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +51,86 @@ def test_norms_biases_and_depthwise_filters_do_not_decay() -> None:
     assert all("depthwise" in names[p] or p.ndim == 1 for p in spared["params"])
     assert names[decaying["params"][0]] == "stem.conv.weight", "one channel in, but dense"
     assert parameter_groups(model, 0.1, "all")[1]["weight_decay"] == 0.1
+
+
+def test_depthwise_filters_of_one_channel_do_not_decay_either() -> None:
+    """A cut may leave one channel; a run that goes on after it must decay what it decayed before."""
+    for layer in (rk.DepthwiseConv2d(1, 3), MultiScaleDepthwise(1, (3, 5), 1)):
+        decaying, _ = parameter_groups(nn.Sequential(layer, nn.Conv2d(1, 4, 1)), 0.1)
+        assert [tuple(p.shape) for p in decaying["params"]] == [(4, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradients_that_rank_channels(weighted: bool) -> None:
+    """They are the training loss's own, the same whatever was drawn before, and none is left for the next step."""
+    config = replace(
+        TINY, data="digits-lt", imbalance=20.0, train_size=None, importance="taylor", class_weights=weighted
+    )
+    learner, data = learner_of(config), trainer.load_data(config)
+    learner.wrap()
+    trainer.taylor_gradients(config, learner, data, 1)
+    found = {name: p.grad.clone() for name, p in learner.model.named_parameters()}
+    learner.optimizer.zero_grad()
+    learner.model.train()
+    balance = class_weights(data.train, data.num_classes) if weighted else None
+    batches = trainer.training_batches(config, data, 1, drop_last=True)
+    for (images, labels), _ in zip(batches, range(trainer.TAYLOR_BATCHES), strict=False):
+        losses = training_losses(trainer.outputs(learner.model(images)), labels, config.loss, balance)
+        torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in learner.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+    learner.prune(next(iter(trainer.training_batches(config, data, 1)))[0], 0.3)
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+
+
+def test_dropout_draws_the_same_whatever_came_before() -> None:
+    config = replace(TINY, model="vgg", width=8, image_size=32, importance="taylor")
+    data, found = trainer.load_data(config), []
+    for before in range(2):
+        learner = learner_of(config)
+        torch.rand(before)
+        trainer.taylor_gradients(config, learner, data, 1)
+        found.append([parameter.grad for parameter in learner.model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_fp16_on_a_cpu_is_refused() -> None:
+    """Fabric would train in bfloat16, and the record would say float16."""
+    with pytest.raises(ValueError, match="precision must be 32-true or bf16-mixed on a CPU, got '16-mixed'"):
+        make_fabric(replace(TINY, precision="16-mixed"))
+
+
+@pytest.mark.parametrize("name", ["shufflenet"])
+def test_a_network_that_cannot_be_cut_is_refused_before_it_trains(tmp_path: Path, name: str) -> None:
+    config = replace(TINY, out=tmp_path / "run", model=name, width=8, image_size=16, prune_at=(0.5,))
+    with pytest.raises(ValueError, match=f"prune_at must be empty for {name}, whose channels"):
+        trainer.train(config)
+    assert not config.out.exists()
+
+
+def test_a_network_without_norms_has_no_l1_term() -> None:
+    assert gamma_l1(nn.Conv2d(3, 4, 1)) == 0.0
+
+
+def test_names_of_classes_with_dollar_signs(tmp_path: Path) -> None:
+    report.plot_confusion([[3, 1], [0, 4]], ["$5_$10", "$x_{$"], "folder:$x_{$: test", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_every_process_has_a_batch_to_evaluate() -> None:
+    """However few the images are; where there are fewer than processes, the run is refused."""
+    data = trainer.load_data(TINY)
+    for images in range(3, 40):
+        split = data.val.select(torch.arange(images) % len(data.val))
+        for world in (2, 3):
+            size = batch_size_of(images, world)
+            counts = [
+                sum(len(y) for _, y in evaluation_batches(split, data, size, rank, world)) for rank in range(world)
+            ]
+            assert sum(counts) == images
+            assert min(counts) > 0
+    with pytest.raises(ValueError, match=f"devices must be at most the {len(data.val)} val images, got 13"):
+        check_splits(replace(TINY, devices=13), data)
 
 
 def spread_before_the_cut(tmp_path: Path, l1: float | None) -> float:
@@ -169,7 +255,7 @@ def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
     wanted = checkpoint.open_run(first.out).model
     model = ResNetKL(2, 18, 8, 1, 8)
     head = model.fc.weight[:, :3].detach().clone()
-    tuned = checkpoint.start_from(model, first.out)
+    tuned = checkpoint.start_from(model, first.out, 8)
     plan, own = pruning.channel_plan(wanted), pruning.channel_plan(tuned)
     assert {name for name in plan if plan[name] != own[name]} == {"fc", *(f"exits.{i}.fc" for i in range(3))}
     for name, value in tuned.state_dict().items():
@@ -177,7 +263,9 @@ def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
             assert torch.equal(value, wanted.state_dict()[name]), name
     assert torch.equal(tuned.fc.weight[:, :3], head), "new classes keep the new head's values"
     with pytest.raises(checkpoint.RunError, match="weights must be of this configuration's model"):
-        checkpoint.start_from(ResNet(2, 18, 8, 1, 8), first.out)
+        checkpoint.start_from(ResNet(2, 18, 8, 1, 8), first.out, 8)
+    with pytest.raises(checkpoint.RunError, match="weights must be of a network of the same width, got 8 for width 16"):
+        checkpoint.start_from(ResNetKL(2, 18, 16, 1, 8), first.out, 16)
     second = replace(TINY, out=tmp_path / "second", width=8, weights=first.out, epochs=1)
     assert json.loads((trainer.train(second) / "metrics.json").read_text())["plan"] == plan
 

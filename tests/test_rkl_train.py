@@ -195,6 +195,8 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "bad.yaml").write_text("epoch: 3\n")
     (tmp_path / "latin.yaml").write_bytes(b"data: caf\xe9\n")
     (tmp_path / "file").write_text("")
+    (tmp_path / "own.yaml").write_text("epochs: 1\ndata: digits\n")
+    experiments = ["experiments", "table5", "--data", "digits", "--scale", "smoke", "--out", str(tmp_path / "r")]
     for arguments, expected in [
         (["evaluate", str(tmp_path)], "must be the folder of a run"),
         (["predict", str(run), str(tmp_path / "none.png")], "none.png: no such file"),
@@ -222,6 +224,28 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         (["train", "--epochs", "few"], "--epochs"),
         (["train", "--speed", "9"], "--speed"),
         (["train", "--loss.x", "2"], "x must be between 0 and 1, got 2"),
+        (["train", "--seed", "99999999999999"], "seed must be at least 0 and below 2^32, got 99999999999999"),
+        (["train", "--image-size", "1000000"], "image_size must be between 8 and 16384, got 1000000"),
+        (["train", "--scales", "3", "1000001"], "scales must be odd kernel sizes of at most 127"),
+        (["train", "--model", "resnet", "--prune-macs", "0.5"], "prune_macs must go with a cut that leaves an epoch"),
+        (["train", "--epochs", "1", "--prune-at", "0.5"], "prune_at must go with a cut that leaves an epoch"),
+        (["train", "--out", str(tmp_path / "r"), "--data", "folder:"], "data must name a folder, got 'folder:'"),
+        (
+            ["train", "--out", str(tmp_path / "r"), "--weights", str(run), "--width", "64"],
+            "of the same width, got 4 for",
+        ),
+        (["export", str(run), "--format"], "format must be torch, onnx or both, got none"),
+        (["evaluate", str(run), "--early-exit", "--target-macs", "0.01"], "of the deepest exit's, got 0.01"),
+        (
+            ["prune", str(run), "--out", str(tmp_path / "r"), "--target-latency-ms", "inf"],
+            "above 0 and finite, got inf",
+        ),
+        (["bench", "host", "--device", "foo"], "device must be cpu, or cuda where torch sees a GPU, got 'foo'"),
+        ([*experiments, "--jobs", "-1"], "jobs must be at least 1, got -1"),
+        (
+            [*experiments, "--config", str(tmp_path / "own.yaml")],
+            "keys must not be of the command's own options, got data",
+        ),
         (["walk"], "the command must be one of"),
     ]:
         line = fails(arguments, capsys)

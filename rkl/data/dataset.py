@@ -118,7 +118,8 @@ def long_tailed(split: Split, num_classes: int, imbalance: float) -> Split:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """uint8 images at ``size`` x ``size``: bilinear, antialiased where they shrink."""
+    """uint8 images at ``size`` x ``size``: bilinear, antialiased where they shrink; files are scaled likewise
+    (:func:`rkl.data.formats.image_tensor`)."""
     if images.shape[-2:] == (size, size):
         return images
     parts = [

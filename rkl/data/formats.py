@@ -21,7 +21,10 @@ from .dataset import DataError, Split
 
 MOST_UNPACKED = 2**28
 """Bytes that a packed file may unpack to: five times the largest there is."""
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+}
 
 
 def read_bytes(path: Path) -> bytes:
@@ -241,13 +244,14 @@ def _image_formats() -> tuple[str, ...]:
 
 def image_tensor(path: Path | str, size: int, channels: int = 3) -> Tensor:
     """One image file as uint8 (channels, size, size): turned as its EXIF orientation says, short side scaled to
-    ``size``, centre cropped."""
+    ``size`` by the filter of :func:`rkl.data.dataset.resized`, centre cropped."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path, formats=_image_formats()) as image:
             upright = _eight_bits(path, ImageOps.exif_transpose(image))
-            fitted = ImageOps.fit(upright.convert("RGB" if channels == 3 else "L"), (size, size))
+            whole = upright.convert("RGB" if channels == 3 else "L")
+            fitted = ImageOps.fit(whole, (size, size), Image.Resampling.BILINEAR)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Image.DecompressionBombError:
@@ -287,4 +291,7 @@ def class_folders(folder: Path) -> list[str]:
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(classes) < 2:
         raise DataError(f"{folder}: must hold at least two folders, one a class, got {len(classes)}")
+    for name in classes:
+        if not name.isprintable():  # bytes that are not UTF-8 are lone surrogates, which no file of a run can hold
+            raise DataError(f"{folder}: names of classes must be printable, got {name!r}; rename the folder")
     return classes

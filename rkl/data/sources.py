@@ -118,6 +118,8 @@ def load(
     """
     if image_size is not None and image_size < 8:
         raise DataError(f"image_size must be at least 8, got {image_size}")
+    if name == "folder:":
+        raise DataError("data must name a folder, got 'folder:' without one")
     if name.startswith("folder:"):
         train, val, test, classes = _folder(Path(name.removeprefix("folder:")), image_size or 64)
         flip = True

@@ -44,11 +44,14 @@ def evaluate_early_exit(
     costs = exit_costs(model, example_image(run))
     full = sum(costs[0]) + costs[1][-1]
     exits, labels = metrics.collect_exits(model, evaluation_batches(data.val, data))
+    candidates = frontier(exits, labels, costs)
     if accuracy is None and macs_share is None:
         chosen = keeping_accuracy(exits, labels, costs)
     else:
+        cheapest = candidates[0].macs / full
+        if macs_share is not None and macs_share < cheapest:
+            raise ValueError(f"target_macs must be at least {cheapest:.3f} of the deepest exit's, got {macs_share}")
         chosen = calibrate(exits, labels, costs, accuracy, None if macs_share is None else macs_share * full)
-    candidates = frontier(exits, labels, costs)
 
     exits, labels = metrics.collect_exits(model, evaluation_batches(data.test, data))
     curve = [operate(exits, labels, costs, point.thresholds) for point in candidates]
@@ -58,6 +61,7 @@ def evaluate_early_exit(
     deepest = {"accuracy": metrics.exit_metrics(exits[-1], labels)["accuracy"], "macs": full}
     record = {
         "checkpoint": checkpoint,
+        "epoch": run.facts["epoch"],
         "thresholds": chosen.thresholds,
         "validation": asdict(chosen),
         "test": asdict(point),

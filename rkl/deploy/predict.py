@@ -32,12 +32,13 @@ class Prediction:
 
 
 def thresholds_of(run: Run, checkpoint: str) -> list[float] | None:
-    """The thresholds that validation images gave this checkpoint's model: those of `rkl evaluate --early-exit`, or
-    those its training ended with; None where there are none."""
+    """The thresholds that validation images gave this checkpoint's model, as it is now: those of the last `rkl evaluate
+    --early-exit`, or those its training ended with; None where there are none."""
     for name, key in (("early_exit.json", "checkpoint"), ("metrics.json", "tested")):
         file = run.folder / name
         record = read_json(file, "a run's record") if file.is_file() else {}
-        if record.get(key) == checkpoint and record.get("thresholds"):
+        of_this = record.get(key) == checkpoint and record.get("epoch") == run.facts["epoch"]
+        if of_this and record.get("thresholds"):
             return _checked_thresholds(file, record["thresholds"], run)
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +38,8 @@ def cut_to_latency(model: nn.Module, image: Tensor, milliseconds: float) -> nn.M
     Raises:
         ValueError: no cut gets there, or the one that does is no faster than the model itself.
     """
-    if milliseconds <= 0:
-        raise ValueError(f"target_latency_ms must be above 0, got {milliseconds}")
+    if not 0 < milliseconds < math.inf:
+        raise ValueError(f"target_latency_ms must be above 0 and finite, got {milliseconds}")
     images = image.expand(LATENCY_BATCH, -1, -1, -1).contiguous()
 
     def fast_enough(slim: nn.Module) -> bool:
@@ -95,6 +96,7 @@ def prune_run(run: Run, out: Path, target_macs: float | None, target_latency_ms:
         schedule="cosine",
         warmup=0.0,
         prune_at=(),
+        prune_macs=None,
         loss=replace(run.config.loss, l1=0.0),
         weights=None,
     )

@@ -106,9 +106,13 @@ def experiment(
 
 
 def read_overrides(path: Path) -> dict[str, Any]:
-    """The settings that a YAML file gives, checked as those of a run are."""
+    """The settings that a YAML file gives, checked as those of a run are; not what the command's own options say."""
     read_yaml(path)
-    return read_plain(path)
+    settings = read_plain(path)
+    for name in ("data", "out", "seed"):
+        if name in settings:
+            raise ValueError(f"{path}: keys must not be of the command's own options, got {name}; remove it")
+    return settings
 
 
 def run(
@@ -130,8 +134,10 @@ def run(
 
     Raises:
         RunError: a folder holds a run of other settings, or cells failed; the others are finished all the same.
-        ValueError: ``only`` names a row that the table does not have.
+        ValueError: ``only`` names a row that the table does not have, or no job is to run.
     """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     rows = TABLES[plan.table].rows
     for row in only or ():
         if row not in rows:

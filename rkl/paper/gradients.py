@@ -13,25 +13,30 @@ from ..distill import LossWeights, gammas, training_losses
 from ..training.checkpoint import open_run
 from ..training.evaluation import default_device
 from ..training.files import write_text
-from ..training.train import load_data, outputs, steps_an_epoch, training_batches
+from ..training.train import class_balance, load_data, outputs, steps_an_epoch, training_batches
 
 BATCHES = 4
 
 
 def gradient_norms(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], weights: LossWeights, l1: float = 0.0
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    weights: LossWeights,
+    l1: float = 0.0,
+    balance: Tensor | None = None,
 ) -> dict[str, float]:
     """The mean L2 norm of each term's gradient over the batches, in training mode, with respect to the parameters that
     the deepest head uses: the network that remains after deployment.
 
     Terms are those of :func:`rkl.distill.training_losses`, and l1, lambda * sum |gamma|, for ``l1`` as lambda.
+    ``balance``: the classes' weights in the cross entropy.
     """
     sums: dict[str, Tensor] = {}
     count = 0
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
     for images, labels in batches:
-        losses = training_losses(outputs(model(images)), labels, weights)
+        losses = training_losses(outputs(model(images)), labels, weights, balance)
         parameters = list(model.parameters())
         deepest = torch.autograd.grad(losses["deepest"], parameters, retain_graph=True, allow_unused=True)
         kept = [p for p, g in zip(parameters, deepest, strict=True) if g is not None]
@@ -61,5 +66,5 @@ def record_gradients(folder: Path) -> None:
     loader = training_batches(config, data, config.epochs, drop_last=True)
     batches = (batch for batch, _ in zip(loader, range(BATCHES), strict=False))
     l1 = config.l1_at(0, steps_an_epoch(config, len(data.train)))
-    norms = gradient_norms(run.model, batches, config.loss, l1)
+    norms = gradient_norms(run.model, batches, config.loss, l1, class_balance(config, data))
     write_text(folder / "gradients.json", json.dumps({"norms": norms, "shares": shares(norms)}, indent=1))

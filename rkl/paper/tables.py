@@ -105,11 +105,16 @@ def _setting(results: Results) -> str:
     config, metrics = runs[0].config, runs[0].metrics
     images = "all" if config["train_size"] is None else f"a fixed {config['train_size']:,}"
     devices = ", ".join(sorted({run.metrics["device"] for run in runs}))
-    augmented = "no other augmentation" if config["augment"] == "none" else "random crops and mirrors"
+    augmented = {
+        "none": "no random crops",
+        "standard": "random crops, mirrored where the classes allow it",
+        "trivial": "random crops, mirrored where the classes allow it, TrivialAugment",
+    }[config["augment"]]
+    mixed = "CutMix" if config["cutmix"] else "no CutMix"
     return (
         f"Scale `{results.scale}`: width {config['width']}, {images} training images ({config['val_fraction']:.0%} of "
         f"them for validation), {metrics['test_images']:,} test images, epochs: {config['epochs']}, batch "
-        f"{config['batch_size']}, lr {config['lr']:g} ({config['schedule']}), CutMix, {augmented}: the "
+        f"{config['batch_size']}, lr {config['lr']:g} ({config['schedule']}), {mixed}, {augmented}: the "
         f"same for every row but for what its name says. Trained on {devices}; {results.finished} of {results.planned} "
         "runs finished."
     )

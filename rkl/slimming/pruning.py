@@ -168,13 +168,16 @@ def channels_kept(channels: int, ratio: float) -> int:
     """How many of a group's channels stay when at most ``ratio`` of them may go.
 
     A multiple of 8; of the largest power of two within ``ratio * channels`` where that is less than 8, so that narrow
-    models can be cut at all.
+    models can be cut at all. Never more than a smaller ratio keeps: of 9 channels, 7 removable ones leave 4, so 8 do
+    too, although 4 is no multiple of 8.
     """
     removable = int(channels * ratio + 1e-9)
-    if removable < 1:
-        return channels
-    step = min(8, 2 ** int(math.log2(removable)))
-    return min(channels, math.ceil((channels - removable) / step) * step)
+    return min([channels, *(_rounded_up(channels - gone, gone) for gone in range(1, removable + 1))])
+
+
+def _rounded_up(kept: int, gone: int) -> int:
+    step = min(8, 2 ** int(math.log2(gone)))
+    return math.ceil(kept / step) * step
 
 
 def plan_cut(model: nn.Module, example: Tensor, ratio: float, by: Importance = "magnitude") -> Cut:

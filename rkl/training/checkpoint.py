@@ -176,15 +176,19 @@ def check_classes(run: Run, classes: list[str]) -> None:
             )
 
 
-def start_from(model: nn.Module, folder: Path) -> nn.Module:
-    """``model`` with the last weights of another run of the same network, pruned as that is; layers that give other
-    numbers of classes keep their own.
+def start_from(model: nn.Module, folder: Path, width: int) -> nn.Module:
+    """``model`` with the last weights of another run of the same network and ``width``, pruned as that is; layers that
+    give other numbers of classes keep their own.
 
     Raises:
         RunError: no such run, or one of another network.
     """
     tensors, facts = load(folder / "checkpoints", "last")
     source = folder / "checkpoints" / "last.json"
+    with understood(source, "a whole run's checkpoint"):
+        then = facts["config"]["width"]
+    if then != width:  # which would pass for a pruned one
+        raise RunError(f"{source}: weights must be of a network of the same width, got {then} for width {width}")
     plan, classes = pruning.channel_plan(model), len(facts["classes"])
     own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     heads = {name for name in own if facts["plan"].get(name, [0, 0])[1] == classes != plan[name][1]}

@@ -43,13 +43,18 @@ def evaluation_batches(
     )
 
 
+def batch_size_of(images: int, world_size: int) -> int:
+    """Images of a batch, at most 500, and so few that there is a batch for every process."""
+    return min(500, max(1, images // world_size))
+
+
 def collect(model: nn.Module, split: Split, data: Dataset, config: Config) -> tuple[list[Tensor], Tensor]:
     """Every exit's logits (N, classes), shallow to deep, and the labels (N,), on the split's device, in the run's
     precision. Where several processes train, each does its share, and all get the whole, in another order."""
     rank, world_size = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    size = min(500, -(-len(split) // world_size))
+    size = batch_size_of(len(split), world_size)
     with autocast(config, split.images.device):
         exits, labels = metrics.collect_exits(model, evaluation_batches(split, data, size, rank, world_size))
     if world_size > 1:

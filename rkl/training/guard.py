@@ -1,4 +1,5 @@
-"""What ends a run unasked: values that are not finite, memory that is short, a process that is lost."""
+"""What ends a run, or keeps it from beginning: data or a network it cannot use, values that are not finite, memory that
+is short, a process that is lost."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from ..config import Config
+from ..data import Dataset
+from ..slimming import pruning
+from .evaluation import evaluation_batches
 from .files import RunError
 from .learner import Learner
 
@@ -74,6 +78,25 @@ class StepGuard:
         learner.stepper.zero_grad()
         self.skipped += 1
         return True
+
+
+def check_splits(config: Config, data: Dataset) -> None:
+    """Every process must have an image of what is evaluated."""
+    for name, split in (("val", data.val), ("test", data.test)):
+        if 0 < len(split) < config.devices:
+            raise ValueError(f"devices must be at most the {len(split)} {name} images, got {config.devices}")
+
+
+def check_cuttable(config: Config, model: nn.Module, data: Dataset) -> None:
+    """Find a network whose channels cannot be followed now, rather than at its first cut."""
+    image = next(evaluation_batches(data.train, data, 1))[0]
+    try:
+        pruning.channel_groups(model, image)
+    except Exception as error:  # torch_pruning raises whatever it runs into
+        raise ValueError(
+            f"prune_at must be empty for {config.model}, whose channels torch_pruning cannot follow, got "
+            f"{config.prune_at} ({type(error).__name__}: {error})"
+        ) from error
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import rkl_kernels as rk
+
 from ..config import Config, Decay
 from ..data import Dataset
 from ..distill import add_l1_gradient
@@ -29,6 +31,8 @@ def make_fabric(config: Config) -> Fabric:
     strategy = DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto"
     device = default_device()
     precision = precision_on(config, device)
+    if precision == "16-mixed" and device.type == "cpu":  # Fabric would train in bfloat16
+        raise ValueError("precision must be 32-true or bf16-mixed on a CPU, got '16-mixed'")
     return Fabric(accelerator=device.type, devices=config.devices, precision=precision, strategy=strategy)
 
 
@@ -40,7 +44,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filt
     spared: set[Tensor] = set()
     for module in model.modules():
         depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-        if depthwise or isinstance(module, MultiScaleDepthwise):
+        if depthwise or isinstance(module, (rk.DepthwiseConv2d, MultiScaleDepthwise)):  # cut to one channel, too
             spared.update(module.parameters())
     spared.update(parameter for parameter in model.parameters() if parameter.ndim == 1)
     parameters = list(model.parameters())
@@ -51,14 +55,17 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filt
 
 
 class Learner:
-    """Model, average and optimiser of one run on one device; ``start`` is a model of its configuration to train on."""
+    """Model, average and optimiser of one run on one device; ``start`` is a model of its configuration to train on.
+    ``resumed``: whether :meth:`restore` is to follow, which needs no weights of another run."""
 
-    def __init__(self, config: Config, data: Dataset, fabric: Fabric, start: nn.Module | None = None) -> None:
+    def __init__(
+        self, config: Config, data: Dataset, fabric: Fabric, start: nn.Module | None = None, resumed: bool = False
+    ) -> None:
         self.config, self.fabric = config, fabric
         torch.manual_seed(config.seed)
         model = start or build_model(config, data.num_classes, data.channels, data.image_size)
-        if start is None and config.weights is not None:
-            model = checkpoint.start_from(model, config.weights)
+        if start is None and not resumed and config.weights is not None:
+            model = checkpoint.start_from(model, config.weights, config.width)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         # torch's stubs do not know this form.
         self.model = model.to(fabric.device, memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -119,6 +126,7 @@ class Learner:
         """One cut of the model, and of all that follows it; the processes' models are the same, so their cuts are."""
         followers = [self.average.module] if self.average else []
         pruning.prune(self.model, example, ratio, self.optimizer, followers, self.config.importance)
+        self.optimizer.zero_grad()  # the gradients that ranked the channels are of no step
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a run needs to go on, by name."""

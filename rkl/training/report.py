@@ -190,11 +190,13 @@ def plot_confusion(counts: list[list[int]], classes: list[str], title: str, path
     figure, axes = new_figure(side, side)
     share = [[value / max(1, sum(row)) for value in row] for row in counts]
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(title, parse_math=False)  # a name may hold dollar signs
     if len(classes) <= 25:
         long = max(map(len, classes)) > 2
-        axes.set_xticks(range(len(classes)), classes, rotation=40 if long else 0, ha="right" if long else "center")
-        axes.set_yticks(range(len(classes)), classes)
+        turn = {"rotation": 40, "ha": "right"} if long else {}
+        axes.set_xticks(range(len(classes)), classes, parse_math=False, **turn)
+        axes.set_yticks(range(len(classes)), classes, parse_math=False)
         for i, row in enumerate(counts):
             for j, count in enumerate(row):
                 value = round(100 * share[i][j]) if shares else count

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from ..config import MAY_CHANGE, Config, read_yaml, to_plain
+from ..config import MAY_CHANGE, Config, read_plain, read_yaml, to_plain
 from .files import RunError, read_lines, unwritable, write_text
+
+FIRST_CHECKPOINT = re.compile(r"\.?((best|last)-000[01]\.safetensors|(best|last)\.json)(\.partial)?")
+"""The files of a checkpoint that was being written when its run had no whole epoch yet."""
+
+EVENTS = re.compile(r"events\.out\.tfevents.*")
 
 
 class RunLog:
-    """The folder of one run. Checks at once that it can be written and that nothing of another run is in the way, and
-    writes nothing before :meth:`opened`. What is left of a run without a whole epoch is in nobody's way.
+    """The folder of one run. Checks at once that it can be written and that nothing else is in the way, and writes
+    nothing before :meth:`opened`. What is left of a run without a whole epoch is in nobody's way; anything else under
+    the names of a run's files is somebody's.
 
     Raises:
         RunError: the folder cannot be written, holds a run already (without ``resume``), or one of other settings.
@@ -29,11 +36,16 @@ class RunLog:
 
     def __init__(self, config: Config, resume: bool) -> None:
         self.config, self.folder, self.writing = config, config.out, False
-        self.checkpoints = config.out / "checkpoints"
+        self.checkpoints, self.tensorboard = config.out / "checkpoints", config.out / "tensorboard"
         self.file = config.out / "config.yaml"
         if self.has_checkpoint and not resume:
             raise RunError(
                 f"{config.out}: out must be a new folder, got one with a run in it; add --resume to go on with it"
+            )
+        if not self.has_checkpoint and (name := next(self._not_left_over(), None)):
+            raise RunError(
+                f"{config.out}: out must be a new folder, got one with {name}, which no run without a whole epoch "
+                "leaves; give another folder"
             )
         if self.has_checkpoint:
             then, now = to_plain(read_yaml(self.file)), to_plain(config)
@@ -50,32 +62,55 @@ class RunLog:
     def has_checkpoint(self) -> bool:
         return (self.checkpoints / "last.json").exists()
 
+    def _not_left_over(self) -> Iterator[str]:
+        """Names of what is in the folder under a run's names, and is not what a run without a whole epoch leaves."""
+        if (self.folder / "metrics.json").exists():
+            yield "metrics.json"
+        if self.file.exists() and not _is_whole(self.file):
+            yield self.file.name
+        try:
+            epochs = len(self.rows())
+        except RunError:
+            epochs = 2
+        if epochs > 1:
+            yield "log.jsonl"
+        for folder, name in ((self.checkpoints, FIRST_CHECKPOINT), (self.tensorboard, EVENTS)):
+            for path in sorted(folder.glob("*")):
+                if not name.fullmatch(path.name):
+                    yield f"{folder.name}/{path.name}"
+
+    def _written(self) -> set[Path]:
+        """The files under a run's names."""
+        inside = [path for folder in (self.tensorboard, self.checkpoints) for path in folder.rglob("*")]
+        return {path for path in (*inside, self.file, self.folder / "log.jsonl") if path.is_file()}
+
     @contextmanager
     def opened(self, epoch: int, writing: bool) -> Iterator[None]:
         """Write the configuration and drop the lines of epochs after the checkpoint, which will be trained again. Where
-        the block fails before the first checkpoint, nothing is left: a corrected command finds the folder free."""
+        the block fails before the first whole epoch, nothing of it is left: a corrected command finds the folder free.
+        """
         self.writing = writing
-        new = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        before = self._written()
+        folders = self.tensorboard, self.checkpoints, self.folder, *self.folder.parents
+        new = [path for path in folders if not path.exists()]
         try:
             if writing:
                 kept = [row for row in self.rows() if row["epoch"] <= epoch]
                 write_text(self.file, yaml.safe_dump(to_plain(self.config), sort_keys=False))
                 write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-                self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epoch + 1)
+                self.events = SummaryWriter(str(self.tensorboard), purge_step=epoch + 1)
             yield
         except ValueError:
-            if writing and not self.has_checkpoint:
-                self._remove(new)
+            if writing and not (self.has_checkpoint and self.rows()):
+                self._remove(before, new)
             raise
 
-    def _remove(self, new: list[Path]) -> None:
-        """Take away what was written, and the folders that were made for it."""
+    def _remove(self, before: set[Path], new: list[Path]) -> None:
+        """Take away the files that were not there before, and the folders that were made for them."""
         if hasattr(self, "events"):
             self.events.close()
-        for path in (self.folder / "tensorboard", self.checkpoints):
-            shutil.rmtree(path, ignore_errors=True)
-        for name in ("config.yaml", "log.jsonl"):
-            (self.folder / name).unlink(missing_ok=True)
+        for path in self._written() - before:
+            path.unlink(missing_ok=True)
         for path in new:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
@@ -111,6 +146,14 @@ class RunLog:
             yield TrainingProgress(bar, epochs, done)
         if self.writing:
             self.events.close()
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file gives every setting, as the configuration that a run writes does."""
+    try:
+        return set(read_plain(file)) == {field.name for field in fields(Config)}
+    except ValueError:
+        return False
 
 
 class TrainingProgress:

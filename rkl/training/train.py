@@ -19,12 +19,12 @@ from .. import data as datasets
 from ..config import Config, to_plain
 from ..data import Dataset
 from ..distill import gamma_l1, training_losses
-from ..network.model import Exits, ResNetKL
+from ..network.model import Exits, ResNet, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
 from .evaluation import collect, evaluate, evaluation_batches, precision_on, size_of
-from .files import RunError, write_text
-from .guard import StepGuard, check_finite, in_one_line
+from .files import RunError, read_json, write_text
+from .guard import StepGuard, check_cuttable, check_finite, check_splits, in_one_line
 from .learner import Learner, make_fabric
 from .run_log import RunLog, TrainingProgress
 
@@ -62,13 +62,21 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         keep_freed_memory()
     data = load_data(config)
     steps_an_epoch(config, len(data.train))
+    check_splits(config, data)
     log = RunLog(config, resume)
+    resumed = resume and log.has_checkpoint
     data = data.to(fabric.device)
-    learner = Learner(config, data, fabric, start)
-    facts = learner.restore(log.checkpoints) if resume and log.has_checkpoint else first_facts(config, data)
+    learner = Learner(config, data, fabric, start, resumed)
+    facts = learner.restore(log.checkpoints) if resumed else first_facts(config, data)
+    if finished(config, facts) and is_tested(config, facts):
+        return config.out if fabric.is_global_zero else None  # nothing is left to do, and the test images are seen once
+    if not resumed and config.cut_epochs and not isinstance(learner.model, ResNet):
+        check_cuttable(config, learner.model, data)
     fabric.launch()
     fabric.barrier()
     with log.opened(facts["epoch"], writing=fabric.is_global_zero), in_one_line(config, fabric):
+        if start is not None:
+            learner = saved(learner, config, data, facts, log)
         run_epochs(config, fabric, learner, data, facts, log)
         record = finish(config, learner, data, facts, log)
     if not fabric.is_global_zero:
@@ -76,6 +84,23 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     write_text(config.out / "metrics.json", json.dumps(record, indent=1))
     report.write_report(config.out)
     return config.out
+
+
+def saved(learner: Learner, config: Config, data: Dataset, facts: dict[str, Any], log: RunLog) -> Learner:
+    """The learner from a checkpoint of its own, which a run that is stopped in its first epoch goes on from. Its
+    filters are then what they are in a resumed run, strides included: those decide how products are rounded."""
+    if learner.fabric.is_global_zero:
+        checkpoint.save(log.checkpoints, "last", learner.tensors(), facts | learner.facts())
+    learner.fabric.barrier()
+    restored = Learner(config, data, learner.fabric, resumed=True)
+    restored.restore(log.checkpoints)
+    return restored
+
+
+def is_tested(config: Config, facts: dict[str, Any]) -> bool:
+    """Whether the run's record is there, of this epoch."""
+    record = config.out / "metrics.json"
+    return record.is_file() and read_json(record, "a run's record").get("epochs") == facts["epoch"]
 
 
 def first_facts(config: Config, data: Dataset) -> dict[str, Any]:
@@ -149,8 +174,8 @@ def train_epoch(
 ) -> dict[str, Any]:
     """One pass over the training images; the log's row of it: learning rate, each loss term's mean, data's share."""
     # Seeded anew each epoch: what a resumed run draws (dropout, say) is what an uninterrupted one would have.
-    torch.manual_seed(config.seed * 1_000_003 + epoch)
-    balance = datasets.class_weights(data.train, data.num_classes) if config.class_weights else None
+    torch.manual_seed(epoch_seed(config, epoch))
+    balance = class_balance(config, data)
     steps = steps_an_epoch(config, len(data.train))
     l1 = config.l1_at(epoch, steps)
     batches = training_batches(config, data, epoch, rank=fabric.global_rank, world_size=fabric.world_size)
@@ -192,6 +217,15 @@ def train_epoch(
         "skipped_steps": guard.skipped if guard else 0,
         "data_share": clock.share,
     }
+
+
+def epoch_seed(config: Config, epoch: int) -> int:
+    return config.seed * 1_000_003 + epoch
+
+
+def class_balance(config: Config, data: Dataset) -> Tensor | None:
+    """The classes' weights in the cross entropy; None for equal ones."""
+    return datasets.class_weights(data.train, data.num_classes) if config.class_weights else None
 
 
 def outputs(output: Tensor | Exits) -> Exits:
@@ -284,10 +318,12 @@ def cut_ratio(config: Config, model: nn.Module, image: Tensor, cuts: list[dict[s
 
 def taylor_gradients(config: Config, learner: Learner, data: Dataset, epoch: int) -> None:
     """Leave in the model the training loss's gradient over a few batches, the same in every process."""
+    torch.manual_seed(epoch_seed(config, epoch))  # for dropout's draws
     learner.model.train()
+    balance = class_balance(config, data)
     batches = training_batches(config, data, epoch, drop_last=True)
     for (images, labels), _ in zip(batches, range(TAYLOR_BATCHES), strict=False):
-        losses = training_losses(outputs(learner.model(images)), labels, config.loss)
+        losses = training_losses(outputs(learner.model(images)), labels, config.loss, balance)
         torch.stack(list(losses.values())).sum().backward()
 
 

@@ -25,13 +25,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-
 from ..allocator import keep_freed_memory
 from . import runtimes
 from .case import Case
 from .host import report as host_report
-from .machine import machine, machine_line
+from .machine import check_device, machine, machine_line
 from .rivals import FORMATS, Rival, compiled, eager, ours
 from .row import Row, measure
 from .table import table
@@ -92,8 +90,7 @@ def operator_report(
         raise ValueError(f"shape must be N,C,H,W, got {','.join(map(str, shape))}")
     if layout not in (None, *LAYOUTS):
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
-        raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
+    check_device(device)
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be a positive number, got {seconds!r}")
     batch, channels, height, width = shape

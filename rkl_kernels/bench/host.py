@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rkl_kernels as rk
 
-from .machine import machine, machine_line
+from .machine import check_device, machine, machine_line
 from .timing import Run, Timing, cpu_timer, interleave
 
 SHAPE, OUTPUTS = (1, 8, 4, 4), 8
@@ -67,6 +67,7 @@ def measure(device: str = "cpu", seconds: float = 5.0) -> dict[tuple[str, str], 
 
 def report(device: str = "cpu", seconds: float = 5.0) -> str:
     """A table of microseconds a call; what `rkl bench host` prints."""
+    check_device(device)
     shape = " x ".join(map(str, SHAPE))
     lines = [machine_line(machine(device)), f"microseconds a call, fp32, {shape}, k = 3, one thread; ours / PyTorch's"]
     for (name, mode), (ours, theirs) in measure(device, seconds).items():

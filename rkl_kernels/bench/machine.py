@@ -21,6 +21,15 @@ def _cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: nothing can be timed on it here.
+    """
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Device, threads, instruction set and versions."""
     return {

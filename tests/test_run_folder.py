@@ -1,0 +1,141 @@
+"""What a run may do to its folder, and what it finds there: nobody's files are lost, and a run goes on from its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_rkl_train import QUICK, comparable, fails, tiny, train_interrupted
+
+from rkl.cli import main
+from rkl.deploy import prune
+from rkl.training import checkpoint, metrics
+from rkl.training import train as trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    return trainer.train(tiny(tmp_path_factory.mktemp("runs") / "whole", width=8))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, by its place."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("checkpoints/my_precious_model.pt", "weights"),
+        ("checkpoints/last-0007.safetensors", "weights of a finished run"),
+        ("tensorboard/notes.txt", "notes"),
+        ("config.yaml", "lr: 0.1\n"),
+        ("log.jsonl", "hours: 3\n"),
+        ("metrics.json", "{}"),
+    ],
+)
+def test_files_of_others_are_left_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture, place: str, text: str
+) -> None:
+    file = tmp_path / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    before = contents(tmp_path)
+    for resume in ([], ["--resume", "--recipe", "smoke"]):
+        said = fails(["train", *QUICK, "--out", str(tmp_path), "--lr", "1e30", *resume], capsys)
+        assert f"out must be a new folder, got one with {place}, which" in said
+        assert contents(tmp_path) == before
+
+
+def test_a_failing_run_leaves_what_was_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Files beside a run's own, and what a run leaves that was killed in its first epoch."""
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events.out.tfevents.1").write_bytes(b"of a killed run")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["train", *QUICK, "--out", str(tmp_path), "--lr", "1e30"])
+    assert "must be finite" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    main(["train", *QUICK, "--out", str(tmp_path)])
+    assert contents(tmp_path).items() >= before.items()
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_written_over(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "checkpoints" / "last.json").unlink()
+    before = contents(folder)
+    assert "got one with metrics.json" in fails(["train", *QUICK, "--out", str(folder), "--lr", "1e30"], capsys)
+    assert contents(folder) == before
+
+
+def test_a_finished_run_does_not_look_at_the_test_images_again(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    config = tiny(folder, width=8)
+    before = contents(folder)
+    assert trainer.train(config, resume=True) == folder
+    assert contents(folder) == before
+    (folder / "metrics.json").unlink()  # as where it was stopped before the record was written
+    trainer.train(config, resume=True)
+    assert comparable(folder) == comparable(run)
+
+
+def test_resume_takes_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rkl train --resume --out FOLDER`, as the usage says; settings that a run may change are given beside it."""
+    config = tiny(tmp_path / "run", lr=0.04)
+    train_interrupted(config, monkeypatch, 1)
+    main(["train", "--resume", "--out", str(config.out), "--on-nan", "skip"])
+    assert json.loads((config.out / "metrics.json").read_text())["epochs"] == config.epochs
+    assert checkpoint.open_run(config.out).config.lr == 0.04
+
+
+def test_a_cut_run_stopped_in_its_first_epoch_goes_on_from_the_cut_model(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = checkpoint.open_run(run)
+    prune.prune_run(opened, tmp_path / "whole", 0.7, None, 2)
+    train_epoch = trainer.train_epoch
+
+    def stopped(*arguments: object) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prune.prune_run(checkpoint.open_run(run), tmp_path / "stopped", 0.7, None, 2)
+    monkeypatch.setattr(trainer, "train_epoch", train_epoch)
+    main(["train", "--resume", "--out", str(tmp_path / "stopped")])
+    ours, theirs = (checkpoint.open_run(tmp_path / name) for name in ("stopped", "whole"))
+    image = torch.zeros(1, 1, 8, 8)
+    assert metrics.count_macs(ours.model, image) <= 0.7 * metrics.count_macs(opened.model, image)
+    for (name, one), other in zip(ours.model.state_dict().items(), theirs.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_cut_run_that_fails_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    opened = checkpoint.open_run(run)
+    opened.config.__dict__["lr"] = 1e31
+    with pytest.raises(ValueError, match="must be finite"):
+        prune.prune_run(opened, tmp_path / "slim", 0.7, None, 1)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_run_that_started_from_anothers_weights_goes_on_without_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "first")
+    config = tiny(tmp_path / "run", width=8, weights=str(tmp_path / "first"))
+    train_interrupted(config, monkeypatch, 1)
+    shutil.rmtree(tmp_path / "first")
+    trainer.train(config, resume=True)
+    assert (config.out / "metrics.json").exists()
