@@ -68,8 +68,8 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     data = data.to(fabric.device)
     learner = Learner(config, data, fabric, start, resumed)
     facts = learner.restore(log.checkpoints) if resumed else first_facts(config, data)
-    if finished(config, facts) and is_tested(config, facts):
-        return config.out if fabric.is_global_zero else None  # nothing is left to do, and the test images are seen once
+    if finished(config, facts) and is_tested(config, facts):  # the test images are looked at once
+        return reported(config, fabric)
     if not resumed and config.cut_epochs and not isinstance(learner.model, ResNet):
         check_cuttable(config, learner.model, data)
     fabric.launch()
@@ -79,9 +79,15 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
             learner = saved(learner, config, data, facts, log)
         run_epochs(config, fabric, learner, data, facts, log)
         record = finish(config, learner, data, facts, log)
+    if fabric.is_global_zero:
+        write_text(config.out / "metrics.json", json.dumps(record, indent=1))
+    return reported(config, fabric)
+
+
+def reported(config: Config, fabric: Fabric) -> Path | None:
+    """The run's folder, with its report made of its records; None in processes that do not write it."""
     if not fabric.is_global_zero:
         return None
-    write_text(config.out / "metrics.json", json.dumps(record, indent=1))
     report.write_report(config.out)
     return config.out
 
