@@ -194,7 +194,7 @@ def test_bad_records_of_a_run_are_refused_by_what_reads_them(
     assert refusals(log, mutated(log.read_bytes(), {truncated: 4}), lambda: read_lines(log), lambda x: x == []) == 0
     opened = checkpoint.open_run(run)
     for name in ("metrics.json", "early_exit.json"):
-        marks = {"tested": "last", "checkpoint": "last"}
+        marks = {"tested": "last", "checkpoint": "last", "epoch": opened.facts["epoch"]}
         wrong = [(str(v), json.dumps(marks | {"thresholds": v}).encode()) for v in (3, "abc", [1], ["a"] * 3, {"a": 1})]
         assert refusals(run / name, wrong, lambda: thresholds_of(opened, "last"), never) == len(wrong)
 
