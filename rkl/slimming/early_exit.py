@@ -135,6 +135,11 @@ def frontier(exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[i
     return best
 
 
+def deepest_cost(costs: tuple[list[int], list[int]]) -> int:
+    """Multiply-accumulates of an image that leaves at the deepest exit alone."""
+    return sum(costs[0]) + costs[1][-1]
+
+
 def calibrate(
     exits: list[Tensor],
     labels: Tensor,
@@ -159,7 +164,10 @@ def calibrate(
     assert macs is not None
     affordable = [point for point in points if point.macs <= macs]
     if not affordable:
-        raise ValueError(f"target macs must be at least {points[0].macs:.0f}, got {macs:.0f}")
+        full = deepest_cost(costs)
+        raise ValueError(
+            f"target macs must be at least {points[0].macs / full:.3f} of the deepest exit's, got {macs / full:.3g}"
+        )
     return affordable[-1]
 
 
