@@ -58,6 +58,8 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (7, 5, 6, 11, (3, 3), 1, 1, 1),  # three images in a vector, and the last one alone
     (7, 3, 9, 9, (5, 5), 2, 2, 1),
     (3, 3, 1, 1, (5, 5), 1, 2, 1),  # planes of one pixel
+    (1, 156, 6, 60, (3, 3), 2, 1, 1),  # vectors in turns of several, and one that overlaps
+    (2, 156, 8, 12, (3, 3), 1, 1, 1),
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
 

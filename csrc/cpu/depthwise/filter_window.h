@@ -19,7 +19,7 @@ struct FilterJob {
   const FilterRow<T>* rows;
   const T* grad[Pixels<T>::kRows];  // the first output's
   int64_t at, pitch, grad_at, grad_pitch, sums;
-  int64_t sums_vector;                             // floats from one vector's sums to the next's
+  int64_t vectors, sums_vector;                    // how many; floats from one vector's sums to the next's
   int64_t first, last, count, inputs, step, left;  // as a window's
   Prefetch read, beside;
 };
@@ -33,16 +33,32 @@ class FilterWindow {
  public:
   static __attribute__((noinline)) void run(const FilterJob<T>& given) {
     FilterWindow window(given);
-    window.slide(std::make_integer_sequence<int, M>());
+    for (int64_t v = 0; v < given.vectors; v += V) {
+      window.slide(std::make_integer_sequence<int, M>());
+      window.next();
+    }
   }
 
  private:
   RKL_INLINE explicit FilterWindow(const FilterJob<T>& given)
-      : job(given), read_(given.read.from), beside_(given.beside.from) {}
+      : job(given),
+        at_(0),
+        sums_(given.sums),
+        read_(given.read.from),
+        beside_(given.beside.from),
+        read_step_((given.read.in_columns ? 1 : V) * given.read.step),
+        beside_step_((given.beside.in_columns ? 1 : V) * given.beside.step) {}
+
+  RKL_INLINE void next() {
+    at_ += V * kLanes;
+    sums_ += V * job.sums_vector;
+    if (job.read.in_columns) read_ = job.read.from + at_ * sizeof(T);
+    if (job.beside.in_columns) beside_ = job.beside.from + at_ * sizeof(T);
+  }
 
   template <int phase, int J>
   RKL_INLINE void column(int64_t c) {
-    const int64_t at = job.at + c * job.pitch;
+    const int64_t at = at_ + job.at + c * job.pitch;
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       Vec x[V];
@@ -58,7 +74,7 @@ class FilterWindow {
   template <int place>
   RKL_INLINE void take(int64_t output) {
     Vec g[V] = {};
-    if (output >= 0 && output < job.count) P::load(job.grad, job.grad_at + output * job.grad_pitch, g);
+    if (output >= 0 && output < job.count) P::load(job.grad, at_ + job.grad_at + output * job.grad_pitch, g);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) grad[place][v] = g[v];
   }
@@ -78,8 +94,8 @@ class FilterWindow {
     for (int row = 0; row < P::kRows * S; ++row) __builtin_prefetch(read_ + row * job.read.row, 0, 2);
 #pragma GCC unroll 2
     for (int row = 0; row < P::kRows; ++row) __builtin_prefetch(beside_ + row * job.beside.row, 0, 2);
-    read_ += job.read.step;
-    beside_ += job.beside.step;
+    read_ += read_step_;
+    beside_ += beside_step_;
   }
 
   template <int... phase>
@@ -100,13 +116,15 @@ class FilterWindow {
       for (int t = 0; t < K; ++t)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-          float* to = job.rows[q].sums + job.sums + v * job.sums_vector + t * kLanes;
+          float* to = job.rows[q].sums + sums_ + v * job.sums_vector + t * kLanes;
           store(to, read<Vec>(to) + sum[q][t][v]);
         }
   }
 
   const FilterJob<T>& job;
+  int64_t at_, sums_;
   const char *read_, *beside_;
+  const int64_t read_step_, beside_step_;
   Vec sum[Q][K][V], grad[M][V];
 };
 
@@ -157,6 +175,7 @@ class FilterRows {
       : lanes_(lanes),
         down_(lattices_of(forward.vertical, forward.in_h)),
         across_(lattices_of(forward.horizontal, forward.in_w)),
+        turn_(vectors_of_turn<T>((kernel_h + 1) * forward.in_w)),
         kernel_w_(kernel_w),
         taps_(kernel_h * kernel_w),
         zeros_(image_row + kLanes) {}
@@ -224,26 +243,31 @@ class FilterRows {
         in.first + (down.origin + down.unit * (top + down.step * (rows - 1) + down.taps)) * in.row);
     const char* beside = reinterpret_cast<const char*>(grad.first + (down.first + down.pitch * (j + rows)) * grad.row);
     job.sums_vector = Lanes::at(1, 0, taps_ + 1);
+    // One call makes all vectors of a turn, up to the last one, which may overlap its neighbour.
+    const int64_t whole = std::min(last, lanes_.channels / kLanes);
     for (int64_t v = first, vectors; v < last; v += vectors) {
-      vectors = together(v);
+      const int64_t here = together(v);
+      vectors = std::max(here, std::min(turn_, whole - v) / here * here);
       const int64_t at = lanes_.at(v), of_vector = Lanes::at(v, 0, taps_ + 1);
+      job.vectors = vectors;
       for (const Lattice& l : across_) {
         job.pitch = l.unit * in.pixel, job.grad_pitch = l.pitch * grad.pixel;
         job.at = l.origin * in.pixel + at, job.grad_at = l.first * grad.pixel + at;
         job.count = l.count, job.inputs = l.inputs, job.step = l.step;
-        job.read = {read + (linear ? 0 : job.at * size), linear ? vectors * vector : l.step * job.pitch * size,
-                    down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1)};
-        job.beside = {beside + (linear ? 0 : job.grad_at * size), linear ? vectors * vector : job.grad_pitch * size,
-                      down.pitch * grad.row * size};
+        job.read = {read + (linear ? 0 : job.at * size), linear ? vector : l.step * job.pitch * size,
+                    down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
+        job.beside = {beside + (linear ? 0 : job.grad_at * size), linear ? vector : job.grad_pitch * size,
+                      down.pitch * grad.row * size, !linear};
         for (int64_t i = 0; wants_bias && i < vectors; ++i)
           add_bias(job, i, int(rows), sums + Lanes::at(v + i, taps_, taps_ + 1));
-        const int64_t steps = run(job, l, int(vectors), of_vector);
+        const int64_t steps = run(job, l, int(here), of_vector);
         if (linear) read += steps * vectors * vector, beside += steps * vectors * vector;
       }
     }
   }
 
-  int64_t run(FilterJob<T>& job, const Lattice& l, int vectors, int64_t sums) {
+  // `together`: vectors that a window takes at once.
+  int64_t run(FilterJob<T>& job, const Lattice& l, int together, int64_t sums) {
     const int most = l.step > 2 ? 1 : kMostTaps, pieces = (l.taps + most - 1) / most;
     int64_t taken = 0;
     for (int p = 0; p < pieces; ++p) {
@@ -256,11 +280,11 @@ class FilterRows {
       for (size_t q = 0; q < rows_.size();) {
         job.rows = rows_.data() + q;
         const bool many = q + code.rows <= rows_.size();
-        (many ? code.many : code.one)[vectors - 1](job);
+        (many ? code.many : code.one)[together - 1](job);
         q += many ? code.rows : 1;
         // What is asked for is asked for once.
         taken = std::max(taken, steps.last - steps.first);
-        job.read = job.beside = {reinterpret_cast<const char*>(rows_.data()), 0, 0};
+        job.read = job.beside = {reinterpret_cast<const char*>(rows_.data()), 0, 0, false};
       }
     }
     return taken;
@@ -276,6 +300,7 @@ class FilterRows {
 
   const Lanes lanes_;
   const std::vector<Lattice> down_, across_;
+  const int64_t turn_;
   const int kernel_w_, taps_;
   const std::vector<T> zeros_;
   std::vector<FilterRow<T>> rows_;
