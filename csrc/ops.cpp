@@ -43,11 +43,9 @@ struct CpuConv : PyTorchFormats {
   static bool takes_planes(const Conv2d& g, Dtype dtype) { return cpu::takes_planes(g, dtype); }
   static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,
                           const std::optional<Tensor>& bias, Activation act) {
-    if (!cpu::convolves_images(call.g.channels)) return pointwise_by_matrix<CpuConv>(call, image, filter, bias, act);
-    Tensor out = cpu::pointwise(image, filter, bias, call.g.nhwc);
-    if (act != Activation::none)
-      epilogue(out.const_data_ptr(), nullptr, act, out.mutable_data_ptr(), call.rows, filter.size(0), call.dtype, out);
-    return out;
+    return cpu::makes_pointwise(image.size(1), call.g.nhwc, call.dtype)
+               ? cpu::pointwise(image, filter, bias, act, call.g.nhwc)
+               : pointwise_by_matrix<CpuConv>(call, image, filter, bias, act);
   }
   static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& hidden, const Tensor& out) {
     if (!cpu::convolves_images(call.g.channels)) return filter_gradient_by_matrix(dz, hidden, out);
@@ -107,10 +105,8 @@ struct CpuConv2d {
   static constexpr bool kBiasIsFree = true;
   static std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter,
                                                 const std::optional<Tensor>& bias, Activation act, Dtype dtype) {
-    if (!cpu::convolves_images(image.size(1))) return std::nullopt;
-    Tensor y = cpu::pointwise(image, filter, bias, true);
-    if (act != Activation::none) bias_and_activation(y, std::nullopt, act, dtype);
-    return y;
+    if (!cpu::makes_pointwise(image.size(1), true, dtype)) return std::nullopt;
+    return cpu::pointwise(image, filter, bias, act, true);
   }
   static void bias_and_activation(const Tensor& x, const std::optional<Tensor>&, Activation act, Dtype dtype) {
     void* const memory = x.mutable_data_ptr();

@@ -21,6 +21,26 @@ struct PackedFilter {
   std::vector<float> weights, bias;
 };
 
+// A pointwise step's filter, (outputs, channels) or (channels, outputs), and its bias or null.
+struct PointwiseFilter {
+  const void *weight, *bias;
+  int64_t outputs, channels;
+  bool by_channel;  // its rows are the channels', as in the gradient of an image
+
+  // It is packed, and multiplied by, in blocks of so many outputs; floats of one.
+  static constexpr int64_t kOutputs = 64;
+  int64_t blocks() const { return ceil_div(outputs, kOutputs); }
+  int64_t block_size() const { return kOutputs * (channels + 1); }
+};
+
+// A pointwise step over rows of channels: out (rows, outputs) = act(in (rows, channels) times filter + bias).
+struct PointwiseRows {
+  const void* in;
+  void* out;
+  int64_t rows, channels, outputs;
+  Activation act;
+};
+
 // The kernels as compiled for one instruction set.
 struct Kernels {
   void (*trelu)(const void* x, void* y, int64_t n, Dtype dtype);
@@ -36,6 +56,11 @@ struct Kernels {
   // The gradients of x, weight and bias; each may be null where it is not wanted.
   void (*depthwise_backward)(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
                              void* dweight, void* dbias, Dtype dtype);
+
+  // Blocks [first, last) of a pointwise filter in the order that they are read in, and of a pointwise step's outputs.
+  // packed: of block 0. Serial. Of bf16 the channels must be an even number.
+  void (*pack_pointwise)(const PointwiseFilter& filter, int64_t first, int64_t last, float* packed, Dtype dtype);
+  void (*pointwise_rows)(const PointwiseRows& rows, int64_t first, int64_t last, const float* packed, Dtype dtype);
 
   // Over a dense matrix of rows by channels: out = act(z + bias), and grad times the activation's derivative, from its
   // output or its input. out may be the first argument.

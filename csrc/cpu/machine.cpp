@@ -19,6 +19,12 @@ bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+// Not by it either: GCC does not know this name.
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22));
+}
 #endif
 
 // Not by sysconf, which adds up the caches of all groups of cores (320 MiB where a core has 32).
@@ -38,6 +44,7 @@ Machine read_machine() {
   machine.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   machine.avx512 = machine.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  machine.amx = has_amx_bf16();
   machine.avx512_bf16 = machine.avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   constexpr int64_t kKiB = 1024;

@@ -6,6 +6,7 @@ namespace rkl::cpu {
 
 struct Machine {
   bool avx2, avx512, avx512_bf16;  // with what else the kernels of that name use
+  bool amx;                        // matrix instructions for bf16, which the library uses
   // Of a core's second-level cache: 1 MiB where the system does not say (some virtual machines); at least 256 KiB and
   // at most 2 MiB, as what is larger is shared by several cores.
   int64_t l2_bytes;

@@ -1,7 +1,7 @@
 // Every kernel, for the instruction set that RKL_ISA names.
 #pragma once
 #include "cpu/depthwise/depthwise.h"
-#include "cpu/separable/band_kernels.h"
+#include "cpu/separable/pointwise_rows.h"
 #include "cpu/simd/elementwise.h"
 #include "cpu/simd/transpose.h"
 
@@ -14,6 +14,8 @@ const Kernels kernels = {trelu,
                          pack_filter,
                          depthwise_packed,
                          depthwise_backward,
+                         pack_pointwise,
+                         pointwise_rows,
                          epilogue,
                          activation_backward,
                          widen,

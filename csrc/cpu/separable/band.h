@@ -7,6 +7,9 @@
 
 namespace rkl::cpu {
 
+// A pointwise filter in the order that pointwise_rows reads it in.
+Scratch packed(const PointwiseFilter& filter, Dtype dtype);
+
 // The depthwise step of a band, into memory of the band's own.
 inline void depthwise_band(const Separable& s, const Band& band, const PackedFilter& filter, Activation act,
                            void* out) {

@@ -31,6 +31,9 @@ void pointwise(const Separable& s, int64_t image, const void* hidden, void* y, i
                           s.dtype);
 }
 
+// The library packs the whole filter anew for each part, which takes as long as some 25 pixels do.
+constexpr int64_t kLeastPixels = 128;
+
 // Few images: the pixels of each are shared out, copied together for the library.
 void by_parts(const Separable& s, void* y) {
   const int64_t n = pixels_of(s), c = s.g.channels, size = size_of(s.dtype);

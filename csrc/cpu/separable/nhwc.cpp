@@ -1,32 +1,23 @@
-// Separable convolution, forward: a band of depthwise output that stays in cache is a factor of the library's matrix
-// product, whose result is finished (bias, activation) before it leaves the cache.
+// Separable convolution of NHWC images, forward, a band at a time: its depthwise output stays in a core's cache, where
+// the pointwise step reads it.
 #include "cpu/separable/band.h"
 
 namespace rkl::cpu {
 
-namespace {
-
-// The pointwise step of a band: y = outer(pointwise * hidden + bias).
-void pointwise_band(const Separable& s, const Band& band, const void* hidden, void* y) {
-  const int64_t n = band.pixels, c = s.g.channels, c_out = s.c_out;
-  void* out = at(y, band.first_pixel * c_out, s.dtype);
-  const Matrix filter = matrix(s.pointwise, s.dtype, c_out, c);
-  const Product product(matrix(hidden, s.dtype, n, c), transposed(filter), matrix(out, s.dtype, n, c_out));
-  const Matrix& z = product.matrix();
-  if (z.data == out && !s.pointwise_bias && s.outer == Activation::none) return;
-  kernels(s.dtype).finish({z.data, s.pointwise_bias, out, n, c_out, z.row_stride, c_out}, s.outer, s.dtype, s.dtype);
-}
-
-}  // namespace
-
 void separable_bands(const Separable& s, void* y) {
-  const Bands bands(s, band_pixels(s));
-  const PackedFilter filter = kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
-  for_tasks(bands.count(), [&](int64_t begin, int64_t end) {
-    const Scratch hidden(bands.most_pixels() * s.g.channels * size_of(s.dtype));
+  const Bands bands(s, band_pixels(s.g, s.dtype));
+  const Kernels& k = kernels(s.dtype);
+  const int64_t c = s.g.channels;
+  const PackedFilter depthwise = k.pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
+  const Scratch pointwise = packed({s.pointwise, s.pointwise_bias, s.c_out, c, false}, s.dtype);
+  torch::stable::parallel_for(0, bands.count(), 1, [&](int64_t begin, int64_t end) {
+    const Scratch hidden(bands.most_pixels() * c * size_of(s.dtype));
     for (int64_t i = begin; i < end; ++i) {
-      depthwise_band(s, bands[i], filter, s.inner, hidden.as());
-      pointwise_band(s, bands[i], hidden.as(), y);
+      const Band band = bands[i];
+      depthwise_band(s, band, depthwise, s.inner, hidden.as());
+      void* out = at(y, band.first_pixel * s.c_out, s.dtype);
+      k.pointwise_rows({hidden.as(), out, band.pixels, c, s.c_out, s.outer}, 0,
+                       ceil_div(s.c_out, PointwiseFilter::kOutputs), pointwise.as<float>(), s.dtype);
     }
   });
 }

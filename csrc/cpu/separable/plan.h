@@ -27,7 +27,8 @@ class Bands {
     const int64_t plane = g.out_h * g.out_w;
     images_ = std::clamp<int64_t>(pixels / plane, 1, g.batch);
     const int64_t pieces = std::min(g.out_h, std::max<int64_t>(1, (plane + pixels / 2) / pixels));
-    rows_ = images_ > 1 ? g.out_h : ceil_div(g.out_h, pieces);
+    // Four at a time: what a window makes at once.
+    rows_ = images_ > 1 ? g.out_h : std::min(g.out_h, ceil_div(ceil_div(g.out_h, pieces), 4) * 4);
     per_image_ = ceil_div(g.out_h, rows_);
   }
 
@@ -58,13 +59,13 @@ class Bands {
 // us at 500 GFLOP/s in bf16 (measured on a Zen 5 core).
 inline int64_t call_operations(Dtype dtype) { return dtype == Dtype::bf16 ? 6000000 : 2000000; }
 
-// Of depthwise output. Larger bands than a core's own cache holds cost less than more calls: the product reads a band
-// at the rate of the shared cache while it multiplies (128 channels, 16 px, a core's cache of 1 MiB: 1.39 ms in bands
-// of 512 KiB, 1.33 of 2 MiB).
-inline int64_t band_bytes() { return 2 * machine().l2_bytes; }
+// Rows of channels that a core's own cache holds beside their outputs and a block of weights.
+inline int64_t rows_in_cache(int64_t channels, Dtype dtype) {
+  return std::max<int64_t>(1, machine().l2_bytes / 8 * 3 / (channels * size_of(dtype)));
+}
 
-// The library packs the whole filter anew for each band, which takes as long as some 25 pixels do.
-constexpr int64_t kLeastPixels = 128, kFairPixels = 512, kGoodPixels = 1024;
+// A part's rows: the weights are read once for each part, the rows once for each block of weights.
+constexpr int64_t kLeastRows = 64, kMostRows = 2048;
 constexpr int64_t kTasks = 8;  // where there is enough work
 
 // A power of 2, so that as many threads, or half as many, have equal shares.
@@ -74,24 +75,22 @@ inline int64_t tasks_for(int64_t operations, Dtype factor) {
   return tasks;
 }
 
-// Pixels a band when `all` are cut into bands of at most so many: a multiple of `tasks` bands, if they do not get
+// Rows a part when `all` are cut into parts that stay in a core's cache: a multiple of kTasks parts, if they do not get
 // smaller than `least`.
-inline int64_t even_pixels(int64_t all, int64_t most, int64_t tasks, int64_t least) {
-  const int64_t bands = ceil_div(ceil_div(all, most), tasks) * tasks;
-  return std::min(most, std::max(ceil_div(all, bands), least));
+inline int64_t rows_a_part(int64_t all, int64_t channels, Dtype dtype, int64_t least) {
+  const int64_t most = std::clamp(rows_in_cache(channels, dtype), kLeastRows, kMostRows);
+  const int64_t parts = ceil_div(ceil_div(std::max<int64_t>(1, all), most), kTasks) * kTasks;
+  return std::max(ceil_div(all, parts), least);
 }
 
 // Pixels a band.
-inline int64_t band_pixels(const Separable& s) {
-  const int64_t all = s.g.batch * s.g.out_h * s.g.out_w, per_pixel = 2 * s.g.channels * s.c_out;
-  const int64_t good = std::max(40 * call_operations(s.dtype) / per_pixel, kGoodPixels);
-  const int64_t most = std::clamp<int64_t>(band_bytes() / (s.g.channels * size_of(s.dtype)), kLeastPixels, good);
-  return even_pixels(all, most, tasks_for(all * per_pixel, s.dtype), std::min(kFairPixels, most));
+inline int64_t band_pixels(const Conv2d& g, Dtype dtype) {
+  return rows_a_part(g.batch * g.out_h * g.out_w, g.channels, dtype, kLeastRows);
 }
 
 // What is done at once, so that the depthwise output stays in cache.
 enum class Fusion : int {
-  none,    // the depthwise step over all images, then the library's convolution or product over them
+  none,    // the depthwise step over all images, then the pointwise step over them
   bands,   // some rows, or some small images, of NHWC
   images,  // one NCHW image
 };
@@ -123,19 +122,31 @@ inline FilterGradient plan_filter_gradient(Dtype dtype, bool nhwc, int64_t pixel
   return 4 * pixels <= c_out && c_out >= 256 ? FilterGradient::channels : FilterGradient::pixels;
 }
 
-// Forward, reading the depthwise output again costs less than a product for each band does but where the products are
-// small: 24 outputs of 144 channels, 56 px: 3.0 ms in bands, 3.6 unfused; 80 of 240 channels, 14 px: 1.0 and 0.94.
-// Elsewhere the library writes a whole image's product where it stays, but a band's to memory of its own.
+// Whether rows of channels are multiplied here, by pointwise_rows, and not by the library: it has the matrix
+// instructions of AMX for bf16, and some machines have instructions for fp16. (Not measured on those. A Zen 4 core,
+// which has neither: 113 to 117 GFLOP/s in fp32 and 230 to 235 in bf16, by the library 92 to 111 and 210 to 220.) Pairs
+// of bf16 want an even number.
+inline bool multiplies_rows(int64_t channels, Dtype dtype) {
+  if (dtype == Dtype::f16) return channels > 0 && factor_type(dtype) != dtype;
+  return channels > 0 && (dtype == Dtype::f32 || (channels % 2 == 0 && !machine().amx));
+}
+
+// Whether bands are worth their making: enough of them, and not so thin that most rows of the image that a band's
+// window spans are read for its neighbours too (dilations of 6, 33 px, 2048 channels: 47 ms unfused, 51 in bands).
+inline bool bands_serve(const Conv2d& g, Dtype dtype) {
+  const int64_t pixels = band_pixels(g, dtype), rows = std::min(ceil_div(pixels, g.out_w), g.out_h);
+  const int64_t beyond = int64_t(g.kernel_h - 1) * g.dilation_h;
+  return g.batch * g.out_h * g.out_w >= kTasks * kLeastRows && (rows == g.out_h || beyond <= 2 * rows * g.stride_h);
+}
+
 inline SeparablePlan plan_separable(const Conv2d& g, int64_t c_out, Activation inner, Dtype dtype) {
-  constexpr int64_t kFewOutputs = 32;
   const int64_t pixels = g.batch * g.out_h * g.out_w;
-  const bool multiplies = factor_type(dtype) == dtype;
   SeparablePlan plan{Fusion::none, Fusion::none,
                      plan_filter_gradient(factor_type(dtype), g.nhwc, pixels, g.channels, c_out)};
   if (images_serve(g, dtype)) plan.forward = plan.backward = Fusion::images;
-  if (!g.nhwc || !multiplies) return plan;
-  if (c_out <= kFewOutputs && pixels * g.channels * size_of(dtype) >= band_bytes()) plan.forward = Fusion::bands;
-  if (inner == Activation::none && plan.filter_gradient == FilterGradient::pixels)
+  if (!g.nhwc) return plan;
+  if (multiplies_rows(g.channels, dtype) && bands_serve(g, dtype)) plan.forward = Fusion::bands;
+  if (inner == Activation::none && factor_type(dtype) == dtype && plan.filter_gradient == FilterGradient::pixels)
     plan.filter_gradient = FilterGradient::bands;
   return plan;
 }

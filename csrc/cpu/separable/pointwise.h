@@ -13,9 +13,13 @@ namespace rkl::cpu {
 // are to serve.
 bool convolves_images(int64_t channels);
 
-// filter (C', C) times image (N, C, H, W), plus the bias: an image in the same format. Either of the filter's strides
-// may be 1.
-Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, bool nhwc);
+// Whether `pointwise` serves images in that format; where it does not, matrix products over NHWC images are to.
+bool makes_pointwise(int64_t channels, bool nhwc, Dtype dtype);
+
+// act(filter (C', C) times image (N, C, H, W) + bias): an image in the same format. Either of the filter's strides may
+// be 1.
+Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, Activation act,
+                 bool nhwc);
 
 // The filter's gradient (C', C): dz (N, C', H, W) times hidden (N, C, H, W), summed over all pixels.
 void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out);

@@ -1,0 +1,175 @@
+// The pointwise step over rows of channels: tiles of some rows by some vectors of outputs, whose sums stay in registers
+// while the channels go by. Each weight is loaded once a tile, each channel of a row fills all lanes of a factor, and
+// bias and activation are done before the tile leaves the nearest cache.
+#pragma once
+#include "cpu/depthwise/pixels.h"
+#include "cpu/separable/band_kernels.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// A factor is a word of memory: a number of fp32, or two neighbouring channels of bf16 where those are multiplied at
+// once, as two pixels are, for which Pixels stands.
+template <class T>
+constexpr int kChannelsOfFactor = Pixels<T>::kRows;
+
+// Whether rows of this type are factors as they lie in memory; else they are widened first.
+template <class T>
+constexpr bool kRowsAreFactors = kChannelsOfFactor<T> == 2 || sizeof(T) == 4;
+
+template <class T>
+int64_t factors_of(int64_t channels) {
+  return ceil_div(channels, kChannelsOfFactor<T>);
+}
+
+// Vectors of outputs at once, and rows: as many sums as leave room for the weights and a factor.
+constexpr int kStrip = kRegisters / 8;
+template <int V>
+constexpr int kTileRows = std::min((kRegisters - 2 - V) / V, 12);
+
+// The weights of vector v of a filter, as many factors as there are lanes from the first-th on: (factor, lane).
+template <class T>
+void load_weights(const PointwiseFilter& filter, int64_t v, int64_t first, Vec (&to)[kLanes]) {
+  const T* weight = static_cast<const T*>(filter.weight);
+  constexpr int kChannels = kChannelsOfFactor<T>;
+  const int64_t outputs = std::min<int64_t>(kLanes, filter.outputs - v * kLanes);
+  const int64_t factors = std::min<int64_t>(kLanes, factors_of<T>(filter.channels) - first);
+  for (int64_t i = 0; i < kLanes; ++i) to[i] = Vec{};
+  if (!filter.by_channel) {
+    for (int64_t i = 0; i < outputs; ++i) {
+      const T* from = weight + (v * kLanes + i) * filter.channels + first * kChannels;
+      if constexpr (kChannels == 2)
+        to[i] = load_some(reinterpret_cast<const float*>(from), factors);
+      else
+        to[i] = load_some(from, factors);
+    }
+    return transpose(to);
+  }
+  for (int64_t f = 0; f < factors; ++f) {
+    T some[kChannels][kLanes] = {};
+    const T* rows[kChannels];
+    for (int i = 0; i < kChannels; ++i) {
+      rows[i] = some[i];
+      const T* from = weight + ((first + f) * kChannels + i) * filter.outputs + v * kLanes;
+      std::copy(from, from + outputs, some[i]);
+    }
+    Vec here[1];
+    Pixels<T>::load(rows, 0, here);
+    to[f] = here[0];
+  }
+}
+
+// (strip, bias and factors, vector, lane), a strip being the vectors that are made at once. The bias: zeros without
+// one.
+inline void pack_pointwise(const PointwiseFilter& filter, int64_t first, int64_t last, float* packed, Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t factors = factors_of<T>(filter.channels), vectors = ceil_div(filter.outputs, kLanes);
+    const int64_t end = std::min(vectors, last * PointwiseFilter::kOutputs / kLanes);
+    for (int64_t v = first * PointwiseFilter::kOutputs / kLanes; v < end; ++v) {
+      const int64_t strip = v / kStrip * kStrip, width = std::min<int64_t>(kStrip, vectors - strip) * kLanes;
+      float* to = packed + (strip * (factors + 1) + v - strip) * kLanes;
+      const T* bias = static_cast<const T*>(filter.bias);
+      const int64_t outputs = std::min<int64_t>(kLanes, filter.outputs - v * kLanes);
+      store(to, bias ? load_some(bias + v * kLanes, outputs) : Vec{});
+      for (int64_t f = 0; f < factors; f += kLanes) {
+        Vec weights[kLanes];
+        load_weights<T>(filter, v, f, weights);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, factors - f); ++i)
+          store(to + (f + i + 1) * width, weights[i]);
+      }
+    }
+  });
+}
+
+// What sums of a strip begin with: the bias, or the sums of other factors. row: floats from one row's to the next's.
+struct Start {
+  const float* first;
+  int64_t row;
+};
+
+// R rows of a strip of V vectors, `last` outputs of the last vector.
+template <int R, int V, class T, class Out>
+__attribute__((noinline)) void make_tile(const float* in, int64_t in_row, int64_t factors, const float* weights,
+                                         const Start& start, Out* out, int64_t out_row, int64_t last, T) {
+  Vec sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = read<Vec>(start.first + r * start.row + v * kLanes);
+  for (int64_t f = 0; f < factors; ++f, weights += V * kLanes) {
+    Vec weight[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) weight[v] = in_register(read<Vec>(weights + v * kLanes));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec x = (Vec)(read<uint32_t>(in + r * in_row + f) - VecBits{});
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] = Pixels<T>::add(sum[r][v], x, weight[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < V; ++v) store(out + r * out_row + v * kLanes, sum[r][v]);
+    store_up_to(out + r * out_row + (V - 1) * kLanes, sum[r][V - 1], last);
+  }
+}
+
+// One strip of the outputs, from its first vector on. So many factors at a time that their weights stay in a core's
+// cache, the sums of all but the last ones kept in `sums`. The last tile overlaps the one before it, unless the rows
+// fill none.
+template <int V, class T>
+void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_t first, const float* packed,
+                float* sums, T zero) {
+  constexpr int64_t kMostFactors = 1024, kWidth = V * kLanes;
+  constexpr int kRows = kTileRows<V>;
+  const float* weights = packed + first * (factors + 1) * kLanes;
+  const int64_t columns = std::min<int64_t>(kWidth, p.outputs - first * kLanes), last = columns - kWidth + kLanes;
+  const int64_t height = p.rows < kRows ? 1 : kRows, pieces = ceil_div(factors, kMostFactors);
+  Start start{weights, 0};
+  weights += kWidth;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t from = factors * piece / pieces, count = factors * (piece + 1) / pieces - from;
+    const bool complete = piece + 1 == pieces;
+    for (int64_t next = 0; next < p.rows; next += height) {
+      const int64_t row = std::min(next, p.rows - height);
+      const Start here{start.first + row * start.row, start.row};
+      const auto tile = [&](auto* out, int64_t out_row, int64_t last) {
+        const float *x = in + row * factors + from, *w = weights + from * kWidth;
+        height == 1 ? make_tile<1, V>(x, factors, count, w, here, out, out_row, last, zero)
+                    : make_tile<kRows, V>(x, factors, count, w, here, out, out_row, last, zero);
+      };
+      if (!complete) {
+        tile(sums + row * kWidth, kWidth, kLanes);
+        continue;
+      }
+      T* out = static_cast<T*>(p.out) + row * p.outputs + first * kLanes;
+      tile(out, p.outputs, last);
+      if (p.act != Activation::none)
+        finish_rows<T, T>({out, nullptr, out, height, columns, p.outputs, p.outputs}, p.act);
+    }
+    start = {sums, kWidth};
+  }
+}
+
+inline void pointwise_rows(const PointwiseRows& p, int64_t first, int64_t last, const float* packed, Dtype dtype) {
+  by_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t factors = factors_of<T>(p.channels), vectors = ceil_div(p.outputs, kLanes);
+    const int64_t size = sizeof(float), end = std::min(vectors, last * PointwiseFilter::kOutputs / kLanes);
+    const Scratch wide(kRowsAreFactors<T> ? 0 : p.rows * factors * size), sums(p.rows * kStrip * kLanes * size);
+    const float* in = kRowsAreFactors<T> ? static_cast<const float*>(p.in) : wide.as<float>();
+    if (!kRowsAreFactors<T>) widen(p.in, wide.as<float>(), p.rows * factors, dtype);
+    for (int64_t v = first * PointwiseFilter::kOutputs / kLanes; v < end; v += kStrip) {
+      const int64_t here = std::min<int64_t>(kStrip, end - v);
+      if (here == 1) make_strip<1>(p, in, factors, v, packed, sums.as<float>(), zero);
+      if (here == 2) make_strip<2>(p, in, factors, v, packed, sums.as<float>(), zero);
+      if constexpr (kStrip == 4) {
+        if (here == 3) make_strip<3>(p, in, factors, v, packed, sums.as<float>(), zero);
+        if (here == 4) make_strip<4>(p, in, factors, v, packed, sums.as<float>(), zero);
+      }
+    }
+  });
+}
+
+}  // namespace rkl::cpu::RKL_ISA
