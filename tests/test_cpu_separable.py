@@ -17,6 +17,8 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (1, 1, 8, 9, 9, 3, 1, 2, 2),
     (3, 8, 8, 1, 1, 3, 1, 1, 1),
     (2, 32, 24, 9, 8, 3, 1, 1, 1),  # pixels of whole lines
+    (3, 32, 64, 16, 15, 3, 1, 1, 1),  # in bands, outputs of whole lines
+    (2, 32, 96, 9, 8, 3, 1, 1, 1),
 ]
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # shares of the largest magnitude
 

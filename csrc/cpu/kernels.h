@@ -39,6 +39,7 @@ struct PointwiseRows {
   void* out;
   int64_t rows, channels, outputs;
   Activation act;
+  bool streams;  // outputs go past the caches; their rows are whole lines then
 };
 
 // The kernels as compiled for one instruction set.

@@ -31,49 +31,69 @@ bool has_convolution() {
   return has;
 }
 
-// Operations that a thread takes at least: some 20 us, what waking it costs.
-constexpr int64_t kThreadOperations = int64_t(1) << 21;
+// Operations, and elements to pack, that a thread takes at least: some 20 us, what waking it costs.
+constexpr int64_t kThreadOperations = int64_t(1) << 21, kThreadElements = int64_t(1) << 15;
 
-// By the kernels here: rows of channels in parts. Of few rows by blocks of outputs, each packed by the task that makes
-// it: to pack all of a filter first takes as long as some 30 rows do.
-Tensor product(const Tensor& image, const Tensor& weight, const std::optional<Tensor>& bias, Activation act) {
-  constexpr int64_t kFewRows = 512;
-  const Dtype dtype = dtype_of(image, "image");
-  const Kernels& k = kernels(dtype);
-  const int64_t n = image.size(0), h = image.size(2), w = image.size(3), c = image.size(1), c_out = weight.size(0);
-  const Tensor out = empty_image(image, n, c_out, h, w, true);
-  const bool by_channel = weight.stride(0) == 1 && weight.stride(1) == c_out;
-  const Tensor values = by_channel ? weight : as_contiguous(weight);
-  const PointwiseFilter filter{values.const_data_ptr(), data_or_null(bias), c_out, c, by_channel};
-  const int64_t all = n * h * w, blocks = filter.blocks();
-  if (all <= kFewRows && blocks >= kTasks / 2) {
-    const Scratch packed(blocks * filter.block_size() * sizeof(float));
-    const int64_t grain = kThreadOperations / (2 * all * c * PointwiseFilter::kOutputs + 1) + 1;
-    torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        k.pack_pointwise(filter, i, i + 1, packed.as<float>(), dtype);
-        k.pointwise_rows({image.const_data_ptr(), out.mutable_data_ptr(), all, c, c_out, act}, i, i + 1,
-                         packed.as<float>(), dtype);
-      }
-    });
-    return out;
+// A pointwise step by the kernels here.
+struct Step {
+  PointwiseFilter filter;
+  const void* in;
+  void* out;
+  int64_t rows;
+  Activation act;
+  Dtype dtype;
+
+  int64_t grain(int64_t task_rows, int64_t task_outputs) const {
+    return kThreadOperations / (2 * task_rows * filter.channels * task_outputs + 1) + 1;
   }
-  const Scratch packed = rkl::cpu::packed(filter, dtype);
-  const int64_t rows = rows_a_part(all, c, dtype, kLeastRows / 2), parts = ceil_div(all, rows);
-  const int64_t across = std::min(ceil_div(kTasks, std::max<int64_t>(1, parts)), blocks);
-  const int64_t grain = kThreadOperations / (2 * rows * c * ceil_div(c_out, across)) + 1;
+  void make(int64_t first, int64_t count, int64_t block, int64_t end_block, const float* packed, bool streams) const {
+    const int64_t c = filter.channels, c_out = filter.outputs;
+    kernels(dtype).pointwise_rows(
+        {at(in, first * c, dtype), at(out, first * c_out, dtype), count, c, c_out, act, streams}, block, end_block,
+        packed, dtype);
+  }
+};
+
+// Few rows: each block of outputs by one task, which packs its filter first. To pack all of a filter takes as long as
+// some 30 rows do.
+void by_blocks(const Step& s) {
+  const int64_t blocks = s.filter.blocks();
+  const Scratch packed(blocks * s.filter.block_size() * sizeof(float));
+  torch::stable::parallel_for(0, blocks, s.grain(s.rows, PointwiseFilter::kOutputs), [&](int64_t begin, int64_t end) {
+    kernels(s.dtype).pack_pointwise(s.filter, begin, end, packed.as<float>(), s.dtype);
+    s.make(0, s.rows, begin, end, packed.as<float>(), false);
+  });
+}
+
+// Rows in parts, and outputs too where the parts are few.
+void by_rows(const Step& s) {
+  const int64_t blocks = s.filter.blocks(), rows = rows_a_part(s.rows, s.filter.channels, s.dtype, kLeastRows / 2);
+  const int64_t parts = ceil_div(s.rows, rows), across = std::clamp<int64_t>(kTasks / std::max(parts, 1l), 1, blocks);
+  const Scratch filter = packed(s.filter, s.dtype);
+  const bool streams = streams_rows(s.out, s.rows, s.filter.outputs, s.act, s.dtype);
+  const int64_t grain = s.grain(rows, ceil_div(s.filter.outputs, across));
   torch::stable::parallel_for(0, parts * across, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / across * rows, column = i % across;
-      const PointwiseRows part{at(image.const_data_ptr(), first * c, dtype),
-                               at(out.mutable_data_ptr(), first * c_out, dtype),
-                               std::min(rows, all - first),
-                               c,
-                               c_out,
-                               act};
-      k.pointwise_rows(part, blocks * column / across, blocks * (column + 1) / across, packed.as<float>(), dtype);
+      s.make(first, std::min(rows, s.rows - first), blocks * column / across, blocks * (column + 1) / across,
+             filter.as<float>(), streams);
     }
   });
+}
+
+Tensor multiplied(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, Activation act) {
+  constexpr int64_t kFewRows = 512;
+  const int64_t n = image.size(0), h = image.size(2), w = image.size(3), c = image.size(1), c_out = filter.size(0);
+  const Tensor out = empty_image(image, n, c_out, h, w, true);
+  const bool by_channel = filter.stride(0) == 1 && filter.stride(1) == c_out;
+  const Tensor weight = by_channel ? filter : as_contiguous(filter);
+  const Step step{{weight.const_data_ptr(), data_or_null(bias), c_out, c, by_channel},
+                  image.const_data_ptr(),
+                  out.mutable_data_ptr(),
+                  n * h * w,
+                  act,
+                  dtype_of(image, "image")};
+  step.rows <= kFewRows&& step.filter.blocks() >= kTasks / 2 ? by_blocks(step) : by_rows(step);
   return out;
 }
 
@@ -92,7 +112,7 @@ bool convolves_images(int64_t channels) { return channels && OneThread::holds() 
 Scratch packed(const PointwiseFilter& filter, Dtype dtype) {
   Scratch out(filter.blocks() * filter.block_size() * sizeof(float));
   torch::stable::parallel_for(
-      0, filter.blocks(), (int64_t(1) << 15) / filter.block_size() + 1,
+      0, filter.blocks(), kThreadElements / filter.block_size() + 1,
       [&](int64_t begin, int64_t end) { kernels(dtype).pack_pointwise(filter, begin, end, out.as<float>(), dtype); });
   return out;
 }
@@ -104,7 +124,7 @@ bool makes_pointwise(int64_t channels, bool nhwc, Dtype dtype) {
 Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, Activation act,
                  bool nhwc) {
   const Dtype dtype = dtype_of(image, "image");
-  if (nhwc && multiplies_rows(image.size(1), dtype)) return product(image, filter, bias, act);
+  if (nhwc && multiplies_rows(image.size(1), dtype)) return multiplied(image, filter, bias, act);
   const Tensor out = convolved(image, filter, bias, nhwc);
   void* const memory = out.mutable_data_ptr();
   if (act != Activation::none) kernels(dtype).epilogue(memory, nullptr, act, memory, out.numel(), 1, dtype);

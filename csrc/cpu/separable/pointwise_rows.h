@@ -90,65 +90,94 @@ struct Start {
 // R rows of a strip of V vectors, `last` outputs of the last vector.
 template <int R, int V, class T, class Out>
 __attribute__((noinline)) void make_tile(const float* in, int64_t in_row, int64_t factors, const float* weights,
-                                         const Start& start, Out* out, int64_t out_row, int64_t last, T) {
+                                         const Start& start, Out* out, int64_t out_row, int64_t last, bool streams, T) {
   Vec sum[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = read<Vec>(start.first + r * start.row + v * kLanes);
-  for (int64_t f = 0; f < factors; ++f, weights += V * kLanes) {
+  const float* const end = in + factors;
+  do {  // at least once: else the compiler keeps the sums in memory for the case that it is not
     Vec weight[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) weight[v] = in_register(read<Vec>(weights + v * kLanes));
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec x = (Vec)(read<uint32_t>(in + r * in_row + f) - VecBits{});
+      const Vec x = (Vec)(read<uint32_t>(in + r * in_row) - VecBits{});
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = Pixels<T>::add(sum[r][v], x, weight[v]);
     }
-  }
+    weights += V * kLanes;
+  } while (++in < end);
+  const auto put = [&](auto&& put_last) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r, out += out_row) {
 #pragma GCC unroll 4
-    for (int v = 0; v + 1 < V; ++v) store(out + r * out_row + v * kLanes, sum[r][v]);
-    store_up_to(out + r * out_row + (V - 1) * kLanes, sum[r][V - 1], last);
+      for (int v = 0; v + 1 < V; ++v) store(out + v * kLanes, sum[r][v]);
+      put_last(out + (V - 1) * kLanes, sum[r][V - 1]);
+    }
+  };
+  if constexpr (V % kLineVectors<Out> == 0)
+    if (streams) {
+      constexpr int kVectors = kLineVectors<Out>;
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r, out += out_row)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v += kVectors) {
+          Vec line[kVectors];
+          for (int i = 0; i < kVectors; ++i) line[i] = sum[r][v + i];
+          stream(out + v * kLanes, line);
+        }
+      return;
+    }
+  if (last == kLanes)
+    put([](Out* p, Vec v) { store(p, v); });
+  else
+    put([&](Out* p, Vec v) { store_some(p, v, last); });
+}
+
+// All rows of a strip, tile by tile, and done(tile, its rows) behind each. The last tile overlaps the one before it,
+// unless the rows fill none.
+template <int V, class T, class Out, class Done>
+void make_tiles(int64_t rows, const float* in, int64_t in_row, int64_t factors, const float* weights,
+                const Start& start, Out* out, int64_t out_row, int64_t last, bool streams, T zero, Done&& done) {
+  constexpr int kRows = kTileRows<V>;
+  const int64_t height = rows < kRows ? 1 : kRows;
+  for (int64_t next = 0; next < rows; next += height) {
+    const int64_t row = std::min(next, rows - height);
+    const float* x = in + row * in_row;
+    const Start here{start.first + row * start.row, start.row};
+    Out* to = out + row * out_row;
+    height == 1 ? make_tile<1, V>(x, in_row, factors, weights, here, to, out_row, last, streams, zero)
+                : make_tile<kRows, V>(x, in_row, factors, weights, here, to, out_row, last, streams, zero);
+    done(to, height);
   }
 }
 
-// One strip of the outputs, from its first vector on. So many factors at a time that their weights stay in a core's
-// cache, the sums of all but the last ones kept in `sums`. The last tile overlaps the one before it, unless the rows
-// fill none.
+// One strip of the outputs, from its first vector on: so many factors at a time that their weights stay in a core's
+// cache. The sums of all but the last ones lie in turn in two parts of `sums`, since a tile that overlaps another one
+// begins with what that one began with.
 template <int V, class T>
 void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_t first, const float* packed,
                 float* sums, T zero) {
   constexpr int64_t kMostFactors = 1024, kWidth = V * kLanes;
-  constexpr int kRows = kTileRows<V>;
   const float* weights = packed + first * (factors + 1) * kLanes;
   const int64_t columns = std::min<int64_t>(kWidth, p.outputs - first * kLanes), last = columns - kWidth + kLanes;
-  const int64_t height = p.rows < kRows ? 1 : kRows, pieces = ceil_div(factors, kMostFactors);
+  const int64_t pieces = ceil_div(factors, kMostFactors);
   Start start{weights, 0};
-  weights += kWidth;
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t from = factors * piece / pieces, count = factors * (piece + 1) / pieces - from;
-    const bool complete = piece + 1 == pieces;
-    for (int64_t next = 0; next < p.rows; next += height) {
-      const int64_t row = std::min(next, p.rows - height);
-      const Start here{start.first + row * start.row, start.row};
-      const auto tile = [&](auto* out, int64_t out_row, int64_t last) {
-        const float *x = in + row * factors + from, *w = weights + from * kWidth;
-        height == 1 ? make_tile<1, V>(x, factors, count, w, here, out, out_row, last, zero)
-                    : make_tile<kRows, V>(x, factors, count, w, here, out, out_row, last, zero);
-      };
-      if (!complete) {
-        tile(sums + row * kWidth, kWidth, kLanes);
-        continue;
-      }
-      T* out = static_cast<T*>(p.out) + row * p.outputs + first * kLanes;
-      tile(out, p.outputs, last);
-      if (p.act != Activation::none)
-        finish_rows<T, T>({out, nullptr, out, height, columns, p.outputs, p.outputs}, p.act);
+    const float *x = in + from, *w = weights + (from + 1) * kWidth;
+    if (piece + 1 < pieces) {
+      float* to = sums + piece % 2 * p.rows * kWidth;
+      make_tiles<V>(p.rows, x, factors, count, w, start, to, kWidth, kLanes, false, zero, [](float*, int64_t) {});
+      start = {to, kWidth};
+      continue;
     }
-    start = {sums, kWidth};
+    T* out = static_cast<T*>(p.out) + first * kLanes;
+    make_tiles<V>(p.rows, x, factors, count, w, start, out, p.outputs, last, p.streams, zero, [&](T* to, int64_t rows) {
+      if (p.act != Activation::none) finish_rows<T, T>({to, nullptr, to, rows, columns, p.outputs, p.outputs}, p.act);
+    });
   }
 }
 
@@ -157,7 +186,7 @@ inline void pointwise_rows(const PointwiseRows& p, int64_t first, int64_t last, 
     using T = decltype(zero);
     const int64_t factors = factors_of<T>(p.channels), vectors = ceil_div(p.outputs, kLanes);
     const int64_t size = sizeof(float), end = std::min(vectors, last * PointwiseFilter::kOutputs / kLanes);
-    const Scratch wide(kRowsAreFactors<T> ? 0 : p.rows * factors * size), sums(p.rows * kStrip * kLanes * size);
+    const Scratch wide(kRowsAreFactors<T> ? 0 : p.rows * factors * size), sums(2 * p.rows * kStrip * kLanes * size);
     const float* in = kRowsAreFactors<T> ? static_cast<const float*>(p.in) : wide.as<float>();
     if (!kRowsAreFactors<T>) widen(p.in, wide.as<float>(), p.rows * factors, dtype);
     for (int64_t v = first * PointwiseFilter::kOutputs / kLanes; v < end; v += kStrip) {
@@ -169,6 +198,7 @@ inline void pointwise_rows(const PointwiseRows& p, int64_t first, int64_t last, 
         if (here == 4) make_strip<4>(p, in, factors, v, packed, sums.as<float>(), zero);
       }
     }
+    if (p.streams) end_stream();
   });
 }
 
