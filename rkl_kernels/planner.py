@@ -166,8 +166,8 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool, str]:
 
 # By Fusion and FilterGradient in csrc/cpu/separable/plan.h.
 _CPU_FUSIONS = (
-    "a product over whole images, which costs less than one a band",
-    "a product takes each band of depthwise rows while it is in the cache",
+    "the pointwise step over whole images",
+    "the pointwise step takes each band of depthwise rows while it is in the cache",
     "a product takes each image's depthwise output while it is in the cache",
 )
 _CPU_FILTER_GRADIENTS = (

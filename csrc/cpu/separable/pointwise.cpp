@@ -68,7 +68,8 @@ void by_blocks(const Step& s) {
 // Rows in parts, and outputs too where the parts are few.
 void by_rows(const Step& s) {
   const int64_t blocks = s.filter.blocks(), rows = rows_a_part(s.rows, s.filter.channels, s.dtype, kLeastRows / 2);
-  const int64_t parts = ceil_div(s.rows, rows), across = std::clamp<int64_t>(kTasks / std::max(parts, 1l), 1, blocks);
+  const int64_t parts = ceil_div(s.rows, rows),
+                across = std::clamp<int64_t>(kTasks / std::max<int64_t>(parts, 1), 1, blocks);
   const Scratch filter = packed(s.filter, s.dtype);
   const bool streams = streams_rows(s.out, s.rows, s.filter.outputs, s.act, s.dtype);
   const int64_t grain = s.grain(rows, ceil_div(s.filter.outputs, across));
