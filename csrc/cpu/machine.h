@@ -21,6 +21,12 @@ const Machine& machine();
 // Not where its pages are new, which is_resident tells: the system has just written those, so that they are in a cache.
 inline bool exceeds_caches(int64_t output) { return machine().l3_bytes && output >= machine().l3_bytes / 2; }
 
+// Whether rows of so many bytes from p on are whole lines of memory, as what is written past the caches must be.
+inline bool in_whole_lines(const void* p, int64_t row_bytes) {
+  constexpr int64_t kLine = 64;
+  return row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(p) % kLine == 0;
+}
+
 // Whether the page at p has memory behind it yet.
 bool is_resident(const void* p);
 

@@ -10,12 +10,6 @@ Image<T> nhwc_image(T* images, int64_t image, int64_t height, int64_t width, int
   return {images + image * height * width * channels, width * channels, channels};
 }
 
-// Whether the vectors of images in this memory are whole lines.
-template <class T>
-bool in_lines(const T* images, int64_t channels) {
-  return Pixels<T>::kStreams && reinterpret_cast<uintptr_t>(images) % kLine == 0 && channels * sizeof(T) % kLine == 0;
-}
-
 // The images as the kernels take them: where pixels of a row can be channels, as many as fill whole vectors (3 x 1 of 8
 // channels had half of each).
 template <class T>
@@ -105,7 +99,9 @@ class NhwcRows {
     const auto from = nhwc_image(in, tile.image, gather_.in_h, gather_.in_w, channels_);
     auto to = nhwc_image(out, tile.image, gather_.out_h, gather_.out_w, channels_);
     // Asked once a thread, of the middle of its first image: the memory's first page holds the allocator's own numbers.
-    if (!asked_) streams_ = streams_ && in_lines(out, channels_) && is_resident(to.first + to.row * gather_.out_h / 2);
+    if (!asked_)
+      streams_ = streams_ && Pixels<T>::kStreams && in_whole_lines(out, channels_ * int64_t(sizeof(T))) &&
+                 is_resident(to.first + to.row * gather_.out_h / 2);
     asked_ = true;
     to.streams = streams_;
     for (int64_t row = tile.first_row; row < tile.last_row; ++row)

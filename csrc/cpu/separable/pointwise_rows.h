@@ -136,6 +136,9 @@ __attribute__((noinline)) void make_tile(const float* in, int64_t in_row, int64_
     put([&](Out* p, Vec v) { store_some(p, v, last); });
 }
 
+// Factors whose weights for a strip stay in a core's cache.
+constexpr int64_t kMostFactors = 1024;
+
 // All rows of a strip, tile by tile, and done(tile, its rows) behind each. The last tile overlaps the one before it,
 // unless the rows fill none.
 template <int V, class T, class Out, class Done>
@@ -154,13 +157,12 @@ void make_tiles(int64_t rows, const float* in, int64_t in_row, int64_t factors, 
   }
 }
 
-// One strip of the outputs, from its first vector on: so many factors at a time that their weights stay in a core's
-// cache. The sums of all but the last ones lie in turn in two parts of `sums`, since a tile that overlaps another one
-// begins with what that one began with.
+// One strip of the outputs, from its first vector on, at most kMostFactors at a time. The sums of all but the last ones
+// lie in turn in two parts of `sums`, since a tile that overlaps another one begins with what that one began with.
 template <int V, class T>
 void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_t first, const float* packed,
                 float* sums, T zero) {
-  constexpr int64_t kMostFactors = 1024, kWidth = V * kLanes;
+  constexpr int64_t kWidth = V * kLanes;
   const float* weights = packed + first * (factors + 1) * kLanes;
   const int64_t columns = std::min<int64_t>(kWidth, p.outputs - first * kLanes), last = columns - kWidth + kLanes;
   const int64_t pieces = ceil_div(factors, kMostFactors);
@@ -186,7 +188,8 @@ inline void pointwise_rows(const PointwiseRows& p, int64_t first, int64_t last, 
     using T = decltype(zero);
     const int64_t factors = factors_of<T>(p.channels), vectors = ceil_div(p.outputs, kLanes);
     const int64_t size = sizeof(float), end = std::min(vectors, last * PointwiseFilter::kOutputs / kLanes);
-    const Scratch wide(kRowsAreFactors<T> ? 0 : p.rows * factors * size), sums(2 * p.rows * kStrip * kLanes * size);
+    const Scratch wide(kRowsAreFactors<T> ? 0 : p.rows * factors * size);
+    const Scratch sums(factors > kMostFactors ? 2 * p.rows * kStrip * kLanes * size : 0);
     const float* in = kRowsAreFactors<T> ? static_cast<const float*>(p.in) : wide.as<float>();
     if (!kRowsAreFactors<T>) widen(p.in, wide.as<float>(), p.rows * factors, dtype);
     for (int64_t v = first * PointwiseFilter::kOutputs / kLanes; v < end; v += kStrip) {
