@@ -1,9 +1,7 @@
 // The operators on the CPU: guards, outputs and layouts here, arithmetic in cpu/. Schemas: rkl_kernels/ops.py.
 #include "conv2d_op.h"
 #include "cpu/kernels.h"
-#include "cpu/separable/plan.h"
 #include "cpu/separable/pointwise.h"
-#include "cpu/separable/separable.h"
 #include "depthwise_op.h"
 #include "module.h"
 #include "separable_op.h"
@@ -48,14 +46,10 @@ struct CpuConv : PyTorchFormats {
                : pointwise_by_matrix<CpuConv>(call, image, filter, bias, act);
   }
   static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& hidden, const Tensor& out) {
-    if (!cpu::convolves_images(call.g.channels)) return filter_gradient_by_matrix(dz, hidden, out);
-    cpu::filter_gradient(dz, hidden, call.g.nhwc, out.mutable_data_ptr());
-  }
-  static bool filter_gradient_from_image(const SeparableCall& call, const Tensor& dz, const Tensor& out) {
-    if (!cpu::convolves_images(call.g.channels) || plan(call).filter_gradient != cpu::FilterGradient::bands)
-      return false;
-    cpu::filter_gradient_by_bands(raw(call, nullptr), dz, out.mutable_data_ptr());
-    return true;
+    const cpu::FilterGradient how = plan(call).filter_gradient;
+    const bool here = how == cpu::FilterGradient::tasks || cpu::convolves_images(call.g.channels);
+    here ? cpu::filter_gradient(dz, hidden, call.g.nhwc, how, out.mutable_data_ptr())
+         : filter_gradient_by_matrix(dz, hidden, out);
   }
   static void channel_sums(const SeparableCall& call, const Tensor& image, const Tensor& out) {
     const Conv2d& g = call.g;
@@ -73,19 +67,21 @@ struct CpuConv : PyTorchFormats {
   }
   static bool fused_backward(const SeparableCall& call, const Tensor& grad, const std::optional<Tensor>& y,
                              const PointwiseGradients& wanted) {
-    if (plan(call).backward == cpu::Fusion::none) return false;
+    const cpu::Fusion fusion = plan(call).backward;
+    if (fusion == cpu::Fusion::none) return false;
     const Conv2d& g = call.g;
     if (wanted.depthwise_out)
       *wanted.depthwise_out = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
     const auto pointer = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
-    cpu::pointwise_backward_images(raw(call, nullptr), grad.const_data_ptr(), data_or_null(y),
-                                   {pointer(wanted.depthwise_out), pointer(wanted.pointwise), pointer(wanted.bias)});
+    const auto make = fusion == cpu::Fusion::bands ? cpu::pointwise_backward_bands : cpu::pointwise_backward_images;
+    make(raw(call, nullptr), grad.const_data_ptr(), data_or_null(y),
+         {pointer(wanted.depthwise_out), pointer(wanted.pointwise), pointer(wanted.bias)});
     return true;
   }
 
  private:
   static cpu::SeparablePlan plan(const SeparableCall& call) {
-    return cpu::plan_separable(call.g, call.c_out, call.inner_act, call.dtype);
+    return cpu::plan_separable(call.g, call.c_out, call.dtype);
   }
   static cpu::Separable raw(const SeparableCall& call, const void* pointwise_bias) {
     return {call.g,
@@ -117,11 +113,11 @@ struct CpuConv2d {
 // The plan of a separable call, for rk.explain: whether it is computed in NHWC, then SeparablePlan's numbers.
 std::vector<int64_t> separable_plan(const Tensor& x, const Tensor& depthwise, int64_t outputs,
                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                    const std::vector<int64_t>& dilation, int64_t inner_activation) {
+                                    const std::vector<int64_t>& dilation) {
   const Dtype dtype = dtype_of(x, "x");
   Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
   g.nhwc = SeparableOps<CpuConv>::computes_in_nhwc(g, x, dtype);
-  const cpu::SeparablePlan plan = cpu::plan_separable(g, outputs, activation_of(inner_activation), dtype);
+  const cpu::SeparablePlan plan = cpu::plan_separable(g, outputs, dtype);
   return {g.nhwc, int64_t(plan.forward), int64_t(plan.backward), int64_t(plan.filter_gradient)};
 }
 
@@ -138,7 +134,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) {
   m.def("cpu_depthwise_by_pytorch(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> bool");
   m.def(
       "cpu_separable_plan(Tensor x, Tensor depthwise_weight, int outputs, int[2] stride, int[2] padding, "
-      "int[2] dilation, int inner_activation) -> int[]");
+      "int[2] dilation) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CPU, m) {

@@ -61,8 +61,6 @@ inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& hidden, co
 // where out may be the first argument; over images in the format that is computed in,
 //   static pointwise(call, image, filter, bias or none, activation) -> image, as pointwise_by_matrix above
 //   static filter_gradient(call, dz, hidden, out), as filter_gradient_by_matrix above
-//   static filter_gradient_from_image(call, dz, out) -> bool: without the depthwise output, which is made again in
-//   parts; false, nothing done, where the whole of it is wanted
 //   static channel_sums(call, image, out): each channel's sum, the pointwise bias's gradient
 //   static takes_planes(Conv2d, dtype)
 // where the last says whether NCHW images are computed in NCHW, else they are transposed to NHWC; and, for devices with
@@ -141,10 +139,9 @@ struct SeparableOps {
     }
     if (wanted.bias) Kernels::channel_sums(call, dz, *wanted.bias);
     const bool activated = call.inner_act != Activation::none;
-    const bool made = wanted.pointwise && Kernels::filter_gradient_from_image(call, dz, as_matrix(*wanted.pointwise));
     Tensor depthwise_out;  // made again
-    if ((wanted.pointwise && !made) || activated) depthwise_out = depthwise(call, Activation::none);
-    if (wanted.pointwise && !made) {
+    if (wanted.pointwise || activated) depthwise_out = depthwise(call, Activation::none);
+    if (wanted.pointwise) {
       Tensor hidden = depthwise_out;
       if (activated) {
         hidden = new_like(depthwise_out);

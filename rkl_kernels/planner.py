@@ -153,9 +153,7 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool, str]:
     activations = [_checks.activation(n, getattr(call, n)) for n in ("inner_activation", "activation")]
     if backend == "cpu":
         window = geometry[8:10], geometry[10:12], geometry[12:14]
-        nhwc, forward, backward, filter_gradient = torch.ops.rkl.cpu_separable_plan(
-            x, weight, outputs, *window, activations[0]
-        )
+        nhwc, forward, backward, filter_gradient = torch.ops.rkl.cpu_separable_plan(x, weight, outputs, *window)
         gradients = _CPU_FUSIONS[backward] if backward else _CPU_FILTER_GRADIENTS[filter_gradient]
         return forward > 0, f"{'NHWC' if nhwc else 'NCHW'}, {_CPU_FUSIONS[forward]}; backward: {gradients}"
     with _device_of(x):
@@ -171,10 +169,9 @@ _CPU_FUSIONS = (
     "a product takes each image's depthwise output while it is in the cache",
 )
 _CPU_FILTER_GRADIENTS = (
-    "the pointwise filter's gradient by bands of depthwise rows made again in the cache",
-    "the depthwise output is made again, and the pointwise filter's gradient shared out by pixels",
-    "the depthwise output is made again, and the pointwise filter's gradient shared out by output channels",
-    "the depthwise output is made again, and the pointwise filter's gradient is one matrix product",
+    "the depthwise output is made again, and the pointwise filter's gradient shared out by pixels and channels",
+    "the depthwise output is made again, and the library makes the pointwise filter's gradient by parts of the pixels",
+    "the depthwise output is made again, and the library makes the pointwise filter's gradient by output channels",
 )
 
 # csrc/cuda/separable_plan.cpp has the rule.

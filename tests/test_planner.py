@@ -62,16 +62,18 @@ def test_explanation_is_what_the_profiler_sees_of_rows(one_thread, channels, out
 
 
 @pytest.mark.parametrize(
-    ("size", "inner", "remade"),
+    ("layout", "size", "inner", "remade"),
     [
-        (56, None, "by bands of depthwise rows made again"),
-        (56, "relu", "shared out by pixels"),
-        (2, None, "shared out by output channels"),
+        (torch.channels_last, 64, None, "the pointwise step takes each band of depthwise rows"),
+        (torch.channels_last, 64, "relu", "the pointwise step takes each band of depthwise rows"),
+        (torch.channels_last, 2, None, "shared out by pixels and channels"),
+        (torch.contiguous_format, 20, None, "the library makes the pointwise filter's gradient by parts of the pixels"),
+        (torch.contiguous_format, 2, None, "the library makes the pointwise filter's gradient by output channels"),
     ],
 )
-def test_explanation_says_how_the_filter_gradient_is_made(size, inner, remade):
-    """On a CPU, in NHWC: the plan that the launcher follows."""
-    x = torch.randn(1, 64, size, size).to(memory_format=torch.channels_last)
+def test_explanation_says_how_the_filter_gradient_is_made(layout, size, inner, remade):
+    """On a CPU: the plan that the launcher follows."""
+    x = torch.randn(1, 64, size, size).to(memory_format=layout)
     call = x, torch.randn(64, 1, 3, 3), torch.randn(256, 64, 1, 1)
     with rk.use_backend("cpu"):
         told = rk.explain("separable_conv2d", *call, padding=1, inner_activation=inner)

@@ -31,6 +31,7 @@ struct PointwiseFilter {
   static constexpr int64_t kOutputs = 64;
   int64_t blocks() const { return ceil_div(outputs, kOutputs); }
   int64_t block_size() const { return kOutputs * (channels + 1); }
+  int64_t packed_size() const { return blocks() * block_size(); }
 };
 
 // A pointwise step over rows of channels: out (rows, outputs) = act(in (rows, channels) times filter + bias).
@@ -40,6 +41,23 @@ struct PointwiseRows {
   int64_t rows, channels, outputs;
   Activation act;
   bool streams;  // outputs go past the caches; their rows are whole lines then
+};
+
+// Some pixels' share of a pointwise filter's gradient: sums (outputs, channels) += dz^T hidden, of dz (pixels, outputs)
+// and hidden (pixels, channels). Both may be some columns of a matrix.
+struct PointwiseShare {
+  const void *dz, *hidden;
+  int64_t dz_row, hidden_row;  // elements from one pixel's to the next's
+  int64_t pixels, outputs, channels;
+  float* sums;         // by blocks of channels, as a filter is packed: (block, output, channel of the block)
+  int64_t sums_block;  // floats from one block's to the next's
+  bool fresh;          // whether the sums begin here, with zeros
+  int64_t piece;       // pixels at once
+  float* scratch;      // of scratch_size() floats
+
+  // A line of memory more than there is: rows a power of 2 apart would share few of the cache's sets.
+  static int64_t packed_row(int64_t columns) { return ceil_div(columns, 16) * 16 + 16; }
+  int64_t scratch_size() const { return piece * (packed_row(outputs) + PointwiseFilter::kOutputs); }
 };
 
 // The kernels as compiled for one instruction set.
@@ -62,6 +80,8 @@ struct Kernels {
   // packed: of block 0. Serial. Of bf16 the channels must be an even number.
   void (*pack_pointwise)(const PointwiseFilter& filter, int64_t first, int64_t last, float* packed, Dtype dtype);
   void (*pointwise_rows)(const PointwiseRows& rows, int64_t first, int64_t last, const float* packed, Dtype dtype);
+  // Serial.
+  void (*add_pointwise_share)(const PointwiseShare& share, Dtype dtype);
 
   // Over a dense matrix of rows by channels: out = act(z + bias), and grad times the activation's derivative, from its
   // output or its input. out may be the first argument.
@@ -77,6 +97,10 @@ struct Kernels {
   void (*add_row_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype);
   void (*transpose)(const float* in, float* out, int64_t rows, int64_t columns);  // out is (columns, rows)
   void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
+  // The sum of `count` shares of n values each, `stride` floats apart, in fp64. block: floats from
+  // PointwiseFilter::kOutputs values to the next as many.
+  void (*sum_shares)(const float* shares, int64_t count, int64_t stride, int64_t block, void* out, int64_t n,
+                     Dtype dtype);
 };
 
 // Whether PyTorch's own convolution makes a depthwise output sooner than these kernels: NCHW filters of 5 and 7 on

@@ -151,7 +151,6 @@ struct CudaSeparable : CudaConv {
     cuda::column_sums(products.const_data_ptr(), out.mutable_data_ptr(), g.batch, results, floats(sums), call.dtype,
                       device.stream);
   }
-  static bool filter_gradient_from_image(const SeparableCall&, const Tensor&, const Tensor&) { return false; }
   static void channel_sums(const SeparableCall& call, const Tensor& image, const Tensor& out) {
     const OnDeviceOf device(image);
     if (!call.g.nhwc) {

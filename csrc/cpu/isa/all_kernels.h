@@ -1,7 +1,7 @@
 // Every kernel, for the instruction set that RKL_ISA names.
 #pragma once
 #include "cpu/depthwise/depthwise.h"
-#include "cpu/separable/pointwise_rows.h"
+#include "cpu/separable/pointwise_share.h"
 #include "cpu/simd/elementwise.h"
 #include "cpu/simd/transpose.h"
 
@@ -16,6 +16,7 @@ const Kernels kernels = {trelu,
                          depthwise_backward,
                          pack_pointwise,
                          pointwise_rows,
+                         add_pointwise_share,
                          epilogue,
                          activation_backward,
                          widen,
@@ -23,6 +24,7 @@ const Kernels kernels = {trelu,
                          add_column_sums,
                          add_row_sums,
                          transpose_matrix,
-                         round};
+                         round,
+                         sum_shares};
 
 }  // namespace rkl::cpu::RKL_ISA

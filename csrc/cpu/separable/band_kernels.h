@@ -110,4 +110,18 @@ inline void round(const double* in, void* out, int64_t n, Dtype dtype) {
   });
 }
 
+inline void sum_shares(const float* shares, int64_t count, int64_t stride, int64_t block, void* out, int64_t n,
+                       Dtype dtype) {
+  constexpr int64_t kBlock = PointwiseFilter::kOutputs;
+  by_type(dtype, [&](auto zero) {
+    for_vectors(n, [&](int64_t i, int64_t some) {
+      const float* from = shares + i / kBlock * block + i % kBlock;
+      DoubleVec sum{};
+      for (int64_t share = 0; share < count; ++share)
+        sum += __builtin_convertvector(load_up_to(from + share * stride, some), DoubleVec);
+      store_up_to(static_cast<decltype(zero)*>(out) + i, __builtin_convertvector(sum, Vec), some);
+    });
+  });
+}
+
 }  // namespace rkl::cpu::RKL_ISA

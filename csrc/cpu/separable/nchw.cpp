@@ -62,7 +62,7 @@ class ImagesBackward {
         tasks_(std::min(s.g.batch, kTasks)),
         depthwise_(kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype)),
         bias_sums_(wanted.pointwise_bias ? tasks_ * s.c_out : 0),
-        sums_(wanted.pointwise ? tasks_ : 0, s.c_out * s.g.channels) {
+        sums_(wanted.pointwise ? tasks_ : 0, s.c_out, s.g.channels) {
     if (s.dtype != Dtype::f32 || !wanted.depthwise_out) return;
     transposed_filter_ = Scratch(s.c_out * s.g.channels * sizeof(float));
     kernels(s.dtype).transpose(static_cast<const float*>(s.pointwise), transposed_filter_.as<float>(), s.c_out,

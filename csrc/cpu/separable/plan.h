@@ -55,10 +55,6 @@ class Bands {
   int64_t images_, rows_, per_image_;
 };
 
-// Operations in the time that a call of the library takes before it multiplies: about 8 us at 255 GFLOP/s in fp32, 12
-// us at 500 GFLOP/s in bf16 (measured on a Zen 5 core).
-inline int64_t call_operations(Dtype dtype) { return dtype == Dtype::bf16 ? 6000000 : 2000000; }
-
 // Rows of channels that a core's own cache holds beside their outputs and a block of weights.
 inline int64_t rows_in_cache(int64_t channels, Dtype dtype) {
   return std::max<int64_t>(1, machine().l2_bytes / 8 * 3 / (channels * size_of(dtype)));
@@ -68,12 +64,8 @@ inline int64_t rows_in_cache(int64_t channels, Dtype dtype) {
 constexpr int64_t kLeastRows = 64, kMostRows = 2048;
 constexpr int64_t kTasks = 8;  // where there is enough work
 
-// A power of 2, so that as many threads, or half as many, have equal shares.
-inline int64_t tasks_for(int64_t operations, Dtype factor) {
-  int64_t tasks = 1;
-  while (tasks < kTasks && operations >= 2 * tasks * 12 * call_operations(factor)) tasks *= 2;
-  return tasks;
-}
+// Operations that a thread takes at least: some 20 us, what waking it costs.
+constexpr int64_t kThreadOperations = int64_t(1) << 21;
 
 // Rows a part when `all` are cut into parts that stay in a core's cache: a multiple of kTasks parts, if they do not get
 // smaller than `least`.
@@ -88,7 +80,7 @@ inline int64_t band_pixels(const Conv2d& g, Dtype dtype) {
   return rows_a_part(g.batch * g.out_h * g.out_w, g.channels, dtype, kLeastRows);
 }
 
-// What is done at once, so that the depthwise output stays in cache.
+// What is done at once, so that the depthwise output stays in cache, backward too, where it is made again.
 enum class Fusion : int {
   none,    // the depthwise step over all images, then the pointwise step over them
   bands,   // some rows, or some small images, of NHWC
@@ -97,10 +89,9 @@ enum class Fusion : int {
 
 // How the pointwise filter's gradient, a sum over all pixels, is shared out.
 enum class FilterGradient : int {
-  bands,     // by bands of pixels, each made again from the depthwise step's input
-  pixels,    // by parts of the pixels, each a share of the sum
-  channels,  // by output channels: large filters of few pixels
-  tiles,     // by tiles of one matrix product over all pixels
+  tasks,     // by parts of the pixels, each a share of the sum, and of the filter
+  pixels,    // by the library: by parts of the pixels
+  channels,  // by the library: by output channels, for large filters of few pixels
 };
 
 // How a call is made, as a value: the launchers follow it and rk.explain reads it.
@@ -114,21 +105,35 @@ inline bool images_serve(const Conv2d& g, Dtype dtype) {
   return !g.nhwc && factor_type(dtype) == dtype && g.out_h * g.out_w >= 1024;
 }
 
-// How a gradient of a filter is shared out that has the whole depthwise output at hand. A matrix product counts where
-// there are few pixels to a channel (bf16, 512 to 512 channels, 14 px: 3.7 ms against 4.4), a convolution where there
-// are many (32 to 64, 112 px: 2.1 against 3.6).
-inline FilterGradient plan_filter_gradient(Dtype dtype, bool nhwc, int64_t pixels, int64_t c, int64_t c_out) {
-  if (nhwc && dtype != Dtype::f32 && pixels < 64 * std::min(c, c_out)) return FilterGradient::tiles;
-  return 4 * pixels <= c_out && c_out >= 256 ? FilterGradient::channels : FilterGradient::pixels;
+// Parts of the pixels, each with a share of the sum, and of the filter: of its outputs or, if there are more of them,
+// of its channels.
+struct Shares {
+  int64_t pixels, filter;
+};
+
+// A share is written and read again, which takes as long as some 50 pixels do; each part of the filter reads all of dz
+// or of the depthwise output. Powers of 2, so that as many threads, or half as many, have equal parts.
+inline Shares plan_shares(int64_t pixels, int64_t c, int64_t c_out) {
+  constexpr int64_t kLeastPixels = 512, kLeastChannels = 64;
+  const int64_t most = 2 * pixels * c * c_out / kThreadOperations, longer = std::max(c, c_out);
+  Shares shares{1, 1};
+  const auto tasks = [&] { return shares.pixels * shares.filter; };
+  while (tasks() < 2 * kTasks && tasks() <= most / 2 && 2 * shares.pixels * kLeastPixels <= pixels) shares.pixels *= 2;
+  while (tasks() < kTasks / 2 && tasks() <= most / 2 && 2 * shares.filter * kLeastChannels <= longer)
+    shares.filter *= 2;
+  return shares;
 }
 
-// Whether rows of channels are multiplied here, by pointwise_rows, and not by the library: it has the matrix
-// instructions of AMX for bf16, and some machines have instructions for fp16. (Not measured on those. A Zen 4 core,
-// which has neither: 113 to 117 GFLOP/s in fp32 and 230 to 235 in bf16, by the library 92 to 111 and 210 to 220.) Pairs
-// of bf16 want an even number.
+// Whether NHWC images are multiplied here, by pointwise_rows, and not by the library: it has the matrix instructions of
+// AMX for bf16, and some machines have instructions for fp16. (Not measured on those. A Zen 4 core, which has neither:
+// 113 to 117 GFLOP/s in fp32 and 230 to 235 in bf16, by the library 92 to 111 and 210 to 220.) Pairs of bf16 want an
+// even number.
+inline bool multiplies(Dtype dtype) {
+  if (dtype == Dtype::f16) return factor_type(dtype) != dtype;
+  return dtype == Dtype::f32 || !machine().amx;
+}
 inline bool multiplies_rows(int64_t channels, Dtype dtype) {
-  if (dtype == Dtype::f16) return channels > 0 && factor_type(dtype) != dtype;
-  return channels > 0 && (dtype == Dtype::f32 || (channels % 2 == 0 && !machine().amx));
+  return multiplies(dtype) && channels > 0 && (dtype != Dtype::bf16 || channels % 2 == 0);
 }
 
 // Whether bands are worth their making: enough of them, and not so thin that most rows of the image that a band's
@@ -139,16 +144,18 @@ inline bool bands_serve(const Conv2d& g, Dtype dtype) {
   return g.batch * g.out_h * g.out_w >= kTasks * kLeastRows && (rows == g.out_h || beyond <= 2 * rows * g.stride_h);
 }
 
-inline SeparablePlan plan_separable(const Conv2d& g, int64_t c_out, Activation inner, Dtype dtype) {
+inline SeparablePlan plan_separable(const Conv2d& g, int64_t c_out, Dtype dtype) {
   const int64_t pixels = g.batch * g.out_h * g.out_w;
-  SeparablePlan plan{Fusion::none, Fusion::none,
-                     plan_filter_gradient(factor_type(dtype), g.nhwc, pixels, g.channels, c_out)};
-  if (images_serve(g, dtype)) plan.forward = plan.backward = Fusion::images;
-  if (!g.nhwc) return plan;
-  if (multiplies_rows(g.channels, dtype) && bands_serve(g, dtype)) plan.forward = Fusion::bands;
-  if (inner == Activation::none && factor_type(dtype) == dtype && plan.filter_gradient == FilterGradient::pixels)
-    plan.filter_gradient = FilterGradient::bands;
-  return plan;
+  const Fusion images = images_serve(g, dtype) ? Fusion::images : Fusion::none;
+  if (!g.nhwc || !multiplies(dtype)) {
+    const bool few = 4 * pixels <= c_out && c_out >= 256;
+    return {images, images, few ? FilterGradient::channels : FilterGradient::pixels};
+  }
+  const bool forward = multiplies_rows(g.channels, dtype) && bands_serve(g, dtype);
+  // Each part of the filter would make all bands again.
+  const bool backward = forward && multiplies_rows(c_out, dtype) && plan_shares(pixels, g.channels, c_out).filter == 1;
+  const auto bands = [](bool serve) { return serve ? Fusion::bands : Fusion::none; };
+  return {bands(forward), bands(backward), FilterGradient::tasks};
 }
 
 }  // namespace rkl::cpu

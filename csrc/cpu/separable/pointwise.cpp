@@ -31,8 +31,8 @@ bool has_convolution() {
   return has;
 }
 
-// Operations, and elements to pack, that a thread takes at least: some 20 us, what waking it costs.
-constexpr int64_t kThreadOperations = int64_t(1) << 21, kThreadElements = int64_t(1) << 15;
+// Elements to pack that a thread takes at least: some 20 us, as kThreadOperations.
+constexpr int64_t kThreadElements = int64_t(1) << 15;
 
 // A pointwise step by the kernels here.
 struct Step {
@@ -58,7 +58,7 @@ struct Step {
 // some 30 rows do.
 void by_blocks(const Step& s) {
   const int64_t blocks = s.filter.blocks();
-  const Scratch packed(blocks * s.filter.block_size() * sizeof(float));
+  const Scratch packed(s.filter.packed_size() * sizeof(float));
   torch::stable::parallel_for(0, blocks, s.grain(s.rows, PointwiseFilter::kOutputs), [&](int64_t begin, int64_t end) {
     kernels(s.dtype).pack_pointwise(s.filter, begin, end, packed.as<float>(), s.dtype);
     s.make(0, s.rows, begin, end, packed.as<float>(), false);
@@ -111,7 +111,7 @@ Tensor convolved(const Tensor& image, const Tensor& filter, const std::optional<
 bool convolves_images(int64_t channels) { return channels && OneThread::holds() && has_convolution(); }
 
 Scratch packed(const PointwiseFilter& filter, Dtype dtype) {
-  Scratch out(filter.blocks() * filter.block_size() * sizeof(float));
+  Scratch out(filter.packed_size() * sizeof(float));
   torch::stable::parallel_for(
       0, filter.blocks(), kThreadElements / filter.block_size() + 1,
       [&](int64_t begin, int64_t end) { kernels(dtype).pack_pointwise(filter, begin, end, out.as<float>(), dtype); });

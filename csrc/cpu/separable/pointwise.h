@@ -4,7 +4,7 @@
 #pragma once
 #include <optional>
 
-#include "cpu/separable/separable.h"
+#include "cpu/separable/plan.h"
 #include "tensor_args.h"
 
 namespace rkl::cpu {
@@ -21,11 +21,8 @@ bool makes_pointwise(int64_t channels, bool nhwc, Dtype dtype);
 Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, Activation act,
                  bool nhwc);
 
-// The filter's gradient (C', C): dz (N, C', H, W) times hidden (N, C, H, W), summed over all pixels.
-void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out);
-
-// The same from the depthwise step's own input, a band of its output at a time; where the plan says so.
-void filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out);
+// The filter's gradient (C', C): dz (N, C', H, W) times hidden (N, C, H, W), summed over all pixels, as the plan says.
+void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, FilterGradient how, void* out);
 
 // The sum of each channel of an image: the bias's gradient.
 void channel_sums(const void* image, void* out, int64_t batch, int64_t pixels, int64_t channels, bool nhwc,

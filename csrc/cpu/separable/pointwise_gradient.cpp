@@ -46,25 +46,8 @@ Tensor share_of(const Tensor& dz, const Tensor& hidden) {
   return torch::stable::contiguous(to<Tensor>(stack[1]));
 }
 
-// Pixels [first, first + count) of NHWC images: (C', C). The inner product is as fast, or faster, where a channel count
-// does not divide by 16 (728 to 728, 19 px, one thread: 28 ms against 35) and of few pixels; else it takes 1.1 to 2.2
-// times as long.
-Tensor share_of_pixels(const Tensor& dz, const Tensor& hidden) {
-  constexpr int64_t kFewPixels = 384;
-  const Tensor rows = pixel_rows(dz), right = pixel_rows(hidden);
-  const int64_t n = rows.size(0), c_out = rows.size(1), c = right.size(1);
-  if (dtype_of(dz, "dz") != Dtype::f32 || (n > kFewPixels && c % 16 == 0 && c_out % 16 == 0))
-    return share_of(dz, hidden);
-  const Ints size{c_out, n};
-  const Tensor left = torch::stable::new_empty(rows, IntList(size.data(), size.size()));
-  kernels(Dtype::f32)
-      .transpose(static_cast<const float*>(rows.const_data_ptr()), static_cast<float*>(left.mutable_data_ptr()), n,
-                 c_out);
-  return linear(left, torch::stable::transpose(right, 0, 1));
-}
-
-// As many parts of the pixels, each with a share of its own. A call costs 40 us, a share as much as some 100 pixels do;
-// a power of 2 gives as many threads equal parts.
+// As many parts of the pixels, each with a share of the library's. A call costs 40 us, a share as much as some 100
+// pixels do; a power of 2 gives as many threads equal parts.
 int64_t parts_for(int64_t pixels, int64_t c, int64_t c_out) {
   const int64_t most = std::min({2 * kTasks, 2 * pixels * c * c_out / 50000000, pixels / 1024});
   int64_t parts = 2;
@@ -72,34 +55,24 @@ int64_t parts_for(int64_t pixels, int64_t c, int64_t c_out) {
   return parts;
 }
 
-// The sum of the shares that make(i, worker's scratch) gives for i in [0, count), in their order.
-template <class Make>
-void sum_shares(int64_t count, int64_t size, void* out, Dtype dtype, int64_t scratch_bytes, Make&& make) {
-  std::vector<Tensor> shares(count);
-  for_tasks(count, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(scratch_bytes);
-    for (int64_t i = begin; i < end; ++i) shares[i] = make(i, scratch);
-  });
-  round_sum(count, size, out, dtype, [&](int64_t i, int64_t first, int64_t n, float* wide) {
-    kernels(dtype).widen(at(shares[i].const_data_ptr(), first, dtype), wide, n, dtype);
-    return wide;
-  });
-}
-
-// Parts of the pixels: of NHWC images any, of NCHW images whole ones.
+// By the library: parts of the pixels, of NHWC images any, of NCHW images whole ones.
 void by_pixels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, Dtype dtype) {
   const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(hidden) : hidden;
   const int64_t c = hidden.size(1), c_out = dz.size(1), dim = nhwc ? 3 : 0, all = left.size(dim);
-  const int64_t parts = std::min(all, parts_for(pixels_of(dz), c, c_out));
-  sum_shares(parts, c_out * c, out, dtype, 0, [&](int64_t i, const Scratch&) {
-    const int64_t first = all * i / parts, count = all * (i + 1) / parts - first;
-    const Tensor dz_part = narrow(left, dim, first, count), hidden_part = narrow(right, dim, first, count);
-    return nhwc ? share_of_pixels(dz_part, hidden_part) : share_of(dz_part, hidden_part);
+  const int64_t parts = std::min(all, parts_for(pixels_of(dz), c, c_out)), size = c_out * c;
+  const Scratch shares(parts * size * int64_t(sizeof(float)));
+  for_tasks(parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = all * i / parts, count = all * (i + 1) / parts - first;
+      const Tensor share = share_of(narrow(left, dim, first, count), narrow(right, dim, first, count));
+      kernels(dtype).widen(share.const_data_ptr(), shares.as<float>() + i * size, size, dtype);
+    }
   });
+  round_shares(shares.as<float>(), parts, c_out, c, dense_shares(c_out, c), out, dtype);
 }
 
-// Large filters of few pixels: shared out by output channels, as writing another share would take longer than reading
-// the depthwise output again.
+// By the library: large filters of few pixels, shared out by output channels, as writing another share would take
+// longer than reading the depthwise output again.
 void by_channels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, Dtype dtype) {
   const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(hidden) : hidden;
   const int64_t c_out = dz.size(1), c = hidden.size(1);
@@ -113,64 +86,37 @@ void by_channels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, D
   });
 }
 
-// NHWC images in 16 bits: one matrix product over all pixels, whose factors need no copy, in tiles. They are of one
-// size, a power of 2 of them, and as square as that allows, since each reads its rows and its columns of the factors
-// (512 to 512 channels, 14 px, bf16, eight tasks on one thread: 21 ms by rows alone, 18.7 by tiles of 128 x 256).
-void by_tiles(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
-  const int64_t pixels = pixels_of(dz), c = hidden.size(1), c_out = dz.size(1);
-  int64_t rows = c_out, columns = c;
-  for (int64_t tasks = tasks_for(2 * pixels * c * c_out, dtype); tasks > 1; tasks /= 2) {
-    int64_t& longer = rows >= columns ? rows : columns;
-    longer = (longer + 1) / 2;
-  }
-  const int64_t across = ceil_div(c, columns), down = ceil_div(c_out, rows);
-  for_tasks(across * down, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / across * rows, column = i % across * columns;
-      const int64_t high = std::min(rows, c_out - row), wide = std::min(columns, c - column);
-      const Matrix left{at(const_cast<void*>(dz.const_data_ptr()), row, dtype), dtype, high, pixels, 1, c_out};
-      const Matrix right{at(const_cast<void*>(hidden.const_data_ptr()), column, dtype), dtype, pixels, wide, c, 1};
-      Product(left, right, {at(out, row * c + column, dtype), dtype, high, wide, c, 1});
+// By the kernels here, over NHWC images.
+void by_tasks(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
+  const int64_t c = hidden.size(1), c_out = dz.size(1), all = pixels_of(dz);
+  const Shares shares = plan_shares(all, c, c_out);
+  const FilterSums sums(shares, c, c_out, dtype);
+  torch::stable::parallel_for(0, sums.tasks(), 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch = sums.scratch();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = sums.pixels(task), first = all * i / shares.pixels, last = all * (i + 1) / shares.pixels;
+      sums.add(task, true, at(dz.const_data_ptr(), first * c_out, dtype), at(hidden.const_data_ptr(), first * c, dtype),
+               last - first, scratch);
     }
   });
+  sums.round_into(out);
 }
 
 }  // namespace
 
-void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out) {
+void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, FilterGradient how, void* out) {
   const Dtype dtype = dtype_of(dz, "dz");
   const int64_t c = hidden.size(1), c_out = dz.size(1);
+  if (how == FilterGradient::tasks) return by_tasks(dz, hidden, out, dtype);
   if (factor_type(dtype) != dtype) {
     const Scratch wide(c_out * c * sizeof(float));
-    filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(hidden, ScalarType::Float), nhwc,
+    filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(hidden, ScalarType::Float), nhwc, how,
                     wide.as());
     kernels(dtype).finish({wide.as(), nullptr, out, c_out, c, c, c}, Activation::none, Dtype::f32, dtype);
     return;
   }
-  switch (plan_filter_gradient(dtype, nhwc, pixels_of(dz), c, c_out)) {
-    case FilterGradient::tiles:
-      return by_tiles(dz, hidden, out, dtype);
-    case FilterGradient::channels:
-      return by_channels(dz, hidden, nhwc, out, dtype);
-    default:
-      return by_pixels(dz, hidden, nhwc, out, dtype);
-  }
-}
-
-void filter_gradient_by_bands(const Separable& s, const Tensor& dz, void* out) {
-  const int64_t c = s.g.channels, all = pixels_of(dz);
-  const Bands bands(s, std::max<int64_t>(1, all / parts_for(all, c, s.c_out)));
-  const PackedFilter depthwise = kernels(s.dtype).pack_filter(s.g, s.depthwise, s.depthwise_bias, s.dtype);
-  const Tensor row = as_one_row(dz);
-  const int64_t bytes = bands.most_pixels() * c * size_of(s.dtype);
-  sum_shares(bands.count(), s.c_out * c, out, s.dtype, bytes, [&](int64_t i, const Scratch& scratch) {
-    const Band band = bands[i];
-    depthwise_band(s, band, depthwise, Activation::none, scratch.as());
-    const Ints size{1, c, 1, band.pixels}, strides{band.pixels * c, 1, band.pixels * c, c};
-    const Tensor hidden = torch::stable::from_blob(scratch.as(), IntList(size.data(), 4), IntList(strides.data(), 4),
-                                                   dz.device(), dz.scalar_type());
-    return share_of_pixels(narrow(row, 3, band.first_pixel, band.pixels), hidden);
-  });
+  const auto by = how == FilterGradient::channels ? by_channels : by_pixels;
+  by(dz, hidden, nhwc, out, dtype);
 }
 
 }  // namespace rkl::cpu

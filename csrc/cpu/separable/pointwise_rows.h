@@ -26,6 +26,22 @@ constexpr int kStrip = kRegisters / 8;
 template <int V>
 constexpr int kTileRows = std::min((kRegisters - 2 - V) / V, 12);
 
+// A vector of factors of rows of numbers: of one row, or of two where a factor is a pair of them, the second of which
+// may not exist. Up to kLanes columns; zeros beyond.
+template <class T>
+Vec load_factors(const T* from, int64_t row, int64_t rows, int64_t columns) {
+  constexpr int kNumbers = kChannelsOfFactor<T>;
+  T some[kNumbers][kLanes] = {};
+  const T* here[kNumbers];
+  for (int i = 0; i < kNumbers; ++i) {
+    here[i] = i < rows && columns >= kLanes ? from + i * row : some[i];
+    if (i < rows && columns < kLanes) std::copy_n(from + i * row, columns, some[i]);
+  }
+  Vec factors[1];
+  Pixels<T>::load(here, 0, factors);
+  return factors[0];
+}
+
 // The weights of vector v of a filter, as many factors as there are lanes from the first-th on: (factor, lane).
 template <class T>
 void load_weights(const PointwiseFilter& filter, int64_t v, int64_t first, Vec (&to)[kLanes]) {
@@ -45,16 +61,9 @@ void load_weights(const PointwiseFilter& filter, int64_t v, int64_t first, Vec (
     return transpose(to);
   }
   for (int64_t f = 0; f < factors; ++f) {
-    T some[kChannels][kLanes] = {};
-    const T* rows[kChannels];
-    for (int i = 0; i < kChannels; ++i) {
-      rows[i] = some[i];
-      const T* from = weight + ((first + f) * kChannels + i) * filter.outputs + v * kLanes;
-      std::copy(from, from + outputs, some[i]);
-    }
-    Vec here[1];
-    Pixels<T>::load(rows, 0, here);
-    to[f] = here[0];
+    const int64_t channel = (first + f) * kChannels;
+    to[f] = load_factors(weight + channel * filter.outputs + v * kLanes, filter.outputs, filter.channels - channel,
+                         outputs);
   }
 }
 
@@ -81,7 +90,17 @@ inline void pack_pointwise(const PointwiseFilter& filter, int64_t first, int64_t
   });
 }
 
-// What sums of a strip begin with: the bias, or the sums of other factors. row: floats from one row's to the next's.
+// What a tile reads: `row` floats from one row's to the next's, `step` from one factor's to the next's.
+struct Factors {
+  const float* first;
+  int64_t row, step, count;
+  Factors from_row(int64_t i) const { return {first + i * row, row, step, count}; }
+};
+struct Weights {
+  const float* first;
+  int64_t step;
+};
+// What sums begin with: the bias, or the sums of other factors.
 struct Start {
   const float* first;
   int64_t row;
@@ -89,26 +108,27 @@ struct Start {
 
 // R rows of a strip of V vectors, `last` outputs of the last vector.
 template <int R, int V, class T, class Out>
-__attribute__((noinline)) void make_tile(const float* in, int64_t in_row, int64_t factors, const float* weights,
-                                         const Start& start, Out* out, int64_t out_row, int64_t last, bool streams, T) {
+__attribute__((noinline)) void make_tile(Factors x, Weights weights, Start start, Out* out, int64_t out_row,
+                                         int64_t last, bool streams, T) {
   Vec sum[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = read<Vec>(start.first + r * start.row + v * kLanes);
-  const float* const end = in + factors;
+  int64_t left = x.count;
   do {  // at least once: else the compiler keeps the sums in memory for the case that it is not
     Vec weight[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weight[v] = in_register(read<Vec>(weights + v * kLanes));
+    for (int v = 0; v < V; ++v) weight[v] = in_register(read<Vec>(weights.first + v * kLanes));
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec x = (Vec)(read<uint32_t>(in + r * in_row) - VecBits{});
+      const Vec factor = (Vec)(read<uint32_t>(x.first + r * x.row) - VecBits{});
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = Pixels<T>::add(sum[r][v], x, weight[v]);
+      for (int v = 0; v < V; ++v) sum[r][v] = Pixels<T>::add(sum[r][v], factor, weight[v]);
     }
-    weights += V * kLanes;
-  } while (++in < end);
+    weights.first += weights.step;
+    x.first += x.step;
+  } while (--left > 0);
   const auto put = [&](auto&& put_last) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r, out += out_row) {
@@ -142,17 +162,17 @@ constexpr int64_t kMostFactors = 1024;
 // All rows of a strip, tile by tile, and done(tile, its rows) behind each. The last tile overlaps the one before it,
 // unless the rows fill none.
 template <int V, class T, class Out, class Done>
-void make_tiles(int64_t rows, const float* in, int64_t in_row, int64_t factors, const float* weights,
-                const Start& start, Out* out, int64_t out_row, int64_t last, bool streams, T zero, Done&& done) {
+void make_tiles(int64_t rows, const Factors& x, const Weights& weights, const Start& start, Out* out, int64_t out_row,
+                int64_t last, bool streams, T zero, Done&& done) {
   constexpr int kRows = kTileRows<V>;
   const int64_t height = rows < kRows ? 1 : kRows;
   for (int64_t next = 0; next < rows; next += height) {
     const int64_t row = std::min(next, rows - height);
-    const float* x = in + row * in_row;
+    const Factors factors = x.from_row(row);
     const Start here{start.first + row * start.row, start.row};
     Out* to = out + row * out_row;
-    height == 1 ? make_tile<1, V>(x, in_row, factors, weights, here, to, out_row, last, streams, zero)
-                : make_tile<kRows, V>(x, in_row, factors, weights, here, to, out_row, last, streams, zero);
+    height == 1 ? make_tile<1, V>(factors, weights, here, to, out_row, last, streams, zero)
+                : make_tile<kRows, V>(factors, weights, here, to, out_row, last, streams, zero);
     done(to, height);
   }
 }
@@ -169,17 +189,32 @@ void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_
   Start start{weights, 0};
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t from = factors * piece / pieces, count = factors * (piece + 1) / pieces - from;
-    const float *x = in + from, *w = weights + (from + 1) * kWidth;
+    const Factors x{in + from, factors, 1, count};
+    const Weights w{weights + (from + 1) * kWidth, kWidth};
     if (piece + 1 < pieces) {
       float* to = sums + piece % 2 * p.rows * kWidth;
-      make_tiles<V>(p.rows, x, factors, count, w, start, to, kWidth, kLanes, false, zero, [](float*, int64_t) {});
+      make_tiles<V>(p.rows, x, w, start, to, kWidth, kLanes, false, zero, [](float*, int64_t) {});
       start = {to, kWidth};
       continue;
     }
     T* out = static_cast<T*>(p.out) + first * kLanes;
-    make_tiles<V>(p.rows, x, factors, count, w, start, out, p.outputs, last, p.streams, zero, [&](T* to, int64_t rows) {
+    make_tiles<V>(p.rows, x, w, start, out, p.outputs, last, p.streams, zero, [&](T* to, int64_t rows) {
       if (p.act != Activation::none) finish_rows<T, T>({to, nullptr, to, rows, columns, p.outputs, p.outputs}, p.act);
     });
+  }
+}
+
+// f(v, V) for strips of V vectors, from the v-th of [first, end) on.
+template <class F>
+void for_strips(int64_t first, int64_t end, F&& f) {
+  for (int64_t v = first; v < end; v += kStrip) {
+    const int64_t here = std::min<int64_t>(kStrip, end - v);
+    if (here == 1) f(v, std::integral_constant<int, 1>{});
+    if (here == 2) f(v, std::integral_constant<int, 2>{});
+    if constexpr (kStrip == 4) {
+      if (here == 3) f(v, std::integral_constant<int, 3>{});
+      if (here == 4) f(v, std::integral_constant<int, 4>{});
+    }
   }
 }
 
@@ -192,15 +227,8 @@ inline void pointwise_rows(const PointwiseRows& p, int64_t first, int64_t last, 
     const Scratch sums(factors > kMostFactors ? 2 * p.rows * kStrip * kLanes * size : 0);
     const float* in = kRowsAreFactors<T> ? static_cast<const float*>(p.in) : wide.as<float>();
     if (!kRowsAreFactors<T>) widen(p.in, wide.as<float>(), p.rows * factors, dtype);
-    for (int64_t v = first * PointwiseFilter::kOutputs / kLanes; v < end; v += kStrip) {
-      const int64_t here = std::min<int64_t>(kStrip, end - v);
-      if (here == 1) make_strip<1>(p, in, factors, v, packed, sums.as<float>(), zero);
-      if (here == 2) make_strip<2>(p, in, factors, v, packed, sums.as<float>(), zero);
-      if constexpr (kStrip == 4) {
-        if (here == 3) make_strip<3>(p, in, factors, v, packed, sums.as<float>(), zero);
-        if (here == 4) make_strip<4>(p, in, factors, v, packed, sums.as<float>(), zero);
-      }
-    }
+    for_strips(first * PointwiseFilter::kOutputs / kLanes, end,
+               [&](int64_t v, auto strip) { make_strip<strip()>(p, in, factors, v, packed, sums.as<float>(), zero); });
     if (p.streams) end_stream();
   });
 }

@@ -25,10 +25,11 @@ void separable_bands(const Separable& s, void* y);
 void separable_images(const Separable& s, void* y);
 
 // The gradients of the pointwise step and of the depthwise step's output (before its activation), each null where it is
-// not wanted. y may be null where there is no outer activation.
+// not wanted. y may be null where there is no outer activation. By what the plan's backward names.
 struct Gradients {
   void *depthwise_out, *pointwise, *pointwise_bias;
 };
+void pointwise_backward_bands(const Separable& s, const void* grad, const void* y, const Gradients& wanted);
 void pointwise_backward_images(const Separable& s, const void* grad, const void* y, const Gradients& wanted);
 
 }  // namespace rkl::cpu

@@ -1,4 +1,4 @@
-// Sums over bands: each task has its own, and they are added in the tasks' order, so that results do not depend on the
+// Sums over pixels: each task has its own, and they are added in the tasks' order, so that results do not depend on the
 // number of threads.
 #pragma once
 #include <vector>
@@ -7,46 +7,110 @@
 
 namespace rkl::cpu {
 
-// The sum of `count` parts of `size` elements, in their order and in fp64. values(i, first, n, buffer) are n elements
-// of the i-th part, which may be put into the buffer.
-template <class Values>
-void round_sum(int64_t count, int64_t size, void* out, Dtype dtype, Values&& values) {
-  constexpr int64_t piece = 4096;
-  torch::stable::parallel_for(0, ceil_div(size, piece), 8, [&](int64_t begin, int64_t end) {
-    std::vector<double> total(piece);
-    std::vector<float> buffer(piece);
-    for (int64_t first = begin * piece; first < std::min(end * piece, size); first += piece) {
-      const int64_t n = std::min(piece, size - first);
-      std::fill(total.begin(), total.end(), 0.);
-      for (int64_t part = 0; part < count; ++part) {
-        const float* from = values(part, first, n, buffer.data());
-        for (int64_t i = 0; i < n; ++i) total[i] += from[i];
-      }
-      kernels(dtype).round(total.data(), at(out, first, dtype), n, dtype);
-    }
+// Of (rows, columns) values the sum of `count` shares, in their order and in fp64: floats from one share, one row and
+// one block of columns to the next.
+struct ShareStrides {
+  int64_t share, row, block;
+};
+inline void round_shares(const float* shares, int64_t count, int64_t rows, int64_t columns, const ShareStrides& strides,
+                         void* out, Dtype dtype) {
+  constexpr int64_t kLeast = 32768;
+  torch::stable::parallel_for(0, rows, kLeast / (count * columns + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      kernels(dtype).sum_shares(shares + r * strides.row, count, strides.share, strides.block,
+                                at(out, r * columns, dtype), columns, dtype);
   });
 }
 
-// The pointwise filter's gradient, in fp32 within a task and in fp64 between tasks.
+// Shares that are dense matrices.
+inline ShareStrides dense_shares(int64_t rows, int64_t columns) {
+  return {rows * columns, columns, PointwiseFilter::kOutputs};
+}
+
+// The pointwise filter's gradient by the library's products, in fp32 within a task.
 class TaskSums {
  public:
-  TaskSums(int64_t tasks, int64_t size) : tasks_(tasks), size_(size), sums_(tasks * size * int64_t(sizeof(float))) {}
+  TaskSums(int64_t tasks, int64_t rows, int64_t columns)
+      : tasks_(tasks), rows_(rows), columns_(columns), sums_(tasks * rows * columns * int64_t(sizeof(float))) {}
 
   // A band's share; a task's first one is taken as it is.
   void add(int64_t task, bool first, const Matrix& share) {
     const float* from = static_cast<const float*>(share.data);
-    float* sums = sums_.as<float>() + task * size_;
-    for (int64_t i = 0; i < size_; ++i) sums[i] = first ? from[i] : sums[i] + from[i];
+    const int64_t size = rows_ * columns_;
+    float* sums = sums_.as<float>() + task * size;
+    for (int64_t i = 0; i < size; ++i) sums[i] = first ? from[i] : sums[i] + from[i];
   }
 
   void round_into(void* out, Dtype dtype) const {
-    round_sum(tasks_, size_, out, dtype,
-              [&](int64_t task, int64_t first, int64_t, float*) { return sums_.as<float>() + task * size_ + first; });
+    round_shares(sums_.as<float>(), tasks_, rows_, columns_, dense_shares(rows_, columns_), out, dtype);
   }
 
  private:
-  int64_t tasks_, size_;
+  int64_t tasks_, rows_, columns_;
   Scratch sums_;
+};
+
+// The same by the kernels here, over NHWC images, in tasks of a part of the pixels and a part of the filter each.
+class FilterSums {
+ public:
+  FilterSums(const Shares& shares, int64_t c, int64_t c_out, Dtype dtype)
+      : shares_(shares),
+        c_(c),
+        c_out_(c_out),
+        dtype_(dtype),
+        piece_(std::clamp<int64_t>(machine().l2_bytes / 2 / (c_out + PointwiseFilter::kOutputs), 256, 512)),
+        sums_(shares.pixels * share_size() * int64_t(sizeof(float))) {}
+
+  int64_t tasks() const { return shares_.pixels * shares_.filter; }
+  // Which part of the pixels.
+  int64_t pixels(int64_t task) const { return task / shares_.filter; }
+
+  // Memory of a worker's own, for `add`.
+  Scratch scratch() const { return Scratch(share(part(0)).scratch_size() * int64_t(sizeof(float))); }
+
+  // A task's share of some of its pixels, or its first: of whole rows of dz and of the depthwise output.
+  void add(int64_t task, bool first, const void* dz, const void* hidden, int64_t pixels, const Scratch& scratch) const {
+    const Part here = part(task);
+    PointwiseShare sums = share(here);
+    sums.dz = at(dz, here.output, dtype_);
+    sums.hidden = at(hidden, here.channel, dtype_);
+    sums.pixels = pixels;
+    sums.fresh = first;
+    sums.scratch = scratch.as<float>();
+    if (here.outputs && here.channels) kernels(dtype_).add_pointwise_share(sums, dtype_);
+  }
+
+  void round_into(void* out) const {
+    const ShareStrides strides{share_size(), kBlock, c_out_ * kBlock};
+    round_shares(sums_.as<float>(), shares_.pixels, c_out_, c_, strides, out, dtype_);
+  }
+
+ private:
+  struct Part {
+    int64_t pixels, output, outputs, channel, channels;
+  };
+
+  static constexpr int64_t kBlock = PointwiseFilter::kOutputs;
+  int64_t share_size() const { return ceil_div(c_, kBlock) * kBlock * c_out_; }
+
+  // Of whole blocks, so that no two tasks write to one.
+  Part part(int64_t task) const {
+    const int64_t longer = std::max(c_, c_out_), most = ceil_div(ceil_div(longer, kBlock), shares_.filter) * kBlock;
+    const int64_t first = std::min(task % shares_.filter * most, longer), count = std::min(most, longer - first);
+    return c_out_ >= c_ ? Part{pixels(task), first, count, 0, c_} : Part{pixels(task), 0, c_out_, first, count};
+  }
+
+  PointwiseShare share(const Part& part) const {
+    const int64_t first = part.pixels * share_size() + part.channel * c_out_ + part.output * kBlock;
+    return {nullptr,         nullptr, c_out_, c_,     0, part.outputs, part.channels, sums_.as<float>() + first,
+            c_out_ * kBlock, false,   piece_, nullptr};
+  }
+
+  const Shares shares_;
+  const int64_t c_, c_out_;
+  const Dtype dtype_;
+  const int64_t piece_;
+  const Scratch sums_;  // (part of the pixels, block of channels, output, channel of the block)
 };
 
 // The pointwise bias's gradient from the tasks' sums (task, channel).
