@@ -101,10 +101,12 @@ def markdown(run: Run, plot_name: str) -> str:
     rejected += [
         (f"{row.model} {row.direction}", name, why) for row in run.models for name, why in row.rejected.items()
     ]
+    names = " and ".join(f"`{name}`" for name in run.again)
+    later = f" Rows with {names} in their name are of later runs (`--again --only ...`)." if names else ""
     parts = [
         f"# {machine_line(run.machine)}",
         f"Copy, GB/s by bytes moved: {copies}. Matrix product, GFLOP/s: {rates}. Rows measured twice differ by up to "
-        f"{run.noise:.0%}. The run took {run.seconds:.0f} s.",
+        f"{run.noise:.0%}. The run took {run.seconds:.0f} s.{later}",
         "Ratios are how many times faster this package is: than PyTorch eager in the same layout (`x nchw`, `x nhwc`), "
         "and, in its better layout, than the best rival in any (`x best`). `of floor`: the share of the speed that the "
         "unavoidable bytes at copy bandwidth, or the operations at the matrix rate, allow. (A copy on a CPU reads "

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,17 @@ class Run:
     left_out: list[str] = field(default_factory=list)
     noise: float = 0.0
     seconds: float = 0.0
+    again: list[str] = field(default_factory=list)
+    """What the names of rows of later runs contain, which stand in the places of this one's."""
+
+    def with_rows_of(self: AnyRun, later: Run, only: str) -> AnyRun:
+        """This run with the rows of a later one, whose names contain ``only``, in the places of its own."""
+        measured = {row.case.id: row for row in later.rows}
+        rows = [measured.pop(row.case.id, row) for row in self.rows]
+        left_out = [name for name in self.left_out if name not in measured]
+        again = [*self.again, *([only] if only not in self.again else [])]
+        noise = max(self.noise, later.noise)
+        return replace(self, rows=rows + list(measured.values()), left_out=left_out, again=again, noise=noise)
 
     def save(self, path: Path) -> None:
         data = vars(self) | {
@@ -157,6 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--within", type=float, default=540, help="seconds for everything")
     parser.add_argument("--threads", type=int, help="threads of every contestant, instead of one a core")
     parser.add_argument("--no-models", action="store_true", help="operators only")
+    parser.add_argument(
+        "--again", action="store_true", help="measure the rows of --only anew, operators only, for the record there is"
+    )
     options = parser.parse_args(arguments)
     chosen = [case for case in cases() if options.only in case.id]
     if not chosen:
@@ -165,8 +179,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if options.threads:
         torch.set_num_threads(options.threads)
-    run = perform(chosen, not options.no_models, options.within)
-    path = options.out / f"{slug(run.machine)}.json"
+    path = options.out / f"{slug(machine())}.json"
+    if options.again and not (options.only and path.exists()):
+        parser.error(f"--again must have --only and a record to go into, got --only {options.only!r} for {path}")
+    run = perform(chosen, not (options.no_models or options.again), options.within)
+    if options.again:
+        run = Run.load(path).with_rows_of(run, options.only)
     run.save(path)
     report.write(run, path)
     print(machine_line(run.machine), f"{run.seconds:.0f} s, noise {run.noise:.0%}", sep="\n")

@@ -314,6 +314,27 @@ def test_a_run_is_written_and_read_again(tmp_path) -> None:  # type: ignore[no-u
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md", ".png"], "no draft is left behind"
 
 
+def test_rows_measured_again_stand_in_their_places(tmp_path: Path) -> None:
+    first, other = row_of(ours_nchw=4.0, eager_nchw=12.0), row_of(replace(TINY, direction="backward"), ours_nhwc=1.0)
+    run = replace(run_of(first, other, noise=0.1), left_out=["depthwise forward bf16 tiny"])
+    missed = row_of(replace(TINY, dtype="bf16"), ours_nchw=1.0)
+    later = run_of(row_of(ours_nchw=3.0, eager_nchw=12.0), missed, noise=0.2)
+    merged = run.with_rows_of(later, "depthwise forward")
+    assert merged.rows == [later.rows[0], other, missed]
+    assert (merged.noise, merged.left_out, merged.again) == (0.2, [], ["depthwise forward"])
+    assert merged.with_rows_of(later, "depthwise forward") == merged
+    merged.save(tmp_path / "run.json")
+    assert suite.Run.load(tmp_path / "run.json") == merged
+    assert "Rows with `depthwise forward` in their name are of later runs" in report.markdown(merged, "run.png")
+
+
+def test_again_wants_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--only", "trelu forward fp32"], []):
+        with pytest.raises(SystemExit):
+            suite.main(["--again", "--out", str(tmp_path), *arguments])
+        assert "--again must have --only and a record to go into" in capsys.readouterr().err
+
+
 def test_the_suite_in_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing() -> torch.nn.Module:
         raise ImportError("No module named 'timm'")
