@@ -111,14 +111,16 @@ struct Shares {
   int64_t pixels, filter;
 };
 
-// A share is written and read again, which takes as long as some 50 pixels do; each part of the filter reads all of dz
-// or of the depthwise output. Powers of 2, so that as many threads, or half as many, have equal parts.
+// A share is written and read again, which takes as long as some 50 pixels do, and all of them together hold 64 MiB at
+// most; each part of the filter reads all of dz or of the depthwise output. Powers of 2, so that as many threads, or
+// half as many, have equal parts.
 inline Shares plan_shares(int64_t pixels, int64_t c, int64_t c_out) {
-  constexpr int64_t kLeastPixels = 512, kLeastChannels = 64;
+  constexpr int64_t kLeastPixels = 512, kLeastChannels = 64, kMostSums = int64_t(1) << 24;
   const int64_t most = 2 * pixels * c * c_out / kThreadOperations, longer = std::max(c, c_out);
+  const int64_t most_shares = std::min(pixels / kLeastPixels, kMostSums / std::max<int64_t>(1, c * c_out));
   Shares shares{1, 1};
   const auto tasks = [&] { return shares.pixels * shares.filter; };
-  while (tasks() < 2 * kTasks && tasks() <= most / 2 && 2 * shares.pixels * kLeastPixels <= pixels) shares.pixels *= 2;
+  while (tasks() < 2 * kTasks && tasks() <= most / 2 && 2 * shares.pixels <= most_shares) shares.pixels *= 2;
   while (tasks() < kTasks / 2 && tasks() <= most / 2 && 2 * shares.filter * kLeastChannels <= longer)
     shares.filter *= 2;
   return shares;
