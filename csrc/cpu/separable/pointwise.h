@@ -1,6 +1,5 @@
-// The pointwise step and its gradients over whole images, by the convolutions of the library that torch links (oneDNN):
-// they take images in either layout, write each output once and, in fp32, run twice as fast as MKL's matrix products do
-// on processors that are not Intel's.
+// The pointwise step and its gradients over whole images: NHWC by the kernels here, and what those leave (plan.h) by
+// the convolutions of the library that torch links (oneDNN), which take either layout and write each output once.
 #pragma once
 #include <optional>
 

@@ -1,5 +1,4 @@
-// Separable convolution on the CPU, both steps in one: depthwise rows that stay in cache feed a library's matrix
-// product.
+// Separable convolution on the CPU, both steps in one: depthwise rows that stay in cache feed the pointwise step.
 #pragma once
 #include "activation.h"
 #include "geometry.h"
