@@ -20,10 +20,11 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (1, 32, 64, 40, 33, 7, 1, 0, 1),
     (23, 48, 33, 7, 7, 3, 1, 1, 1),  # several images a band
     (1, 160, 200, 7, 7, 3, 1, 1, 1),  # few pixels
-    (3, 64, 272, 5, 5, 3, 1, 1, 1),  # in backward, few pixels: shared out by output channels
+    (3, 64, 272, 5, 5, 3, 1, 1, 1),  # in backward, one task
+    (2, 256, 272, 5, 5, 3, 1, 1, 1),  # in backward, two parts of the outputs, the last one short
     (5, 256, 130, 2, 2, 3, 2, 1, 1),
     (35, 128, 124, 12, 12, 3, 1, 1, 1),  # in backward, several bands a task
-    (8, 365, 301, 14, 14, 3, 1, 1, 1),  # in backward, two parts of the pixels by four of the outputs
+    (8, 365, 301, 14, 14, 3, 1, 1, 1),  # in backward, two parts of the pixels by two of the channels
     (2, 2100, 20, 6, 6, 3, 1, 1, 1),  # the pointwise step's channels in pieces ...
     (9, 1100, 66, 8, 8, 3, 1, 1, 1),  # ... and in bands
     (1, 72, 300, 4, 5, 3, 1, 1, 1),  # few pixels: by blocks of outputs
