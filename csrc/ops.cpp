@@ -2,6 +2,7 @@
 #include "conv2d_op.h"
 #include "cpu/kernels.h"
 #include "cpu/separable/pointwise.h"
+#include "cpu/separable/separable.h"
 #include "depthwise_op.h"
 #include "module.h"
 #include "separable_op.h"
@@ -19,9 +20,15 @@ struct CpuTRelu {
   }
 };
 
-struct CpuConv : PyTorchFormats {
+struct CpuConv : TransposedFormats<CpuConv> {
   static bool left_to_pytorch(const Conv2d& g, Dtype dtype) { return cpu::left_to_pytorch(g, dtype); }
   static constexpr bool transposes(const Conv2d&, Dtype, bool) { return false; }
+  static Tensor transposed_image(const Tensor& x, bool nhwc) {
+    const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+    Tensor out = empty_image(x, n, c, h, w, nhwc);
+    cpu::transpose_images(x.const_data_ptr(), out.mutable_data_ptr(), nhwc, n, c, h * w, dtype_of(x, "x"));
+    return out;
+  }
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor&) {
     cpu::kernels(dtype).depthwise(g, x, weight, bias, act, y, dtype);
@@ -38,44 +45,40 @@ struct CpuConv : PyTorchFormats {
                                   int64_t rows, int64_t channels, Dtype dtype, const Tensor&) {
     cpu::kernels(dtype).activation_backward(grad, values, act, from_output, out, rows * channels, dtype);
   }
-  static bool takes_planes(const Conv2d& g, Dtype dtype) { return cpu::takes_planes(g, dtype); }
+  static bool takes_planes(const Conv2d& g, int64_t c_out, Dtype dtype, bool backward) {
+    const cpu::SeparablePlan plan = cpu::plan_separable(g, c_out, dtype);
+    return backward ? plan.backward : plan.forward;
+  }
   static Tensor pointwise(const SeparableCall& call, const Tensor& image, const Tensor& filter,
                           const std::optional<Tensor>& bias, Activation act) {
-    return cpu::makes_pointwise(image.size(1), call.g.nhwc, call.dtype)
-               ? cpu::pointwise(image, filter, bias, act, call.g.nhwc)
+    return cpu::makes_pointwise(image.size(1), call.dtype)
+               ? cpu::pointwise(image, filter, bias, act)
                : pointwise_by_matrix<CpuConv>(call, image, filter, bias, act);
   }
   static void filter_gradient(const SeparableCall& call, const Tensor& dz, const Tensor& hidden, const Tensor& out) {
     const cpu::FilterGradient how = plan(call).filter_gradient;
     const bool here = how == cpu::FilterGradient::tasks || cpu::convolves_images(call.g.channels);
-    here ? cpu::filter_gradient(dz, hidden, call.g.nhwc, how, out.mutable_data_ptr())
-         : filter_gradient_by_matrix(dz, hidden, out);
+    here ? cpu::filter_gradient(dz, hidden, how, out.mutable_data_ptr()) : filter_gradient_by_matrix(dz, hidden, out);
   }
   static void channel_sums(const SeparableCall& call, const Tensor& image, const Tensor& out) {
-    const Conv2d& g = call.g;
-    cpu::channel_sums(image.const_data_ptr(), out.mutable_data_ptr(), g.batch, g.out_h * g.out_w, call.c_out, g.nhwc,
-                      call.dtype);
+    cpu::channel_sums(image.const_data_ptr(), out.mutable_data_ptr(), call.rows, call.c_out, call.dtype);
   }
 
   static std::optional<Tensor> fused_forward(const SeparableCall& call, const std::optional<Tensor>& pointwise_bias) {
-    const cpu::Fusion fusion = plan(call).forward;
-    if (fusion == cpu::Fusion::none) return std::nullopt;
+    if (!plan(call).forward) return std::nullopt;
     Tensor y = empty_image(call.x, call.g.batch, call.c_out, call.g.out_h, call.g.out_w, call.g.nhwc);
-    const auto make = fusion == cpu::Fusion::bands ? cpu::separable_bands : cpu::separable_images;
-    make(raw(call, data_or_null(pointwise_bias)), y.mutable_data_ptr());
+    cpu::separable_bands(raw(call, data_or_null(pointwise_bias)), y.mutable_data_ptr());
     return y;
   }
   static bool fused_backward(const SeparableCall& call, const Tensor& grad, const std::optional<Tensor>& y,
                              const PointwiseGradients& wanted) {
-    const cpu::Fusion fusion = plan(call).backward;
-    if (fusion == cpu::Fusion::none) return false;
+    if (!plan(call).backward) return false;
     const Conv2d& g = call.g;
     if (wanted.depthwise_out)
       *wanted.depthwise_out = empty_image(call.x, g.batch, g.channels, g.out_h, g.out_w, g.nhwc);
     const auto pointer = [](Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
-    const auto make = fusion == cpu::Fusion::bands ? cpu::pointwise_backward_bands : cpu::pointwise_backward_images;
-    make(raw(call, nullptr), grad.const_data_ptr(), data_or_null(y),
-         {pointer(wanted.depthwise_out), pointer(wanted.pointwise), pointer(wanted.bias)});
+    cpu::pointwise_backward_bands(raw(call, nullptr), grad.const_data_ptr(), data_or_null(y),
+                                  {pointer(wanted.depthwise_out), pointer(wanted.pointwise), pointer(wanted.bias)});
     return true;
   }
 
@@ -101,8 +104,8 @@ struct CpuConv2d {
   static constexpr bool kBiasIsFree = true;
   static std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter,
                                                 const std::optional<Tensor>& bias, Activation act, Dtype dtype) {
-    if (!cpu::makes_pointwise(image.size(1), true, dtype)) return std::nullopt;
-    return cpu::pointwise(image, filter, bias, act, true);
+    if (!cpu::makes_pointwise(image.size(1), dtype)) return std::nullopt;
+    return cpu::pointwise(image, filter, bias, act);
   }
   static void bias_and_activation(const Tensor& x, const std::optional<Tensor>&, Activation act, Dtype dtype) {
     void* const memory = x.mutable_data_ptr();
@@ -110,15 +113,14 @@ struct CpuConv2d {
   }
 };
 
-// The plan of a separable call, for rk.explain: whether it is computed in NHWC, then SeparablePlan's numbers.
+// The plan of a separable call, for rk.explain: whether images are NHWC, then SeparablePlan's members.
 std::vector<int64_t> separable_plan(const Tensor& x, const Tensor& depthwise, int64_t outputs,
                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                     const std::vector<int64_t>& dilation) {
-  const Dtype dtype = dtype_of(x, "x");
   Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
-  g.nhwc = SeparableOps<CpuConv>::computes_in_nhwc(g, x, dtype);
-  const cpu::SeparablePlan plan = cpu::plan_separable(g, outputs, dtype);
-  return {g.nhwc, int64_t(plan.forward), int64_t(plan.backward), int64_t(plan.filter_gradient)};
+  g.nhwc = g.nhwc || suggests_nhwc(x);
+  const cpu::SeparablePlan plan = cpu::plan_separable(g, outputs, dtype_of(x, "x"));
+  return {g.nhwc, plan.forward, plan.backward, int64_t(plan.filter_gradient)};
 }
 
 // Whether PyTorch's own convolution makes a depthwise output, for rk.explain.

@@ -62,7 +62,7 @@ inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& hidden, co
 //   static pointwise(call, image, filter, bias or none, activation) -> image, as pointwise_by_matrix above
 //   static filter_gradient(call, dz, hidden, out), as filter_gradient_by_matrix above
 //   static channel_sums(call, image, out): each channel's sum, the pointwise bias's gradient
-//   static takes_planes(Conv2d, dtype)
+//   static takes_planes(Conv2d, C', dtype, backward)
 // where the last says whether NCHW images are computed in NCHW, else they are transposed to NHWC; and, for devices with
 // kernels that do more at once,
 //   static fused_forward(call, pointwise bias or none) -> image or none
@@ -82,19 +82,14 @@ struct SeparableOps {
     check_same(x, pointwise, "x and pointwise_weight");
   }
 
-  // The format that is computed in; g has the output's.
-  static bool computes_in_nhwc(const Conv2d& g, const Tensor& x, Dtype dtype) {
-    return g.nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, dtype);
-  }
-
   static Call checked(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise, const Maybe& depthwise_bias,
                       const Ints& stride, const Ints& padding, const Ints& dilation, int64_t inner_activation,
-                      int64_t activation) {
+                      int64_t activation, bool backward) {
     const Dtype dtype = dtype_of(x, "x");
     Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
     const bool nhwc = g.nhwc;
-    g.nhwc = computes_in_nhwc(g, x, dtype);
     check_pointwise(pointwise, x);
+    g.nhwc = nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, pointwise.size(0), dtype, backward);
     check_bias(depthwise_bias, x, g.channels);
     return {dtype,
             g,
@@ -117,7 +112,7 @@ struct SeparableOps {
                         const Maybe& depthwise_bias, const Maybe& pointwise_bias, const Ints& stride,
                         const Ints& padding, const Ints& dilation, int64_t inner_activation, int64_t activation) {
     const Call call = checked(x, depthwise_weight, pointwise_weight, depthwise_bias, stride, padding, dilation,
-                              inner_activation, activation);
+                              inner_activation, activation, false);
     check_bias(pointwise_bias, x, call.c_out);
     if (!call.rows || !call.c_out)
       return empty_image(x, call.g.batch, call.c_out, call.g.out_h, call.g.out_w, call.nhwc);
@@ -164,7 +159,7 @@ struct SeparableOps {
       const Tensor& pointwise_weight, const Maybe& depthwise_bias, const Ints& stride, const Ints& padding,
       const Ints& dilation, int64_t inner_activation, int64_t activation, const Bools& mask) {
     const Call call = checked(x, depthwise_weight, pointwise_weight, depthwise_bias, stride, padding, dilation,
-                              inner_activation, activation);
+                              inner_activation, activation, true);
     const Conv2d& g = call.g;
     check_grad(grad, x, g, call.c_out);
     STD_TORCH_CHECK(mask.size() == 5, "mask must have 5 values");

@@ -154,19 +154,22 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool, str]:
     if backend == "cpu":
         window = geometry[8:10], geometry[10:12], geometry[12:14]
         nhwc, forward, backward, filter_gradient = torch.ops.rkl.cpu_separable_plan(x, weight, outputs, *window)
-        gradients = _CPU_FUSIONS[backward] if backward else _CPU_FILTER_GRADIENTS[filter_gradient]
-        return forward > 0, f"{'NHWC' if nhwc else 'NCHW'}, {_CPU_FUSIONS[forward]}; backward: {gradients}"
+        bands = _CPU_BANDS[nhwc]
+        steps = "" if nhwc else "images transposed to NHWC, then "
+        gradients = bands if backward else steps + _CPU_FILTER_GRADIENTS[filter_gradient]
+        return bool(forward), f"{bands if forward else steps + _CPU_STEPS}; backward: {gradients}"
     with _device_of(x):
         dtype = KERNEL_TYPES.index(x.dtype)
         plan = torch.ops.rkl.cuda_separable_plan(geometry, outputs, *activations, dtype, _facts_of(x))
     return (True, _CUDA_FUSED) if plan else (False, _CUDA_COMPOSED)
 
 
-# By Fusion and FilterGradient in csrc/cpu/separable/plan.h.
-_CPU_FUSIONS = (
-    "the pointwise step over whole images",
+# SeparablePlan and FilterGradient in csrc/cpu/separable/plan.h have the rules.
+_CPU_STEPS = "the depthwise step over all images, the pointwise step over its output"
+_CPU_BANDS = (
+    "the pointwise step takes each band of depthwise rows while it is in the cache, where rows of NCHW images are "
+    "transposed",
     "the pointwise step takes each band of depthwise rows while it is in the cache",
-    "a product takes each image's depthwise output while it is in the cache",
 )
 _CPU_FILTER_GRADIENTS = (
     "the depthwise output is made again, and the pointwise filter's gradient shared out by pixels and channels",

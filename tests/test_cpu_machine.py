@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -10,11 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-OTHER_CACHES = """
+import rkl_kernels as rk
+
+OTHER_MACHINE = """
 #include <dlfcn.h>
+#include <stdarg.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #ifdef L2_BYTES
 long sysconf(int name) {
@@ -30,6 +37,20 @@ FILE *fopen(const char *name, const char *mode) {
 int mincore(void *address, size_t length, unsigned char *is) {
   *is = 1;
   return 0;
+}
+#endif
+#ifdef AMX
+long syscall(long number, ...) {
+  long a[6];
+  va_list list;
+  va_start(list, number);
+  for (int i = 0; i < 6; ++i) a[i] = va_arg(list, long);
+  va_end(list);
+  if (number == SYS_arch_prctl && a[0] == 0x1021) {
+    *(uint64_t *)a[1] = 1 << 18;
+    return 0;
+  }
+  return ((long (*)(long, ...))dlsym(RTLD_NEXT, "syscall"))(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 #endif
 """
@@ -57,14 +78,14 @@ def test_lower_instruction_sets(capability: str) -> None:
 
 
 needs_gcc = pytest.mark.skipif(
-    not shutil.which("gcc"), reason="another cache is a library compiled here, by gcc; none on PATH"
+    not shutil.which("gcc"), reason="another machine is a library compiled here, by gcc; none on PATH"
 )
 
 
 def preload(folder: Path, definition: str) -> str:
-    """LD_PRELOAD for a process that is told of other caches."""
-    source, library = folder / "cache.c", folder / "cache.so"
-    source.write_text(OTHER_CACHES)
+    """LD_PRELOAD for a process that is told of another machine."""
+    source, library = folder / "machine.c", folder / "machine.so"
+    source.write_text(OTHER_MACHINE)
     flags = ["-D_GNU_SOURCE", f"-D{definition}", "-shared", "-fPIC"]
     subprocess.run(["gcc", *flags, source, "-o", library], check=True)
     return ":".join(filter(None, (os.environ.get("LD_PRELOAD"), str(library))))  # a sanitizer stands before it
@@ -88,3 +109,23 @@ def test_a_small_third_level_cache(tmp_path: Path) -> None:
     preloaded = preload(tmp_path, 'L3_SIZE="1K"')
     files = ["test_cpu_depthwise.py", "test_cpu_separable.py"]
     run_again("forward_and_gradients and nhwc", files, LD_PRELOAD=preloaded)
+
+
+@needs_gcc
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="AMX is x86's; Linux is asked")
+def test_a_machine_with_matrix_instructions(tmp_path: Path) -> None:
+    """There bf16 is the library's, one step after the other (which here does without them)."""
+    preloaded = preload(tmp_path, "AMX")
+    told = {**os.environ, "LD_PRELOAD": preloaded}
+    ask = "from tests.test_cpu_machine import says_library; says_library()"
+    subprocess.run([sys.executable, "-c", ask], env=told, check=True)
+    run_again("bfloat16", ["test_cpu_separable.py", "test_cpu_separable_bands.py"], LD_PRELOAD=preloaded)
+
+
+def says_library() -> None:
+    """In a process that is told of those instructions."""
+    x = torch.randn(8, 64, 32, 32, dtype=torch.bfloat16)
+    call = x, torch.randn(64, 1, 3, 3).bfloat16(), torch.randn(64, 64, 1, 1).bfloat16()
+    with rk.use_backend("cpu"):
+        told = rk.explain("separable_conv2d", *call, padding=1)
+    assert "the library makes the pointwise filter's gradient" in told.reason, told

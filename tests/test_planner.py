@@ -44,21 +44,19 @@ def profiled(channels: int, outputs: int, size: int, layout: torch.memory_format
     return calls, tensors, rk.explain("separable_conv2d", *call, padding=1)
 
 
-@pytest.mark.parametrize(("size", "fused"), [(40, True), (16, False)])
-def test_explanation_is_what_the_profiler_sees(one_thread, size, fused):
-    """Of NCHW images: a product of the library's for each image and some more, or one convolution over all."""
-    calls, _, told = profiled(64, 64, size, torch.contiguous_format)
-    assert told.fused is (calls > 1) is fused
-
-
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize(
     ("channels", "outputs", "size", "fused"), [(144, 24, 56, True), (64, 64, 32, True), (64, 64, 8, False)]
 )
-def test_explanation_is_what_the_profiler_sees_of_rows(one_thread, channels, outputs, size, fused):
-    """Of NHWC images nothing is the library's; the output alone is a tensor, or the depthwise output too."""
-    calls, tensors, told = profiled(channels, outputs, size, torch.channels_last)
+def test_explanation_is_what_the_profiler_sees(one_thread, layout, channels, outputs, size, fused):
+    """Nothing is the library's; the output alone is a tensor, or the depthwise output too, and of NCHW images NHWC ones
+    of both."""
+    calls, tensors, told = profiled(channels, outputs, size, layout)
     assert not calls
     assert told.fused is (tensors == 1) is fused
+    nchw = layout == torch.contiguous_format
+    assert tensors == (1 if fused else 4 if nchw else 2)
+    assert ("transposed" in told.reason) is nchw
 
 
 @pytest.mark.parametrize(
@@ -67,8 +65,8 @@ def test_explanation_is_what_the_profiler_sees_of_rows(one_thread, channels, out
         (torch.channels_last, 64, None, "the pointwise step takes each band of depthwise rows"),
         (torch.channels_last, 64, "relu", "the pointwise step takes each band of depthwise rows"),
         (torch.channels_last, 2, None, "shared out by pixels and channels"),
-        (torch.contiguous_format, 20, None, "the library makes the pointwise filter's gradient by parts of the pixels"),
-        (torch.contiguous_format, 2, None, "the library makes the pointwise filter's gradient by output channels"),
+        (torch.contiguous_format, 64, None, "in the cache, where rows of NCHW images are transposed"),
+        (torch.contiguous_format, 2, None, "images transposed to NHWC, then the depthwise output is made again"),
     ],
 )
 def test_explanation_says_how_the_filter_gradient_is_made(layout, size, inner, remade):

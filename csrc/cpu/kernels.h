@@ -10,10 +10,9 @@ namespace rkl::cpu {
 
 // A matrix product's result z made into the output: out = act(z + bias), element by element. z and out may be the same.
 struct BandEpilogue {
-  const void *z, *bias;  // bias: a value a column, or a row; may be null
+  const void *z, *bias;  // bias: a value a column; may be null
   void* out;
   int64_t rows, columns, z_stride, out_stride;  // strides: from row to row
-  bool bias_by_row = false;
 };
 
 // A depthwise step's filter and bias, widened and in the order that the kernels read them in.
@@ -94,14 +93,19 @@ struct Kernels {
   void (*widen)(const void* in, float* out, int64_t n, Dtype dtype);
   void (*finish)(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dtype);
   void (*add_column_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype);
-  void (*add_row_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype);
-  void (*transpose)(const float* in, float* out, int64_t rows, int64_t columns);  // out is (columns, rows)
+  // out (columns, rows) = in (rows, columns); in_row, out_row: elements from one row's to the next's.
+  void (*transpose)(const void* in, int64_t in_row, void* out, int64_t out_row, int64_t rows, int64_t columns,
+                    Dtype dtype);
   void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
   // The sum of `count` shares of n values each, `stride` floats apart, in fp64. block: floats from
   // PointwiseFilter::kOutputs values to the next as many.
   void (*sum_shares)(const float* shares, int64_t count, int64_t stride, int64_t block, void* out, int64_t n,
                      Dtype dtype);
 };
+
+// Dense images from NCHW to NHWC, or back.
+void transpose_images(const void* from, void* to, bool to_nhwc, int64_t batch, int64_t channels, int64_t pixels,
+                      Dtype dtype);
 
 // Whether PyTorch's own convolution makes a depthwise output sooner than these kernels: NCHW filters of 5 and 7 on
 // small maps, and large NHWC images of fewer channels than a vector has lanes.

@@ -5,6 +5,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 #include <algorithm>
 #include <cstdio>
@@ -20,10 +23,17 @@ bool has_f16c() {
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
-// Not by it either: GCC does not know this name.
-bool has_amx_bf16() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22));
+// Whether processor and system have AMX: whether tiles are among the states that a process may ask for. It is the
+// system that is asked, as the library does before it uses them.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr long kStatesThatExist = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  constexpr uint64_t kTiles = uint64_t(1) << 18;
+  uint64_t states = 0;
+  return !syscall(SYS_arch_prctl, kStatesThatExist, &states) && (states & kTiles);
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -44,7 +54,7 @@ Machine read_machine() {
   machine.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   machine.avx512 = machine.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  machine.amx = has_amx_bf16();
+  machine.amx = has_amx();
   machine.avx512_bf16 = machine.avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   constexpr int64_t kKiB = 1024;

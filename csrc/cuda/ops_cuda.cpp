@@ -47,15 +47,9 @@ Tensor planes_of(const Tensor& x) {
 float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 // Kernels of the convolutions, as DepthwiseOps takes them.
-struct CudaConv {
+struct CudaConv : TransposedFormats<CudaConv> {
   static bool left_to_pytorch(const Conv2d& g, Dtype dtype) { return cuda::left_to_pytorch(g, dtype); }
   static bool transposes(const Conv2d& g, Dtype dtype, bool of_filter) { return cuda::transposes(g, dtype, of_filter); }
-  static Tensor dense(const Tensor& x, bool nhwc) {
-    return is_dense(x, nhwc) || !is_dense(x, !nhwc) ? rkl::dense(x, nhwc) : transposed_image(x, nhwc);
-  }
-  static Tensor in_format(const Tensor& x, bool nhwc) {
-    return has_strides(x, nhwc) || !is_dense(x, !nhwc) ? rkl::in_format(x, nhwc) : transposed_image(x, nhwc);
-  }
   static Tensor transposed_image(const Tensor& x, bool nhwc) {
     const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
     const Dtype dtype = dtype_of(x, "x");
@@ -99,7 +93,7 @@ std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter
 
 // Kernels of the separable convolution, as SeparableOps takes them.
 struct CudaSeparable : CudaConv {
-  static bool takes_planes(const Conv2d& g, Dtype dtype) { return cuda::takes_planes(g, dtype); }
+  static bool takes_planes(const Conv2d& g, int64_t, Dtype dtype, bool) { return cuda::takes_planes(g, dtype); }
   static void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out,
                                   int64_t rows, int64_t channels, Dtype dtype, const Tensor& like) {
     cuda::activation_backward(grad, values, act, from_output, out, rows * channels, dtype, OnDeviceOf(like).stream);

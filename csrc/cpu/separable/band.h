@@ -1,11 +1,113 @@
-// What forward and backward do with a band.
+// The output of a separable convolution in bands, whose depthwise output stays in a core's cache.
 #pragma once
+#include <algorithm>
+
 #include "cpu/kernels.h"
-#include "cpu/separable/matrix.h"
 #include "cpu/separable/plan.h"
+#include "cpu/separable/separable.h"
 #include "cpu/simd/scratch.h"
 
 namespace rkl::cpu {
+
+// Some rows of one image, or all of some images.
+struct ImageRows {
+  int64_t image, images, row, rows;
+};
+
+struct Band {
+  Conv2d g;  // the depthwise step that makes it, in NHWC, from the rows that it reads
+  ImageRows in, out;
+  int64_t first_pixel, pixels;  // of the output: pixels over all images
+};
+
+// Bands of about `pixels` pixels of output.
+class Bands {
+ public:
+  Bands(const Conv2d& g, int64_t pixels) : g_(g) {
+    g_.nhwc = true;
+    const int64_t plane = g.out_h * g.out_w;
+    images_ = std::clamp<int64_t>(pixels / plane, 1, g.batch);
+    const int64_t pieces = std::min(g.out_h, std::max<int64_t>(1, (plane + pixels / 2) / pixels));
+    // Four at a time: what a window makes at once.
+    rows_ = images_ > 1 ? g.out_h : std::min(g.out_h, ceil_div(ceil_div(g.out_h, pieces), 4) * 4);
+    per_image_ = ceil_div(g.out_h, rows_);
+  }
+
+  // The depthwise step as the bands take it.
+  const Conv2d& depthwise() const { return g_; }
+  int64_t count() const { return ceil_div(g_.batch, images_) * per_image_; }
+
+  // Pixels of the largest band, and of what it reads.
+  int64_t most_pixels() const { return images_ * rows_ * g_.out_w; }
+  int64_t most_read() const { return images_ * std::min(span(rows_), g_.in_h) * g_.in_w; }
+
+  Band operator[](int64_t i) const {
+    const int64_t image = i / per_image_ * images_, row = i % per_image_ * rows_;
+    const int64_t images = std::min(images_, g_.batch - image), rows = std::min(rows_, g_.out_h - row);
+    // Of the rows that the band's windows span those that exist; the padding above them is the band's own.
+    const int64_t top = row * g_.stride_h - g_.padding_h, first = std::clamp<int64_t>(top, 0, g_.in_h - 1);
+    const int64_t read = std::max<int64_t>(1, std::min(top + span(rows), g_.in_h) - first);
+    Band band{g_,
+              {image, images, first, read},
+              {image, images, row, rows},
+              (image * g_.out_h + row) * g_.out_w,
+              images * rows * g_.out_w};
+    band.g.batch = images;
+    band.g.in_h = read;
+    band.g.out_h = rows;
+    band.g.padding_h = int(first - top);
+    return band;
+  }
+
+ private:
+  int64_t span(int64_t rows) const { return (rows - 1) * g_.stride_h + int64_t(g_.kernel_h - 1) * g_.dilation_h + 1; }
+
+  Conv2d g_;
+  int64_t images_, rows_, per_image_;
+};
+
+// Images whose rows bands read and make as NHWC: where they lie or, of NCHW, in memory of a band's own.
+class BandImages {
+ public:
+  BandImages(const void* images, int64_t channels, int64_t height, int64_t width, const Separable& s)
+      : images_(const_cast<void*>(images)),
+        channels_(channels),
+        height_(height),
+        width_(width),
+        nhwc_(s.g.nhwc),
+        dtype_(s.dtype) {}
+
+  const void* read(const ImageRows& rows, void* own) const {
+    if (nhwc_) return made_at(rows, own);
+    for (int64_t i = 0; i < rows.images; ++i)
+      kernels(dtype_).transpose(plane(rows, i), height_ * width_, own_image(rows, i, own), channels_, channels_,
+                                rows.rows * width_, dtype_);
+    return own;
+  }
+
+  // Where rows are to be made; written(rows, own) when they are.
+  void* made_at(const ImageRows& rows, void* own) const {
+    return nhwc_ ? at(images_, (rows.image * height_ + rows.row) * width_ * channels_, dtype_) : own;
+  }
+  void written(const ImageRows& rows, void* own) const {
+    for (int64_t i = 0; !nhwc_ && i < rows.images; ++i)
+      kernels(dtype_).transpose(own_image(rows, i, own), channels_, plane(rows, i), height_ * width_,
+                                rows.rows * width_, channels_, dtype_);
+  }
+
+ private:
+  void* plane(const ImageRows& rows, int64_t i) const {
+    return at(images_, ((rows.image + i) * channels_ * height_ + rows.row) * width_, dtype_);
+  }
+  void* own_image(const ImageRows& rows, int64_t i, void* own) const {
+    return at(own, i * rows.rows * width_ * channels_, dtype_);
+  }
+
+  void* images_;
+  int64_t channels_, height_, width_;
+  bool nhwc_;
+  Dtype dtype_;
+};
 
 // A pointwise filter in the order that pointwise_rows reads it in.
 Scratch packed(const PointwiseFilter& filter, Dtype dtype);
@@ -15,13 +117,6 @@ inline bool streams_rows(const void* out, int64_t rows, int64_t outputs, Activat
   const int64_t row = outputs * size_of(dtype);
   return act == Activation::none && exceeds_caches(rows * row) && in_whole_lines(out, row) &&
          is_resident(at(out, rows / 2 * outputs, dtype));
-}
-
-// The depthwise step of a band, into memory of the band's own.
-inline void depthwise_band(const Separable& s, const Band& band, const PackedFilter& filter, Activation act,
-                           void* out) {
-  const int64_t first = (band.image * s.g.in_h + band.first_in_row) * s.g.in_w * s.g.channels;
-  kernels(s.dtype).depthwise_packed(band.g, at(s.x, first, s.dtype), filter, act, out, s.dtype);
 }
 
 }  // namespace rkl::cpu

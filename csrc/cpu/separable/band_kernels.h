@@ -36,9 +36,8 @@ void finish_rows(const BandEpilogue& f, Activation act) {
   const T* bias = static_cast<const T*>(f.bias);
   T* out = static_cast<T*>(f.out);
   for (int64_t r = 0; r < f.rows; ++r) {
-    const Vec of_row = bias && f.bias_by_row ? broadcast(float(bias[r])) : Vec{};
     for_vectors(f.columns, [&](int64_t c, int64_t count) {
-      const Vec b = bias && !f.bias_by_row ? load_up_to(bias + c, count) : of_row;
+      const Vec b = bias ? load_up_to(bias + c, count) : Vec{};
       const Vec v = load_up_to(z + r * f.z_stride + c, count);
       store_up_to(out + r * f.out_stride + c, activate(act, v + b, T{}), count);
     });
@@ -83,23 +82,6 @@ inline void add_column_sums(const void* matrix, double* sums, int64_t rows, int6
       }
       for (int64_t i = 0; i < count; ++i) sums[c + i] += sum[i];
     });
-  });
-}
-
-// The same for each row's sum, of its lanes in their order.
-inline void add_row_sums(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    const auto* in = static_cast<const decltype(zero)*>(matrix);
-    for (int64_t r = 0; r < rows; ++r) {
-      DoubleVec sum{};
-      for (int64_t first = 0; first < columns; first += kRun * kLanes) {
-        Vec run{};
-        for_vectors(std::min(kRun * kLanes, columns - first),
-                    [&](int64_t c, int64_t count) { run += load_up_to(in + r * columns + first + c, count); });
-        sum += __builtin_convertvector(run, DoubleVec);
-      }
-      for (int i = 0; i < kLanes; ++i) sums[r] += sum[i];
-    }
   });
 }
 

@@ -4,23 +4,16 @@
 
 namespace rkl::cpu {
 
-void channel_sums(const void* image, void* out, int64_t batch, int64_t pixels, int64_t channels, bool nhwc,
-                  Dtype dtype) {
-  // NHWC: rows of channels, as many as lie in a core's own cache. NCHW: whole images.
-  const int64_t rows = nhwc ? batch * pixels : batch;
-  const int64_t part = nhwc ? std::max<int64_t>(64, (int64_t(1) << 16) / channels) : 1;
-  const int64_t parts = ceil_div(rows, part), tasks = std::min<int64_t>(parts, 2 * kTasks);
+void channel_sums(const void* image, void* out, int64_t pixels, int64_t channels, Dtype dtype) {
+  // In parts of as many pixels as lie in a core's own cache.
+  const int64_t part = std::max<int64_t>(64, (int64_t(1) << 16) / channels);
+  const int64_t parts = ceil_div(pixels, part), tasks = std::min<int64_t>(parts, 2 * kTasks);
   std::vector<double> sums(tasks * channels);
-  for_tasks(tasks, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
-      for (int64_t i = parts * task / tasks; i < parts * (task + 1) / tasks; ++i) {
-        double* to = sums.data() + task * channels;
-        if (nhwc)
-          kernels(dtype).add_column_sums(at(image, i * part * channels, dtype), to, std::min(part, rows - i * part),
-                                         channels, dtype);
-        else
-          kernels(dtype).add_row_sums(at(image, i * channels * pixels, dtype), to, channels, pixels, dtype);
-      }
+      for (int64_t i = parts * task / tasks; i < parts * (task + 1) / tasks; ++i)
+        kernels(dtype).add_column_sums(at(image, i * part * channels, dtype), sums.data() + task * channels,
+                                       std::min(part, pixels - i * part), channels, dtype);
   });
   round_bias(sums, channels, out, dtype);
 }

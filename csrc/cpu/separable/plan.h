@@ -1,59 +1,15 @@
-// How a separable convolution is made on a CPU, and how its output is cut into bands: by its shape and the machine,
-// never by the number of threads, so that results are the same for any number of them.
+// How a separable convolution is made on a CPU, and cut into parts: by its shape and the machine, never by the number
+// of threads, so that results are the same for any number of them.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 
 #include "cpu/machine.h"
-#include "cpu/separable/matrix.h"
-#include "cpu/separable/separable.h"
+#include "cpu/separable/library.h"
 #include "cpu/simd/scratch.h"
 #include "geometry.h"
 
 namespace rkl::cpu {
-
-// Some whole images, or some rows of one image.
-struct Band {
-  Conv2d g;                     // the depthwise step that makes it
-  int64_t image, first_in_row;  // where its input begins
-  int64_t first_pixel, pixels;  // of the output: pixels over all images
-};
-
-// The output in bands of about `pixels` pixels.
-class Bands {
- public:
-  Bands(const Separable& s, int64_t pixels) : g_(s.g) {
-    const Conv2d& g = s.g;
-    const int64_t plane = g.out_h * g.out_w;
-    images_ = std::clamp<int64_t>(pixels / plane, 1, g.batch);
-    const int64_t pieces = std::min(g.out_h, std::max<int64_t>(1, (plane + pixels / 2) / pixels));
-    // Four at a time: what a window makes at once.
-    rows_ = images_ > 1 ? g.out_h : std::min(g.out_h, ceil_div(ceil_div(g.out_h, pieces), 4) * 4);
-    per_image_ = ceil_div(g.out_h, rows_);
-  }
-
-  int64_t count() const { return ceil_div(g_.batch, images_) * per_image_; }
-
-  int64_t most_pixels() const { return images_ * rows_ * g_.out_w; }
-
-  Band operator[](int64_t i) const {
-    const int64_t image = i / per_image_ * images_, row = i % per_image_ * rows_;
-    Band band{g_, image, 0, (image * g_.out_h + row) * g_.out_w, 0};
-    band.g.batch = std::min(images_, g_.batch - image);
-    band.g.out_h = std::min(rows_, g_.out_h - row);
-    // The rows of input above the band's window are skipped; what padding remains above them is the band's own.
-    const int64_t top = row * g_.stride_h - g_.padding_h;
-    band.first_in_row = std::clamp<int64_t>(top, 0, std::max<int64_t>(0, g_.in_h - 1));
-    band.g.padding_h = int(band.first_in_row - top);
-    band.g.in_h = g_.in_h - band.first_in_row;
-    band.pixels = band.g.batch * band.g.out_h * g_.out_w;
-    return band;
-  }
-
- private:
-  Conv2d g_;
-  int64_t images_, rows_, per_image_;
-};
 
 // Rows of channels that a core's own cache holds beside their outputs and a block of weights.
 inline int64_t rows_in_cache(int64_t channels, Dtype dtype) {
@@ -75,17 +31,11 @@ inline int64_t rows_a_part(int64_t all, int64_t channels, Dtype dtype, int64_t l
   return std::max(ceil_div(all, parts), least);
 }
 
-// Pixels a band.
-inline int64_t band_pixels(const Conv2d& g, Dtype dtype) {
-  return rows_a_part(g.batch * g.out_h * g.out_w, g.channels, dtype, kLeastRows);
+// Pixels a band. Beside the depthwise output of NCHW images there is memory of the band's own, of what is read or made.
+inline int64_t band_pixels(const Conv2d& g, int64_t c_out, Dtype dtype) {
+  const int64_t c = g.channels, own = std::max(c_out, c * g.stride_h * g.stride_w);
+  return rows_a_part(g.batch * g.out_h * g.out_w, g.nhwc ? c : (c + own) / 2, dtype, kLeastRows);
 }
-
-// What is done at once, so that the depthwise output stays in cache, backward too, where it is made again.
-enum class Fusion : int {
-  none,    // the depthwise step over all images, then the pointwise step over them
-  bands,   // some rows, or some small images, of NHWC
-  images,  // one NCHW image
-};
 
 // How the pointwise filter's gradient, a sum over all pixels, is shared out.
 enum class FilterGradient : int {
@@ -96,14 +46,9 @@ enum class FilterGradient : int {
 
 // How a call is made, as a value: the launchers follow it and rk.explain reads it.
 struct SeparablePlan {
-  Fusion forward, backward;
-  FilterGradient filter_gradient;  // where backward fuses nothing
+  bool forward, backward;          // in bands, of NHWC or NCHW images; else NHWC images one step after the other
+  FilterGradient filter_gradient;  // where backward is not in bands
 };
-
-// Whether NCHW images have planes that are worth a product of their own, an image at a time.
-inline bool images_serve(const Conv2d& g, Dtype dtype) {
-  return !g.nhwc && factor_type(dtype) == dtype && g.out_h * g.out_w >= 1024;
-}
 
 // Parts of the pixels, each with a share of the sum, and of the filter: of its outputs or, if there are more of them,
 // of its channels.
@@ -140,24 +85,22 @@ inline bool multiplies_rows(int64_t channels, Dtype dtype) {
 
 // Whether bands are worth their making: enough of them, and not so thin that most rows of the image that a band's
 // window spans are read for its neighbours too (dilations of 6, 33 px, 2048 channels: 47 ms unfused, 51 in bands).
-inline bool bands_serve(const Conv2d& g, Dtype dtype) {
-  const int64_t pixels = band_pixels(g, dtype), rows = std::min(ceil_div(pixels, g.out_w), g.out_h);
+inline bool bands_serve(const Conv2d& g, int64_t c_out, Dtype dtype) {
+  const int64_t rows = std::min(ceil_div(band_pixels(g, c_out, dtype), g.out_w), g.out_h);
   const int64_t beyond = int64_t(g.kernel_h - 1) * g.dilation_h;
   return g.batch * g.out_h * g.out_w >= kTasks * kLeastRows && (rows == g.out_h || beyond <= 2 * rows * g.stride_h);
 }
 
 inline SeparablePlan plan_separable(const Conv2d& g, int64_t c_out, Dtype dtype) {
   const int64_t pixels = g.batch * g.out_h * g.out_w;
-  const Fusion images = images_serve(g, dtype) ? Fusion::images : Fusion::none;
-  if (!g.nhwc || !multiplies(dtype)) {
+  if (!multiplies(dtype)) {
     const bool few = 4 * pixels <= c_out && c_out >= 256;
-    return {images, images, few ? FilterGradient::channels : FilterGradient::pixels};
+    return {false, false, few ? FilterGradient::channels : FilterGradient::pixels};
   }
-  const bool forward = multiplies_rows(g.channels, dtype) && bands_serve(g, dtype);
+  const bool forward = multiplies_rows(g.channels, dtype) && bands_serve(g, c_out, dtype);
   // Each part of the filter would make all bands again.
   const bool backward = forward && multiplies_rows(c_out, dtype) && plan_shares(pixels, g.channels, c_out).filter == 1;
-  const auto bands = [](bool serve) { return serve ? Fusion::bands : Fusion::none; };
-  return {bands(forward), bands(backward), FilterGradient::tasks};
+  return {forward, backward, FilterGradient::tasks};
 }
 
 }  // namespace rkl::cpu

@@ -98,12 +98,12 @@ Tensor multiplied(const Tensor& image, const Tensor& filter, const std::optional
   return out;
 }
 
-Tensor convolved(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, bool nhwc) {
+Tensor convolved(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias) {
   const Dtype dtype = dtype_of(image, "image");
-  if (factor_type(dtype) == dtype) return dense(convolution(image, filter, bias), nhwc);
+  if (factor_type(dtype) == dtype) return dense(convolution(image, filter, bias), true);
   const auto wide = [](const Tensor& x) { return torch::stable::to(x, ScalarType::Float); };
   const std::optional<Tensor> wide_bias = bias ? std::optional<Tensor>(wide(*bias)) : std::nullopt;
-  return torch::stable::to(convolved(wide(image), wide(filter), wide_bias, nhwc), image.scalar_type());
+  return torch::stable::to(convolved(wide(image), wide(filter), wide_bias), image.scalar_type());
 }
 
 }  // namespace
@@ -118,15 +118,14 @@ Scratch packed(const PointwiseFilter& filter, Dtype dtype) {
   return out;
 }
 
-bool makes_pointwise(int64_t channels, bool nhwc, Dtype dtype) {
-  return (nhwc && multiplies_rows(channels, dtype)) || convolves_images(channels);
+bool makes_pointwise(int64_t channels, Dtype dtype) {
+  return multiplies_rows(channels, dtype) || convolves_images(channels);
 }
 
-Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, Activation act,
-                 bool nhwc) {
+Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, Activation act) {
   const Dtype dtype = dtype_of(image, "image");
-  if (nhwc && multiplies_rows(image.size(1), dtype)) return multiplied(image, filter, bias, act);
-  const Tensor out = convolved(image, filter, bias, nhwc);
+  if (multiplies_rows(image.size(1), dtype)) return multiplied(image, filter, bias, act);
+  const Tensor out = convolved(image, filter, bias);
   void* const memory = out.mutable_data_ptr();
   if (act != Activation::none) kernels(dtype).epilogue(memory, nullptr, act, memory, out.numel(), 1, dtype);
   return out;

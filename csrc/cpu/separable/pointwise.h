@@ -1,30 +1,27 @@
-// The pointwise step and its gradients over whole images: NHWC by the kernels here, and what those leave (plan.h) by
-// the convolutions of the library that torch links (oneDNN), which take either layout and write each output once.
+// The pointwise step and its gradients over whole NHWC images: by the kernels here, and what those leave (plan.h) by
+// the convolutions of the library that torch links (oneDNN).
 #pragma once
 #include <optional>
 
+#include "activation.h"
 #include "cpu/separable/plan.h"
 #include "tensor_args.h"
 
 namespace rkl::cpu {
 
-// Whether torch has that library, for images of so many channels; where it has not, matrix products over NHWC images
-// are to serve.
+// Whether torch has that library, for images of so many channels; where it has not, matrix products are to serve.
 bool convolves_images(int64_t channels);
 
-// Whether `pointwise` serves images in that format; where it does not, matrix products over NHWC images are to.
-bool makes_pointwise(int64_t channels, bool nhwc, Dtype dtype);
+// Whether `pointwise` serves; where it does not, matrix products are to.
+bool makes_pointwise(int64_t channels, Dtype dtype);
 
-// act(filter (C', C) times image (N, C, H, W) + bias): an image in the same format. Either of the filter's strides may
-// be 1.
-Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, Activation act,
-                 bool nhwc);
+// act(filter (C', C) times image (N, C, H, W) + bias). Either of the filter's strides may be 1.
+Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias, Activation act);
 
 // The filter's gradient (C', C): dz (N, C', H, W) times hidden (N, C, H, W), summed over all pixels, as the plan says.
-void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, FilterGradient how, void* out);
+void filter_gradient(const Tensor& dz, const Tensor& hidden, FilterGradient how, void* out);
 
 // The sum of each channel of an image: the bias's gradient.
-void channel_sums(const void* image, void* out, int64_t batch, int64_t pixels, int64_t channels, bool nhwc,
-                  Dtype dtype);
+void channel_sums(const void* image, void* out, int64_t pixels, int64_t channels, Dtype dtype);
 
 }  // namespace rkl::cpu

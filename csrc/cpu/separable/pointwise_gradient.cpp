@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/separable/matrix.h"
 #include "cpu/separable/pointwise.h"
 #include "cpu/separable/task_sums.h"
 #include "cpu/simd/scratch.h"
@@ -55,16 +54,16 @@ int64_t parts_for(int64_t pixels, int64_t c, int64_t c_out) {
   return parts;
 }
 
-// By the library: parts of the pixels, of NHWC images any, of NCHW images whole ones.
-void by_pixels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, Dtype dtype) {
-  const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(hidden) : hidden;
-  const int64_t c = hidden.size(1), c_out = dz.size(1), dim = nhwc ? 3 : 0, all = left.size(dim);
-  const int64_t parts = std::min(all, parts_for(pixels_of(dz), c, c_out)), size = c_out * c;
+// By the library: parts of the pixels.
+void by_pixels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
+  const Tensor left = as_one_row(dz), right = as_one_row(hidden);
+  const int64_t c = hidden.size(1), c_out = dz.size(1), all = pixels_of(dz);
+  const int64_t parts = std::min(all, parts_for(all, c, c_out)), size = c_out * c;
   const Scratch shares(parts * size * int64_t(sizeof(float)));
   for_tasks(parts, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = all * i / parts, count = all * (i + 1) / parts - first;
-      const Tensor share = share_of(narrow(left, dim, first, count), narrow(right, dim, first, count));
+      const Tensor share = share_of(narrow(left, 3, first, count), narrow(right, 3, first, count));
       kernels(dtype).widen(share.const_data_ptr(), shares.as<float>() + i * size, size, dtype);
     }
   });
@@ -73,8 +72,8 @@ void by_pixels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, Dty
 
 // By the library: large filters of few pixels, shared out by output channels, as writing another share would take
 // longer than reading the depthwise output again.
-void by_channels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, Dtype dtype) {
-  const Tensor left = nhwc ? as_one_row(dz) : dz, right = nhwc ? as_one_row(hidden) : hidden;
+void by_channels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
+  const Tensor left = as_one_row(dz), right = as_one_row(hidden);
   const int64_t c_out = dz.size(1), c = hidden.size(1);
   const int64_t part = std::max<int64_t>(64, ceil_div(ceil_div(c_out, kTasks), 16) * 16);
   for_tasks(ceil_div(c_out, part), [&](int64_t begin, int64_t end) {
@@ -86,7 +85,7 @@ void by_channels(const Tensor& dz, const Tensor& hidden, bool nhwc, void* out, D
   });
 }
 
-// By the kernels here, over NHWC images.
+// By the kernels here.
 void by_tasks(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
   const int64_t c = hidden.size(1), c_out = dz.size(1), all = pixels_of(dz);
   const Shares shares = plan_shares(all, c, c_out);
@@ -104,19 +103,19 @@ void by_tasks(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
 
 }  // namespace
 
-void filter_gradient(const Tensor& dz, const Tensor& hidden, bool nhwc, FilterGradient how, void* out) {
+void filter_gradient(const Tensor& dz, const Tensor& hidden, FilterGradient how, void* out) {
   const Dtype dtype = dtype_of(dz, "dz");
   const int64_t c = hidden.size(1), c_out = dz.size(1);
   if (how == FilterGradient::tasks) return by_tasks(dz, hidden, out, dtype);
   if (factor_type(dtype) != dtype) {
     const Scratch wide(c_out * c * sizeof(float));
-    filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(hidden, ScalarType::Float), nhwc, how,
+    filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(hidden, ScalarType::Float), how,
                     wide.as());
     kernels(dtype).finish({wide.as(), nullptr, out, c_out, c, c, c}, Activation::none, Dtype::f32, dtype);
     return;
   }
   const auto by = how == FilterGradient::channels ? by_channels : by_pixels;
-  by(dz, hidden, nhwc, out, dtype);
+  by(dz, hidden, out, dtype);
 }
 
 }  // namespace rkl::cpu

@@ -7,7 +7,7 @@ namespace rkl::cpu {
 
 // A separable convolution over dense memory: depthwise_out = depthwise(x) + depthwise_bias,
 // hidden = inner(depthwise_out), z = pointwise * hidden + pointwise_bias, y = outer(z). The pointwise filter is (C_out,
-// C). The biases may be null. All images are NHWC, or NCHW where g.nhwc is not set and takes_planes() agrees.
+// C). The biases may be null. All images are NHWC, or all NCHW.
 struct Separable {
   Conv2d g;
   int64_t c_out;
@@ -16,19 +16,13 @@ struct Separable {
   const void *x, *depthwise, *depthwise_bias, *pointwise, *pointwise_bias;
 };
 
-// Whether NCHW images are computed in NCHW; else they are transposed to NHWC first.
-bool takes_planes(const Conv2d& g, Dtype dtype);
-
-// What the plan's forward names.
 void separable_bands(const Separable& s, void* y);
-void separable_images(const Separable& s, void* y);
 
 // The gradients of the pointwise step and of the depthwise step's output (before its activation), each null where it is
-// not wanted. y may be null where there is no outer activation. By what the plan's backward names.
+// not wanted. y may be null where there is no outer activation.
 struct Gradients {
   void *depthwise_out, *pointwise, *pointwise_bias;
 };
 void pointwise_backward_bands(const Separable& s, const void* grad, const void* y, const Gradients& wanted);
-void pointwise_backward_images(const Separable& s, const void* grad, const void* y, const Gradients& wanted);
 
 }  // namespace rkl::cpu

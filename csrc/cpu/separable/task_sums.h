@@ -27,30 +27,7 @@ inline ShareStrides dense_shares(int64_t rows, int64_t columns) {
   return {rows * columns, columns, PointwiseFilter::kOutputs};
 }
 
-// The pointwise filter's gradient by the library's products, in fp32 within a task.
-class TaskSums {
- public:
-  TaskSums(int64_t tasks, int64_t rows, int64_t columns)
-      : tasks_(tasks), rows_(rows), columns_(columns), sums_(tasks * rows * columns * int64_t(sizeof(float))) {}
-
-  // A band's share; a task's first one is taken as it is.
-  void add(int64_t task, bool first, const Matrix& share) {
-    const float* from = static_cast<const float*>(share.data);
-    const int64_t size = rows_ * columns_;
-    float* sums = sums_.as<float>() + task * size;
-    for (int64_t i = 0; i < size; ++i) sums[i] = first ? from[i] : sums[i] + from[i];
-  }
-
-  void round_into(void* out, Dtype dtype) const {
-    round_shares(sums_.as<float>(), tasks_, rows_, columns_, dense_shares(rows_, columns_), out, dtype);
-  }
-
- private:
-  int64_t tasks_, rows_, columns_;
-  Scratch sums_;
-};
-
-// The same by the kernels here, over NHWC images, in tasks of a part of the pixels and a part of the filter each.
+// The pointwise filter's gradient, in tasks of a part of the pixels and a part of the filter each.
 class FilterSums {
  public:
   FilterSums(const Shares& shares, int64_t c, int64_t c_out, Dtype dtype)
