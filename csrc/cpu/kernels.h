@@ -93,9 +93,12 @@ struct Kernels {
   void (*widen)(const void* in, float* out, int64_t n, Dtype dtype);
   void (*finish)(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dtype);
   void (*add_column_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype);
-  // out (columns, rows) = in (rows, columns); in_row, out_row: elements from one row's to the next's.
-  void (*transpose)(const void* in, int64_t in_row, void* out, int64_t out_row, int64_t rows, int64_t columns,
-                    Dtype dtype);
+  // Planes (channels, pixels) into rows (pixels, channels), and back; plane, row: elements from one's start to the
+  // next's.
+  void (*planes_to_rows)(const void* planes, int64_t plane, void* rows, int64_t row, int64_t channels, int64_t pixels,
+                         Dtype dtype);
+  void (*rows_to_planes)(const void* rows, int64_t row, void* planes, int64_t plane, int64_t channels, int64_t pixels,
+                         Dtype dtype);
   void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
   // The sum of `count` shares of n values each, `stride` floats apart, in fp64. block: floats from
   // PointwiseFilter::kOutputs values to the next as many.
@@ -107,8 +110,8 @@ struct Kernels {
 void transpose_images(const void* from, void* to, bool to_nhwc, int64_t batch, int64_t channels, int64_t pixels,
                       Dtype dtype);
 
-// Whether PyTorch's own convolution makes a depthwise output sooner than these kernels: NCHW filters of 5 and 7 on
-// small maps, and large NHWC images of fewer channels than a vector has lanes.
+// Whether PyTorch's own convolution makes a depthwise output sooner than these kernels: of large NHWC images of fewer
+// channels than a vector has lanes.
 bool left_to_pytorch(const Conv2d& g, Dtype dtype);
 
 // Those for elements of this type, of the widest instruction set that this machine has, or that ATEN_CPU_CAPABILITY

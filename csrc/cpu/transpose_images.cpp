@@ -18,9 +18,11 @@ void transpose_images(const void* from, void* to, bool to_nhwc, int64_t batch, i
       const int64_t image = i / parts * channels * pixels, first = i % parts * part;
       const int64_t count = std::min(part, pixels - first), plane = image + first, row = image + first * channels;
       if (to_nhwc)
-        kernels(dtype).transpose(at(from, plane, dtype), pixels, at(to, row, dtype), channels, channels, count, dtype);
+        kernels(dtype).planes_to_rows(at(from, plane, dtype), pixels, at(to, row, dtype), channels, channels, count,
+                                      dtype);
       else
-        kernels(dtype).transpose(at(from, row, dtype), channels, at(to, plane, dtype), pixels, count, channels, dtype);
+        kernels(dtype).rows_to_planes(at(from, row, dtype), channels, at(to, plane, dtype), pixels, channels, count,
+                                      dtype);
     }
   });
 }

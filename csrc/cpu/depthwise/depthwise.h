@@ -66,25 +66,27 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   if (wants_sums) reduce_sums(sums.as<float>(), slices, taps, lanes, dweight, dbias);
 }
 
-// Calls f with the kind of rows that serves, forward or for both gradients, as a null pointer.
+// Calls f(rows, g, lanes) with the kind of rows that serves, forward or for both gradients, as a null pointer, and with
+// the images and channels as that takes them.
 template <class T, bool forward, class F>
-void with_rows(const Conv2d& g, const Lanes& lanes, F&& f) {
-  if (lanes.in_place()) return f(static_cast<NhwcRows<T, forward>*>(nullptr));
+void with_rows(const Conv2d& given, F&& f) {
+  const Conv2d g = in_whole_vectors<T>(given);
+  const Lanes lanes{g.channels, g.channels >= kLanes, given.channels};
+  if (g.nhwc && lanes.whole) return f(static_cast<NhwcRows<T, forward>*>(nullptr), g, lanes);
 #if RKL_LANES == 16
-  if (FlatRows<T>::serves(g)) return f(static_cast<FlatRows<T>*>(nullptr));
+  const Lanes planes{g.channels, false, given.channels};
+  if (FlatRows<T>::serves(g)) return f(static_cast<FlatRows<T>*>(nullptr), g, planes);
   if constexpr (forward)
-    if (HalvingRows<T>::serves(g)) return f(static_cast<HalvingRows<T>*>(nullptr));
+    if (HalvingRows<T>::serves(g)) return f(static_cast<HalvingRows<T>*>(nullptr), g, planes);
 #endif
-  f(static_cast<PlaneRows<T>*>(nullptr));
+  f(static_cast<PlaneRows<T>*>(nullptr), g, lanes);
 }
 
 inline PackedFilter pack_filter(const Conv2d& given, const void* weight, const void* bias, Dtype dtype) {
   PackedFilter filter;
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Conv2d g = in_whole_vectors<T>(given);
-    const Lanes lanes{g.channels, g.nhwc, given.channels};
-    with_rows<T, true>(g, lanes, [&](auto* rows) {
+    with_rows<T, true>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
       using Rows = std::remove_pointer_t<decltype(rows)>;
       filter.weights = Rows::pack(static_cast<const T*>(weight), forward_gather(g), g, lanes);
       filter.bias = pack_bias<typename Rows::Operand>(static_cast<const T*>(bias), lanes);
@@ -97,10 +99,8 @@ inline void depthwise_packed(const Conv2d& given, const void* x, const PackedFil
                              Dtype dtype) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Conv2d g = in_whole_vectors<T>(given);
-    const Lanes lanes{g.channels, g.nhwc, given.channels};
     const Finish finish{filter.weights.data(), filter.bias.data(), act};
-    with_rows<T, true>(g, lanes, [&](auto* rows) {
+    with_rows<T, true>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
       using Rows = std::remove_pointer_t<decltype(rows)>;
       convolve_all<Rows>(g, lanes, static_cast<const T*>(x), finish, static_cast<T*>(y));
     });
@@ -116,9 +116,7 @@ inline void depthwise_backward(const Conv2d& given, const void* grad, const void
                                void* dweight, void* dbias, Dtype dtype) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Conv2d g = in_whole_vectors<T>(given);
-    const Lanes lanes{g.channels, g.nhwc, given.channels};
-    with_rows<T, false>(g, lanes, [&](auto* rows) {
+    with_rows<T, false>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
       using Rows = std::remove_pointer_t<decltype(rows)>;
       gradients<Rows>(g, lanes, static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(weight),
                       static_cast<T*>(dx), static_cast<T*>(dweight), static_cast<T*>(dbias));

@@ -12,7 +12,7 @@ class HalvingRows {
  public:
   using Operand = float;
 
-  static bool serves(const Conv2d& g) { return is_3_by_3_on_planes(g, 2); }
+  static bool serves(const Conv2d& g) { return is_3_by_3_on_planes<T>(g, 2); }
 
   // Some rows of large planes, or so many channels of small ones that a task has work.
   static Tiling tiling(const Conv2d& g, const Lanes&, int64_t) {

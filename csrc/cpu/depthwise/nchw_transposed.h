@@ -1,169 +1,125 @@
-// Images whose channels lie apart, and NHWC images with less than a vector of channels: kLanes planes, of several
-// images where they have few, go through a scratch image in the cache, where they are transposed to one NHWC image of
-// kLanes channels, and so meet the same windows as NHWC images. The transposition costs about as much as a 3 x 3 filter
-// and wastes nothing on narrow maps.
+// Images whose channels lie apart, and NHWC images with less than a vector of channels: some planes, of several images
+// where they have few, go through a scratch image in the cache, where they are transposed to NHWC, and so meet the same
+// windows as NHWC images.
 #pragma once
 #include "cpu/depthwise/filter_window.h"
 #include "cpu/depthwise/tiling.h"
+#include "cpu/simd/scratch.h"
 #include "cpu/simd/transpose.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// Up to kLanes channels as they lie in memory: `count` planes of so many pixels, or pixels of all channels of some
-// images.
+// Channels as they lie in memory: `count` planes of so many pixels or, of NHWC, pixels of all channels of some images.
 template <class T>
 struct Planes {
   T* first;
-  int count;
+  int64_t count;
   bool nhwc;
   int64_t pixels, channels, images;
 };
 
-// Rows of up to kLanes channels as an image of kLanes channels.
+// Rows of planes as an image of so many channels, whole vectors.
+template <class T>
 class ScratchImage {
  public:
   // Room for rows [first, last).
-  void resize(int64_t first, int64_t last, int64_t width) {
+  void resize(int64_t first, int64_t last, int64_t width, int64_t channels) {
     first_row_ = first;
-    row_ = width * kLanes;
-    const size_t floats = size_t((last - first) * row_) + (kLanes + 1) * kLanes;
-    if (storage_.size() < floats) storage_.resize(floats);
-    // Aligned, since vectors that lie across two lines cost two accesses.
-    const uintptr_t address = reinterpret_cast<uintptr_t>(storage_.data()), line = 4 * kLanes;
-    data_ = storage_.data() + (line - address % line) % line / sizeof(float);
+    channels_ = channels;
+    row_ = width * channels;
+    const int64_t size = (last - first) * row_ + kLanes;
+    if (size > size_) storage_ = Scratch(size * int64_t(sizeof(T))), size_ = size;
   }
 
-  Image<float> image() { return {data_ - first_row_ * row_, row_, kLanes}; }
-  Image<const float> image() const { return {data_ - first_row_ * row_, row_, kLanes}; }
+  Image<T> image() const { return {storage_.template as<T>() - first_row_ * row_, row_, channels_}; }
+  Image<const T> read() const { return {image().first, row_, channels_}; }
 
   // Takes rows [first, last).
-  template <class T>
-  void fill(const Planes<const T>& planes, int64_t width, int64_t first, int64_t last) {
-    resize(first, last, width);
-    if (planes.nhwc) return pack(planes, first * width, last * width);
-    for_chunks(first * width, last * width, [&](int64_t pixel, int64_t some) {
-      Vec v[kLanes];
-      take(planes, pixel, some, last * width, v);
-      float* to = data_ + (pixel - first * width) * kLanes;
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        if (i >= some) break;
-        store(to + i * kLanes, v[i]);
-      }
-    });
+  void fill(const Planes<const T>& planes, int64_t width, int64_t first, int64_t last, int64_t channels) {
+    resize(first, last, width, channels);
+    const int64_t begin = first * width, end = last * width;
+    if (planes.nhwc) return pack(planes, begin, end);
+    // The lanes of images that the last vector lacks count among its sums.
+    if (planes.count < channels) std::fill_n(data(), (end - begin) * channels, T{});
+    planes_to_rows(planes.first + begin, planes.pixels, data(), channels, planes.count, end - begin);
   }
 
   // Gives rows [first, last) of an image.
-  template <class T>
-  void empty_into(const Planes<T>& planes, int64_t width, int64_t first, int64_t last) {
-    if (planes.nhwc) return unpack(planes, first * width, last * width);
-    for_chunks(first * width, last * width, [&](int64_t pixel, int64_t some) {
-      const float* from = data_ + (pixel - first * width) * kLanes;
-      Vec v[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) v[i] = load(from + i * kLanes);  // past `some` there is room, and no meaning
-      give(planes, pixel, some, v);
-    });
+  void empty_into(const Planes<T>& planes, int64_t width, int64_t first, int64_t last) const {
+    const int64_t begin = first * width, end = last * width;
+    if (planes.nhwc) return unpack(planes, begin, end);
+    rows_to_planes(data(), channels_, planes.first + begin, planes.pixels, planes.count, end - begin);
   }
 
  private:
-  // Pixels by which the planes are asked for ahead of time: there are more of them than the hardware follows.
-  static constexpr int kAhead = 4 * kLanes;
-
-  // f(pixel, count) for runs of kLanes pixels that cover [begin, end). The last is moved back over its neighbour: only
-  // where there are fewer pixels than lanes is a run shorter.
-  template <class F>
-  static void for_chunks(int64_t begin, int64_t end, F&& f) {
-    for (int64_t pixel = begin; pixel < end; pixel += kLanes) {
-      const int64_t start = std::max(begin, std::min(pixel, end - kLanes));
-      f(start, std::min<int64_t>(kLanes, end - start));
-    }
-  }
+  T* data() const { return storage_.template as<T>(); }
 
   // Pixels whose channels lie together, those of all images in one vector. Vectors are stored whole, image by image of
   // a pixel: what one has too much, zeros, the next one covers, or there is room. Behind an image's rows there is none.
-  template <class T>
   void pack(const Planes<const T>& planes, int64_t begin, int64_t end) {
     const auto [first, count, nhwc, pixels, channels, images] = planes;
-    float* to = data_;
+    T* to = data();
     for (int64_t pixel = begin; pixel < end; ++pixel, to += kLanes)
       for (int64_t i = 0; i < images; ++i)
         store(to + i * channels, load_some(first + (i * pixels + pixel) * channels, channels));
   }
-  template <class T>
   void unpack(const Planes<T>& planes, int64_t begin, int64_t end) const {
     const auto [first, count, nhwc, pixels, channels, images] = planes;
     for (int64_t i = 0; i < images; ++i) {
-      const float* from = data_ + i * channels;
+      const T* from = data() + i * channels;
       T* to = first + (i * pixels + begin) * channels;
       for (int64_t left = (end - begin) * channels; left > 0; left -= channels, from += kLanes, to += channels)
         left >= kLanes ? store(to, load(from)) : store_some(to, load(from), channels);
     }
   }
 
-  // `some` pixels of the planes, one a vector.
-  template <class T>
-  static void take(const Planes<const T>& planes, int64_t pixel, int64_t some, int64_t end, Vec (&v)[kLanes]) {
-    const T* from = planes.first + pixel;
-    if (planes.count == kLanes && some == kLanes) {
-      // Where these planes end, the next ones follow.
-      const int64_t ahead = pixel + kAhead < end ? kAhead : kAhead + (kLanes - 1) * planes.pixels;
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes; ++lane) {
-        __builtin_prefetch(from + lane * planes.pixels + ahead);
-        v[lane] = load(from + lane * planes.pixels);
-      }
-    } else {
-      for (int lane = 0; lane < kLanes; ++lane)
-        v[lane] = lane < planes.count ? load_some(from + lane * planes.pixels, some) : Vec{};
-    }
-    transpose(v);
-  }
-
-  template <class T>
-  static void give(const Planes<T>& planes, int64_t pixel, int64_t some, Vec (&v)[kLanes]) {
-    T* to = planes.first + pixel;
-    transpose(v);
-    if (planes.count < kLanes || some < kLanes) {
-      for (int lane = 0; lane < planes.count; ++lane) store_some(to + lane * planes.pixels, v[lane], some);
-    } else {
-#pragma GCC unroll 16
-      for (int lane = 0; lane < kLanes; ++lane) store(to + lane * planes.pixels, v[lane]);
-    }
-  }
-
-  std::vector<float> storage_;
-  float* data_ = nullptr;
-  int64_t first_row_ = 0, row_ = 0;
+  Scratch storage_;
+  int64_t size_ = 0, first_row_ = 0, row_ = 0, channels_ = 0;
 };
 
 // Their scratch images. One object a thread.
 template <class T>
 class PlaneScratch {
  public:
-  // A vector of planes, in bands of pairs of rows that fit into the cache with their input; at least 8 tasks where
-  // there are rows.
+  // As many vectors of whole planes as fit into the cache with their input, or bands of pairs of rows of one operand's;
+  // at least 8 tasks where there are rows.
   static Tiling tiling(const Conv2d& g, const Lanes& lanes, int64_t pairs) {
-    const int64_t images = ceil_div(g.batch, lanes.images());
-    const int64_t vector = 4 * kLanes, in_row = g.in_w * vector, out_row = g.out_w * vector;
+    constexpr int64_t kTogether = Pixels<T>::kTogether, kTasks = 8;
+    const int64_t images = ceil_div(g.batch, lanes.images()), vectors = lanes.vectors();
+    const int64_t vector = kLanes * int64_t(sizeof(T)), in_row = g.in_w * vector, out_row = g.out_w * vector;
+    const int64_t whole = cache_share() / 2 / (g.in_h * in_row + g.out_h * out_row);
+    const int64_t most = std::min(whole, images * vectors / kTasks) / kTogether * kTogether;
+    const int64_t group = std::clamp<int64_t>(most, std::min(kTogether, vectors), vectors);
     const int64_t halo = int64_t(g.kernel_h - 1) * g.dilation_h * in_row;
-    const int64_t fitting = (cache_share() - halo) / (g.stride_h * in_row + out_row);
-    const int64_t parallel = g.out_h * images * lanes.vectors() / 8;
+    const int64_t fitting = (cache_share() / group - halo) / (g.stride_h * in_row + out_row);
+    const int64_t parallel = g.out_h * images * ceil_div(vectors, group) / kTasks;
     const int64_t rows = std::min(std::max<int64_t>(fitting, g.kernel_h), std::max<int64_t>(parallel, g.kernel_h));
-    return {images, lanes.vectors(), 1, pairs,
-            std::clamp<int64_t>(rows * pairs / std::max<int64_t>(1, g.out_h), 1, pairs)};
+    return {images, vectors, group, pairs, std::clamp<int64_t>(rows * pairs / std::max<int64_t>(1, g.out_h), 1, pairs)};
   }
 
  protected:
-  PlaneScratch(const Gather& gather, const Lanes& lanes, int64_t batch)
-      : gather_(gather), lanes_(lanes), batch_(batch) {}
+  PlaneScratch(const Gather& gather, const Lanes& lanes, const Conv2d& g)
+      : gather_(gather), lanes_(lanes), batch_(g.batch), nhwc_(g.nhwc) {}
 
+  // Of a tile, from its first vector's first channel on.
   template <class U>
   Planes<U> planes(U* images, const Tile& tile, int64_t pixels) const {
-    const int64_t image = tile.image * lanes_.images(), first = tile.first_vector * kLanes;
+    const int64_t image = tile.image * lanes_.images(), first = lanes_.at(tile.first_vector);
     const int64_t here = std::min(lanes_.images(), batch_ - image), channels = lanes_.channels;
-    const int count = int(std::min<int64_t>(kLanes, here * channels - first));
-    return {images + (image * channels + first) * pixels, count, lanes_.nhwc, pixels, channels, here};
+    const int64_t count = std::min(here * channels - first, tile.last_vector * kLanes - first);
+    return {images + (image * channels + first) * pixels, count, nhwc_, pixels, channels, here};
+  }
+
+  // The tile's channels in a scratch image, whole vectors.
+  int64_t channels(const Tile& tile) const {
+    const int64_t first = lanes_.at(tile.first_vector), last = lanes_.at(tile.last_vector - 1) + kLanes;
+    return ceil_div(last - first, kLanes) * kLanes;
+  }
+  // The scratch image as if it had all channels.
+  template <class U>
+  Image<U> whole(Image<U> image, const Tile& tile) const {
+    image.first -= lanes_.at(tile.first_vector);
+    return image;
   }
 
   // The input rows that output rows [begin, end) read.
@@ -177,22 +133,23 @@ class PlaneScratch {
     }
     first = std::max<int64_t>(first, 0);
     last = std::max(first, std::min(last, gather_.in_h));
-    image_in_.fill(planes(in, tile, gather_.in_h * gather_.in_w), gather_.in_w, first, last);
+    image_in_.fill(planes(in, tile, gather_.in_h * gather_.in_w), gather_.in_w, first, last, channels(tile));
   }
 
   const Gather& gather_;
   const Lanes lanes_;
   const int64_t batch_;
-  ScratchImage image_in_, image_out_;
+  const bool nhwc_;
+  ScratchImage<T> image_in_, image_out_;
 };
 
 template <class T>
 class PlaneFilterRows : PlaneScratch<T> {
  public:
   PlaneFilterRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, bool wants_bias)
-      : PlaneScratch<T>(gather, lanes, g.batch),
+      : PlaneScratch<T>(gather, lanes, g),
         wants_bias_(wants_bias),
-        rows_(gather, lanes, g.kernel_h, g.kernel_w, std::max(g.in_w, g.out_w) * kLanes) {}
+        rows_(gather, lanes, g.kernel_h, g.kernel_w, std::max(g.in_w, g.out_w) * lanes.vectors() * kLanes) {}
 
   int64_t height() const { return rows_.pairs(); }
 
@@ -204,53 +161,56 @@ class PlaneFilterRows : PlaneScratch<T> {
     const int64_t end = std::min(this->gather_.out_h, rows_.rows_before(tile.last_row));
     this->fill(in, tile, begin, end);
     this->image_out_.fill(this->planes(grad, tile, this->gather_.out_h * this->gather_.out_w), this->gather_.out_w,
-                          begin, end);
-    const Image<float> image = this->image_in_.image(), gradient = this->image_out_.image();
+                          begin, end, this->channels(tile));
+    const Image<const T> image = this->whole(this->image_in_.read(), tile);
+    const Image<const T> gradient = this->whole(this->image_out_.read(), tile);
     for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
-      rows_.add({image.first, image.row, image.pixel}, {gradient.first, gradient.row, gradient.pixel}, pair,
-                tile.first_vector, tile.last_vector, wants_bias_, sums);
+      rows_.add(image, gradient, pair, tile.first_vector, tile.last_vector, wants_bias_, sums);
   }
 
   void finish(float* sums, const Tile& all) const { rows_.finish(all.first_vector, all.last_vector, sums); }
 
  private:
   const bool wants_bias_;
-  FilterRows<float> rows_;
+  FilterRows<T> rows_;
 };
 
 template <class T>
 class PlaneRows : PlaneScratch<T> {
+  static constexpr int kRows = Pixels<T>::kRows;
+
  public:
   using Filter = PlaneFilterRows<T>;
-  using Operand = float;
+  using Operand = T;
   using PlaneScratch<T>::tiling;
 
   static std::vector<float> pack(const T* filter, const Gather& gather, const Conv2d& g, const Lanes& lanes) {
-    return pack_weights<float>(filter, gather, g.kernel_h, g.kernel_w, lanes);
+    return pack_weights<T>(filter, gather, g.kernel_h, g.kernel_w, lanes);
   }
 
   PlaneRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, const Finish& finish)
-      : PlaneScratch<T>(gather, lanes, g.batch),
-        rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * kLanes) {}
+      : PlaneScratch<T>(gather, lanes, g),
+        rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.vectors() * kLanes) {}
 
-  int64_t height() const { return rows_.pairs(); }
+  // Pairs of rows that lie in one another are made together.
+  int64_t height() const { return rows_.pairs() / kRows; }
 
-  // The tile's pairs of rows of the output.
+  // The tile's rows of the output.
   void convolve_rows(const T* in, T* out, const Tile& tile) {
-    const int64_t begin = rows_.rows_before(tile.first_row);
-    const int64_t end = std::min(this->gather_.out_h, rows_.rows_before(tile.last_row));
+    const int64_t first = tile.first_row * kRows, last = tile.last_row * kRows, begin = rows_.rows_before(first);
+    const int64_t end = std::min(this->gather_.out_h, rows_.rows_before(last));
     this->fill(in, tile, begin, end);
-    this->image_out_.resize(begin, end, this->gather_.out_w);
-    const Image<float> image = this->image_in_.image();
-    for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
-      rows_.make({image.first, image.row, image.pixel}, this->image_out_.image(), pair, tile.first_vector,
-                 tile.last_vector, false);
+    this->image_out_.resize(begin, end, this->gather_.out_w, this->channels(tile));
+    const Image<const T> from = this->whole(this->image_in_.read(), tile);
+    const Image<T> to = this->whole(this->image_out_.image(), tile);
+    for (int64_t pair = first; pair < last; ++pair)
+      rows_.make(from, to, pair, tile.first_vector, tile.last_vector, false);
     this->image_out_.empty_into(this->planes(out, tile, this->gather_.out_h * this->gather_.out_w), this->gather_.out_w,
                                 begin, end);
   }
 
  private:
-  WindowRows<float> rows_;
+  WindowRows<T> rows_;
 };
 
 }  // namespace rkl::cpu::RKL_ISA

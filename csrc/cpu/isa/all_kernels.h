@@ -8,9 +8,23 @@
 namespace rkl::cpu::RKL_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {
-    trelu,          trelu_backward,  depthwise,           pack_filter, depthwise_packed,    depthwise_backward,
-    pack_pointwise, pointwise_rows,  add_pointwise_share, epilogue,    activation_backward, widen,
-    finish,         add_column_sums, transpose_matrix,    round,       sum_shares};
+const Kernels kernels = {trelu,
+                         trelu_backward,
+                         depthwise,
+                         pack_filter,
+                         depthwise_packed,
+                         depthwise_backward,
+                         pack_pointwise,
+                         pointwise_rows,
+                         add_pointwise_share,
+                         epilogue,
+                         activation_backward,
+                         widen,
+                         finish,
+                         add_column_sums,
+                         transpose_in,
+                         transpose_out,
+                         round,
+                         sum_shares};
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -72,21 +72,13 @@ const Chosen& chosen() {
 
 const Kernels& kernels(Dtype dtype) { return dtype == Dtype::bf16 ? *chosen().bf16 : *chosen().any; }
 
-// Where these kernels take longer than oneDNN's on an AMD EPYC (Zen 4): small NCHW planes, which are transposed for
-// windows that are mostly padding. Of oneDNN's rate in fp32 and bf16: 7 x 7 at 8 px 0.83 and 0.92, at 4 px 0.60 and
-// 0.66; 5 x 5 at 7 px 0.94 and 0.71. The way to it takes nearly all of that again (benchmarks/NOTES.md).
 bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
 #if defined(__x86_64__)
   const bool measured = dtype == Dtype::f32    ? chosen().any == &avx512::kernels
                         : dtype == Dtype::bf16 ? chosen().bf16 == &with_bf16()
                                                : false;
-  if (!measured) return false;
   const int64_t whole = dtype == Dtype::bf16 ? 32 : 16;  // with AVX-512: Pixels<T>::kTogether * kLanes
-  if (has_few_channels(g, whole)) return true;
-  const bool plain = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
-  const bool small = g.out_w <= 8 && g.batch * g.channels * g.out_h * g.out_w >= 1 << 19;
-  if (g.nhwc || !plain || !small || g.kernel_h != g.kernel_w) return false;
-  return g.kernel_w == 7 || (g.kernel_w == 5 && dtype == Dtype::bf16);
+  return measured && has_few_channels(g, whole);
 #else
   return false;
 #endif

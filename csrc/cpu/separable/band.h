@@ -80,8 +80,8 @@ class BandImages {
   const void* read(const ImageRows& rows, void* own) const {
     if (nhwc_) return made_at(rows, own);
     for (int64_t i = 0; i < rows.images; ++i)
-      kernels(dtype_).transpose(plane(rows, i), height_ * width_, own_image(rows, i, own), channels_, channels_,
-                                rows.rows * width_, dtype_);
+      kernels(dtype_).planes_to_rows(plane(rows, i), height_ * width_, own_image(rows, i, own), channels_, channels_,
+                                     rows.rows * width_, dtype_);
     return own;
   }
 
@@ -91,8 +91,8 @@ class BandImages {
   }
   void written(const ImageRows& rows, void* own) const {
     for (int64_t i = 0; !nhwc_ && i < rows.images; ++i)
-      kernels(dtype_).transpose(own_image(rows, i, own), channels_, plane(rows, i), height_ * width_,
-                                rows.rows * width_, channels_, dtype_);
+      kernels(dtype_).rows_to_planes(own_image(rows, i, own), channels_, plane(rows, i), height_ * width_, channels_,
+                                     rows.rows * width_, dtype_);
   }
 
  private:

@@ -7,24 +7,21 @@ namespace rkl::cpu::RKL_ISA {
 // Which channel a lane of a vector stands for, and under which filter: channel c is under filter c % filters.
 struct Lanes {
   int64_t channels;
-  bool nhwc;
-  int64_t filters = channels;
+  bool whole;  // every vector: the last one overlaps its neighbour
+  int64_t filters;
 
-  // Whether blocks read and write the images where they lie: channels lie together and fill a vector.
-  bool in_place() const { return nhwc && channels >= kLanes; }
   int64_t vectors() const { return ceil_div(channels, kLanes); }
   // Where lane 0 of a vector's tap lies among weights or sums: the taps of a vector follow each other.
   static int64_t at(int64_t v, int64_t tap, int64_t taps) { return (v * taps + tap) * kLanes; }
-  // Of a vector's first channel in images that are in place.
-  int64_t at(int64_t v) const { return in_place() ? std::min(v * kLanes, last()) : 0; }
-  int64_t last() const { return in_place() ? channels - kLanes : 0; }
+  // Of a whole vector's first channel.
+  int64_t at(int64_t v) const { return whole ? std::min(v * kLanes, channels - kLanes) : 0; }
   // Images of few channels that share a vector, and the channels of all of them.
   int64_t images() const { return std::max<int64_t>(1, kLanes / channels); }
   int64_t used() const { return images() * channels; }
 
-  // In place, the last vector ends with the last channel. -1 for an idle lane.
+  // -1 for an idle lane.
   int64_t channel(int64_t v, int lane) const {
-    if (in_place()) return std::min(v * kLanes, last()) + lane;
+    if (whole) return at(v) + lane;
     return v * kLanes + lane < used() ? v * kLanes + lane : -1;
   }
   // Whether this lane's sum counts: not where the last vector overlaps its neighbour, nor where the lane is idle.
