@@ -4,6 +4,7 @@
 #pragma once
 #include "cpu/depthwise/pixels.h"
 #include "cpu/separable/band_kernels.h"
+#include "cpu/simd/transpose.h"
 
 namespace rkl::cpu::RKL_ISA {
 
