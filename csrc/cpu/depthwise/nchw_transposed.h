@@ -81,18 +81,19 @@ class ScratchImage {
 template <class T>
 class PlaneScratch {
  public:
-  // As many vectors of whole planes as fit into the cache with their input, or bands of pairs of rows of one operand's;
-  // at least 8 tasks where there are rows.
+  // In even parts as many vectors of whole planes as fit into the cache with their input, or bands of rows of the
+  // fewest; at least 8 tasks where there are rows.
   static Tiling tiling(const Conv2d& g, const Lanes& lanes, int64_t pairs) {
     constexpr int64_t kTogether = Pixels<T>::kTogether, kTasks = 8;
     const int64_t images = ceil_div(g.batch, lanes.images()), vectors = lanes.vectors();
     const int64_t vector = kLanes * int64_t(sizeof(T)), in_row = g.in_w * vector, out_row = g.out_w * vector;
     const int64_t whole = cache_share() / 2 / (g.in_h * in_row + g.out_h * out_row);
-    const int64_t most = std::min(whole, images * vectors / kTasks) / kTogether * kTogether;
-    const int64_t group = std::clamp<int64_t>(most, std::min(kTogether, vectors), vectors);
+    const int64_t most = std::max(std::min(whole, images * vectors / kTasks), kTogether);
+    const int64_t parts = ceil_div(vectors, most);
+    const int64_t group = ceil_div(ceil_div(vectors, parts), kTogether) * kTogether;
     const int64_t halo = int64_t(g.kernel_h - 1) * g.dilation_h * in_row;
     const int64_t fitting = (cache_share() / group - halo) / (g.stride_h * in_row + out_row);
-    const int64_t parallel = g.out_h * images * ceil_div(vectors, group) / kTasks;
+    const int64_t parallel = g.out_h * images * parts / kTasks;
     const int64_t rows = std::min(std::max<int64_t>(fitting, g.kernel_h), std::max<int64_t>(parallel, g.kernel_h));
     return {images, vectors, group, pairs, std::clamp<int64_t>(rows * pairs / std::max<int64_t>(1, g.out_h), 1, pairs)};
   }
