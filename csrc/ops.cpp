@@ -113,14 +113,22 @@ struct CpuConv2d {
   }
 };
 
-// The plan of a separable call, for rk.explain: whether images are NHWC, then SeparablePlan's members.
+// The plan of a separable call, for rk.explain: whether images are NHWC; of forward and of backward whether it is
+// computed in NHWC and whether in bands; SeparablePlan's filter_gradient.
 std::vector<int64_t> separable_plan(const Tensor& x, const Tensor& depthwise, int64_t outputs,
                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                     const std::vector<int64_t>& dilation) {
-  Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
-  g.nhwc = g.nhwc || suggests_nhwc(x);
-  const cpu::SeparablePlan plan = cpu::plan_separable(g, outputs, dtype_of(x, "x"));
-  return {g.nhwc, plan.forward, plan.backward, int64_t(plan.filter_gradient)};
+  const Dtype dtype = dtype_of(x, "x");
+  const Conv2d given = conv2d(x, depthwise, stride, padding, dilation);
+  const auto plan = [&](bool backward) {
+    Conv2d g = given;
+    g.nhwc = SeparableOps<CpuConv>::computes_in_nhwc(given, x, outputs, dtype, backward);
+    return std::make_pair(g.nhwc, cpu::plan_separable(g, outputs, dtype));
+  };
+  const auto [nhwc, forward] = plan(false);
+  const auto [nhwc_backward, backward] = plan(true);
+  return {given.nhwc || suggests_nhwc(x),   nhwc, forward.forward, nhwc_backward, backward.backward,
+          int64_t(backward.filter_gradient)};
 }
 
 // Whether PyTorch's own convolution makes a depthwise output, for rk.explain.

@@ -82,6 +82,11 @@ struct SeparableOps {
     check_same(x, pointwise, "x and pointwise_weight");
   }
 
+  // The format that is computed in; g has the output's.
+  static bool computes_in_nhwc(const Conv2d& g, const Tensor& x, int64_t c_out, Dtype dtype, bool backward) {
+    return g.nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, c_out, dtype, backward);
+  }
+
   static Call checked(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise, const Maybe& depthwise_bias,
                       const Ints& stride, const Ints& padding, const Ints& dilation, int64_t inner_activation,
                       int64_t activation, bool backward) {
@@ -89,7 +94,7 @@ struct SeparableOps {
     Conv2d g = conv2d(x, depthwise, stride, padding, dilation);
     const bool nhwc = g.nhwc;
     check_pointwise(pointwise, x);
-    g.nhwc = nhwc || suggests_nhwc(x) || !Kernels::takes_planes(g, pointwise.size(0), dtype, backward);
+    g.nhwc = computes_in_nhwc(g, x, pointwise.size(0), dtype, backward);
     check_bias(depthwise_bias, x, g.channels);
     return {dtype,
             g,

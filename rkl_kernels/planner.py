@@ -153,11 +153,16 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool, str]:
     activations = [_checks.activation(n, getattr(call, n)) for n in ("inner_activation", "activation")]
     if backend == "cpu":
         window = geometry[8:10], geometry[10:12], geometry[12:14]
-        nhwc, forward, backward, filter_gradient = torch.ops.rkl.cpu_separable_plan(x, weight, outputs, *window)
-        bands = _CPU_BANDS[nhwc]
-        steps = "" if nhwc else "images transposed to NHWC, then "
-        gradients = bands if backward else steps + _CPU_FILTER_GRADIENTS[filter_gradient]
-        return bool(forward), f"{bands if forward else steps + _CPU_STEPS}; backward: {gradients}"
+        plan = torch.ops.rkl.cpu_separable_plan(x, weight, outputs, *window)
+        nhwc, in_nhwc, bands, gradients_in_nhwc, gradients_in_bands, filter_gradient = plan
+
+        def said(computed_in_nhwc: int, in_bands: int, steps: str) -> str:
+            turned = "images transposed to NHWC, then " if computed_in_nhwc and not nhwc else ""
+            return turned + (_CPU_BANDS[computed_in_nhwc] if in_bands else steps)
+
+        forward = said(in_nhwc, bands, _CPU_STEPS)
+        backward = said(gradients_in_nhwc, gradients_in_bands, _CPU_FILTER_GRADIENTS[filter_gradient])
+        return bool(bands), f"{forward}; backward: {backward}"
     with _device_of(x):
         dtype = KERNEL_TYPES.index(x.dtype)
         plan = torch.ops.rkl.cuda_separable_plan(geometry, outputs, *activations, dtype, _facts_of(x))

@@ -32,16 +32,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def profiled(channels: int, outputs: int, size: int, layout: torch.memory_format) -> tuple[int, int, Explanation]:
+def profiled(
+    channels: int, outputs: int, size: int, layout: torch.memory_format, dilation: int = 1
+) -> tuple[int, int, Explanation]:
     """The library's products and convolutions, and the tensors, that a forward on the CPU makes; what is said of it."""
     x = torch.randn(2, channels, size, size).to(memory_format=layout)
     call = x, torch.randn(channels, 1, 3, 3), torch.randn(outputs, channels, 1, 1)
     with rk.use_backend("cpu"), torch.profiler.profile(profile_memory=True) as profile:
-        rk.separable_conv2d(*call, padding=1)
+        rk.separable_conv2d(*call, padding=dilation, dilation=dilation)
     names = ("aten::mm", "mkldnn::_linear_pointwise", "aten::mkldnn_convolution")
     calls = sum(event.count for event in profile.key_averages() if event.key in names)
     tensors = sum(e.name() == "[memory]" and e.nbytes() > 0 for e in profile.profiler.kineto_results.events())
-    return calls, tensors, rk.explain("separable_conv2d", *call, padding=1)
+    return calls, tensors, rk.explain("separable_conv2d", *call, padding=dilation, dilation=dilation)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
@@ -57,6 +59,14 @@ def test_explanation_is_what_the_profiler_sees(one_thread, layout, channels, out
     nchw = layout == torch.contiguous_format
     assert tensors == (1 if fused else 4 if nchw else 2)
     assert ("transposed" in told.reason) is nchw
+
+
+@pytest.mark.parametrize("outputs", [64, 1024, 2048, 4096])
+def test_explanation_says_which_images_are_transposed_whole(one_thread, outputs):
+    """Where bands of NCHW rows would be too thin for a dilation, bands of NHWC rows may be thick enough."""
+    _, tensors, told = profiled(64, outputs, 24, torch.contiguous_format, dilation=4)
+    whole = told.reason.startswith("images transposed to NHWC, then ")
+    assert tensors == (1 if told.fused else 2) + 2 * whole
 
 
 @pytest.mark.parametrize(
