@@ -19,6 +19,7 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (1, 47, 48, 3, 50, 1, 1, 9, 1),  # bands that lie wholly in the padding
     (1, 32, 64, 40, 33, 7, 1, 0, 1),
     (23, 48, 33, 7, 7, 3, 1, 1, 1),  # several images a band
+    (32, 16, 32, 18, 18, 3, 2, 0, 1),  # several images a band, whose last rows no window reads
     (1, 160, 200, 7, 7, 3, 1, 1, 1),  # few pixels
     (3, 64, 272, 5, 5, 3, 1, 1, 1),  # in backward, one task
     (2, 256, 272, 5, 5, 3, 1, 1, 1),  # in backward, two parts of the outputs, the last one short
