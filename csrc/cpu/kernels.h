@@ -12,7 +12,7 @@ namespace rkl::cpu {
 struct BandEpilogue {
   const void *z, *bias;  // bias: a value a column; may be null
   void* out;
-  int64_t rows, columns, z_stride, out_stride;  // strides: from row to row
+  int64_t rows, columns, stride;  // from row to row, of both
 };
 
 // A depthwise step's filter and bias, widened and in the order that the kernels read them in.

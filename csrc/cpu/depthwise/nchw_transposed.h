@@ -39,8 +39,8 @@ class ScratchImage {
     resize(first, last, width, channels);
     const int64_t begin = first * width, end = last * width;
     if (planes.nhwc) return pack(planes, begin, end);
-    // The lanes of images that the last vector lacks count among its sums.
-    if (planes.count < channels) std::fill_n(data(), (end - begin) * channels, T{});
+    // Where images share a vector, the lanes of those that the last one lacks count among its sums.
+    if (planes.count < kLanes) std::fill_n(data(), (end - begin) * channels, T{});
     planes_to_rows(planes.first + begin, planes.pixels, data(), channels, planes.count, end - begin);
   }
 

@@ -39,15 +39,14 @@ class Bands {
 
   // Pixels of the largest band, and of what it reads.
   int64_t most_pixels() const { return images_ * rows_ * g_.out_w; }
-  int64_t most_read() const { return images_ * (images_ > 1 ? g_.in_h : std::min(span(rows_), g_.in_h)) * g_.in_w; }
+  int64_t most_read() const { return images_ * std::min(span(rows_), g_.in_h) * g_.in_w; }
 
   Band operator[](int64_t i) const {
     const int64_t image = i / per_image_ * images_, row = i % per_image_ * rows_;
     const int64_t images = std::min(images_, g_.batch - image), rows = std::min(rows_, g_.out_h - row);
     // Of the rows that the band's windows span those that exist; the padding above them is the band's own.
     const int64_t top = row * g_.stride_h - g_.padding_h, first = std::clamp<int64_t>(top, 0, g_.in_h - 1);
-    // Of several images all rows: the next image lies behind them, read or not.
-    const int64_t read = images_ > 1 ? g_.in_h : std::max<int64_t>(1, std::min(top + span(rows), g_.in_h) - first);
+    const int64_t read = std::max<int64_t>(1, std::min(top + span(rows), g_.in_h) - first);
     Band band{g_,
               {image, images, first, read},
               {image, images, row, rows},
@@ -61,7 +60,12 @@ class Bands {
   }
 
  private:
-  int64_t span(int64_t rows) const { return (rows - 1) * g_.stride_h + int64_t(g_.kernel_h - 1) * g_.dilation_h + 1; }
+  // Rows that the windows of so many rows of outputs span, padding with them. Of several images all: the next image
+  // lies behind them, whether they are read or not.
+  int64_t span(int64_t rows) const {
+    if (images_ > 1) return g_.padding_h + g_.in_h;
+    return (rows - 1) * g_.stride_h + int64_t(g_.kernel_h - 1) * g_.dilation_h + 1;
+  }
 
   Conv2d g_;
   int64_t images_, rows_, per_image_;

@@ -38,8 +38,8 @@ void finish_rows(const BandEpilogue& f, Activation act) {
   for (int64_t r = 0; r < f.rows; ++r) {
     for_vectors(f.columns, [&](int64_t c, int64_t count) {
       const Vec b = bias ? load_up_to(bias + c, count) : Vec{};
-      const Vec v = load_up_to(z + r * f.z_stride + c, count);
-      store_up_to(out + r * f.out_stride + c, activate(act, v + b, T{}), count);
+      const Vec v = load_up_to(z + r * f.stride + c, count);
+      store_up_to(out + r * f.stride + c, activate(act, v + b, T{}), count);
     });
   }
 }
@@ -60,7 +60,7 @@ inline void epilogue(const void* z, const void* bias, Activation act, void* out,
     torch::stable::parallel_for(0, rows, kGrain / channels + 1, [=](int64_t begin, int64_t end) {
       const T* from = static_cast<const T*>(z) + begin * channels;
       T* to = static_cast<T*>(out) + begin * channels;
-      finish_rows<T, T>({from, bias, to, end - begin, channels, channels, channels}, act);
+      finish_rows<T, T>({from, bias, to, end - begin, channels, channels}, act);
     });
   });
 }

@@ -98,7 +98,7 @@ class BandsBackward {
     if (wanted_.pointwise) {
       const void* hidden = work.depthwise_out.as();
       if (inner()) {
-        k.finish({hidden, nullptr, work.hidden.as(), n, c, c, c}, s_.inner, s_.dtype, s_.dtype);
+        k.finish({hidden, nullptr, work.hidden.as(), n, c, c}, s_.inner, s_.dtype, s_.dtype);
         hidden = work.hidden.as();
       }
       sums_.add(task, first, dz, hidden, n, work.factors);

@@ -111,7 +111,7 @@ void filter_gradient(const Tensor& dz, const Tensor& hidden, FilterGradient how,
     const Scratch wide(c_out * c * sizeof(float));
     filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(hidden, ScalarType::Float), how,
                     wide.as());
-    kernels(dtype).finish({wide.as(), nullptr, out, c_out, c, c, c}, Activation::none, Dtype::f32, dtype);
+    kernels(dtype).finish({wide.as(), nullptr, out, c_out, c, c}, Activation::none, Dtype::f32, dtype);
     return;
   }
   const auto by = how == FilterGradient::channels ? by_channels : by_pixels;

@@ -200,7 +200,7 @@ void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_
     }
     T* out = static_cast<T*>(p.out) + first * kLanes;
     make_tiles<V>(p.rows, x, w, start, out, p.outputs, last, p.streams, zero, [&](T* to, int64_t rows) {
-      if (p.act != Activation::none) finish_rows<T, T>({to, nullptr, to, rows, columns, p.outputs, p.outputs}, p.act);
+      if (p.act != Activation::none) finish_rows<T, T>({to, nullptr, to, rows, columns, p.outputs}, p.act);
     });
   }
 }
