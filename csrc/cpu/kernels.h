@@ -1,9 +1,8 @@
 // What csrc/ops.cpp calls: the CPU kernels, over dense memory. Each splits its work over torch's thread pool by the
 // tensors' shapes alone, so that results do not depend on the number of threads.
 #pragma once
-#include <vector>
-
 #include "activation.h"
+#include "cpu/simd/scratch.h"
 #include "geometry.h"
 
 namespace rkl::cpu {
@@ -17,7 +16,7 @@ struct BandEpilogue {
 
 // A depthwise step's filter and bias, widened and in the order that the kernels read them in.
 struct PackedFilter {
-  std::vector<float> weights, bias;
+  LineVector<float> weights, bias;
 };
 
 // A pointwise step's filter, (outputs, channels) or (channels, outputs), and its bias or null.

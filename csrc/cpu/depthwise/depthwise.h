@@ -35,7 +35,7 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
                T* dbias) {
   using Filter = typename Rows::Filter;
   const Gather forward = forward_gather(g), gradient = gradient_gather(g);
-  const std::vector<float> weights = Rows::pack(weight, gradient, g, lanes), no_bias(lanes.vectors() * kLanes);
+  const LineVector<float> weights = Rows::pack(weight, gradient, g, lanes), no_bias(lanes.vectors() * kLanes);
   const Finish finish{weights.data(), no_bias.data(), Activation::none};
   const int64_t to_x = Rows(gradient, g, lanes, finish).height(),
                 to_weight = Filter(forward, g, lanes, dbias != nullptr).height();

@@ -51,7 +51,7 @@ class FlatRows {
   using Filter = FlatRows;
   using Operand = float;
 
-  static std::vector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
+  static LineVector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
     return as_lanes(filter, kTaps, lanes);
   }
 
@@ -186,7 +186,7 @@ class FlatRows {
   const int64_t width_, pixels_;  // of a plane
   int64_t tap_[kTaps];
   std::vector<Masks> masks_;  // a vector
-  std::vector<float> sums_;   // (channel, kRows, kLanes)
+  LineVector<float> sums_;    // (channel, kRows, kLanes)
 };
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -21,7 +21,7 @@ class HalvingRows {
     return {g.batch, g.channels, group, g.out_h, band};
   }
 
-  static std::vector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
+  static LineVector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
     return as_lanes(filter, kTaps, lanes);
   }
 

@@ -79,7 +79,7 @@ class NhwcRows {
                             g.batch * g.channels * height);
   }
 
-  static std::vector<float> pack(const T* filter, const Gather& gather, const Conv2d& g, const Lanes& lanes) {
+  static LineVector<float> pack(const T* filter, const Gather& gather, const Conv2d& g, const Lanes& lanes) {
     return pack_weights<T>(filter, gather, g.kernel_h, g.kernel_w, lanes);
   }
 

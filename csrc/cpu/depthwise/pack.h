@@ -21,7 +21,7 @@ int64_t vectors_together(const Lanes& lanes, int64_t v) {
 // down and across, of each vector of channels, of each operand of a column, of each tap of a row.
 // Operand: the type that the pixels have when they meet the weights.
 template <class Operand, class T>
-std::vector<float> pack_weights(const T* filter, const Gather& gather, int kernel_h, int kernel_w, const Lanes& lanes) {
+LineVector<float> pack_weights(const T* filter, const Gather& gather, int kernel_h, int kernel_w, const Lanes& lanes) {
   constexpr int kRows = Pixels<Operand>::kRows, kTogether = Pixels<Operand>::kTogether;
   const auto operands_of = [](const Axis& down, const Axis& across) {
     return operands<Operand>(down.taps()) * across.taps();
@@ -30,7 +30,7 @@ std::vector<float> pack_weights(const T* filter, const Gather& gather, int kerne
   for (const Axis& down : gather.vertical)
     for (const Axis& across : gather.horizontal) size += operands_of(down, across);
   const int64_t taps = kernel_h * kernel_w * kLanes;
-  std::vector<float> out(size * lanes.vectors() * kLanes), by_tap(kTogether * taps);
+  LineVector<float> out(size * lanes.vectors() * kLanes), by_tap(kTogether * taps);
   for (int64_t v = 0, count; v < lanes.vectors(); v += count) {
     count = vectors_together<Operand>(lanes, v);
     for (int64_t i = 0; i < count; ++i) as_lanes(filter, kernel_h * kernel_w, lanes, v + i, by_tap.data() + i * taps);
@@ -58,9 +58,9 @@ std::vector<float> pack_weights(const T* filter, const Gather& gather, int kerne
 
 // A bias (C) to begin sums with: (vector, lane).
 template <class Operand, class T>
-std::vector<float> pack_bias(const T* bias, const Lanes& lanes) {
+LineVector<float> pack_bias(const T* bias, const Lanes& lanes) {
   constexpr int kTogether = Pixels<Operand>::kTogether;
-  std::vector<float> out = as_lanes(bias, 1, lanes);
+  LineVector<float> out = as_lanes(bias, 1, lanes);
   for (int64_t v = 0; vectors_together<Operand>(lanes, v) > 1; v += kTogether) {
     Vec here[kTogether];
     for (int i = 0; i < kTogether; ++i) here[i] = read<Vec>(&out[(v + i) * kLanes]);

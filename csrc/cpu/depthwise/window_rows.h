@@ -336,13 +336,13 @@ class WindowRows {
   const int64_t pairs_;
   const int64_t turn_;
   const int phases_across_;
-  const std::vector<T> zeros_;
+  const LineVector<T> zeros_;
   std::vector<Table> tables_;               // (phase down, phase across)
   std::vector<std::vector<Piece>> pieces_;  // of each lattice across
   std::vector<const T*> rows_;
   std::vector<Job<T>> jobs_;
-  std::vector<float> sums_;
-  std::vector<T> outputs_;
+  LineVector<float> sums_;
+  LineVector<T> outputs_;
 };
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -52,8 +52,8 @@ void as_lanes(const T* values, int taps, const Lanes& lanes, int64_t v, float* o
 
 // All of them: (vector, tap, lane). Zeros where there are no values.
 template <class T>
-std::vector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
-  std::vector<float> out(lanes.vectors() * taps * kLanes);
+LineVector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
+  LineVector<float> out(lanes.vectors() * taps * kLanes);
   for (int64_t v = 0; values && v < lanes.vectors(); ++v)
     as_lanes(values, taps, lanes, v, out.data() + Lanes::at(v, 0, taps));
   return out;
