@@ -33,22 +33,29 @@ class Window {
  private:
   RKL_INLINE explicit Window(const Job<T>& given)
       : job(given),
+        rows_(given.rows),
+        pitch_(K == 1 ? given.step * given.pitch : given.pitch),
+        out_pitch_(given.out_pitch),
+        inputs_(given.inputs),
+        left_(given.left),
+        count_(given.count),
         weights(given.weights),
         at_(given.at),
-        to_(0),
-        start_(0),
+        vector_(0),
         read_(given.read.from),
         written_(given.written.from),
         read_step_((given.read.in_columns ? 1 : V) * given.read.step),
-        written_step_((given.written.in_columns ? 1 : V) * given.written.step) {}
+        written_step_((given.written.in_columns ? 1 : V) * given.written.step) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) out_[r] = given.out[r];
+  }
 
   RKL_INLINE void next() {
     weights += V * job.weight_vector;
     at_ += V * kLanes;
-    to_ += V * kLanes;
-    start_ += V * kLanes;
-    if (job.read.in_columns) read_ = job.read.from + to_ * sizeof(T);
-    if (job.written.in_columns) written_ = job.written.from + to_ * sizeof(T);
+    vector_ += V * kLanes;
+    if (job.read.in_columns) read_ = job.read.from + vector_ * sizeof(T);
+    if (job.written.in_columns) written_ = job.written.from + vector_ * sizeof(T);
   }
 
   RKL_INLINE Vec weight(int v, int64_t place) const {
@@ -59,11 +66,11 @@ class Window {
   static RKL_INLINE Vec part(Vec x, int m) { return H % P::kRows && m == kUnits - 1 ? P::upper_alone(x) : x; }
 
   template <int phase, int J>
-  RKL_INLINE void held_column(int64_t at) {
+  RKL_INLINE void held_column() {
 #pragma GCC unroll 16
     for (int u = 0; u < kUnits + (R - 1) * S; ++u) {
       Vec x[V];
-      P::load(job.rows + u * P::kRows, at, x);
+      P::load(rows_ + u * P::kRows, column_, x);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
         const int m = u - r * S;
@@ -81,9 +88,9 @@ class Window {
 
   // Operand u times the weights of the first row, in `here`, and of the second.
   template <int phase, int J, bool first, bool second>
-  RKL_INLINE void add_unit(int64_t at, int u) {
+  RKL_INLINE void add_unit(int u) {
     Vec x[V];
-    P::load(job.rows + u * P::kRows, at, x);
+    P::load(rows_ + u * P::kRows, column_, x);
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       if (!(r ? second : first)) continue;
@@ -103,19 +110,18 @@ class Window {
   }
 
   template <int phase, int J>
-  RKL_INLINE void column(int64_t c) {
-    const int64_t at = at_ + c * job.pitch;
+  RKL_INLINE void column() {
     const int units = job.units, shift = job.shift, from = job.begin, to = job.end;
     if constexpr (H > 0) {
-      held_column<phase, J>(at);
+      held_column<phase, J>();
     } else if constexpr (R == 1) {
-      for (int u = from; u < to; ++u) add_unit<phase, J, true, false>(at, u);
+      for (int u = from; u < to; ++u) add_unit<phase, J, true, false>(u);
     } else {
       int u = from;
-      for (; u < std::min({units, shift, to}); ++u) add_unit<phase, J, true, false>(at, u);
+      for (; u < std::min({units, shift, to}); ++u) add_unit<phase, J, true, false>(u);
       u = std::max(u, shift);
-      for (; u < std::min(units, to); ++u) add_unit<phase, J, true, true>(at, u);
-      for (u = std::max({units, shift, from}); u < to; ++u) add_unit<phase, J, false, true>(at, u);
+      for (; u < std::min(units, to); ++u) add_unit<phase, J, true, true>(u);
+      for (u = std::max({units, shift, from}); u < to; ++u) add_unit<phase, J, false, true>(u);
     }
   }
 
@@ -125,16 +131,16 @@ class Window {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v)
-        sum[r][place][v] = read<Vec>((H ? job.start[0] : job.start[r] + output * job.start_step) + start_ + v * kLanes);
+        sum[r][place][v] =
+            read<Vec>((H ? job.start[0] : job.start[r] + output * job.start_step) + vector_ + v * kLanes);
   }
 
   template <int place>
-  RKL_INLINE void put(int64_t output) {
-    if (output < 0 || output >= job.count) return;
+  RKL_INLINE void write(int64_t output) {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       if (H || V > P::kTogether || !job.sums[0]) {
-        P::store(job.out[r] + to_ + output * job.out_pitch, sum[r][place], job.streams);
+        P::store(out_[r] + to_, sum[r][place], job.streams);
         continue;
       }
 #pragma GCC unroll 2
@@ -146,21 +152,22 @@ class Window {
   template <int phase, int... J>
   RKL_INLINE void step(int64_t i, std::integer_sequence<int, J...>) {
     begin<phase>(i);
-    if constexpr (K == 1) {
-      column<phase, 0>(i * job.step - job.left);
-    } else if constexpr (S == 1) {
-      column<phase, 0>(i - job.left);
-    } else {
-      const int64_t c = S * i - job.left;
-      ((c + J >= 0 && c + J < job.inputs ? column<phase, J>(c + J) : void()), ...);
-    }
+    const int64_t c = S * i - left_;
+    const auto visit = [&](auto j) {
+      if (S == 1 || exists(c + j, inputs_)) column<phase, j>();
+      column_ += pitch_;
+    };
+    (visit(std::integral_constant<int, J>()), ...);
     put<(phase + 1) % M>(i - (M - 1));
-#pragma GCC unroll 8
-    for (int row = 0; row < R * S * S; ++row) __builtin_prefetch(read_ + row * job.read.row, 0, 2);
-#pragma GCC unroll 2
-    for (int row = 0; row < R; ++row) __builtin_prefetch(written_ + row * job.written.row, 1, 2);
-    read_ += read_step_;
-    written_ += written_step_;
+    if (read_step_) ask<R * S * S, false>(job.read, read_, read_step_);
+    if (written_step_) ask<R, true>(job.written, written_, written_step_);
+  }
+
+  // The output that lies at to_, if there is one.
+  template <int place>
+  RKL_INLINE void put(int64_t output) {
+    if (exists(output, count_)) write<place>(output);
+    to_ += out_pitch_;
   }
 
   // What is incomplete before step i, which would be in this phase.
@@ -176,18 +183,26 @@ class Window {
       for (int v = 0; v < V; ++v)
 #pragma GCC unroll 12
         for (int i = 0; i < kUnits * K; ++i) held[v][i] = in_register(weight(v, i));
-    ((phase ? begin<phase>(job.first - M + phase) : void()), ...);
     constexpr std::make_integer_sequence<int, S> columns;
     constexpr std::make_integer_sequence<int, M - 1> incomplete;
     const int64_t last = job.last;
-    for (int64_t i = job.first;
-         ((i < last ? (step<phase>(i++, columns), true) : (finish<phase>(i, incomplete), false)) && ...);) {
+    int64_t i = job.first;
+    ((phase ? begin<phase>(i - M + phase) : void()), ...);
+    column_ = at_ + ((K == 1 ? job.step : S) * i - job.left) * job.pitch;
+    to_ = vector_ + (i - (M - 1)) * job.out_pitch;
+    while (((i < last ? (step<phase>(i++, columns), true) : (finish<phase>(i, incomplete), false)) && ...)) {
     }
   }
 
   const Job<T>& job;
+  const T* const* const rows_;
+  T* out_[R];
+  // The job's, by value: it is read again behind each store, which could have written to it.
+  const int64_t pitch_, out_pitch_;  // from a column that is visited to the next, and from an output
+  const int64_t inputs_, left_, count_;
   const float* weights;
-  int64_t at_, to_, start_;
+  int64_t at_, vector_;  // of the vector: elements to the first column, and from the first vector
+  int64_t column_, to_;  // elements to the next column, and to the output that is complete next
   const char *read_, *written_;
   const int64_t read_step_, written_step_;
   Vec held[V][H ? kUnits * K : 1];
@@ -223,7 +238,7 @@ struct RowCode {
 template <class T, int K, int S, int B>
 constexpr Code<T> block_code() {
   Code<T> code{&Block<T, K, S, B, 1>::run};
-  if constexpr (Pixels<T>::kTogether == 2) code.two = &Block<T, K, S, B, 2>::run;
+  if constexpr (Pixels<T>::kTogether == 2 || (B == 4 && kRegisters == 32)) code.two = &Block<T, K, S, B, 2>::run;
   return code;
 }
 

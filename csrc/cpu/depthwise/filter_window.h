@@ -42,6 +42,10 @@ class FilterWindow {
  private:
   RKL_INLINE explicit FilterWindow(const FilterJob<T>& given)
       : job(given),
+        pitch_(K == 1 ? given.step * given.pitch : given.pitch),
+        inputs_(given.inputs),
+        left_(given.left),
+        count_(given.count),
         at_(0),
         sums_(given.sums),
         read_(given.read.from),
@@ -57,12 +61,11 @@ class FilterWindow {
   }
 
   template <int phase, int J>
-  RKL_INLINE void column(int64_t c) {
-    const int64_t at = at_ + job.at + c * job.pitch;
+  RKL_INLINE void column() {
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       Vec x[V];
-      P::load(job.rows[q].row, at, x);
+      P::load(job.rows[q].row, column_, x);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
@@ -71,31 +74,28 @@ class FilterWindow {
     }
   }
 
+  // The gradient at output_; zeros where there is none.
   template <int place>
   RKL_INLINE void take(int64_t output) {
     Vec g[V] = {};
-    if (output >= 0 && output < job.count) P::load(job.grad, at_ + job.grad_at + output * job.grad_pitch, g);
+    if (exists(output, count_)) P::load(job.grad, output_, g);
+    output_ += job.grad_pitch;
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) grad[place][v] = g[v];
   }
 
+  // Output i comes in; the columns are visited that lie under its first S taps.
   template <int phase, int... J>
   RKL_INLINE void step(int64_t i, std::integer_sequence<int, J...>) {
     take<phase>(i);
-    if constexpr (K == 1) {
-      column<phase, 0>(i * job.step - job.left);
-    } else if constexpr (S == 1) {
-      column<phase, 0>(i - job.left);
-    } else {
-      const int64_t c = S * i - job.left;
-      ((c + J >= 0 && c + J < job.inputs ? column<phase, J>(c + J) : void()), ...);
-    }
-#pragma GCC unroll 4
-    for (int row = 0; row < P::kRows * S; ++row) __builtin_prefetch(read_ + row * job.read.row, 0, 2);
-#pragma GCC unroll 2
-    for (int row = 0; row < P::kRows; ++row) __builtin_prefetch(beside_ + row * job.beside.row, 0, 2);
-    read_ += read_step_;
-    beside_ += beside_step_;
+    const int64_t c = S * i - left_;
+    const auto visit = [&](auto j) {
+      if (S == 1 || exists(c + j, inputs_)) column<phase, j>();
+      column_ += pitch_;
+    };
+    (visit(std::integral_constant<int, J>()), ...);
+    if (read_step_) ask<P::kRows * S, false>(job.read, read_, read_step_);
+    if (beside_step_) ask<P::kRows, false>(job.beside, beside_, beside_step_);
   }
 
   template <int... phase>
@@ -106,9 +106,13 @@ class FilterWindow {
       for (int t = 0; t < K; ++t)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) sum[q][t][v] = Vec{};
-    ((phase ? take<phase>(job.first - M + phase) : void()), ...);
     constexpr std::make_integer_sequence<int, S> columns;
-    for (int64_t i = job.first; ((i < job.last ? (step<phase>(i++, columns), true) : false) && ...);) {
+    const int64_t last = job.last;
+    int64_t i = job.first;
+    output_ = at_ + job.grad_at + (i - M + 1) * job.grad_pitch;
+    ((phase ? take<phase>(i - M + phase) : void()), ...);
+    column_ = at_ + job.at + ((K == 1 ? job.step : S) * i - job.left) * job.pitch;
+    while (((i < last ? (step<phase>(i++, columns), true) : false) && ...)) {
     }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
@@ -122,7 +126,10 @@ class FilterWindow {
   }
 
   const FilterJob<T>& job;
-  int64_t at_, sums_;
+  const int64_t pitch_;  // from a column that is visited to the next
+  const int64_t inputs_, left_, count_;
+  int64_t at_, sums_;        // of the vector
+  int64_t column_, output_;  // elements to the next column, and to the next output
   const char *read_, *beside_;
   const int64_t read_step_, beside_step_;
   Vec sum[Q][K][V], grad[M][V];
@@ -302,7 +309,7 @@ class FilterRows {
   const std::vector<Lattice> down_, across_;
   const int64_t turn_;
   const int kernel_w_, taps_;
-  const std::vector<T> zeros_;
+  const LineVector<T> zeros_;
   std::vector<FilterRow<T>> rows_;
 };
 

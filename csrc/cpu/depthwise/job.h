@@ -13,6 +13,14 @@ struct Prefetch {
   bool in_columns;    // a vector's steps go down its own columns, beside the last vector's; else all go on in one line
 };
 
+// A line of each of so many rows, at `at`, which goes on to the next step's.
+template <int rows, bool to_write>
+RKL_INLINE void ask(const Prefetch& p, const char*& at, int64_t step) {
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) __builtin_prefetch(at + row * p.row, to_write, 2);
+  at += step;
+}
+
 // One call: the outputs of a lattice, of one or two rows, of some vectors of channels. Two rows are Pixels::kRows rows
 // of the lattice apart, so that they share their operands and their weights.
 template <class T>
@@ -36,5 +44,8 @@ struct Job {
   int64_t vectors;
   Prefetch read, written;
 };
+
+// Whether 0 <= i < count, by one comparison: each step of a window asks a few times.
+RKL_INLINE bool exists(int64_t i, int64_t count) { return uint64_t(i) < uint64_t(count); }
 
 }  // namespace rkl::cpu::RKL_ISA

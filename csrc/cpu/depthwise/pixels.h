@@ -28,10 +28,13 @@ struct Pixels {
   // streamed: past the caches. Of whole lines, where kStreams.
   template <int V>
   static RKL_INLINE void store(T* to, const Vec (&y)[V], bool streamed) {
-    if constexpr (kStreams && V == 1)
-      if (streamed) return stream(to, y);
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) RKL_ISA::store(to + v * kLanes, y[v]);
+    for (int v = 0; v < V; ++v) {
+      if constexpr (kStreams)
+        streamed ? stream(to + v * kLanes, {y[v]}) : RKL_ISA::store(to + v * kLanes, y[v]);
+      else
+        RKL_ISA::store(to + v * kLanes, y[v]);
+    }
   }
   static RKL_INLINE void cross(Vec (&)[1]) {}
   static RKL_INLINE void uncross(Vec (&)[1]) {}
