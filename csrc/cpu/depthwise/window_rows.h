@@ -156,6 +156,28 @@ class WindowRows {
     job.rows = rows_.data();
   }
 
+  // The job that makes vectors [v, v + vectors) of the outputs of a lattice across in rows j and j + kRows, out of the
+  // rows of `base`. It asks for nothing.
+  Job<T> job_of(const Job<T>& base, const Image<const T>& in, const Image<T>& out, const Lattice& down,
+                const Lattice& across, int64_t j, int rows, int64_t v, int64_t vectors) const {
+    const Table& table = tables_[down.phase * phases_across_ + across.phase];
+    const int64_t at = lanes_.at(v);
+    Job<T> job = base;
+    job.weights = table.weights + v * table.vector;
+    job.weight_row = int64_t(across.taps) * kLanes, job.weight_vector = table.vector;
+    job.at = across.origin * in.pixel + at, job.pitch = across.unit * in.pixel;
+    job.start[0] = job.start[1] = bias_ + v * kLanes;
+    for (int r = 0; r < 2; ++r) {
+      const int64_t row = down.first + down.pitch * (j + std::min(r, rows - 1) * kRows);
+      job.out[r] = out.first + row * out.row + across.first * out.pixel + at;
+    }
+    job.out_pitch = across.pitch * out.pixel;
+    job.count = across.count, job.inputs = across.inputs, job.step = across.step;
+    job.vectors = vectors;
+    job.read = job.written = nothing();
+    return job;
+  }
+
   void rows_of(const Image<const T>& in, const Image<T>& out, const Lattice& down, int64_t j, int rows, int64_t first,
                int64_t last, bool asks) {
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
@@ -170,40 +192,18 @@ class WindowRows {
     const char* read = reinterpret_cast<const char*>(in.first + (down.origin + down.unit * next) * in.row);
     const char* written =
         reinterpret_cast<const char*>(out.first + (down.first + down.pitch * (together + 2 * i)) * out.row);
-    jobs_.clear();
-    for (const Lattice& l : across_) {
-      Job<T> job = base;
-      const Table& table = tables_[down.phase * phases_across_ + l.phase];
-      job.weights = table.weights;
-      job.weight_row = int64_t(l.taps) * kLanes;
-      job.at = l.origin * in.pixel, job.pitch = l.unit * in.pixel;
-      job.out_pitch = l.pitch * out.pixel;
-      job.count = l.count, job.inputs = l.inputs, job.step = l.step;
-      for (int r = 0; r < 2; ++r)
-        job.out[r] =
-            out.first + (down.first + down.pitch * (j + std::min(r, rows - 1) * kRows)) * out.row + l.first * out.pixel;
-      const int64_t parts = linear ? std::clamp<int64_t>(l.step, 1, 2) : 1;
-      job.read = job.written = nothing();
-      if (asks)
-        job.read = {read + (linear ? 0 : job.at * size), linear ? vector : l.step * job.pitch * size,
-                    down.unit * in.row * size / parts, !linear};
-      if (asks && !out.streams)
-        job.written = {written + (linear ? 0 : l.first * out.pixel * size), linear ? vector : job.out_pitch * size,
-                       down.pitch * out.row * size, !linear};
-      jobs_.push_back(job);
-    }
     int64_t taken = 0;  // steps
     const auto make = [&](size_t h, int64_t v, int64_t vectors) {
-      const int64_t at = lanes_.at(v);
-      Job<T> job = jobs_[h];
-      job.vectors = vectors;
-      job.at += at;
-      for (T*& p : job.out) p += at;
-      job.weight_vector = tables_[down.phase * phases_across_ + across_[h].phase].vector;
-      job.weights += v * job.weight_vector;
-      job.start[0] = job.start[1] = bias_ + v * kLanes;
-      for (Prefetch* p : {&job.read, &job.written})
-        if (p->step) p->from += linear ? taken * vector : at * size;
+      const Lattice& l = across_[h];
+      Job<T> job = job_of(base, in, out, down, l, j, rows, v, vectors);
+      const int64_t read_at = linear ? taken * vector : job.at * size;
+      const int64_t written_at = linear ? taken * vector : (l.first * out.pixel + lanes_.at(v)) * size;
+      if (asks)
+        job.read = {read + read_at, linear ? vector : l.step * job.pitch * size,
+                    down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
+      if (asks && !out.streams)
+        job.written = {written + written_at, linear ? vector : job.out_pitch * size, down.pitch * out.row * size,
+                       !linear};
       taken += run(job, pieces_[h], down, rows);
     };
     // One call makes all vectors of a turn where one window makes all of a row, up to the last one, which may overlap
@@ -218,10 +218,18 @@ class WindowRows {
         }
   }
 
-  // Every piece of a row's taps, the sums of all but the last kept in scratch. The first one's steps.
+  // How many steps it took.
   int64_t run(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down, int rows) {
+    if (act_ == Activation::none) return run_pieces(job, pieces, down, rows);
     const Job<T> target = job;
-    if (act_ != Activation::none && job.streams) keep_outputs(job);
+    if (job.streams) keep_outputs(job);
+    const int64_t taken = run_pieces(job, pieces, down, rows);
+    finish(job, target, rows);
+    return taken;
+  }
+
+  // Every piece of a row's taps, the sums of all but the last kept in scratch. The first one's steps.
+  int64_t run_pieces(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down, int rows) {
     int64_t taken = 0;
     if (pieces.empty()) fill(job, 0, job.count, rows);  // a phase without taps
     for (size_t p = 0; p < pieces.size(); ++p) {
@@ -246,7 +254,6 @@ class WindowRows {
       job.read = job.written = nothing();
       for (int r = 0; r < 2; ++r) job.start[r] = scratch[r];
     }
-    if (act_ != Activation::none) finish(job, target, rows);
     return taken;
   }
 
@@ -340,7 +347,6 @@ class WindowRows {
   std::vector<Table> tables_;               // (phase down, phase across)
   std::vector<std::vector<Piece>> pieces_;  // of each lattice across
   std::vector<const T*> rows_;
-  std::vector<Job<T>> jobs_;
   LineVector<float> sums_;
   LineVector<T> outputs_;
 };
