@@ -26,6 +26,7 @@ RKL_INLINE void ask(const Prefetch& p, const char*& at, int64_t step) {
 template <class T>
 struct Job {
   const T* const* rows;               // of the image, Pixels::kRows an operand
+  int made;                           // rows of outputs, 1 or 2
   int units;                          // operands of a column of the filter
   int shift;                          // operands from the first row of outputs to the second
   int begin, end;                     // operands of which a pixel lies inside the image

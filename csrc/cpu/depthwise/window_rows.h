@@ -134,6 +134,7 @@ class WindowRows {
 
   // The image's rows for rows j and j + kRows of the lattice's outputs.
   void set_rows(const Image<const T>& in, const Lattice& l, int64_t j, int rows, Job<T>& job) {
+    job.made = rows;
     job.units = operands<T>(l.taps);
     job.shift = int(l.step);
     job.odd = l.taps % kRows;
@@ -242,7 +243,7 @@ class WindowRows {
       int64_t steps = job.last - job.first;
       if (piece.code->in_blocks()) {
         steps = ceil_div(job.count, block_width(job.count)) * block_width(job.count);
-        for (int r = 0; r < rows; ++r) call(piece.code->block(job.count), steps, row_alone(job, r));
+        call(piece.code->block(job.count), steps, job);
       } else {
         call(piece.code->window(rows, alone ? down.taps : 0), steps, job);
         fill(job, 0, std::min(job.count, job.first - (piece.steps.most - 1)), rows);
@@ -259,18 +260,6 @@ class WindowRows {
 
   // To ask for: a line that is at hand.
   Prefetch nothing() const { return {reinterpret_cast<const char*>(rows_.data()), 0, 0, false}; }
-
-  // Row r of a job's outputs as its first.
-  static Job<T> row_alone(const Job<T>& given, int r) {
-    Job<T> job = given;
-    const int skipped = r * job.shift;
-    job.rows += skipped * kRows;
-    job.begin = std::max(0, job.begin - skipped);
-    job.end = std::min(job.units, job.end - skipped);
-    job.start[0] = job.start[r], job.out[0] = job.out[r], job.sums[0] = job.sums[r];
-    job.read.from += r * job.read.row, job.written.from += r * job.written.row;
-    return job;
-  }
 
   // As many vectors two by two as there are, the last one alone. A vector's steps: how often it asks for memory.
   static void call(const Code<T>& code, int64_t steps, const Job<T>& given) {
