@@ -19,7 +19,7 @@ def _serve(connection: Connection) -> None:
         function, arguments = connection.recv()
         try:
             answer = (function(*arguments), "")
-        except Exception:
+        except Exception:  # whatever it is, the process that asked is told, and raises it
             answer = (None, traceback.format_exc())
         connection.send(answer)
 
