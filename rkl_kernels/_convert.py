@@ -73,9 +73,11 @@ def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Con
     if activation not in (None, "trelu"):
         raise ValueError(f"activation must be None or 'trelu', got {activation!r}")
     report = Conversion()
+    swapped: set[nn.Module] = set()
     for name, module in model.named_modules():
         if activation and type(module) is nn.ReLU and not has_own_forward(module):
             _swap(module, TReLU)
+            swapped.add(module)
             report.activations.append(name)
         elif isinstance(module, nn.Conv2d) and is_depthwise(module) and not isinstance(module, DepthwiseConv2d):
             why = _why_left(module)
@@ -84,7 +86,7 @@ def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Con
             else:
                 _swap(module, DepthwiseConv2d)
                 report.depthwise.append(name)
-    _tell_transformers(model)
+    _tell_transformers(model, swapped)
     return report
 
 
@@ -110,11 +112,12 @@ def restore(model: nn.Module) -> list[str]:
         (['0'], <class 'torch.nn.modules.conv.Conv2d'>)
     """
     check_module(model)
-    swapped = [(name, module) for name, module in model.named_modules() if _WAS in vars(module)]
-    for _, module in swapped:
-        _give_class(module, vars(module).pop(_WAS))
-    _tell_transformers(model)
-    return [name for name, _ in swapped]
+    swapped = {name: module for name, module in model.named_modules() if _WAS in vars(module)}
+    for module in swapped.values():
+        ours = DepthwiseConv2d if isinstance(module, DepthwiseConv2d) else TReLU
+        _give_class(module, ours, vars(module).pop(_WAS))
+    _tell_transformers(model, set(swapped.values()))
+    return list(swapped)
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
@@ -139,25 +142,31 @@ def _why_left(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def _tell_transformers(model: nn.Module) -> None:
+def _tell_transformers(model: nn.Module, swapped: set[nn.Module]) -> None:
     """An ``nn.TransformerEncoderLayer`` notes when it is made that its activation is relu, which its fast path for
     inference then computes by itself."""
     for layer in model.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer):
-            kind = type(layer.activation)
-            if kind in (nn.ReLU, TReLU):
-                layer.activation_relu_or_gelu = int(kind is nn.ReLU)
+        if isinstance(layer, nn.TransformerEncoderLayer) and layer.activation in swapped:
+            layer.activation_relu_or_gelu = int(type(layer.activation) is nn.ReLU)
 
 
 def _swap(module: nn.Module, kind: type[nn.Module]) -> None:
     was = parametrize.type_before_parametrizations(module)
-    _give_class(module, kind)
+    _give_class(module, was, kind)
     vars(module)[_WAS] = was
 
 
-def _give_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change a module's class. Parametrizations live in a class made for the module, above the one that is changed."""
-    if parametrize.is_parametrized(module):
-        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
-        kind = type(f"Parametrized{kind.__name__}", (kind,), own)
-    module.__class__ = kind
+def _give_class(module: nn.Module, was: type[nn.Module], kind: type[nn.Module]) -> None:
+    """Change the class that a module's is made of: itself or, below a class made for the module (by a parametrization,
+    by FSDP), a base."""
+    module.__class__ = _rebased(type(module), was, kind)
+
+
+def _rebased(cls: type, was: type, kind: type) -> type:
+    if cls is was:
+        return kind
+    if was not in cls.__mro__:
+        return cls
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    bases = tuple(_rebased(base, was, kind) for base in cls.__bases__)
+    return type(cls.__name__.replace(was.__name__, kind.__name__), bases, own)

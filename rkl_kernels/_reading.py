@@ -1,28 +1,34 @@
 """What a module's forward does, read once with stand-ins for tensors: a ``torch.fx`` graph, or why there is none.
 
 A graph is taken only where it is the whole truth about a call in inference: the forward decides nothing on data, leaves
-no trace in the module, draws no random numbers, and does the same with gradients on and off.
+no trace, draws no random numbers, and does the same with gradients, autocast and the choice of a backend on and off.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
 import random
-from collections.abc import Iterator, Mapping
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._backends import forced
+from ._backends import forced, use_backend
+from ._stand_in import StandIn
+from ._state import same, state
 from .fold import is_norm
 from .layers import is_altered
 
 
-def read(module: nn.Module, closed: set[nn.Module]) -> torch.fx.Graph | str:
+def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> torch.fx.Graph | str:
     """The graph of ``module``'s forward in inference, or one line that says why there is none.
 
     ``module`` must be one whose state may be spoilt, a copy: a forward that is refused has been run in part.
@@ -30,29 +36,48 @@ def read(module: nn.Module, closed: set[nn.Module]) -> torch.fx.Graph | str:
     Args:
         module: in inference mode.
         closed: modules below it that are called as they are, not looked into.
+        taken: gets the layers whose tensors the forward takes by themselves, to write to them perhaps.
     """
     why = _why_not_called_with_an_image(module)
     if why:
         return why
-    before, random_before = _state(module), _random_state()
+    before, random_before = state(module), _random_state()
     graphs = []
     with _same_random_numbers():
-        for gradients in (True, False):
-            with torch.set_grad_enabled(gradients):
-                tracer = _Tracer(closed)
-                try:
-                    graphs.append(tracer.trace(module))
-                except Exception as error:  # whatever the model's code raises on a stand-in for a tensor
-                    lines = str(error).splitlines() or [""]
-                    return f"torch.fx cannot trace its forward: {type(error).__name__}: {lines[0]}"
+        for surroundings in (torch.enable_grad, torch.inference_mode, _cast_and_by_reference):
+            with surroundings():
+                graph = _traced(module, closed, taken)
+            if isinstance(graph, str):
+                return graph
+            graphs.append(graph)
         if _random_state() != random_before:
             return "its forward draws random numbers"
-    if not _same(_state(module), before):
+    if not same(state(module), before):
         return "its forward changes the module, or makes a tensor of its own"
     if str(graphs[0]) != str(graphs[1]):
         return "its forward depends on whether gradients are recorded"
+    if str(graphs[0]) != str(graphs[2]):
+        return "its forward depends on autocast or the backend"
+    return graphs[0]
+
+
+def _traced(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> torch.fx.Graph | str:
+    """One trace of ``module``'s forward, or why there is none."""
+    tracer = _Tracer(closed, taken)
+    try:
+        with _NoWrites(tracer):
+            traced = tracer.trace(module)
+    except Exception as error:  # whatever the model's code raises on a stand-in for a tensor
+        lines = str(error).splitlines() or [""]
+        return f"torch.fx cannot trace its forward: {type(error).__name__}: {lines[0]}"
+    if tracer.refused:  # the model's code caught the error that said so
+        return f"torch.fx cannot trace its forward: {tracer.refused}"
     graph = torch.fx.Graph()  # one that does not refer to the tracer, so that it can be saved
-    graph.output(graph.graph_copy(graphs[0], {}))
+    graph.output(graph.graph_copy(traced, {}))
+    made = tracer.made
+    del tracer, traced
+    if _is_any_alive(made):
+        return "its forward changes the module, or keeps what it computed elsewhere"
     return graph
 
 
@@ -62,50 +87,88 @@ def is_leaf(module: nn.Module) -> bool:
     return known or torch.fx.Tracer().is_leaf_module(module, "")
 
 
-class _StandIn(torch.fx.Proxy):
-    """Stands for what a call makes. Code that asks whether it is a tensor would get the wrong answer, and gets none."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        raise RuntimeError("it asks for the type of a value")
-
-    def __getattr__(self, name: str) -> Any:
-        if not hasattr(Tensor, name):
-            raise AttributeError(f"a tensor has no {name}")
-        return super().__getattr__(name)
-
-
 class _Tracer(torch.fx.Tracer):
     """Looks into every module that is not PyTorch's own, altered, or closed."""
 
-    def __init__(self, closed: set[nn.Module]) -> None:
+    def __init__(self, closed: set[nn.Module], taken: set[nn.Module]) -> None:
         super().__init__()
         self.closed = closed
         self.surroundings = _surroundings()
         self.layers: dict[nn.Module, list[Any]] = {}
+        self.made: list[weakref.ref[torch.fx.Proxy]] = []
+        self.taken = taken
+        self.refused = ""
+
+    def refuse(self, why: str) -> None:
+        """An error, and a note of it for when the model's code catches the error."""
+        self.refused = self.refused or why
+        raise RuntimeError(why)
 
     def trace(self, root: Any, concrete_args: Any = None) -> torch.fx.Graph:
-        self.layers = {module: _state(module) for module in root.modules() if self.is_leaf_module(module, "")}
+        self.layers = {module: state(module) for module in root.modules() if self.is_leaf_module(module, "")}
         return super().trace(root, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if m in self.layers and not _same(_state(m), self.layers[m]):
-            raise RuntimeError("it changes a layer for a call, which a graph does not hold")
+        if m in self.layers and not same(state(m), self.layers[m]):
+            self.refuse("it changes a layer for a call, which a graph does not hold")
         return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.closed or is_altered(m) or is_leaf(m)
 
+    def gives_tensor(self, node: torch.fx.Node) -> bool:
+        """Whether a node is known to give a tensor: the module's image, or what a layer makes of one."""
+        if node.op != "call_module":
+            return node.op == "placeholder"
+        layer: nn.Module = self.root.get_submodule(str(node.target))
+        return layer not in self.closed and not is_altered(layer)
+
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
-        return _StandIn(node, self)
+        if node.op == "get_attr":
+            owner = self.root.get_submodule(str(node.target).rpartition(".")[0])
+            if owner in self.layers:
+                self.taken.add(owner)
+        stand_in = StandIn(node, self)
+        if node.op != "get_attr":  # fx keeps those of parameters
+            self.made.append(weakref.ref(stand_in))
+        return stand_in
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _StandIn else super().create_arg(a)
+        kind = type(a)
+        if issubclass(kind, StandIn):
+            return a.node
+        if kind is OrderedDict:  # fx would make a dict of it
+            return self.create_node("call_function", OrderedDict, ([self.create_arg(pair) for pair in a.items()],), {})
+        named = issubclass(kind, tuple) and hasattr(kind, "_fields")
+        if issubclass(kind, (dict, list, tuple)) and kind not in (dict, list, tuple, torch.Size) and not named:
+            self.refuse(f"it makes a {kind.__name__}, which a graph does not hold")
+        return super().create_arg(a)
+
+    def to_bool(self, obj: torch.fx.Proxy) -> bool:
+        self.refused = self.refused or "it decides on data"
+        return super().to_bool(obj)
+
+    def iter(self, obj: torch.fx.Proxy) -> Iterator[Any]:
+        self.refused = self.refused or "it goes over data"
+        return super().iter(obj)
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         if _surroundings() != self.surroundings:
-            raise RuntimeError("it changes gradient mode, autocast or backend for a part, which a graph does not hold")
+            self.refuse("it changes gradient mode, autocast or backend for a part, which a graph does not hold")
         return super().create_node(*args, **kwargs)
+
+
+class _NoWrites(TorchDispatchMode):
+    """Refuses writes to tensors that there are, whatever way they take: a graph does not hold them."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            self.tracer.refuse("it writes to a tensor, which a graph does not hold")
+        return func(*args, **(kwargs or {}))
 
 
 def _why_not_called_with_an_image(module: nn.Module) -> str | None:
@@ -125,6 +188,29 @@ def _surroundings() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts, forced()
 
 
+@contextmanager
+def _cast_and_by_reference() -> Iterator[None]:
+    """Autocast of every kind of device, and a backend other than the choice between them."""
+    kinds = ("cpu", "cuda")
+    before = [torch.is_autocast_enabled(kind) for kind in kinds]
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, True)
+    try:
+        with torch.enable_grad(), use_backend("reference"):
+            yield
+    finally:
+        for kind, enabled in zip(kinds, before, strict=True):
+            torch.set_autocast_enabled(kind, enabled)
+
+
+def _is_any_alive(made: list[weakref.ref[torch.fx.Proxy]]) -> bool:
+    """Whether anyone has kept a stand-in: the module, a container deep in it, or whatever else its code can reach."""
+    if not any(stand_in() is not None for stand_in in made):
+        return False
+    gc.collect()
+    return any(stand_in() is not None for stand_in in made)
+
+
 def _random_state() -> tuple[Any, ...]:
     _, keys, position, *_ = np.random.get_state()  # noqa: NPY002  the model's code may draw from it
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(keys).tobytes(), position
@@ -141,22 +227,3 @@ def _same_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(state)
         np.random.set_state(numbers)  # noqa: NPY002
-
-
-def _state(module: nn.Module) -> list[Any]:
-    """Every attribute of every module, with what is in containers and how often a tensor was written."""
-    return [item for m in module.modules() for name, value in vars(m).items() for item in (name, *_inside(value))]
-
-
-def _inside(value: Any) -> Iterator[Any]:
-    kind = type(value)  # a stand-in that was left behind does not say what it is an instance of
-    parts: Any = value.values() if issubclass(kind, Mapping) else value
-    for part in (value, *(parts if issubclass(kind, (Mapping, list, tuple, set)) else ())):
-        yield part
-        if issubclass(type(part), Tensor):
-            yield part._version
-
-
-def _same(a: list[Any], b: list[Any]) -> bool:
-    """The same objects; counts of writes by value."""
-    return len(a) == len(b) and all(x is y or (type(x) is int and x == y) for x, y in zip(a, b, strict=True))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from . import _reading, fold
 from ._convert import check_module, convert, is_depthwise
+from ._copying import copied
 from .layers import has_own_forward, is_altered
+
+_Made = tuple[nn.Module, tuple[tuple[Tensor | None, tuple[int, int]], ...]]
+"""A layer with its tensors, each with how often it was written and where it lies."""
 
 
 @dataclass
@@ -91,17 +95,6 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     return fused
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy. What hooks make before each call (a pruned weight, say) is copied as a plain tensor."""
-    memo = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(model, memo)
-
-
 class Entry(nn.Module):
     """Stands where a graph begins: passes tensors on and refuses what the graph was not read for."""
 
@@ -122,10 +115,12 @@ class FusedSequential(nn.Sequential):
 
     Attributes:
         made_of: its layers and their tensors when the steps were made.
+        whole: the fused copy that it is in, in a tuple as the steps are.
     """
 
+    whole: tuple[nn.Module, ...] = ()
     steps: tuple[nn.Module, ...] = ()
-    made_of: tuple[tuple[nn.Module, tuple[Tensor | None, ...]], ...] = ()
+    made_of: tuple[_Made, ...] = ()
 
     def forward(self, input: Any) -> Any:
         as_made = self.steps and isinstance(input, Tensor) and all(map(_is_as_made, self.made_of))
@@ -139,21 +134,27 @@ class FusedSequential(nn.Sequential):
         return self
 
     def train(self, mode: bool = True) -> FusedSequential:
+        if mode:  # what was called before this one has switched already
+            for module in (module for whole in self.whole for module in whole.modules()):
+                module.training = False
         _refuse_training(mode)
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        raise RuntimeError("a fused copy cannot load weights; load them into the model it was made from and fuse again")
+        refuse_loading()
 
 
-def _made_of(sequential: nn.Module) -> tuple[tuple[nn.Module, tuple[Tensor | None, ...]], ...]:
-    return tuple((layer, _tensors(layer)) for layer in sequential.modules() if layer is not sequential)
+def _made_of(sequential: nn.Module) -> tuple[_Made, ...]:
+    layers = [layer for layer in sequential.modules() if layer is not sequential]
+    return tuple((layer, tuple((t, _writes(t)) for t in _tensors(layer))) for layer in layers)
 
 
-def _is_as_made(part: tuple[nn.Module, tuple[Tensor | None, ...]]) -> bool:
-    layer, tensors = part
+def _is_as_made(made: _Made) -> bool:
+    layer, tensors = made
     now = _tensors(layer)
-    same = len(tensors) == len(now) and all(map(operator.is_, tensors, now))
+    same = len(tensors) == len(now) and all(t is there for t, (there, _) in zip(now, tensors, strict=True))
+    if not torch.compiler.is_compiling():  # which asks for other tensors' code by itself
+        same = same and all(_writes(t) == writes for t, writes in tensors)
     return same and not layer.training and not is_altered(layer)
 
 
@@ -161,9 +162,18 @@ def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...]:
     return *layer._parameters.values(), *layer._buffers.values()
 
 
+def _writes(t: Tensor | None) -> tuple[int, int]:
+    """How often a tensor was written, and which memory it has: another one after ``t.data = ...``."""
+    return (0, 0) if t is None else (0 if t.is_inference() else t._version, t.data_ptr())
+
+
 def _refuse_training(mode: bool) -> None:
     if mode:
         raise ValueError("mode must be False for a model fused for inference, got True; train the one it was made from")
+
+
+def refuse_loading(*_: Any) -> None:
+    raise RuntimeError("a fused copy cannot load weights; load them into the model it was made from and fuse again")
 
 
 class _Fuser:
@@ -171,6 +181,7 @@ class _Fuser:
 
     Attributes:
         closed: modules that keep their own code, with why.
+        taken: layers whose tensors the model's code takes by themselves, to write to them perhaps: they stay.
     """
 
     def __init__(self, whole: nn.Module) -> None:
@@ -178,6 +189,7 @@ class _Fuser:
         self.names = {module: name for name, module in whole.named_modules()}
         self.report = Fusion()
         self.closed: dict[nn.Module, str] = {}
+        self.taken: set[nn.Module] = set()
         self.graphs: dict[nn.Module, torch.fx.Graph] = {}
 
     def fuse(self) -> nn.Module:
@@ -193,6 +205,9 @@ class _Fuser:
         for module in self.closed:
             for sequential in self._sequentials(module):
                 self._swap(sequential)
+        if any(isinstance(module, FusedSequential) for module in self.whole.modules()):
+            hooked: Any = self.whole  # the whole refuses, before any module of it has loaded
+            hooked.register_load_state_dict_pre_hook(refuse_loading)
         done = {name for chain in self.report.fused for name in chain}
         for module in depthwise:
             if self.names[module] not in done:
@@ -210,7 +225,9 @@ class _Fuser:
             return
         memo: dict[int, Any] = {}
         probe = copy.deepcopy(module, memo)
-        graph = _reading.read(probe, {memo[id(m)] for m in self.closed if id(m) in memo})
+        taken: set[nn.Module] = set()
+        graph = _reading.read(probe, {memo[id(m)] for m in self.closed if id(m) in memo}, taken)
+        self.taken.update(m for m in self.names if memo.get(id(m)) in taken)
         if isinstance(graph, str):
             self.closed[module] = graph
             return
@@ -230,7 +247,7 @@ class _Fuser:
         steps = self._fused(sequential)
         if steps is not None:
             sequential.__class__ = FusedSequential
-            vars(sequential).update(steps=(steps,), made_of=_made_of(sequential))
+            vars(sequential).update(steps=(steps,), made_of=_made_of(sequential), whole=(self.whole,))
 
     def _fused(self, module: nn.Module) -> torch.fx.GraphModule | None:
         """The graph of a module with its chains fused, over the module's own layers; None where it has no chain."""
@@ -251,7 +268,7 @@ class _Fuser:
     def _fuse_from(self, module: nn.Module, node: torch.fx.Node, parts: dict[str, Any]) -> None:
         """Put a fused layer in the place of ``node`` and the nodes after it, where it begins a chain."""
         nodes = _chain(node)
-        modules = [module.get_submodule(str(n.target)) for n in nodes]
+        modules = list(takewhile(lambda m: m not in self.taken, (module.get_submodule(str(n.target)) for n in nodes)))
         first = modules[0] if modules else None
         if not isinstance(first, nn.Conv2d):
             return
@@ -280,6 +297,8 @@ class _Fuser:
         """The reason that keeps the nearest module above closed."""
         if not name:
             return "it is the whole model"
+        if self.whole.get_submodule(name) in self.taken:
+            return "the model's code takes its tensors by themselves"
         while name:
             name = name.rpartition(".")[0]
             why = self.closed.get(self.whole.get_submodule(name))

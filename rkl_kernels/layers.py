@@ -100,7 +100,7 @@ class DepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        if "_conv_forward" in self.__dict__:  # replaced on the object, to pad another way, say
+        if _is_conv_replaced(self) or self.groups != self.in_channels:  # to pad another way, say
             return super().forward(input)
         image, padding = padded(input, self)
         return depthwise_conv2d(image, self.weight, self.bias, self.stride, padding, self.dilation)
@@ -198,8 +198,18 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a method that a layer's call goes through was replaced on the object."""
-    return "forward" in vars(module) or "_conv_forward" in vars(module)
+    """Whether a method that a layer's call goes through was replaced, on the object or in a convolution's class."""
+    return "forward" in vars(module) or (isinstance(module, nn.Conv2d) and _is_conv_replaced(module))
+
+
+_CONV_FORWARD, _INNER_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
+"""PyTorch's own methods, as they were when this module was imported."""
+
+
+def _is_conv_replaced(conv: nn.Conv2d) -> bool:
+    """Whether a method that PyTorch's layer would call was replaced: on the object, in a subclass, or in PyTorch's."""
+    inner = type(conv)._conv_forward
+    return "_conv_forward" in vars(conv) or inner is not _INNER_FORWARD or nn.Conv2d.forward is not _CONV_FORWARD
 
 
 def _has_one_filter(module: nn.Module) -> bool:

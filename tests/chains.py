@@ -38,3 +38,16 @@ def assert_same(fused: nn.Module, plain: nn.Module, x: torch.Tensor = X) -> None
             results.append((y.detach(), grad, model(x)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+class Flagged(nn.Module):
+    """Takes a flag, and takes its blocks apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain(nn.ReLU())
+
+    def forward(self, x, apart=False):
+        if not apart:
+            return self.body(x)
+        return [x := layer(x) for layer in self.body]

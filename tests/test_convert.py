@@ -279,6 +279,60 @@ def test_a_replaced_method_is_what_counts():
         assert not torch.allclose(both(x), plain)
 
 
+@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
+def test_a_method_replaced_in_pytorchs_class_is_what_counts(monkeypatch, name):
+    model, plain = pair(), pair()
+    rk.convert(model)
+    inner = getattr(nn.Conv2d, name)
+    monkeypatch.setattr(nn.Conv2d, name, lambda self, *args: inner(self, *args) * 2)
+    assert_alike(model, plain)
+    assert rk.fuse_for_inference(plain).fusion_report.fused == []
+
+
+def test_a_method_of_a_subclass_is_what_counts():
+    class Doubled(rk.DepthwiseConv2d):
+        def _conv_forward(self, *args):
+            return super()._conv_forward(*args) * 2
+
+    torch.manual_seed(3)
+    ours = Doubled(4, 3, padding=1)
+    torch.testing.assert_close(ours(X), F.conv2d(X, ours.weight, ours.bias, padding=1, groups=4) * 2)
+
+
+def test_a_layer_made_dense_afterwards():
+    model = pair()
+    rk.convert(model)
+    layer = model[0]
+    layer.groups, layer.weight = 1, nn.Parameter(torch.randn(4, 4, 3, 3))
+    torch.testing.assert_close(layer(X), F.conv2d(X, layer.weight, layer.bias, padding=1))
+    layer.groups = 2
+    with pytest.raises(RuntimeError, match="expected input"):
+        layer(X)
+
+
+def test_classes_made_for_a_layer_outlast_restore():
+    class Sharded:
+        def unshard(self):
+            return type(self).__mro__
+
+    model, plain = pair(), pair()
+    rk.convert(model)
+    layer = model[0]
+    layer.__class__ = type("ShardedDepthwiseConv2d", (Sharded, type(layer)), {})  # as fully_shard does
+    assert rk.restore(model) == ["0"]
+    assert rk.DepthwiseConv2d not in layer.unshard()
+    assert nn.Conv2d in layer.unshard()
+    assert_alike(model, plain)
+
+
+def test_a_transformer_that_is_not_swapped_keeps_its_flags():
+    model = nn.TransformerEncoderLayer(16, 2, 32, 0.0, nn.ReLU(), batch_first=True)
+    model.activation_relu_or_gelu = 0  # no fast path
+    rk.convert(model)
+    rk.restore(model)
+    assert model.activation_relu_or_gelu == 0
+
+
 def test_a_transformer_computes_the_replaced_activation_in_inference_too():
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 2, 32, 0.0, nn.ReLU(), batch_first=True).eval()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
-from chains import X, assert_same, chain
+from chains import Flagged, X, assert_same, chain
 from torch import nn
 
 import rkl_kernels as rk
@@ -23,6 +25,7 @@ class Block(nn.Module):
         self.tail[3] = nn.Conv2d(6, 6, 1)
         self.register_buffer("calls", torch.zeros(()))
         self.seen, self.way = [], forward
+        self.deep, self.note = {"a": (deque(maxlen=3),)}, SimpleNamespace(calls=0)
         self.back = nn.Conv2d(4, 6, 1)
 
     def straight(self, x):
@@ -98,6 +101,98 @@ def asking_for_a_result(self, x):
     return y if isinstance(y, torch.Tensor) else y[0]
 
 
+def catching_the_refusal(self, x):
+    x = self.straight(x)
+    try:
+        return x * 2 if x.mean() > -100 else x
+    except Exception:
+        return x
+
+
+def asking_for_a_length(self, x):
+    x = self.straight(x)
+    try:
+        return x * len(x)
+    except Exception:
+        return x
+
+
+def asking_for_the_type_of_a_shape(self, x):
+    x = self.straight(x)
+    return x * 2 if isinstance(x.shape, tuple) else x
+
+
+def asking_for_a_graph(self, x):
+    x = self.straight(x)
+    return x * 2 if x.grad_fn is None else x
+
+
+def adding_in_place(self, x):
+    y = self.straight(x)
+    z = y
+    y += 1
+    return y + z
+
+
+def setting_an_item(self, x):
+    y = self.straight(x)
+    z = y * 1
+    z[:, 0] = 0
+    return y + z
+
+
+def unpacking(self, x):
+    batch, channels, _, _ = self.straight(x).shape
+    first, second = self.straight(x).reshape(2, batch // 2, channels, -1)
+    return self.straight(x) + (first + second).mean()
+
+
+def remembering_deep(self, x):
+    x = self.straight(x)
+    self.deep["a"][0].append(x.mean())
+    return x
+
+
+def counting_deep(self, x):
+    self.note.calls += 1
+    return self.straight(x) * self.note.calls
+
+
+def remembering_elsewhere(self, x):
+    x = self.straight(x)
+    ELSEWHERE.append(x.mean())
+    return x
+
+
+def casting_by_itself(self, x):
+    x = self.straight(x)
+    with torch.autocast("cpu", enabled=False):
+        return self.pw(self.back(x.float()))
+
+
+def asking_for_autocast(self, x):
+    x = self.straight(x)
+    return x * 2 if torch.is_autocast_enabled("cpu") else x
+
+
+def by_choice(self, x):
+    with rk.use_backend("auto"):
+        return self.straight(x)
+
+
+def clamping(self, x):
+    self.dw.weight.data.clamp_(-0.01, 0.01)
+    return self.straight(x)
+
+
+def renormed(self, x):
+    self.dw.weight.data = torch.renorm(self.dw.weight.data, 2, 0, 0.01)
+    return self.straight(x)
+
+
+ELSEWHERE = []
+
+
 def by_reference(self, x):
     with rk.use_backend("reference"):
         return self.straight(x)
@@ -112,11 +207,26 @@ WAYS = {
     tapped: "read 2 times",
     without_gradients: "gradient mode",
     by_reference: "backend",
-    counting: "changes the module",
+    counting: "writes to a tensor",
     remembering: "changes the module",
     drawing: "random numbers",
     asking_for_data: "cannot be used",
     asking_for_a_result: "asks for the type",
+    catching_the_refusal: "decides on data",
+    asking_for_a_length: "asks for a length",
+    asking_for_the_type_of_a_shape: "asks for the type",
+    asking_for_a_graph: "asks for the grad_fn",
+    adding_in_place: "",
+    setting_an_item: "",
+    unpacking: "",
+    remembering_deep: "changes the module",
+    counting_deep: "changes the module",
+    remembering_elsewhere: "keeps what it computed",
+    casting_by_itself: "autocast",
+    asking_for_autocast: "depends on autocast",
+    by_choice: "backend",
+    clamping: "takes its tensors",
+    renormed: "takes its tensors",
 }
 
 
@@ -135,6 +245,16 @@ def test_forwards_that_can_be_read_and_that_cannot(way):
     torch.manual_seed(5)
     assert_same(fused, plain)
     assert len(plain.seen) == len(getattr(fused, "seen", plain.seen))
+
+
+@pytest.mark.parametrize("way", [casting_by_itself, asking_for_autocast], ids=lambda way: way.__name__)
+def test_forwards_that_ask_for_autocast(way):
+    plain = Block(way).eval()
+    fused = rk.fuse_for_inference(plain)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = fused(X), plain(X)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
 def test_what_depends_on_gradients_is_left():
@@ -167,19 +287,6 @@ def test_a_module_that_takes_no_tensor():
     fused = rk.fuse_for_inference(plain)
     assert len(fused.fusion_report.fused) == 1
     assert_same(fused, plain)
-
-
-class Flagged(nn.Module):
-    """Takes a flag, and takes its blocks apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = chain(nn.ReLU())
-
-    def forward(self, x, apart=False):
-        if not apart:
-            return self.body(x)
-        return [x := layer(x) for layer in self.body]
 
 
 def test_a_sequential_in_code_that_cannot_be_read():

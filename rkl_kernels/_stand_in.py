@@ -1,0 +1,101 @@
+"""What stands for a tensor while a forward is read: it records what is done with it, and answers no question whose
+answer a graph could not hold."""
+
+from __future__ import annotations
+
+import dis
+import operator
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+_MAY_BE_NONE = {"grad", "grad_fn", "_grad", "_base", "_backward_hooks", "_post_accumulate_grad_hooks"}
+"""Attributes of a tensor that code compares with None. A stand-in would say that they are not."""
+
+
+class StandIn(torch.fx.Proxy):
+    """Stands for what a call makes. Code that asks for its type, its length or what cannot be known gets no answer, but
+    an error, which its tracer notes for when the code catches it."""
+
+    tracer: Any
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        self.tracer.refuse("it asks for the type of a value")
+        raise AssertionError
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        return torch.fx.Proxy.__torch_function__(*args, **kwargs)  # for one class: it compares others with its own
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in _MAY_BE_NONE:
+            self.tracer.refuse(f"it asks for the {name} of a value")
+        if not hasattr(Tensor, name):
+            if not self.tracer.gives_tensor(self.node):
+                self.tracer.refuse(f"it asks for the {name} of a value")
+            raise AttributeError(f"a tensor has no {name}")
+        return _Attribute(self, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Parts by place for ``a, b = x``, as fx tells such code. (Its own method leaves frames that refer to x.)"""
+        caller = sys._getframe(1)
+        for now in dis.get_instructions(caller.f_code):
+            if now.offset == caller.f_lasti and now.opname == "UNPACK_SEQUENCE":
+                return iter([operator.getitem(self, i) for i in range(now.argval)])
+        return iter(self.tracer.iter(self))
+
+    def __len__(self) -> int:
+        self.tracer.refused = self.tracer.refused or "it asks for a length"
+        return super().__len__()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "root", "attr", "_node"):  # fx's own
+            self.tracer.refuse(f"it sets the {name} of a value")
+        super().__setattr__(name, value)
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, place, value), {})
+
+
+class _Attribute(StandIn, torch.fx.proxy.Attribute):
+    """An attribute of a stand-in: what a call of it makes, or the value itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Attribute(self, name)
+
+
+def _written(name: str) -> Any:
+    """``x += y`` writes to what others hold too, where fx would make ``x = x + y`` of it."""
+    function = getattr(operator, f"i{name}")
+
+    def method(self: StandIn, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
+    setattr(StandIn, f"__i{_name}__", _written(_name))

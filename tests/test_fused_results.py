@@ -1,0 +1,108 @@
+"""What a fused copy returns, what it refuses, and what it does when a layer of it is written to."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from chains import Flagged, X, assert_same, chain
+from torch import nn
+
+import rkl_kernels as rk
+
+Outputs = namedtuple("Outputs", ["image", "mean"])
+
+
+class Naming(nn.Module):
+    """What it gives is of a type of its own; its further argument keeps it from being read."""
+
+    def __init__(self, kind, body) -> None:
+        super().__init__()
+        self.kind, self.body = kind, body
+
+    def forward(self, x, scale=1):
+        x = self.body(x)
+        return self.kind(image=x * scale) if issubclass(self.kind, dict) else self.kind(x * scale, x.mean())
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.named = chain(nn.ReLU()), Naming(Outputs, chain(nn.ReLU(), norm=nn.BatchNorm2d))
+        self.named.body = nn.Identity()
+
+    def forward(self, x):
+        named = self.named(self.body(x))
+        return named.image if hasattr(named, "image") else named
+
+
+def test_what_a_closed_module_gives_may_be_anything():
+    plain = Asking().eval()
+    fused = rk.fuse_for_inference(plain)
+    assert type(fused(X)) is torch.Tensor
+    assert_same(fused, plain)
+
+
+class Steps(list):
+    """Not the list that a graph would make of it."""
+
+    def __init__(self, image, mean):
+        super().__init__([image, mean])
+
+
+class Returning(Naming):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Outputs, OrderedDict, dict, Steps], ids=lambda kind: kind.__name__)
+def test_what_it_returns_keeps_its_type(kind):
+    plain = Returning(kind, chain(nn.ReLU())).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert isinstance(fused, torch.fx.GraphModule) == (kind is not Steps)
+    ours, theirs = fused(X), plain(X)
+    assert type(ours) is type(theirs) is kind
+    first = "image" if issubclass(kind, dict) else 0
+    torch.testing.assert_close(ours[first], theirs[first], rtol=1e-4, atol=1e-4)
+
+
+def test_a_refusal_leaves_nothing_half_done():
+    plain, other = (nn.ModuleList([nn.BatchNorm2d(3), Flagged()]).eval() for _ in range(2))
+    fused = rk.fuse_for_inference(plain)
+    nn.init.ones_(other[0].running_mean)
+    with pytest.raises(RuntimeError, match="cannot load weights"):
+        fused.load_state_dict(other.state_dict())
+    assert not fused[0].running_mean.any()  # a child before the fused one
+    with pytest.raises(ValueError, match="mode must be False"):
+        fused.train()
+    assert not any(module.training for module in fused.modules())
+    assert not any(module.training for module in copy.deepcopy(fused).modules())
+
+
+@pytest.mark.parametrize("write", ["in place", "set"])
+def test_a_layer_written_after_fusing(write):
+    fused = rk.fuse_for_inference(Flagged().eval())
+    before = fused(X)
+    weight = fused.body[0].weight
+    with torch.no_grad():
+        if write == "set":
+            weight.data = weight.data * 0
+        else:
+            weight.mul_(0)
+    after = fused(X)
+    torch.testing.assert_close(after, fused(X, True)[-1])
+    assert not torch.equal(after, before)
+
+
+def test_a_forward_set_on_the_model_is_the_copys_own():
+    plain = chain(nn.ReLU(), norm=nn.BatchNorm2d).train()
+    inner = plain.forward
+    plain.forward = lambda x, scale=2: inner(x) * scale
+    fused = rk.fuse_for_inference(plain)
+    before = copy.deepcopy(plain.state_dict())
+    assert torch.equal(fused(X), fused(X))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    torch.testing.assert_close(fused(X), nn.Sequential(*plain).eval()(X) * 2)
