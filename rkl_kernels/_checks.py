@@ -70,7 +70,7 @@ def floating(name: str, x: object, types: tuple[torch.dtype, ...] = FLOATING) ->
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in types:
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}; convert it with {name}.float()"
         )
 

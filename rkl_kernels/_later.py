@@ -20,28 +20,36 @@ def when_imported(name: str, then: Callable[[], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds the one module where all others look for it, and goes."""
+    """Finds the one module where all others look for it, and goes when it is loaded."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self.name, self.then = name, then
+        self.name, self.then, self.asks = name, then, False
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        if fullname != self.name or self not in sys.meta_path:
+        if fullname != self.name or self.asks:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.asks = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asks = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.then)
+            spec.loader = _Loader(spec.loader, self)
         return spec
+
+    def loaded(self) -> None:
+        if self in sys.meta_path:  # looked for is not loaded: a program may only ask whether there is one
+            sys.meta_path.remove(self)
+            self.then()
 
 
 class _Loader(Loader):
-    def __init__(self, loader: Any, then: Callable[[], None]) -> None:
-        self.loader, self.then = loader, then
+    def __init__(self, loader: Any, watch: _Watch) -> None:
+        self.loader, self.watch = loader, watch
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        self.then()
+        self.watch.loaded()

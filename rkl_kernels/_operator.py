@@ -57,6 +57,8 @@ class Operator:
     def plain(self, *args: Any) -> Any:
         """A call that no compiler and no transform looks at."""
         if self.function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if any(map(_is_many, args)):  # their wrapper would hide the function's node
+                return self.registered(*args)
             return self.function.apply(*args)
         with below_autograd():
             return self.registered(*args)
@@ -100,9 +102,23 @@ class DepthwiseOperator(Operator):
         return convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), x.shape[1])
 
 
+def _is_many(value: Any) -> bool:
+    """Whether ``autograd.grad(is_grads_batched=True)`` has put many gradients into one tensor. It has a vmap of its
+    own, which is no function transform."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_legacy_batchedtensor(value)
+
+
 def _refuse_leaf(x: Tensor) -> None:
-    """PyTorch's own refusal to overwrite a leaf, before anything is written."""
+    """PyTorch's own refusals to overwrite a leaf or a view that it cannot follow, before anything is written."""
     base = x._base
+    if base is not None:
+        made = torch._C._autograd._get_creation_meta(x)
+        if made != torch._C._autograd.CreationMeta.DEFAULT:
+            how = {"MULTI_OUTPUT_NODE": "by a function that returns several", "NO_GRAD_MODE": "in no_grad mode"}
+            raise RuntimeError(
+                "x must not be a view that autograd cannot follow, one made "
+                f"{how.get(made.name, 'in inference mode or by a custom function')}; clone it first"
+            )
     if x.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         of = "a leaf" if x.is_leaf else "a view of a leaf"
         raise RuntimeError(f"{of} Variable that requires grad is being used in an in-place operation.")

@@ -51,7 +51,7 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
         return reference.trelu(x, inplace)
     if not inplace:
         return operators.trelu(x)
-    if watched():  # a compiler finds out by itself where a copy can be spared
+    if watched() or x.is_neg():  # a compiler finds out by itself where a copy can be spared
         return x.copy_(operators.trelu(x))
     if x.is_inference() and not torch.is_inference_mode_enabled():  # autograd would not be told of the write
         raise RuntimeError("x must not be an inference tensor, written outside of inference mode; clone it first")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
+
 
 def _depthwise(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
     return 2 * prod(out_shape) * prod(weight_shape[1:])
@@ -51,8 +53,11 @@ FORMULAS = {
 
 def register(packets: Any) -> None:
     """Tell ``torch.utils.flop_counter``, which must be imported, of a namespace's operators."""
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    for name, formula in FORMULAS.items():
-        declare: Any = register_flop_formula(getattr(packets, name))
-        declare(formula)
+    formulas = {getattr(packets, name): formula for name, formula in FORMULAS.items()}
+    formulas[torch.ops.aten.convolution_backward_overrideable] = _depthwise_backward  # of a plain call's gradient
+    for operator, formula in formulas.items():
+        if operator not in flop_registry:
+            declare: Any = register_flop_formula(operator)
+            declare(formula)

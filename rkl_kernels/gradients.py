@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import decompositions
 from ._operator import Formula
+from ._surroundings import differentiated
 from .decompositions import separable_conv2d_backward
 
 
@@ -24,6 +26,27 @@ def _none_where_unwanted(mask: list[bool], grads: tuple[Tensor, ...]) -> list[Te
     return [g if m else None for g, m in zip(grads, mask, strict=True)]
 
 
+def _served(ops: Any, name: str) -> Any:
+    """A backward operator or, where forward mode differentiates the backward itself, the same in PyTorch's own."""
+    return decompositions.DECOMPOSITIONS[name] if differentiated() else getattr(ops, name)
+
+
+def _gradients(function: Any, tensors: list[Tensor], seconds: Any) -> list[Tensor | None]:
+    """Of ``function(*tensors)``, weighed by ``seconds``: themselves differentiable where gradients are recorded.
+
+    Not by ``torch.func.vjp``, which refuses to run under hooks on saved tensors (``save_on_cpu``, checkpoints).
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: one of the tensors may depend on another, which is not to count.
+        inputs = [t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in tensors]
+        pairs = [(y, s) for y, s in zip(function(*inputs), seconds, strict=True) if y.requires_grad and s is not None]
+        if not pairs:
+            return [None] * len(tensors)
+        outputs, weights = zip(*pairs, strict=True)
+        return list(torch.autograd.grad(outputs, inputs, weights, create_graph=again, allow_unused=True))
+
+
 def _trelu(ops: Any) -> dict[str, Formula]:
     """dy/dx = 1 where y > 0, 1 - y^2 elsewhere: the output is all that is kept."""
 
@@ -31,7 +54,7 @@ def _trelu(ops: Any) -> dict[str, Formula]:
         ctx.save_for_backward(output)
 
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return ops.trelu_backward(grad, *ctx.saved_tensors)
+        return _served(ops, "trelu_backward")(grad, *ctx.saved_tensors)
 
     def setup_again(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
@@ -94,7 +117,7 @@ def _separable(ops: Any) -> dict[str, Formula]:
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         mask = list(ctx.needs_input_grad[:5])
         settings = ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation
-        grads = ops.separable_conv2d_backward(grad, *ctx.saved_tensors, *settings, mask)
+        grads = _served(ops, "separable_conv2d_backward")(grad, *ctx.saved_tensors, *settings, mask)
         return *_none_where_unwanted(mask, grads), *[None] * 5
 
     def setup_again(ctx: Any, inputs: Any, output: Any) -> None:
@@ -113,9 +136,8 @@ def _separable(ops: Any) -> dict[str, Formula]:
             everything += [*settings, ctx.mask]
             return separable_conv2d_backward(*everything)
 
-        vjp: Any = torch.func.vjp(once, *[tensors[i] for i in given])
         grads: list[Tensor | None] = [None] * len(tensors)
-        for i, grad in zip(given, vjp[1](tuple(seconds)), strict=True):
+        for i, grad in zip(given, _gradients(once, [tensors[i] for i in given], seconds), strict=True):
             grads[i] = grad if ctx.needs_input_grad[i] else None
         return *grads, *[None] * 6
 

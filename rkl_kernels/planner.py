@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from . import _checks, ops
+from ._autocast import autocast
 from ._backends import KERNEL_TYPES, choose
 from ._checks import Activation
+from ._surroundings import intercepted
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     }
     if operator not in counts:
         raise ValueError(f"operator must be one of {', '.join(counts)}, got {operator!r}")
+    args, kwargs = _cast(operator, args, kwargs)
     elements, operations, x, multiplied = counts[operator](*args, **kwargs)
     moved = elements * x.element_size()
     backend = choose(operator, x, multiplied)
@@ -112,7 +116,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     fused, reason = _fusion(backend, _SeparableCall(*args, **kwargs)) if operator == "separable_conv2d" else (None, "")
     kernel, floor = f"{namespace}.{operator}", _floor(moved, operations, x)
     kernels = ""
-    if operator == "depthwise_conv2d" and backend in _KERNELS:
+    if operator == "depthwise_conv2d" and backend in _KERNELS and not intercepted(x):
         kernels = _KERNELS[backend](*args, **kwargs)
     return Explanation(operator, backend, kernel, moved, operations, floor, fused, reason, kernels)
 
@@ -142,12 +146,25 @@ def _floor(moved: int, operations: int, x: Tensor) -> str:
     return f"{side}, with {intensity:.2g} FLOP a byte where {balance:.0f} are in balance"
 
 
-def _fusion(backend: str, call: _SeparableCall) -> tuple[bool, str]:
+def _cast(operator: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The arguments as the call's autocast makes them."""
+    if operator == "trelu":
+        return args, kwargs
+    bound = inspect.signature(_SeparableCall if operator == "separable_conv2d" else _depthwise).bind(*args, **kwargs)
+    tensors = {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
+    if "x" in tensors:
+        bound.arguments.update(zip(tensors, autocast(*tensors.values()), strict=True))
+    return bound.args, bound.kwargs
+
+
+def _fusion(backend: str, call: _SeparableCall) -> tuple[bool | None, str]:
     """Whether the separable operator's forward would do both steps at once, and why."""
     if backend == "reference":
         return False, "the reference calls two convolutions"
     if backend == "triton":
         return False, "a depthwise kernel and the library's product; backward makes the depthwise output again"
+    if intercepted(call.x):
+        return None, "x has no memory that a plan could be made for"
     weight, outputs = call.depthwise_weight, call.pointwise_weight.shape[0]
     geometry, x = _geometry(call.x, weight, call.stride, call.padding, call.dilation)
     activations = [_checks.activation(n, getattr(call, n)) for n in ("inner_activation", "activation")]
@@ -299,6 +316,8 @@ def _elements(bias: Tensor | None) -> int:
 def _separable(*args: Any, **kwargs: Any) -> _Work:
     call = _SeparableCall(*args, **kwargs)
     weights = call.depthwise_weight, call.pointwise_weight, call.depthwise_bias, call.pointwise_bias
+    for name in ("inner_activation", "activation"):
+        _checks.activation(name, getattr(call, name))
     _checks.separable(call.x, *weights, call.stride, call.padding, call.dilation)
     pixels, x = _image(call.x, call.depthwise_weight, call.stride, call.padding, call.dilation)
     taps = call.depthwise_weight.numel() + call.pointwise_weight.numel()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import rkl_kernels as rk
 
@@ -67,3 +69,36 @@ def test_a_second_backward_in_autocast_of_a_forward_outside():
         return x.grad
 
     torch.testing.assert_close(second(cast=True), second(cast=False))
+
+
+def around_nothing(function, *leaves):
+    return function(*leaves)
+
+
+def around_a_checkpoint(function, *leaves):
+    return checkpoint(function, *leaves, use_reentrant=False)
+
+
+@pytest.mark.parametrize("around", [around_nothing, around_a_checkpoint])
+def test_under_hooks_on_saved_tensors(around):
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 3, 6, 5), (3, 1, 3, 3), (4, 3, 1, 1))]
+    results = []
+    for library in (rk, rk.reference):
+        with torch.autograd.graph.save_on_cpu():
+            call = partial(library.separable_conv2d, inner_activation="silu")
+            results.append(penalty(partial(around, call), *leaves))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3 * max(t.abs().max().item() for t in results[1]))
+
+
+def test_tensors_that_depend_on_each_other():
+    """The filter is made of the image: each counts for itself, and both for what they are made of."""
+    x = torch.randn(2, 3, 6, 5, requires_grad=True)
+    results = []
+    for library in (rk, rk.reference):
+
+        def call(x, library=library):
+            filters = x[0, :, None, :3, :3] * 1, x.mean((0, 2, 3)).expand(4, 3)[..., None, None]
+            return library.separable_conv2d(x, *filters, inner_activation="trelu")
+
+        results.append(penalty(call, x)[0])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3 * results[1].abs().max().item())

@@ -118,3 +118,18 @@ def test_direct_calls_cannot_read_out_of_bounds(operator, args):
     """torch.ops.rkl is reachable without the checks of the public functions: C++ has a guard of its own."""
     with pytest.raises(RuntimeError):
         getattr(ops.rkl, operator)(*args)
+
+
+def test_what_is_no_tensor_is_told_whatever_else_is_asked():
+    w, p = torch.randn(2, 1, 3, 3), torch.randn(2, 2, 1, 1)
+    for activation in (None, "relu", "silu"):
+        with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got list"):
+            rk.separable_conv2d([1], w, p, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn])
+def test_a_type_that_pytorch_refuses_is_refused_as_there(dtype):
+    x, w = torch.zeros(1, 2, 4, 4).to(dtype), torch.zeros(2, 1, 3, 3).to(dtype)
+    for call in (torch.nn.functional.conv2d, rk.depthwise_conv2d):
+        with pytest.raises(RuntimeError):
+            call(x, w)

@@ -140,3 +140,40 @@ def test_in_place_under_vmap():
     x = X.clone()
     out = vmap(lambda q: rk.trelu(q.clone(), inplace=True))(x)
     torch.testing.assert_close(out, rk.reference.trelu(X))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_many_gradients_at_once_are_differentiated_again(call):
+    """``torch.autograd.functional.jacobian(vectorize=True, create_graph=True)``."""
+    results = []
+    for library in (rk, rk.reference):
+        scale = torch.full((), 0.7, requires_grad=True)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, library=library, scale=scale: call(library, x * scale)[0, :, :2, :2],
+            X,
+            vectorize=True,
+            create_graph=True,
+        )
+        results.append(torch.autograd.grad(jacobian.square().sum(), scale)[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("call", [CALLS["trelu"], CALLS["separable"]], ids=["trelu", "separable"])
+@pytest.mark.parametrize("dual", [True, False])
+def test_forward_mode_of_a_backward(call, dual):
+    """The backward of a plain call is differentiated by its incoming gradient."""
+    results = []
+    for library in (rk, rk.reference):
+        x = X.clone().requires_grad_()
+        y = call(library, x)
+
+        def backward(weights, x=x, y=y):
+            return torch.autograd.grad(y, x, weights, retain_graph=True)[0]
+
+        weights, tangent = torch.ones_like(y), torch.arange(y.numel()).reshape(y.shape).float()
+        if dual:
+            with fwad.dual_level():
+                results.append(fwad.unpack_dual(backward(fwad.make_dual(weights, tangent))).tangent)
+        else:
+            results.append(jvp(backward, (weights,), (tangent,))[1])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5 * results[1].abs().max().item())

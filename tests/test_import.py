@@ -67,3 +67,5 @@ print(counter.get_total_flops())
     assert (
         run("import rkl_kernels\n" + count) == run("import torch.utils.flop_counter, rkl_kernels\n" + count) == ["144"]
     )
+    asked = "import rkl_kernels, importlib.util; importlib.util.find_spec('torch.utils.flop_counter')\n"
+    assert run(asked + count) == ["144"]  # whether there is such a module was asked first

@@ -95,3 +95,30 @@ def test_an_inference_tensor_is_not_written_outside_of_inference_mode():
     assert torch.equal(x, before)
     with pytest.raises(RuntimeError, match="inference tensor"):
         torch.relu_(x)
+
+
+@each
+@pytest.mark.parametrize("view", ["unbind", "no_grad"])
+def test_a_view_that_autograd_cannot_follow_is_refused_unwritten(in_place, view):
+    x = torch.full((2, 3), -1.0, requires_grad=True)
+    base = x * 1
+    if view == "unbind":
+        part = base.unbind()[0]
+    else:
+        with torch.no_grad():
+            part = base[0]
+    version = base._version
+    with pytest.raises(RuntimeError, match="view"):
+        in_place(part)
+    assert (base == -1).all()
+    assert base._version == version
+
+
+def test_a_negated_view():
+    x = torch.tensor([1 + 2j, -1 - 0.5j])
+    assert torch.equal(x.conj().imag.clone(), torch.tensor([-2.0, 0.5]))
+    y = x.conj().imag
+    want = rk.trelu(y.clone())
+    assert rk.trelu(y, inplace=True) is y
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(x.imag, -want)

@@ -216,3 +216,31 @@ def test_explain_raises_as_the_call_does(operator, arguments):
             call()
         raised.append((error.type, str(error.value)))
     assert raised[0] == raised[1]
+
+
+def test_explanation_is_of_the_tensors_that_autocast_makes():
+    x, w, p = torch.zeros(2, 8, 9, 9), torch.zeros(8, 1, 3, 3), torch.zeros(4, 8, 1, 1)
+    calls = {"depthwise_conv2d": (w,), "separable_conv2d": (w, p)}
+    for operator, weights in calls.items():
+        lower = [t.bfloat16() for t in (x, *weights)]
+        with torch.autocast("cpu", torch.bfloat16):
+            explained = [rk.explain(operator, x.bfloat16(), *weights), rk.explain(operator, *(x, *weights))]
+        assert explained == [rk.explain(operator, *lower)] * 2
+
+
+def test_fake_tensors_are_explained_without_a_plan():
+    with FakeTensorMode():
+        x, w, p = torch.zeros(2, 8, 9, 9), torch.zeros(8, 1, 3, 3), torch.zeros(4, 8, 1, 1)
+        assert rk.explain("depthwise_conv2d", x, w).kernels == ""
+        assert rk.explain("separable_conv2d", x, w, p).fused is None
+
+
+def test_an_activation_is_checked_whichever_backend_serves():
+    with rk.use_backend("reference"), pytest.raises(ValueError, match="activation must be None or one of"):
+        rk.explain(
+            "separable_conv2d",
+            torch.zeros(2, 8, 9, 9),
+            torch.zeros(8, 1, 3, 3),
+            torch.zeros(4, 8, 1, 1),
+            activation="foo",
+        )

@@ -60,6 +60,17 @@ def test_flops_of_a_backward_are_twice_the_forwards():
     assert flops(lambda x, w, _: rk.depthwise_conv2d(x, w), *shapes, backward=True) == 3 * 2 * 2 * 6 * 7 * 6 * 9
 
 
+def test_flops_of_a_backward_alone():
+    x, w, p = (torch.randn(shape, requires_grad=True) for shape in ((2, 6, 9, 8), (6, 1, 3, 3), (5, 6, 1, 1)))
+    for y, forward in (
+        (rk.depthwise_conv2d(x, w), 2 * 2 * 6 * 7 * 6 * 9),
+        (rk.separable_conv2d(x, w, p), 2 * 2 * 7 * 6 * 6 * (9 + 5)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == 2 * forward
+
+
 class Names(TorchDispatchMode):
     """The operators of our namespaces, and PyTorch's convolutions, that are called in the block."""
 
