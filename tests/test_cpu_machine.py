@@ -73,8 +73,30 @@ def run_again(which: str, files: list[str], **environment: str) -> None:
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_lower_instruction_sets(capability: str) -> None:
-    files = ["test_cpu_trelu.py", "test_cpu_depthwise.py"]
-    run_again("trelu or float32", files, ATEN_CPU_CAPABILITY=capability)
+    told = {"ATEN_CPU_CAPABILITY": capability}
+    run_again("trelu or float32 or forward_and_gradients", ["test_cpu_trelu.py", "test_cpu_depthwise.py"], **told)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_separable_by_lower_instruction_sets(capability: str) -> None:
+    """But for a step that is left to PyTorch where there is AVX-512 alone."""
+    which = "not left_to_pytorch and (test_forward or not bands)"
+    run_again(which, ["test_cpu_separable.py", "test_cpu_separable_bands.py"], ATEN_CPU_CAPABILITY=capability)
+
+
+@pytest.mark.parametrize("capability", ["avx512_vnni", "AVX2", ""])
+def test_a_limit_that_pytorch_does_not_know_is_none(capability: str) -> None:
+    """What is left to PyTorch says which kernels were chosen, where the machine has AVX-512."""
+    code = (
+        "import torch, rkl_kernels\n"
+        "x = torch.zeros(1, 12, 256, 256).contiguous(memory_format=torch.channels_last)\n"
+        "print(rkl_kernels.explain('depthwise_conv2d', x, torch.zeros(12, 1, 3, 3)).kernels)"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True).stdout
+        for told in (os.environ, {**os.environ, "ATEN_CPU_CAPABILITY": capability})
+    ]
+    assert said[0] == said[1] != ""
 
 
 needs_gcc = pytest.mark.skipif(

@@ -177,3 +177,18 @@ def test_depthwise_step_is_left_to_pytorch_too() -> None:
     assert [event.count for event in profile.key_averages() if event.key == "aten::convolution"] == [1]
     wanted = F.conv2d(F.conv2d(x.double(), depthwise.double(), padding=1, groups=11).relu(), pointwise.double())
     close(y, wanted, torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("size", [6, 40])
+def test_an_infinite_gradient_where_an_activation_is_flat(layout, activation, size):
+    """It is 0 there, as PyTorch's, not infinity times zero."""
+    x = torch.randn(2, 16, size, size).contiguous(memory_format=layout).requires_grad_()
+    w, p = torch.randn(16, 1, 3, 3, requires_grad=True), torch.randn(16, 16, 1, 1, requires_grad=True)
+    with rk.use_backend("cpu"):
+        y = rk.separable_conv2d(x, w, p, padding=1, inner_activation=activation, activation=activation)
+    flat = (y == 0) | (y == 6)
+    assert flat.any()
+    grads = torch.autograd.grad(y, (x, w, p), torch.where(flat, torch.inf, torch.ones_like(y)))
+    assert all(g.isfinite().all() for g in grads)

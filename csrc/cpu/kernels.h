@@ -1,5 +1,5 @@
 // What csrc/ops.cpp calls: the CPU kernels, over dense memory. Each splits its work over torch's thread pool by the
-// tensors' shapes alone, so that results do not depend on the number of threads.
+// tensors' shapes and the machine, so that results do not depend on the number of threads.
 #pragma once
 #include "activation.h"
 #include "cpu/simd/scratch.h"

@@ -99,8 +99,10 @@ __global__ void __launch_bounds__(kThreads)
   load(grad + at, v);
   load(values + at, x);
 #pragma unroll
-  for (int i = 0; i < width; ++i)
-    v[i] *= from_output ? derivative_from_output(act, x[i]) : derivative_from_input(act, x[i]);
+  for (int i = 0; i < width; ++i) {
+    const float d = from_output ? derivative_from_output(act, x[i]) : derivative_from_input(act, x[i]);
+    v[i] = selects(act) && d == 0.f ? 0.f : v[i] * d;
+  }
   store(out + at, v);
 }
 

@@ -86,7 +86,7 @@ class Window {
     }
   }
 
-  // Operand u times the weights of the first row, in `here`, and of the second.
+  // Operand u under the filter of the first row of outputs, of the second, or of both.
   template <int phase, int J, bool first, bool second>
   RKL_INLINE void add_unit(int u) {
     Vec x[V];

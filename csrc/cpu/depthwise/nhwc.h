@@ -32,7 +32,9 @@ Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t 
   const int64_t filter_fits = std::max<int64_t>((int64_t(256) << 10) / filter, 256 / line);
   const int64_t group = std::min({rows_fit, filter_fits, vectors});
   const int64_t parts = ceil_div(vectors, group);
-  const int64_t even = ceil_div(ceil_div(vectors, parts), Pixels<T>::kTogether) * Pixels<T>::kTogether;
+  int64_t even = ceil_div(ceil_div(vectors, parts), Pixels<T>::kTogether) * Pixels<T>::kTogether;
+  // Not the last vector alone: it may overlap its neighbour, and two tasks would activate the same outputs in place.
+  while (even < vectors && vectors % even == 1) even += Pixels<T>::kTogether;
   const int64_t wanted = std::clamp<int64_t>(ceil_div(bands, g.batch * parts), 1, pairs);
   return {g.batch, vectors, even, pairs, ceil_div(pairs, wanted)};
 }

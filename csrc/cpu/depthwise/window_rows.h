@@ -53,7 +53,7 @@ class WindowRows {
                   ? lanes.vectors()
                   : vectors_of_turn<T>((gather.vertical[0].taps() + 1) * gather.in_w)),
         phases_across_(int(gather.horizontal.size())),
-        zeros_(image_row + kLanes) {
+        image_row_(image_row) {
     for (const Axis& down : gather.vertical)
       for (const Axis& across : gather.horizontal) {
         const int64_t size = int64_t(operands<T>(down.taps())) * across.taps() * kLanes;
@@ -149,12 +149,18 @@ class WindowRows {
       }
       const int64_t c = l.step * j - l.left + i;
       const bool inside = c >= 0 && c < l.inputs;
-      rows_.push_back(inside ? in.first + (l.origin + l.unit * c) * in.row : zeros_.data());
+      rows_.push_back(inside ? in.first + (l.origin + l.unit * c) * in.row : zeros());
       if (!inside) continue;
       job.begin = std::min(job.begin, i / kRows);
       job.end = i / kRows + 1;
     }
     job.rows = rows_.data();
+  }
+
+  // A row outside the image. Made when there is one: of images of one row it is as large as they are.
+  const T* zeros() {
+    if (zeros_.empty()) zeros_.resize(image_row_ + kLanes);
+    return zeros_.data();
   }
 
   // The job that makes vectors [v, v + vectors) of the outputs of a lattice across in rows j and j + kRows, out of the
@@ -332,7 +338,8 @@ class WindowRows {
   const int64_t pairs_;
   const int64_t turn_;
   const int phases_across_;
-  const LineVector<T> zeros_;
+  const int64_t image_row_;
+  LineVector<T> zeros_;
   std::vector<Table> tables_;               // (phase down, phase across)
   std::vector<std::vector<Piece>> pieces_;  // of each lattice across
   std::vector<const T*> rows_;

@@ -55,10 +55,11 @@ bool has_few_channels(const Conv2d& g, int64_t whole) {
 Chosen choose() {
 #if defined(__x86_64__)
   const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
-  const auto allowed = [&](const char* name) { return !limit || !std::strcmp(limit, name); };
-  if (machine().avx512 && allowed("avx512"))
+  const auto is = [&](const char* name) { return limit && !std::strcmp(limit, name); };
+  const bool baseline_alone = is("default"), not_avx512 = baseline_alone || is("avx2");  // else no limit, as in PyTorch
+  if (machine().avx512 && !not_avx512)
     return {&avx512::kernels, machine().avx512_bf16 ? &with_bf16() : &avx512::kernels};
-  if (machine().avx2 && (allowed("avx2") || allowed("avx512"))) return {&avx2::kernels, &avx2::kernels};
+  if (machine().avx2 && !baseline_alone) return {&avx2::kernels, &avx2::kernels};
 #endif
   return {&baseline::kernels, &baseline::kernels};
 }

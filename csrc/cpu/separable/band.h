@@ -17,7 +17,7 @@ struct ImageRows {
 struct Band {
   Conv2d g;  // the depthwise step that makes it, in NHWC, from the rows that it reads
   ImageRows in, out;
-  int64_t first_pixel, pixels;  // of the output: pixels over all images
+  int64_t pixels;  // of the output, over all images
 };
 
 // Bands of about `pixels` pixels of output.
@@ -47,11 +47,7 @@ class Bands {
     // Of the rows that the band's windows span those that exist; the padding above them is the band's own.
     const int64_t top = row * g_.stride_h - g_.padding_h, first = std::clamp<int64_t>(top, 0, g_.in_h - 1);
     const int64_t read = std::max<int64_t>(1, std::min(top + span(rows), g_.in_h) - first);
-    Band band{g_,
-              {image, images, first, read},
-              {image, images, row, rows},
-              (image * g_.out_h + row) * g_.out_w,
-              images * rows * g_.out_w};
+    Band band{g_, {image, images, first, read}, {image, images, row, rows}, images * rows * g_.out_w};
     band.g.batch = images;
     band.g.in_h = read;
     band.g.out_h = rows;

@@ -5,7 +5,7 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// Calls f(i, count, load, store) for each vector of a row of n elements: whole vectors, then what is left.
+// Calls f(i, count) for each vector of a row of n elements: whole vectors, then what is left.
 template <class F>
 inline void for_vectors(int64_t n, F&& f) {
   int64_t i = 0;

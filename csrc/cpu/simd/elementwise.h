@@ -44,7 +44,8 @@ inline void activation_backward(const void* grad, const void* values, Activation
                                 int64_t n, Dtype dtype) {
   by_type(dtype, [&](auto zero) {
     map<decltype(zero)>(grad, values, out, n, [=](Vec g, Vec v) {
-      return g * (from_output ? derivative_from_output(act, v) : derivative_from_input(act, v));
+      const Vec d = from_output ? derivative_from_output(act, v) : derivative_from_input(act, v);
+      return selects(act) ? select(d == 0.f, Vec{}, g * d) : g * d;
     });
   });
 }
