@@ -56,11 +56,14 @@ fuzz: build ## 2,000 random programs and 10,000 random calls, in an hour; make t
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FUZZ) $(CASES)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(FUZZ) tests/triton/test_triton_cases.py
 
-# In a copy, whose module is always linked anew: setup.py would take the plain one beside it for up to date.
+# In a copy, whose module is always linked anew: setup.py would take the plain one beside it for up to date. What was
+# copied before goes first, or files deleted since would be tested too; objects stay, as times come along with the files.
 SANITIZED := build/sanitize
+COPIED := csrc rkl_kernels tests benchmarks rkl
 sanitize: env ## the CPU kernels under AddressSanitizer and UBSan: random calls and the operators' tests, in 20 minutes
 	mkdir -p $(SANITIZED)
-	cp -rup csrc rkl_kernels tests benchmarks rkl pyproject.toml README.md LICENSE $(SANITIZED)/
+	rm -rf $(addprefix $(SANITIZED)/,$(COPIED))
+	cp -rp $(COPIED) pyproject.toml README.md LICENSE $(SANITIZED)/
 	rm -f $(SANITIZED)/rkl_kernels/*.so
 	sed 's/"-O3", "-g0"/"-O1", "-g1"/' setup.py >$(SANITIZED)/setup.py
 	cd $(SANITIZED) && FORCE_CUDA=0 CFLAGS="-fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer" \
@@ -89,6 +92,7 @@ bench: build ## every operator and model against its rivals, in 10 minutes; writ
 	$(BIN)/python -m benchmarks.suite
 
 bench-compare: build ## a run now against the committed one: names what got slower by more than the noise
+	rm -rf runs/bench
 	$(BIN)/python -m benchmarks.suite --out runs/bench
 	$(BIN)/python -m benchmarks.compare runs/bench/*.json
 

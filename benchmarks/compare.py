@@ -2,7 +2,8 @@
 
 Absolute times of two runs mean little, so shares of the floor are compared (for models: ratios to PyTorch), each taken
 within its run. A row has got slower when the change is more than the noise of both runs: three standard errors of the
-two medians, or what rows measured twice differed by, whichever is more. Exit code 1 if any has.
+two medians, or what rows measured twice differed by, whichever is more. Exit code 1 if any has, if one that was timed
+now fails or is missing, or if there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import OURS, Row
 from rkl_kernels.bench.timing import Timing
 
-from .models import ModelRow
+from .models import DIRECTIONS, ModelRow
 from .suite import RESULTS, Run
 
 ERRORS = 3.0
@@ -71,16 +72,56 @@ def compare(new: Run, old: Run) -> list[Change]:
     return sorted(changes, key=lambda change: -change.slower)
 
 
-def missing(new: Run, old: Run) -> list[str]:
-    """Rows of ours that the old run timed and the new one did not: a contestant that now fails is worse than slow."""
-    timed = {(row.case.id, name) for row in new.rows for name in row.times}
-    measured = {row.case.id for row in new.rows}
-    return [
-        f"{row.case.id}, {name}"
-        for row in old.rows
-        for name in row.times
-        if row.case.id in measured and name.startswith(OURS) and (row.case.id, name) not in timed
-    ]
+def part_of(old: Run, new: Run) -> Run:
+    """Of the old run what was wanted of the new one, which may be a part (``--only``), with models or without."""
+    rows = [row for row in old.rows if new.only in row.case.id]
+    return replace(old, rows=rows, models=[] if new.only and not new.models else old.models)
+
+
+def _ours(run: Run) -> list[tuple[str, str]]:
+    """Every row and model with each of ours that was timed."""
+    rows = [(row.case.id, row.times) for row in run.rows]
+    models = [(f"{row.model} {row.direction}", row.times) for row in run.models]
+    return [(id, name) for id, times in (*rows, *models) for name in times if name.startswith(OURS)]
+
+
+def missing(new: Run, old: Run) -> dict[str, str]:
+    """What of ours the old run timed and the new one rejected, with why: a contestant that now fails is worse than
+    slow."""
+    timed, known, why = set(_ours(new)), _measured(new), _rejected(new)
+    lost = [(id, name) for id, name in _ours(old) if id in known and (id, name) not in timed]
+    return {f"{id}, {name}": why.get((id, name)) or why.get((id, "all"), "fails or is wrong") for id, name in lost}
+
+
+def unreached(new: Run, old: Run) -> list[str]:
+    """Rows and models of the old run, with something of ours timed, of which the new one has none."""
+    known = _measured(new)
+    return [id for id in dict.fromkeys(id for id, _ in _ours(old)) if id not in known]
+
+
+def _measured(run: Run) -> set[str]:
+    """Names of all rows and models that were tried."""
+    models = {f"{row.model} {row.direction}" for row in run.models}
+    return {row.case.id for row in run.rows} | models | {id for id, _ in _rejected(run)}
+
+
+def _rejected(run: Run) -> dict[tuple[str, str], str]:
+    """Why contestants were not timed; "all" of a model stands in one row for both directions."""
+    why = {(row.case.id, name): text for row in run.rows for name, text in row.rejected.items()}
+    for row in run.models:
+        for name, text in row.rejected.items():
+            why |= {(f"{row.model} {d}", name): text for d in (DIRECTIONS if name == "all" else [row.direction])}
+    return why
+
+
+def read(parser: argparse.ArgumentParser, name: str, path: Path) -> Run:
+    """The run of an argument; without one the program ends."""
+    if not path.is_file():
+        parser.error(f"{name} must be a file, got no run at {path}; `make bench` writes one")
+    try:
+        return Run.load(path)
+    except ValueError as problem:
+        parser.error(f"{name} {problem}; `make bench` writes one")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,22 +129,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("new", type=Path, help="JSON of the run to judge")
     parser.add_argument("old", type=Path, nargs="?", help="JSON to hold it against; the committed one of that name")
     options = parser.parse_args(arguments)
-    old_path = options.old or RESULTS / options.new.name
-    for path in (options.new, old_path):
-        if not path.is_file():
-            parser.error(f"no run at {path}; `make bench` writes one")
-    new, old = Run.load(options.new), Run.load(old_path)
+    whole = options.new.name.partition(".")[0] + ".json"  # a part's record has the part behind the machine's name
+    new = read(parser, "NEW", options.new)
+    old = part_of(read(parser, "OLD", options.old or RESULTS / whole), new)
     if new.machine["device"] != old.machine["device"] or new.machine["threads"] != old.machine["threads"]:
         print(f"other machines: {machine_line(new.machine)} | {machine_line(old.machine)}")
-    changes, lost = compare(new, old), missing(new, old)
+    return report(new, old)
+
+
+def report(new: Run, old: Run) -> int:
+    """Everything that got worse, and the exit code."""
+    changes, lost, left = compare(new, old), missing(new, old), unreached(new, old)
     slowed = [change for change in changes if change.counts]
     for change in slowed:
         print(f"slower: {change.id}: {change.slower:.2f}x the time, noise up to {1 + change.noise:.2f}x")
-    for name in lost:
-        print(f"lost: {name}: was timed, now fails or is wrong")
+    for name, why in lost.items():
+        print(f"lost: {name}: was timed, now {why}")
+    for name in left:
+        print(f"not reached: {name}: was timed, the new run has no such row")
+    unjudged = sum(math.isinf(change.noise) for change in changes)
+    if unjudged:
+        print(f"not judged: {unjudged} rows, of which a run has a single sample and so no noise")
+    if not changes:
+        print("nothing compared: the runs have no row of ours in common")
     faster = sum(1 / change.slower > 1 + change.noise for change in changes)
     print(f"{len(changes)} rows compared: {len(slowed)} slower, {faster} faster, {len(lost)} lost")
-    return int(bool(slowed or lost))
+    return int(bool(slowed or lost or left or not changes))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Needs torch, Triton, NumPy, matplotlib and pytest, no network; pytest-xdist, timm and ncu where they are there.
 Whatever fails is reported and the rest goes on: what runs on the device has a process of its own, which is replaced
 when a kernel breaks it or hangs. Writes benchmarks/results/<device>.json, .md and .png. ``--only depthwise``
-measures one group in 20 seconds; ``--device cpu`` tries all of it on tiny shapes without a GPU.
+measures one group in 20 seconds; ``--device cpu`` tries all of it on tiny shapes without a GPU. Exit code 1 if a test
+failed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import rkl_kernels as rk
 from rkl_kernels.bench.machine import machine, machine_line, slug
 
 from . import gpu_counters, gpu_groups, gpu_host, gpu_models, gpu_report
+from .arguments import positive
 from .gpu_report import GpuRun
 from .gpu_rows import (
     COMPILER_SECONDS,
@@ -42,8 +44,9 @@ TEST_PROCESSES = 6
 """The tests compile Triton's kernels, each process for itself; more of them than this fight for the same ones."""
 
 
-def run_tests(device: str, timeout: float) -> str:
-    """The tests for a GPU, then a few of them under compute-sanitizer; the verdicts in one line."""
+def run_tests(device: str, timeout: float) -> tuple[str, bool]:
+    """The tests for a GPU, then a few of them under compute-sanitizer: the verdicts in one line, and whether all
+    passed."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "--device", device, "-p", "no:cacheprovider"]
     parallel = ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
     verdicts = [_verdict("tests", command + parallel, timeout)]
@@ -51,18 +54,18 @@ def run_tests(device: str, timeout: float) -> str:
     if sanitizer and device == "cuda":
         small = [sanitizer, "--error-exitcode", "9", *command, "-k", "small"]
         verdicts.append(_verdict("compute-sanitizer", small, timeout))
-    return "; ".join(verdicts)
+    return "; ".join(text for text, _ in verdicts), all(passed for _, passed in verdicts)
 
 
-def _verdict(name: str, command: list[str], timeout: float) -> str:
+def _verdict(name: str, command: list[str], timeout: float) -> tuple[str, bool]:
     try:
         done = subprocess.run(command, cwd=ROOT, timeout=timeout, capture_output=True, text=True)
     except subprocess.TimeoutExpired:
-        return f"{name}: not done after {timeout:.0f} s"
+        return f"{name}: not done after {timeout:.0f} s", False
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no output"]
     if done.returncode:
         print("\n".join(lines[-60:]), flush=True)
-    return f"{name}: {lines[-1].strip('= ')}"
+    return f"{name}: {lines[-1].strip('= ')}", not done.returncode
 
 
 def measure_models(run: GpuRun, device: str, deadline: Deadline, worker: Worker, budget: float) -> None:
@@ -127,7 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="2 minutes: a few shapes")
     parser.add_argument("--only", type=names_of, help=f"groups, with commas between, of {', '.join(NAMES)}")
-    parser.add_argument("--within", type=float, help="seconds for the measurements; 400, 90 with --quick, 20 a group")
+    parser.add_argument(
+        "--within", type=positive, help="seconds for the measurements; 400, 90 with --quick, 20 a group"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--no-tests", action="store_true", help="measurements only")
     options = parser.parse_args(arguments)
@@ -140,8 +145,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(machine_line(run.machine))
     for name, status in rk.backends().items():
         print(f"  {name:<10} {'yes' if status.available else 'no ':<4} {status.reason}")
+    passed = True
     if "tests" in wanted:
-        run.tests = attempt("tests", lambda: run_tests(options.device, max(0.75 * within, 60))) or "failed to run"
+        verdict = attempt("tests", lambda: run_tests(options.device, max(0.75 * within, 60)))
+        run.tests, passed = verdict or ("failed to run", False)
         print(run.tests, flush=True)
     measure_all(run, options, wanted, within)
     run.seconds = time.perf_counter() - start
@@ -150,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.save(path)
     attempt("report", lambda: gpu_report.write(run, path))
     print(f"{run.seconds:.0f} s; written: {path} and beside it")
-    return 0
+    return int(not passed)
 
 
 if __name__ == "__main__":

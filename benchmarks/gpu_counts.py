@@ -8,10 +8,13 @@ loops (benchmarks/results/static.json), and how many rows warps make comes from 
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 
 import torch
 
+import rkl_kernels as rk
 from rkl_kernels.planner import HOPPER
 
 from .shapes import SHAPES, Shape
@@ -64,7 +67,11 @@ def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) ->
     return [1e6 * moved(shape, result) / COPY, *(1e6 * clock * rows for clock in clocks)]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_counts", description=__doc__)
+    parser.parse_args(arguments)
+    if not hasattr(torch.ops.rkl, "cuda_depthwise_plan"):
+        parser.error(f"needs the CUDA kernels, got an rkl_kernels without: {rk.backends()['cuda'].reason}")
     report = json.loads((RESULTS / "static.json").read_text())
     loops: dict[str, dict[str, int]] = {}
     for row in report["loops"]:  # the loop with the most products comes first
@@ -78,7 +85,8 @@ def main() -> None:
             if times:
                 columns = " | ".join(f"{time:.0f}" for time in times)
                 print(f"| {what} {shape.id} | {columns} | {max(times):.0f} |")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

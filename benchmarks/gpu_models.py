@@ -14,17 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rkl_kernels as rk
+from rkl_kernels.bench.errors import told
 from rkl_kernels.bench.timing import Timing, interleave, timer_for
 
-from .models import Model, ModelRow, resnet_kl, timm_model
+from .models import DIRECTIONS, Model, ModelRow, resnet_kl, timm_model
 
 TOLERANCE = 0.1
 """Largest difference served between converted and unconverted logits, as a share of the largest: bf16 through up to 50
 layers. That each layer is right is the tests' affair; this finds a model that is wired wrongly."""
 VARIANTS = ("ours", "eager")
 COMPILE = "compile"
-DIRECTIONS = ("inference", "training step")
-
 
 # Batches that fill a GPU, and whose activations fit into 70 GB.
 MODELS = (
@@ -106,14 +105,17 @@ def measure_model(number: int, device: str, compile_too: bool, budget: float) ->
             one = Prepared(start, variant, batch, size, device)
             got = [head.float() for head in _heads(one.inference())]
             want = want or got
-            off = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, want, strict=True))
+            # By torch's maximum, which a NaN of any head passes; Python's would lose it behind a number.
+            off = float(
+                torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(got, want, strict=True)]).max()
+            )
             if not off <= TOLERANCE:
                 raise ValueError(f"logits off by {off:.2g} of the largest")
             one.step()
             prepared[variant] = one
         except Exception as problem:  # one variant that cannot do it must not cost the others' figures
             for row in rows:
-                row.rejected[variant] = f"fails: {type(problem).__name__}: {str(problem).splitlines()[0]}"
+                row.rejected[variant] = f"fails: {told(problem)}"
     for row in rows:
         runs = {variant: one.call(row.direction) for variant, one in prepared.items()}
         row.times = interleave(runs, timer_for(device), budget)

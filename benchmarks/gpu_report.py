@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import Row
 from rkl_kernels.bench.table import COLUMNS, cells, geometric_mean
+from rkl_kernels.bench.timing import to_json
 
 from . import gpu_models, report
 from .gpu_groups import GROUPS, Group, over_best
@@ -32,7 +34,10 @@ class GpuRun(Run):
     counters: list[dict[str, Any]] = field(default_factory=list)
 
     def add_host(self, rows: Sequence[HostRow]) -> None:
-        self.host = [asdict(row) | {"ratio": row.ratio} for row in rows]
+        self.host = [
+            vars(row) | {"times": {name: to_json(one) for name, one in row.times.items()}, "ratio": row.ratio}
+            for row in rows
+        ]
 
 
 def write(run: GpuRun, path: Path) -> None:
@@ -67,7 +72,7 @@ def summary_lines(group: Group, rows: Sequence[Row]) -> list[list[str]]:
         times = [x for row in of_it if (x := over_best(row)) is not None]
         if share is None or not times:
             continue
-        below = sum(x < 0.995 for x in times)
+        below = sum(x < 1 for x in times)
         mean = geometric_mean(times)
         lines.append(
             [group.name, direction, str(len(times)), f"{share:.0%}", _text(mean), _text(min(times)), str(below)]
@@ -162,6 +167,17 @@ def _left_out(run: GpuRun) -> list[str]:
     return parts + (["## Not timed", table(("row", "contestant", "why"), rejected)] if rejected else [])
 
 
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__)
+    parser.add_argument("record", type=Path, metavar="FILE.json", help="what a run of `make gpu` wrote")
+    path: Path = parser.parse_args(arguments).record
+    try:
+        run = GpuRun.load(path)
+    except ValueError as problem:
+        parser.error(f"FILE.json {problem}; `make gpu` writes one")
+    write(run, path)
+    return 0
+
+
 if __name__ == "__main__":
-    record = Path(sys.argv[1])
-    write(GpuRun.load(record), record)
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """Which layers of published models are swapped and fused, what is left and why, and how exact the results are.
 
-    python -m benchmarks.model_matrix [--only NAME] [--out docs/models.md]
+    python -m benchmarks.model_matrix [--out docs/models.md]
+    python -m benchmarks.model_matrix --only NAME --out FILE
 
 Every classifier of torchvision and a model of each family of timm that have depthwise layers, and 40 others of timm's
 drawn by seed, with random weights, on small images. Numbers are held against float64: the output in inference, and all
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +26,11 @@ import torch
 from torch import Tensor, nn
 
 import rkl_kernels as rk
+from rkl_kernels.bench.errors import told
 
+from .arguments import positive
+
+PAGE = Path(__file__).parents[1] / "docs/models.md"
 BATCH, SIZE, BATCHES = 2, 64, 3
 DRAWN, LARGEST_DRAWN = 40, 30.0  # models, and millions of parameters of one
 TIMM = [
@@ -207,12 +213,17 @@ def table(rows: list[Row], failed: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_matrix", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="models whose name holds this")
-    parser.add_argument("--largest", type=float, default=60, help="millions of parameters of a model that is run")
-    parser.add_argument("--out", type=Path, default=Path("docs/models.md"))
-    options = parser.parse_args()
+    parser.add_argument("--largest", type=positive, default=60, help="millions of parameters of a model that is run")
+    parser.add_argument("--out", type=Path, help="the page; docs/models.md unless given")
+    options = parser.parse_args(arguments)
+    if options.only and not options.out:
+        parser.error(
+            f"--only must have --out: {PAGE} is of all models, got --only {options.only!r} alone; add --out FILE"
+        )
+    page: Path = options.out or PAGE
     warnings.filterwarnings("ignore")
     rows: list[Row] = []
     failed: dict[str, str] = {}
@@ -230,9 +241,9 @@ def main() -> None:
                 print(name, rows[-1].errors, flush=True)
         except Exception as problem:  # one model that fails must not cost the others their rows
             depthwise = 1
-            failed[name] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+            failed[name] = told(problem)
             print(name, failed[name], flush=True)
-        options.out.write_text(table(rows, failed))
+        page.write_text(table(rows, failed))
         return depthwise > 0
 
     for name, build in candidates():
@@ -242,7 +253,8 @@ def main() -> None:
     for name, build in others():
         if options.only in name and drawn < DRAWN:
             drawn += run(name, build, LARGEST_DRAWN)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,7 @@ import json
 import math
 import re
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,11 +29,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import Model, ModelRow, measure_model, timm_model, torchvision_model
 from rkl_kernels.allocator import keep_freed_memory
+from rkl_kernels.bench.errors import told
 from rkl_kernels.bench.machine import machine, machine_line, slug
 from rkl_kernels.bench.table import geometric_mean
 
+from .arguments import positive
+from .models import Model, ModelRow, measure_model, timm_model, torchvision_model
+from .suite import RESULTS
+
+MATRIX = Path(__file__).parents[1] / "docs/models.md"
 BATCH = 2
 LOW = 0.97
 CRASHED = "the process ended while it ran"
@@ -53,6 +59,15 @@ class Speed:
 
     def is_low(self) -> bool:
         return min(self.inference, self.step) < LOW
+
+
+def speed_to_json(speed: Speed) -> dict[str, Any]:
+    """As plain values; a noise that is not known as None, since JSON has no infinity."""
+    return {name: None if value == math.inf else value for name, value in vars(speed).items()}
+
+
+def speed_from_json(data: dict[str, Any]) -> Speed:
+    return Speed(**{name: math.inf if value is None else value for name, value in data.items()})
 
 
 def image_size(model: nn.Module) -> int:
@@ -81,8 +96,15 @@ def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]
     def mean(values: list[float]) -> str:
         return f"{geometric_mean(values):.2f}, lowest {min(values):.2f}"
 
+    def share(noise: float) -> str:
+        return f"{noise:.0%}" if math.isfinite(noise) else "unknown"
+
     def spread(noises: list[float]) -> str:
-        return f"{statistics.median(noises):.0%} in the middle, {max(noises):.0%} at most"
+        return f"{share(statistics.median(noises))} in the middle, {share(max(noises))} at most"
+
+    def with_noise(ratio: float, noise: float) -> str:
+        """A single sample says nothing about its noise."""
+        return f"{ratio:.2f} ± {ratio * noise:.2f}" if math.isfinite(noise) else f"{ratio:.2f} ± ?"
 
     noises = [noise for s in speeds.values() for noise in (s.inference_noise, s.step_noise)]
     lines = [
@@ -106,9 +128,7 @@ def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]
             "|---|---|---|---|",
         ]
     for name, s in speeds.items():
-        ratios = (
-            f"{s.inference:.2f} ± {s.inference * s.inference_noise:.2f} | {s.step:.2f} ± {s.step * s.step_noise:.2f}"
-        )
+        ratios = f"{with_noise(s.inference, s.inference_noise)} | {with_noise(s.step, s.step_noise)}"
         lines.append(f"| {name}{' *' if s.again else ''} | {s.size} | {ratios} |")
     if failed:
         lines += ["", "Not run:", "", *(f"- {name}: {why}" for name, why in failed.items())]
@@ -121,50 +141,84 @@ def models(matrix: Path) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         yield f"{library} {name}", BUILDERS[library](name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+class Record:
+    """The file of all models' rows, with the page beside it: written as rows come."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: there is a file already, and it is no such record.
+        """
+        self.path, self.facts = path, facts
+        try:
+            kept = json.loads(path.read_text()) if path.exists() else {"speeds": {}, "failed": {}}
+            self.speeds = {name: speed_from_json(speed) for name, speed in kept["speeds"].items()}
+            self.failed: dict[str, str] = dict(kept["failed"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+            raise ValueError(
+                f"must be a folder whose record is one of models, got {path}: {told(problem)}"
+            ) from problem
+
+    def save(self) -> None:
+        plain = {name: speed_to_json(speed) for name, speed in self.speeds.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"machine": self.facts, "speeds": plain, "failed": self.failed}, indent=1)
+        self.path.write_text(text + "\n")
+        self.path.with_suffix(".md").write_text(page(self.facts, self.speeds, self.failed))
+
+    def add(self, name: str, work: Callable[[], Speed]) -> None:
+        """The model's row, or why there is none. Interrupted, the model keeps what it had."""
+        before = self.failed.get(name)
+        self.failed[name] = CRASHED
+        self.save()
+        try:
+            torch.manual_seed(0)
+            self.speeds[name] = work()
+            del self.failed[name]
+        except Exception as problem:  # one model that fails must not cost the others their rows
+            self.failed[name] = told(problem)
+            print(name, self.failed[name], flush=True)
+        except KeyboardInterrupt:
+            del self.failed[name]
+            if before is not None:
+                self.failed[name] = before
+            raise
+        finally:
+            self.save()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_speed", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="models whose name holds this")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing; a step has 3 times that")
-    parser.add_argument("--within", type=float, default=1200, help="seconds after which no other model is begun")
+    parser.add_argument("--budget", type=positive, default=1.0, help="seconds of timing; a step has 3 times that")
+    parser.add_argument("--within", type=positive, default=1200, help="seconds after which no other model is begun")
     parser.add_argument("--again", action="store_true", help=f"only models with a row below {LOW}, which is replaced")
     parser.add_argument("--missing", action="store_true", help="only models without a row")
-    parser.add_argument("--out", type=Path, help="a folder for the record; by default benchmarks/results")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for the record")
+    options = parser.parse_args(arguments)
+    if not MATRIX.is_file():
+        parser.error(f"needs the page of models, got none at {MATRIX}; run it from a checkout of the source tree")
     warnings.filterwarnings("ignore")
     keep_freed_memory()
     facts, start = machine(), time.perf_counter()
-    folder: Path = options.out or Path("benchmarks/results")
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / f"{slug(facts)}-models.json"
-    kept = json.loads(record.read_text()) if record.exists() else {"speeds": {}, "failed": {}}
-    speeds = {name: Speed(**speed) for name, speed in kept["speeds"].items()}
-    failed: dict[str, str] = kept["failed"]
-
-    def save() -> None:
-        plain = {name: vars(speed) for name, speed in speeds.items()}
-        record.write_text(json.dumps({"machine": facts, "speeds": plain, "failed": failed}, indent=1) + "\n")
-        record.with_suffix(".md").write_text(page(facts, speeds, failed))
-
-    save()
-    for name, build in models(Path("docs/models.md")):
-        low = name in speeds and speeds[name].is_low()
-        if options.only not in name or (options.again and not low) or (options.missing and name in speeds):
+    try:
+        record = Record(options.out / f"{slug(facts)}-models.json", facts)
+    except ValueError as problem:
+        parser.error(f"--out {problem}; give an empty folder")
+    record.save()
+    for name, build in models(MATRIX):
+        low = name in record.speeds and record.speeds[name].is_low()
+        if options.only not in name or (options.again and not low) or (options.missing and name in record.speeds):
             continue
-        if failed.get(name) == CRASHED and not options.only:
+        if record.failed.get(name) == CRASHED and not options.only:
             continue
         if time.perf_counter() - start > options.within:
             break
-        failed[name] = CRASHED
-        save()
-        try:
-            torch.manual_seed(0)
-            speeds[name] = replace(measure(name, build, options.budget), again=options.again)
-            del failed[name]
-        except Exception as problem:  # one model that fails must not cost the others their rows
-            failed[name] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
-            print(name, failed[name], flush=True)
-        save()
+        record.add(
+            name, lambda name=name, build=build: replace(measure(name, build, options.budget), again=options.again)
+        )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rkl_kernels as rk
+from rkl_kernels.bench import timing
+from rkl_kernels.bench.errors import told
 from rkl_kernels.bench.memory import allocated, peak_memory
 from rkl_kernels.bench.rivals import FORMATS
 from rkl_kernels.bench.timing import Timing, cpu_timer, interleave
@@ -69,6 +71,7 @@ MODELS = (
     Model("Xception", timm_model("legacy_xception"), 2, 299),
     Model("ConvNeXt-T", torchvision_model("convnext_tiny"), 4, 224),
 )
+DIRECTIONS = ("inference", "training step")
 VARIANTS = tuple(f"{name} {layout}" for name in ("ours", "eager") for layout in FORMATS)
 
 
@@ -149,7 +152,7 @@ def measure_model(model: Model, budget: float) -> list[ModelRow]:
     """Inference and training step of all variants, the inference checked against the first eager one's logits."""
     start = model.build()
     prepared = {variant: Prepared(model, variant, start) for variant in VARIANTS}
-    rows = [ModelRow(model.name, name, model.batch, model.size) for name in ("inference", "training step")]
+    rows = [ModelRow(model.name, name, model.batch, model.size) for name in DIRECTIONS]
     want = prepared["eager nchw"].inference()
     for variant in VARIANTS:
         off = float((prepared[variant].inference() - want).abs().max() / want.abs().max())
@@ -182,14 +185,14 @@ def measure_all(budget: float, within: float) -> list[ModelRow]:
                 raise TimeoutError("not reached in time")
             rows += measure_model(model, budget)
         except Exception as problem:
-            why = f"fails: {type(problem).__name__}: {problem}"
-            rows.append(ModelRow(model.name, "training step", model.batch, model.size, rejected={"all": why}))
+            why = {"all": f"fails: {told(problem)}"}
+            rows.append(ModelRow(model.name, "training step", model.batch, model.size, rejected=why))
     return rows
 
 
 def to_json(row: ModelRow) -> dict[str, Any]:
-    return vars(row) | {"times": {variant: vars(timing) for variant, timing in row.times.items()}}
+    return vars(row) | {"times": {variant: timing.to_json(one) for variant, one in row.times.items()}}
 
 
 def from_json(data: dict[str, Any]) -> ModelRow:
-    return ModelRow(**data | {"times": {variant: Timing(**timing) for variant, timing in data["times"].items()}})
+    return ModelRow(**data | {"times": {variant: timing.from_json(one) for variant, one in data["times"].items()}})

@@ -14,6 +14,7 @@ from rkl_kernels.bench.machine import machine, machine_line
 from rkl_kernels.bench.row import Row, measure
 from rkl_kernels.bench.table import COLUMNS, cells, line, notes, summary
 
+from .arguments import count, positive
 from .shapes import Shape, select
 
 
@@ -57,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", **_choice(tuple(DTYPES)), default=["fp32"])
     parser.add_argument("--layout", **_choice(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--rivals", **_choice(RIVALS), default=["eager"])
-    parser.add_argument("--budget", type=float, default=1.5, help="seconds of timing a row")
-    parser.add_argument("--threads", type=int, help="threads of every contestant")
+    parser.add_argument("--budget", type=positive, default=1.5, help="seconds of timing a row")
+    parser.add_argument("--threads", type=count, help="threads of every contestant")
     parser.add_argument("--faulting", action="store_true", help="once more with glibc's allocator as it comes")
     parser.add_argument(
         "--busy", action="store_true", help="one thread, its CPU time, shortest samples: to look while others work"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ import torch
 
 from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench import Case, contestants, runtimes
+from rkl_kernels.bench.errors import told
 from rkl_kernels.bench.machine import machine, machine_line, slug
 from rkl_kernels.bench.rivals import TYPES
 from rkl_kernels.bench.row import Row, from_json, measure, to_json
 from rkl_kernels.bench.timing import copier, cpu_timer, interleave, multiplier
 
 from . import models, report
+from .arguments import count, positive
 from .shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,6 +57,8 @@ class Run:
     seconds: float = 0.0
     again: list[str] = field(default_factory=list)
     """What the names of rows of later runs contain, which stand in the places of this one's."""
+    only: str = ""
+    """What the names of the rows contain, where not all were wanted."""
 
     def with_rows_of(self: AnyRun, later: Run, only: str) -> AnyRun:
         """This run with the rows of a later one, whose names contain ``only``, in the places of its own."""
@@ -77,15 +82,25 @@ class Run:
 
     @classmethod
     def load(cls: type[AnyRun], path: Path) -> AnyRun:
-        data = json.loads(path.read_text())
-        return cls(
-            **data
-            | {
-                "copy_rates": {int(size): rate for size, rate in data["copy_rates"].items()},
-                "rows": [from_json(row) for row in data["rows"]],
-                "models": [models.from_json(row) for row in data["models"]],
-            }
-        )
+        """The run that :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file holds none.
+        """
+        try:
+            data = json.loads(path.read_text())
+            run = cls(
+                **data
+                | {
+                    "copy_rates": {int(size): rate for size, rate in data["copy_rates"].items()},
+                    "rows": [from_json(row) for row in data["rows"]],
+                    "models": [models.from_json(row) for row in data["models"]],
+                }
+            )
+            machine_line(run.machine)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+            raise ValueError(f"must be the record of a run, got {path}: {told(problem)}") from problem
+        return run
 
 
 def cases() -> Iterator[Case]:
@@ -161,12 +176,18 @@ def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
     return run
 
 
+def record(folder: Path, only: str, again: bool) -> Path:
+    """Where a run is written: one of a part has a name of its own, unless it goes into the record of all rows."""
+    part = "" if again or not only else "." + re.sub(r"[^a-z0-9]+", "-", only.lower()).strip("-")
+    return folder / f"{slug(machine())}{part}.json"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--only", default="", help="rows whose id contains this")
-    parser.add_argument("--within", type=float, default=540, help="seconds for everything")
-    parser.add_argument("--threads", type=int, help="threads of every contestant, instead of one a core")
+    parser.add_argument("--only", default="", help="rows whose id contains this, in a record of their own")
+    parser.add_argument("--within", type=positive, default=540, help="seconds for everything")
+    parser.add_argument("--threads", type=count, help="threads of every contestant, instead of one a core")
     parser.add_argument("--no-models", action="store_true", help="operators only")
     parser.add_argument(
         "--again", action="store_true", help="measure the rows of --only anew, operators only, for the record there is"
@@ -179,12 +200,15 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if options.threads:
         torch.set_num_threads(options.threads)
-    path = options.out / f"{slug(machine())}.json"
+    path = record(options.out, options.only, options.again)
     if options.again and not (options.only and path.exists()):
         parser.error(f"--again must have --only and a record to go into, got --only {options.only!r} for {path}")
+    try:
+        before = Run.load(path) if options.again else None
+    except ValueError as problem:
+        parser.error(f"--again {problem}; `make bench` writes one")
     run = perform(chosen, not (options.no_models or options.again), options.within)
-    if options.again:
-        run = Run.load(path).with_rows_of(run, options.only)
+    run = before.with_rows_of(run, options.only) if before else replace(run, only=options.only)
     run.save(path)
     report.write(run, path)
     print(machine_line(run.machine), f"{run.seconds:.0f} s, noise {run.noise:.0%}", sep="\n")

@@ -21,3 +21,17 @@ class Net(torch.nn.Sequential):
     def __init__(self) -> None:
         conv = torch.nn.Conv2d(3, 3, 3, padding=1, groups=3)
         super().__init__(conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
+
+
+class Spoilt(torch.nn.Module):
+    """A network whose results are multiplied by a factor; counts its calls, of all of its kind."""
+
+    calls = 0
+
+    def __init__(self, net: torch.nn.Module, factor: float) -> None:
+        super().__init__()
+        self.net, self.factor = net, factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Spoilt.calls += 1
+        return self.factor * self.net(x)

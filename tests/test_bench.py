@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import random
 import resource
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from statistics import median, stdev
+from typing import Any
 
 import pytest
 import torch
-from bench_rows import TINY, Net, row_of
+from bench_rows import TINY, Net, Spoilt, row_of
 
 import rkl_kernels as rk
 from benchmarks import models, suite
@@ -20,7 +24,7 @@ from benchmarks.run import main as run_main
 from benchmarks.shapes import SHAPES, select
 from rkl_kernels import bench
 from rkl_kernels.allocator import keep_freed_memory
-from rkl_kernels.bench import Case, contestants, measure, runtimes
+from rkl_kernels.bench import Case, contestants, faulting, measure, runtimes
 from rkl_kernels.bench import row as row_module
 from rkl_kernels.bench.faulting import process, time_faulting
 from rkl_kernels.bench.memory import allocated, peak_memory
@@ -107,6 +111,26 @@ def test_times_are_a_layers_also_with_the_allocator_as_it_comes() -> None:
     assert from_json(json.loads(json.dumps(to_json(row)))) == row
 
 
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("name", ["ours", "eager"])
+def test_who_is_timed_with_the_allocator_as_it_comes(name: str, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whose operator is called. At least three samples; of a busy machine's, the shortest."""
+    called: set[str] = set()
+
+    def spied(library: Any, of: str) -> None:
+        right = library.depthwise_conv2d
+        monkeypatch.setattr(library, "depthwise_conv2d", lambda *a, **k: called.add(of) or right(*a, **k))
+
+    spied(rk, "ours")
+    spied(rk.reference, "eager")
+    settings: list[dict[str, bool]] = []
+    monkeypatch.setattr(faulting, "interleave", lambda *a, **k: settings.append(k) or interleave(*a, **k))
+    times = faulting._timed(TINY, [f"{name} nhwc"], 0.02, busy, torch.get_num_threads())
+    assert called == {name}
+    assert times[f"{name} nhwc"].samples >= 3
+    assert settings == [{"fastest": busy}]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator may keep what glibc's gives back")
 def test_with_the_allocator_as_it_comes_large_tensors_fault() -> None:
     """Also where freed memory is kept here. After that no setting of this process made them fault."""
@@ -125,6 +149,23 @@ def test_one_disturbed_sample_moves_neither_median_nor_noise() -> None:
     assert disturbed.seconds == quiet.seconds == 1.0
     assert disturbed.noise < 2.1 * quiet.noise < 0.2
     assert summarize([3.0, 1.0, 2.0], fastest=True).seconds == 1.0
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 7, 15, 30])
+def test_the_noise_of_few_samples_is_not_too_small(count: int) -> None:
+    """The middle of what is told is the standard deviation of medians, of which there are many here."""
+    draw = random.Random(count)
+    timings = [summarize([draw.gauss(1, 0.01) for _ in range(count)]) for _ in range(10_000)]
+    told = median(timing.noise for timing in timings)
+    true = stdev(timing.seconds for timing in timings)
+    assert 0.97 < told / true < 1.1
+
+
+def test_one_sample_says_nothing_about_its_noise() -> None:
+    one = summarize([2.0])
+    assert (one.seconds, one.noise, one.samples) == (2.0, math.inf, 1)
+    row = replace(row_of(ours_nchw=1.0, eager_nchw=1.0), times={"ours nchw": one})
+    assert table([row]).endswith(" ?")
 
 
 def test_ratios_are_to_the_best_rival_and_to_the_floor() -> None:
@@ -268,20 +309,48 @@ def test_a_model_is_timed_in_both_directions_converted_and_not() -> None:
     assert not torch.equal(prepared.net[3].weight, before)
 
 
+@pytest.mark.parametrize("factor", [2.0, float("nan")])
+def test_a_wrong_model_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rk, "fuse_for_inference", lambda net: Spoilt(net, factor))
+    Spoilt.calls = 0
+    rows = models.measure_model(models.Model("Net", Net, 2, 8), budget=0.02)
+    assert Spoilt.calls == 2, "the check of each layout alone"
+    for row in rows:
+        assert set(row.times) == {"eager nchw", "eager nhwc"}
+        assert set(row.rejected) == {"ours nchw", "ours nhwc"}
+        assert all(why.startswith("wrong: logits off by ") for why in row.rejected.values())
+        assert row.ratio() is None
+
+
+def test_an_error_without_words_is_told() -> None:
+    def prepare(case: Case, device: str) -> Callable[..., object]:
+        raise AssertionError
+
+    row = measure(TINY, [Rival("silent", "nchw", prepare)], budget=0.01)
+    assert row.rejected == {"silent nchw": "fails: AssertionError: without a message"}
+
+
 def test_what_cannot_be_recorded_is_not_timed_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def recorded(run: Callable[[], object], pool: object) -> Callable[[], object]:
         if run is bad:
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        if run is silent:
+            raise RuntimeError
         return run
 
     def good() -> None: ...
     def bad() -> None: ...
+    def silent() -> None: ...
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(row_module, "recorded", recorded)
     rejected: dict[str, str] = {}
-    assert row_module._recorded({"ours nhwc": good, "eager nhwc": bad}, rejected) == {"ours nhwc": good}
-    assert rejected == {"eager nhwc": "cannot be recorded: operation not permitted"}
+    given = {"ours nhwc": good, "eager nhwc": bad, "eager nchw": silent}
+    assert row_module._recorded(given, rejected) == {"ours nhwc": good}
+    assert rejected == {
+        "eager nhwc": "cannot be recorded: operation not permitted",
+        "eager nchw": "cannot be recorded: without a message",
+    }
 
 
 @pytest.mark.skipif(allocated() is None, reason="this allocator does not tell how much it has given out: not glibc's")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,71 @@ def test_compare_names_what_got_slower_than_the_noise(tmp_path, capsys: pytest.C
     assert exit.value.code == 2
 
 
+def test_a_model_that_fails_now_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = run_of(row_of(ours_nchw=2.0, eager_nchw=4.0))
+    new = run_of(row_of(ours_nchw=2.0, eager_nchw=4.0))
+    old.models.insert(0, replace(old.models[0], direction="inference"))
+    wrong = {"ours nhwc": "wrong: logits off by 1 of the largest"}
+    for failed, lines in (
+        (
+            {"times": {"eager nchw": Timing(2, 0, 9)}, "rejected": wrong},
+            [f"training step, ours nhwc: was timed, now {wrong['ours nhwc']}"],
+        ),
+        (
+            {"times": {}, "rejected": {"all": "fails: E: e"}},
+            [f"{d}, ours nhwc: was timed, now fails: E: e" for d in models.DIRECTIONS],
+        ),
+    ):
+        new.models = [replace(old.models[1], **failed)]
+        if len(lines) == 1:
+            new.models.insert(0, old.models[0])
+        assert judged(tmp_path, new, old) == 1
+        told = capsys.readouterr().out
+        assert [line for line in told.splitlines() if line.startswith("lost")] == [
+            f"lost: Net {line}" for line in lines
+        ]
+        assert "not reached" not in told
+
+
+def judged(folder: Path, new: suite.Run, old: suite.Run) -> int:
+    """compare's exit code."""
+    new.save(folder / "new.json")
+    old.save(folder / "old.json")
+    return compare.main([str(folder / "new.json"), str(folder / "old.json")])
+
+
+def test_what_a_run_does_not_reach_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, other = row_of(ours_nchw=2.0, eager_nchw=4.0), row_of(replace(TINY, direction="backward"), ours_nchw=2.0)
+    old = run_of(first, other, row_of(replace(TINY, name="theirs alone"), eager_nchw=1.0))
+    assert judged(tmp_path, replace(old, rows=[first], models=[], left_out=[other.case.id]), old) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        f"not reached: {n}: was timed, the new run has no such row" for n in (other.case.id, "Net training step")
+    ]
+    assert lines[2:] == ["1 rows compared: 0 slower, 0 faster, 0 lost"]
+    empty = replace(old, rows=[], models=[])
+    assert judged(tmp_path, replace(old, models=[]), empty) == 1
+    assert "nothing compared: the runs have no row of ours in common" in capsys.readouterr().out
+    part = replace(old, rows=[other], models=[], only="backward")
+    assert judged(tmp_path, part, old) == 0, "a part is held against that part"
+    assert judged(tmp_path, replace(part, rows=[]), old) == 1
+
+
+def test_a_single_sample_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = (row_of(ours_nchw=seconds, eager_nchw=4.0) for seconds in (2.0, 20.0))
+    new.times["ours nchw"] = Timing(20.0, math.inf, 1)
+    runs = [replace(run_of(row), models=[]) for row in (new, old)]
+    assert judged(tmp_path, *runs) == 0
+    told = capsys.readouterr().out
+    assert "not judged: 1 rows, of which a run has a single sample and so no noise" in told
+    data = json.loads((tmp_path / "new.json").read_text(), parse_constant=pytest.fail)
+    assert data["rows"][0]["times"]["ours nchw"] == {"seconds": 20.0, "noise": None, "samples": 1}
+    data["rows"][0]["times"]["ours nchw"]["noise"] = 0.0  # as it was written once
+    (tmp_path / "new.json").write_text(json.dumps(data))
+    assert suite.Run.load(tmp_path / "new.json") == runs[0]
+    assert report.markdown(runs[0], "run.png").count("| ? |") == 1
+
+
 def test_a_run_is_written_and_read_again(tmp_path) -> None:  # type: ignore[no-untyped-def]
     row = row_of(ours_nchw=4.0, eager_nchw=12.0, noise=0.1)
     row.rejected["eager nhwc"] = "wrong: off by 1e+17 of the largest value"
@@ -85,6 +151,23 @@ def test_again_wants_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit):
             suite.main(["--again", "--out", str(tmp_path), *arguments])
         assert "--again must have --only and a record to go into" in capsys.readouterr().err
+
+
+def test_a_part_has_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = row_of(replace(TINY, name="rkl-4-k3"), ours_nchw=2.0, eager_nchw=4.0)
+    whole = suite.record(tmp_path, "", again=False)
+    run_of(row, row_of(ours_nchw=1.0, eager_nchw=1.0)).save(whole)
+    before = whole.read_text()
+    monkeypatch.setattr(suite, "perform", lambda *_: replace(run_of(row), models=[]))
+    assert suite.main(["--only", "forward fp32 rkl-4-k3", "--out", str(tmp_path)]) == 0
+    assert whole.read_text() == before
+    (part,) = tmp_path.glob("*.*.json")
+    assert part.name == f"{whole.stem}.forward-fp32-rkl-4-k3.json"
+    assert suite.Run.load(part).only == "forward fp32 rkl-4-k3"
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    assert compare.main([str(part)]) == 0, "against the same rows of the whole record"
+    assert suite.main(["--only", "forward fp32 rkl-4-k3", "--again", "--out", str(tmp_path)]) == 0
+    assert len(suite.Run.load(whole).rows) == 2
 
 
 def test_the_suite_in_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -173,9 +173,11 @@ def test_an_unfit_compiler_does_not_stop_the_build(tree):
     assert {name for name in files if name.endswith(".so")} == {"rkl_kernels/_C.abi3.so"}
 
 
-def test_an_editable_install_is_a_plain_path(tree):
-    """Type checkers follow a path, but no import hook. The binaries are those that were asked for."""
-    files = _make(tree, "editable", FORCE_CUDA="0")
+@pytest.mark.parametrize("asked", [True, False], ids=["asked for", "unfit toolkit"])
+def test_an_editable_install_is_a_plain_path(tree, asked):
+    """Type checkers follow a path, but no import hook. The binaries are those that were made, whyever one is not."""
+    settings = {"FORCE_CUDA": "0"} if asked else {"CUDA_HOME": str(_toolkit(tree.parent / "cuda-9", "9.2"))}
+    files = _make(tree, "editable", **settings)
     (path,) = (name for name in files if name.endswith(".pth"))
     assert (tree.parent / "made" / path).read_text().strip() == str(tree)
     assert not any("finder" in name for name in files)

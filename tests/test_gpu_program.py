@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 
 import pytest
 import torch
+from bench_rows import Spoilt
 from torch import nn
 
+import rkl_kernels as rk
 from benchmarks import gpu, gpu_counters, gpu_groups, gpu_host, gpu_models, gpu_report, gpu_rows
 from benchmarks.models import Model, ModelRow
 from benchmarks.worker import Worker
@@ -49,6 +52,30 @@ def test_one_group(tmp_path):
     assert "Roofline" not in text
 
 
+@pytest.mark.parametrize(
+    ("outcome", "code", "verdict"),
+    [
+        (0, 0, "tests: 3 passed"),
+        (1, 1, "tests: 3 passed"),
+        (subprocess.TimeoutExpired("pytest", 60), 1, "tests: not done after 60 s"),
+        (OSError("no such file"), 1, "failed to run"),
+    ],
+    ids=["passed", "failed", "hung", "not run"],
+)
+def test_failed_tests_are_the_exit_code_once_all_is_written(outcome, code, verdict, tmp_path, monkeypatch):
+    def run(command, **_):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return subprocess.CompletedProcess(command, outcome, "== 3 passed ==\n", "")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "measure_all", lambda *_: None)
+    assert gpu.main(["--device", "cpu", "--only", "tests", "--within", "1", "--out", str(tmp_path)]) == code
+    (results,) = tmp_path.glob("*.tests.json")
+    assert json.loads(results.read_text())["tests"] == verdict
+    assert f"Tests: {verdict}." in results.with_suffix(".md").read_text()
+
+
 def test_an_unknown_group_is_named(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu", "--only", "depthwise,nothing"])
@@ -82,6 +109,8 @@ def test_a_bar_is_held_against_what_was_found():
     assert gpu_report.summary_lines(groups["depthwise"], rows) == [
         ["depthwise", "forward", "2", "71%", "1.41", "0.50", "1"]
     ]
+    nearly = gpu_report.summary_lines(groups["depthwise"], [row("a", 1.0, 0.997)])
+    assert nearly == [["depthwise", "forward", "1", "100%", "1.00", "1.00", "1"]], "0.997 is below 1"
     ((_, *nchw),) = gpu_report.bar_lines(groups["nchw"], rows)
     assert nchw == [">= 1.00", "3.00", "yes"]
     published = gpu_report.bar_lines(groups["kernelbench"], [row("kb-82", 1.0, 1.0, dtype="fp32")])[-1]
@@ -99,6 +128,43 @@ def test_a_model_is_timed_converted_and_not(monkeypatch):
     rows = gpu_models.measure_model(0, "cpu", compile_too=False, budget=0.01)
     assert [row.direction for row in rows] == list(gpu_models.DIRECTIONS)
     assert all(row.times.keys() == {"ours", "eager"} and not row.rejected for row in rows)
+
+
+@pytest.mark.parametrize("factor", [2.0, float("nan")])
+def test_a_wrong_model_is_not_timed(factor, monkeypatch):
+    monkeypatch.setattr(gpu_models, "MODELS", (Model("small", _small_net, 2, 16),))
+    monkeypatch.setattr(rk, "fuse_for_inference", lambda net: Spoilt(net, factor))
+    Spoilt.calls = 0
+    rows = gpu_models.measure_model(0, "cpu", compile_too=False, budget=0.01)
+    assert Spoilt.calls == 1, "the check alone"
+    for row in rows:
+        assert row.times.keys() == {"eager"}
+        assert row.rejected["ours"].startswith("fails: ValueError: logits off by ")
+
+
+def test_every_head_of_a_model_counts(monkeypatch):
+    """A NaN too, behind heads that are right."""
+    seen = []
+
+    def heads(outputs):
+        seen.append(outputs)
+        return [outputs, outputs * (float("nan") if len(seen) == 3 else 1.0)]  # eager's inference and step, then ours
+
+    monkeypatch.setattr(gpu_models, "MODELS", (Model("small", _small_net, 2, 16),))
+    monkeypatch.setattr(gpu_models, "_heads", heads)
+    row, _ = gpu_models.measure_model(0, "cpu", compile_too=False, budget=0.01)
+    assert row.rejected == {"ours": "fails: ValueError: logits off by nan of the largest"}
+
+
+def test_a_model_that_fails_without_words_is_told(monkeypatch):
+    def fuse(net):
+        raise AssertionError
+
+    monkeypatch.setattr(gpu_models, "MODELS", (Model("small", _small_net, 2, 16),))
+    monkeypatch.setattr(rk, "fuse_for_inference", fuse)
+    for row in gpu_models.measure_model(0, "cpu", compile_too=False, budget=0.01):
+        assert row.times.keys() == {"eager"}
+        assert row.rejected == {"ours": "fails: AssertionError: without a message"}
 
 
 def test_a_model_that_is_not_there_says_so():

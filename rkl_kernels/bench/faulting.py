@@ -38,4 +38,5 @@ def _timed(case: Case, names: list[str], budget: float, busy: bool, threads: int
         maker, layout = name.split()
         chains[name] = layers(case, MAKERS[maker](layout).prepare(case, "cpu"), "cpu")
     timer = busy_timer if busy else cpu_timer
-    return a_layer(interleave({name: chain for name, (chain, _) in chains.items()}, timer, budget, busy), chains)
+    runs = {name: chain for name, (chain, _) in chains.items()}
+    return a_layer(interleave(runs, timer, budget, fastest=busy), chains)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from . import timing
 from .case import Case
+from .errors import first_line, told
 from .faulting import time_faulting
 from .rivals import TOLERANCES, TYPES, Rival, error, layers, reference
 from .timing import (
@@ -138,9 +140,7 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
             run = rival.prepare(case, device)
             wrong = error(run(), reference(case, device))
         except Exception as problem:  # a rival that cannot do a case must not end the others' run
-            rejected[rival.id] = (
-                f"fails: {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-            )
+            rejected[rival.id] = f"fails: {told(problem)}"
             continue
         if wrong > TOLERANCES[case.precision]:
             rejected[rival.id] = f"wrong: off by {wrong:.2g} of the largest value"
@@ -168,7 +168,7 @@ def _recorded(contestants: dict[str, Callable[[], Any]], rejected: dict[str, str
         try:
             found[name] = recorded(chain, pool)
         except RuntimeError as problem:
-            rejected[name] = f"cannot be recorded: {str(problem).splitlines()[0]}"
+            rejected[name] = f"cannot be recorded: {first_line(problem)}"
     return found
 
 
@@ -179,10 +179,10 @@ def to_json(row: Row) -> dict[str, Any]:
         "case": dict(vars(row.case)),
         "bytes": row.case.bytes,
         "operations": row.case.operations,
-        "copy": vars(row.copy),
+        "copy": timing.to_json(row.copy),
         "matrix_rate": row.matrix_rate,
-        "times": {name: vars(timing) for name, timing in row.times.items()},
-        "faulting": {name: vars(timing) for name, timing in row.faulting.items()},
+        "times": {name: timing.to_json(one) for name, one in row.times.items()},
+        "faulting": {name: timing.to_json(one) for name, one in row.faulting.items()},
         "rejected": row.rejected,
     }
 
@@ -190,8 +190,7 @@ def to_json(row: Row) -> dict[str, Any]:
 def from_json(data: Mapping[str, Any]) -> Row:
     """The row that :func:`to_json` wrote; earlier records have no times with the allocator as it comes."""
     times, faulting = (
-        {name: Timing(**timing) for name, timing in data.get(key, {}).items()} for key in ("times", "faulting")
+        {name: timing.from_json(one) for name, one in data.get(key, {}).items()} for key in ("times", "faulting")
     )
-    return Row(
-        Case(**data["case"]), Timing(**data["copy"]), data["matrix_rate"], times, dict(data["rejected"]), faulting
-    )
+    copy = timing.from_json(data["copy"])
+    return Row(Case(**data["case"]), copy, data["matrix_rate"], times, dict(data["rejected"]), faulting)

@@ -15,7 +15,10 @@ def geometric_mean(values: Iterable[float | None]) -> float | None:
 
 
 def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    """Not measured: "-"; not known, as the noise of a single sample: "?"."""
+    if value is None:
+        return "-"
+    return format(value, form) if math.isfinite(value) else "?"
 
 
 def _milliseconds(row: Row, name: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from exactness import assert_rounded
 from torch import Tensor
 
 from rkl_kernels import reference
@@ -13,7 +14,9 @@ from rkl_kernels._checks import ACTIVATIONS
 
 from .conftest import Gpu
 
-# One rounding to the element type, relative to the sum of magnitudes; fp32 has the sums' own error too.
+MOST_TERMS = 28
+"""Products of a sum at most for its bound: kernels add long sums by parts, whose errors do not grow with each term."""
+# Of an activated value: one rounding to the element type, relative to the sum of magnitudes; fp32 has the sums' too.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -136,15 +139,15 @@ def assert_right(run: Run, *names: str) -> None:
         results["dw"], results["db"] = run.weight_grad()
     if "both" in names:
         results["dx"], results["dw"], results["db"] = run.both_grads()
-    expected = dict(zip(("y", "dx", "dw", "db"), run.reference(), strict=True))
-    scales = dict(zip(("y", "dx", "dw", "db"), run.reference(magnitudes=True), strict=True))
+    case = run.case
+    taps, pixels = case.kernel[0] * case.kernel[1], case.batch * case.out_size[0] * case.out_size[1]
+    terms = {"y": taps + 1, "dx": taps, "dw": pixels, "db": pixels}
+    expected = dict(zip(terms, run.reference(), strict=True))
+    scales = dict(zip(terms, run.reference(magnitudes=True), strict=True))
     for name, whole in results.items():
         result = run.compared(whole)
         assert not result.isnan().any(), f"{name} has elements that were not written"
-        info = torch.finfo(result.dtype)
-        bound = TOLERANCE[result.dtype] * scales[name] + info.tiny * info.eps  # the last: a step of a subnormal number
-        excess = ((result.double() - expected[name]).abs() / bound).max()
-        assert excess <= 1, f"{name}: error {excess:.3g} times its bound"
+        assert_rounded(result, expected[name], scales[name], min(terms[name], MOST_TERMS))
 
 
 def assert_activated(run: Run, number: int) -> None:

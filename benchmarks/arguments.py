@@ -1,0 +1,32 @@
+"""What the programs' arguments may be, as argparse's types: their words stand behind the argument's name."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, such as of threads.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}; give one such as 2")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A positive number, such as of seconds.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or not finite.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}; give one such as 1.5")
+    return value
