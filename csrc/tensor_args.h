@@ -195,7 +195,7 @@ inline Conv2d conv2d(const Tensor& x, const Tensor& weight, IntList stride, IntL
   STD_TORCH_CHECK(x.size(1) > 0, "x must have at least one channel");
   // In 64 bits: kernels count pixels of the padded image in 32, so it must be smaller than that.
   constexpr int64_t kMost = std::numeric_limits<int>::max();
-  std::array<int64_t, 2> out, step;
+  std::array<int64_t, 2> out, step, apart;
   for (int d : {0, 1}) {
     const int64_t taps = weight.size(2 + d), in = x.size(2 + d);
     STD_TORCH_CHECK(in > 0 || !x.size(0), "x must have at least one pixel");
@@ -208,6 +208,7 @@ inline Conv2d conv2d(const Tensor& x, const Tensor& weight, IntList stride, IntL
     STD_TORCH_CHECK(free >= 0, "the dilated filter must fit into the padded image");
     out[d] = free / stride[d] + 1;
     step[d] = stride[d] < free + 1 ? stride[d] : free + 1;  // one output is one output: kernels size buffers by this
+    apart[d] = taps > 1 ? dilation[d] : 1;                  // likewise of one tap, whose dilation has no other bound
   }
   const Conv2d g{x.size(0),
                  x.size(1),
@@ -221,8 +222,8 @@ inline Conv2d conv2d(const Tensor& x, const Tensor& weight, IntList stride, IntL
                  int(step[1]),
                  int(padding[0]),
                  int(padding[1]),
-                 int(dilation[0]),
-                 int(dilation[1]),
+                 int(apart[0]),
+                 int(apart[1]),
                  suggests_nhwc(x) || suggests_nhwc(weight)};
   return g;
 }

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import rkl_kernels
 from rkl_kernels import ops
 
 CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
@@ -198,3 +199,10 @@ def test_pixels_that_no_output_reads_do_not_count(size: int, layout: str, value:
     assert y.isfinite().all()
     grads = ops.rkl.depthwise_conv2d_backward(torch.randn_like(y), x, weight, *window, [True] * 3)
     assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_one_tap_has_no_dilation():
+    """However far apart its taps would be."""
+    x, w = torch.randn(2, 16, 5, 6).contiguous(memory_format=torch.channels_last), torch.randn(16, 1, 1, 1)
+    y = rkl_kernels.depthwise_conv2d(x, w, dilation=2**30 - 1)
+    torch.testing.assert_close(y, x * w.reshape(1, 16, 1, 1))

@@ -150,6 +150,13 @@ def test_image_folder_with_its_own_splits(tmp_path):
     assert [len(part) for part in (data.train, data.val, data.test)] == [6, 6, 6]
 
 
+def test_a_class_that_is_called_train(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=r"must hold train, val and test alone where it holds train, got 'cat' besides"):
+        load(f"folder:{tmp_path}", image_size=16)
+
+
 def test_long_tail():
     data = load("digits-lt", imbalance=20, val_fraction=0)
     counts = data.train.counts(10)

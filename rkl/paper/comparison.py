@@ -91,12 +91,13 @@ def holm(differences: Sequence[Estimate], negligible: float) -> list[Judged]:
     """
     order = sorted(range(len(differences)), key=lambda i: differences[i].p)
     judged: dict[int, Judged] = {}
-    smallest = 0.0
+    smallest, rejected = 0.0, 0
     for rank, index in enumerate(order):
-        difference, left = differences[index], len(differences) - rank
-        smallest = max(smallest, min(1.0, left * difference.p))
-        found = Judged(difference, 1 - (1 - CONFIDENCE) / left, smallest, "not decided")
+        difference = differences[index]
+        smallest = max(smallest, min(1.0, (len(differences) - rank) * difference.p))
+        found = Judged(difference, 1 - (1 - CONFIDENCE) / (len(differences) - rejected), smallest, "not decided")
         judged[index] = replace(found, verdict=_verdict(found, negligible))
+        rejected += smallest < 1 - CONFIDENCE  # none after the first that is not, as these only rise
     return [judged[index] for index in range(len(differences))]
 
 
