@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import tyro
@@ -52,6 +52,11 @@ class Evaluate:
 
         if self.split not in ("test", "val"):
             raise ValueError(f"split must be 'test' or 'val', got {self.split!r}")
+        if self.early_exit and self.split != "test":
+            raise ValueError(
+                f"split must be 'test' with --early-exit, which takes its thresholds from 'val', got {self.split!r}; "
+                "leave one of the two out"
+            )
         for name in ("target_accuracy", "target_macs"):
             value = getattr(self, name)
             if value is not None and not self.early_exit:
@@ -110,7 +115,12 @@ class Predict:
             raise ValueError(f"confidence must be between 0 and 1, got {self.confidence}")
         run = open_run(self.run, self.checkpoint, device_named(self.device))
         thresholds = thresholds_of(run, self.checkpoint)
-        if self.confidence is not None and isinstance(run.model, ResNetKL):
+        if self.confidence is not None:
+            if not isinstance(run.model, ResNetKL):
+                raise ValueError(
+                    f"confidence must go with a model of several exits, got {self.confidence} for {run.config.model}; "
+                    "leave it out"
+                )
             thresholds = [self.confidence] * len(run.model.exits)
         wrong = 0
         for path, answer in zip(self.images, predict(run, list(self.images), thresholds), strict=True):
@@ -284,6 +294,14 @@ class Bench:
     def __call__(self) -> None:
         from rkl_kernels import bench
 
+        if self.operator in (None, "host"):
+            taken = {"operator", "device" if self.operator else ""}
+            odd = [f.name for f in fields(self) if f.name not in taken and getattr(self, f.name) != f.default]
+            if odd:
+                raise ValueError(
+                    f"operator must be trelu, depthwise or separable with --{odd[0].replace('_', '-')}, "
+                    f"got {self.operator or 'none'}; name one, or leave the option out"
+                )
         if self.operator == "host":
             print(bench.host_report(self.device))
             return

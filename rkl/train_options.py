@@ -29,8 +29,8 @@ from .terminal import parse
 class Source:
     """Where a training run's settings come from, before those given one by one."""
 
-    recipe: str = "paper"
-    """Preset: paper (table I), strong (200 epochs, cosine) or smoke (seconds)."""
+    recipe: str | None = None
+    """Preset: paper (table I; the default), strong (200 epochs, cosine) or smoke (seconds)."""
     config: Path | None = None
     """YAML file of settings, over the recipe's."""
     resume: bool = False
@@ -83,14 +83,20 @@ def read_options(arguments: Sequence[str]) -> Train:
         ValueError: an unknown recipe, a file that is no configuration, or a setting of a wrong type or out of range.
     """
     source, _ = parse(Source, arguments, return_unknown_args=True, add_help=False)
-    if source.recipe not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {source.recipe!r}")
-    base = from_plain(RECIPES[source.recipe])
+    recipe = source.recipe or "paper"
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    base = from_plain(RECIPES[recipe])
     if source.config:
         base = read_yaml(source.config, base)
-    elif source.resume and source.recipe == Source.recipe:
+    elif source.resume and source.recipe is None:
         folder, _ = parse(_Folder, arguments, return_unknown_args=True, add_help=False)
         file = folder.out / "config.yaml"
-        base = read_yaml(file) if file.is_file() else base
+        if not file.is_file():
+            raise ValueError(
+                f"{folder.out}: out must be the folder of a run to --resume without --recipe or --config, "
+                "got no config.yaml in it; leave --resume out to begin one"
+            )
+        base = read_yaml(file)
     options: Train = parse(Train, arguments, default=Train.of(base), prog="rkl train")
     return options

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +76,27 @@ def test_finished_cells_are_not_trained_again(finished):
 def test_other_settings_do_not_mix_into_a_folder(finished):
     with pytest.raises(RunError, match=r"holds a run with image_size 16, want 20; give another out"):
         experiments.run(experiment("table5", "smoke", finished[0], data="digits", image_size=20))
+
+
+def test_a_cell_that_lacks_its_gradients_is_finished_with_its_own_settings_alone(finished, tmp_path):
+    """Its process died after metrics.json, and the command may come again with other settings."""
+    plan = experiment("table5", "smoke", finished[0], data="digits", image_size=16)
+    shutil.copytree(plan.folder("ResNet", 0), tmp_path / "cell")
+    config = replace(plan.config("ResNet", 0), out=tmp_path / "cell")
+    (config.out / "gradients.json").unlink()
+    before = (config.out / "metrics.json").read_text()
+    said = experiments._in_own_process(replace(config, lr=0.5), None, 1)
+    assert "a resumed run must keep its settings, got lr 0.5" in said
+    assert not (config.out / "gradients.json").exists()
+    assert experiments._in_own_process(config, None, 1) is None
+    assert (config.out / "gradients.json").exists()
+    assert (config.out / "metrics.json").read_text() == before, "the test images are looked at once"
+
+
+@pytest.mark.parametrize("settings", [{"patience": 3}, {"test_with": "best"}])
+def test_what_needs_validation_images_may_be_asked_for(tmp_path, settings):
+    plan = experiment("table5", "smoke", tmp_path, data="digits", image_size=16, **settings)
+    assert settings.items() <= experiments.to_plain(plan.config("ResNet", 0)).items()
 
 
 def test_page(finished, page):

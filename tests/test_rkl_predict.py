@@ -141,6 +141,15 @@ def test_the_runs_thresholds_are_the_default(run: Path, folder: Path, capsys: py
     (run / "early_exit.json").unlink()
 
 
+def test_one_exit_takes_no_confidence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = {"width": 4, "image_size": 8, "epochs": 1, "batch_size": 8, "model": "resnet"}
+    trainer.train(Config(tmp_path / "run", data=f"folder:{folder}", **options))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path / "run"), str(folder / "dog" / "0.png"), "--confidence", "0.5"])
+    assert "confidence must go with a model of several exits, got 0.5 for resnet" in capsys.readouterr().err
+
+
 def test_a_renamed_class_is_no_silent_zero(run: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / "dog").rename(folder / "hound")
     try:

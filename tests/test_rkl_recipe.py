@@ -255,7 +255,7 @@ def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
     wanted = checkpoint.open_run(first.out).model
     model = ResNetKL(2, 18, 8, 1, 8)
     head = model.fc.weight[:, :3].detach().clone()
-    tuned = checkpoint.start_from(model, first.out, 8)
+    tuned = checkpoint.start_from(model, first.out, 8, 1, ["a", "b"])
     plan, own = pruning.channel_plan(wanted), pruning.channel_plan(tuned)
     assert {name for name in plan if plan[name] != own[name]} == {"fc", *(f"exits.{i}.fc" for i in range(3))}
     for name, value in tuned.state_dict().items():
@@ -263,9 +263,17 @@ def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
             assert torch.equal(value, wanted.state_dict()[name]), name
     assert torch.equal(tuned.fc.weight[:, :3], head), "new classes keep the new head's values"
     with pytest.raises(checkpoint.RunError, match="weights must be of this configuration's model"):
-        checkpoint.start_from(ResNet(2, 18, 8, 1, 8), first.out, 8)
+        checkpoint.start_from(ResNet(2, 18, 8, 1, 8), first.out, 8, 1, ["a", "b"])
     with pytest.raises(checkpoint.RunError, match="weights must be of a network of the same width, got 8 for width 16"):
-        checkpoint.start_from(ResNetKL(2, 18, 16, 1, 8), first.out, 16)
+        checkpoint.start_from(ResNetKL(2, 18, 16, 1, 8), first.out, 16, 1, ["a", "b"])
+    with pytest.raises(checkpoint.RunError, match="weights must be of images of 3 channels, as the data has, got 1"):
+        checkpoint.start_from(ResNetKL(2, 18, 8, 3, 8), first.out, 8, 3, ["a", "b"])
+    for classes in (list("0123456789"), list("abcdefghij")):  # its own ten, and ten others
+        model = ResNetKL(10, 18, 8, 1, 8)
+        head = model.fc.weight[:, :3].detach().clone()
+        tuned = checkpoint.start_from(model, first.out, 8, 1, classes)
+        assert torch.equal(tuned.fc.weight, wanted.fc.weight) == (classes[0] == "0")
+        assert torch.equal(tuned.fc.weight[:, :3], head) == (classes[0] == "a")
     second = replace(TINY, out=tmp_path / "second", width=8, weights=first.out, epochs=1)
     assert json.loads((trainer.train(second) / "metrics.json").read_text())["plan"] == plan
 
@@ -311,7 +319,10 @@ def test_the_usage_names_every_command_once_and_an_unknown_one_gets_a_hint(capsy
     assert "got 'trian'; did you mean 'train'?" in capsys.readouterr().err
 
 
-def test_every_example_of_the_usage_is_a_command_that_parses() -> None:
+def test_every_example_of_the_usage_is_a_command_that_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/config.yaml").write_text("epochs: 3\n")  # to --resume
+    monkeypatch.chdir(tmp_path)
     for line in EXAMPLES.splitlines()[1:]:
         name, *arguments = line.partition("(")[0].split()[1:]
         if name == "train":

@@ -240,6 +240,9 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
             ["prune", str(run), "--out", str(tmp_path / "r"), "--target-latency-ms", "inf"],
             "above 0 and finite, got inf",
         ),
+        (["evaluate", str(run), "--early-exit", "--split", "val"], "split must be 'test' with --early-exit"),
+        (["bench", "--device", "cuda"], "operator must be trelu, depthwise or separable with --device, got none"),
+        (["bench", "host", "--kernel-width", "5"], "or separable with --kernel-width, got host"),
         (["bench", "host", "--device", "foo"], "device must be cpu, or cuda where torch sees a GPU, got 'foo'"),
         ([*experiments, "--jobs", "-1"], "jobs must be at least 1, got -1"),
         (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,12 @@ import torch
 from test_rkl_train import QUICK, comparable, fails, tiny, train_interrupted
 
 from rkl.cli import main
+from rkl.config import Config
 from rkl.deploy import prune
-from rkl.training import checkpoint, metrics
+from rkl.train_options import read_options
+from rkl.training import checkpoint, learner, metrics
 from rkl.training import train as trainer
+from rkl.training.files import RunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,6 +136,69 @@ def test_a_cut_run_that_fails_leaves_nothing(run: Path, tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_a_file_that_cannot_be_written_names_a_way_on_that_there_is(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command again where nothing is left or --resume is given; `rkl prune` has no --resume."""
+    config, opened, replace = tiny(tmp_path / "run", width=8), checkpoint.open_run(run), os.replace
+
+    def said(file: str, act: Callable[[], object]) -> str:
+        def full(old: Path, new: Path) -> None:
+            if Path(new).name == file:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(old, new)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full)
+            with pytest.raises(RunError) as error:
+                act()
+        assert f"{file}: must be writable, got: No space left on device; mend that and " in str(error.value)
+        return str(error.value).split("mend that and ")[1]
+
+    assert said("last.json", lambda: trainer.train(config)) == "run the command again"
+    assert not config.out.exists()
+    assert said("metrics.json", lambda: trainer.train(config)) == "add --resume to go on"
+    assert said("metrics.json", lambda: trainer.train(config, resume=True)) == "run the command again"
+    out = tmp_path / "slim"
+    assert said("last.json", lambda: prune.prune_run(opened, out, 0.7, None, 1)) == "run the command again"
+    go_on = said("report.md", lambda: prune.prune_run(opened, out, 0.7, None, 1))
+    assert go_on == f"go on by rkl train --resume --out {out}"
+    with pytest.raises(RunError, match="got one with a run in it; give another folder"):
+        prune.prune_run(opened, out, 0.7, None, 1)
+    main(go_on.split()[4:])
+
+
+def test_memory_that_is_short_for_the_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner, "build_model", lambda *arguments: torch.empty(2**55))
+    with pytest.raises(RunError, match=r"the model and the data must fit in memory, got: .*; free some and run the c"):
+        trainer.train(tiny(tmp_path / "run"))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_step_short_of_memory_in_the_first_epoch_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "training_losses", lambda *arguments: torch.empty(2**55))
+    with pytest.raises(RunError, match=r"a step must fit in memory, got: .*; free some and run the command again, or"):
+        trainer.train(tiny(tmp_path / "run"))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_line_of_the_log_is_on_the_disk_before_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def noting(file: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    trainer.train(tiny(tmp_path / "run", epochs=2))
+    log, saved = (f"{tmp_path}/run/{name}" for name in ("log.jsonl", "checkpoints/.last.json.partial"))
+    assert [file for file in synced if file in (log, saved)] == 2 * [log, saved]
+
+
 def test_a_run_that_started_from_anothers_weights_goes_on_without_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,3 +208,12 @@ def test_a_run_that_started_from_anothers_weights_goes_on_without_it(
     shutil.rmtree(tmp_path / "first")
     trainer.train(config, resume=True)
     assert (config.out / "metrics.json").exists()
+
+
+def test_resume_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistyped folder must not begin the default run."""
+    said = fails(["train", "--resume", "--out", str(tmp_path / "typo")], capsys)
+    assert "out must be the folder of a run to --resume" in said
+    assert not (tmp_path / "typo").exists()
+    settings = read_options(["--resume", "--recipe", "paper", "--out", str(tmp_path / "new")]).settings
+    assert settings == Config(tmp_path / "new"), "with a recipe it may begin one"

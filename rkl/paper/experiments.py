@@ -72,7 +72,8 @@ class Experiment:
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Classes, channels and pixels a side of the data."""
-        data = load_data(replace(self._base, val_fraction=0.0))
+        # What goes with validation images goes with them.
+        data = load_data(replace(self._base, val_fraction=0.0, patience=0, test_with="last"))
         return data.num_classes, data.channels, data.image_size
 
     @property
@@ -256,8 +257,7 @@ def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
     with (config.out / "output.txt").open("a") as output:
         sys.stdout = sys.stderr = output
         try:
-            if not (config.out / "metrics.json").exists():
-                train(config, resume=True)
+            train(config, resume=True)  # of a finished run it checks the settings alone
             record_gradients(config.out)
             sender.send(None)
         except Exception as error:

@@ -176,9 +176,9 @@ def check_classes(run: Run, classes: list[str]) -> None:
             )
 
 
-def start_from(model: nn.Module, folder: Path, width: int) -> nn.Module:
-    """``model`` with the last weights of another run of the same network and ``width``, pruned as that is; layers that
-    give other numbers of classes keep their own.
+def start_from(model: nn.Module, folder: Path, width: int, channels: int, classes: list[str]) -> nn.Module:
+    """``model`` with the last weights of another run of the same network, ``width`` and ``channels`` of images, pruned
+    as that is; where its classes are not ``classes``, the layers that give them keep their own.
 
     Raises:
         RunError: no such run, or one of another network.
@@ -186,12 +186,15 @@ def start_from(model: nn.Module, folder: Path, width: int) -> nn.Module:
     tensors, facts = load(folder / "checkpoints", "last")
     source = folder / "checkpoints" / "last.json"
     with understood(source, "a whole run's checkpoint"):
-        then = facts["config"]["width"]
+        then, of_images = facts["config"]["width"], facts["channels"]
     if then != width:  # which would pass for a pruned one
         raise RunError(f"{source}: weights must be of a network of the same width, got {then} for width {width}")
-    plan, classes = pruning.channel_plan(model), len(facts["classes"])
-    own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    heads = {name for name in own if facts["plan"].get(name, [0, 0])[1] == classes != plan[name][1]}
+    if of_images != channels:  # likewise
+        raise RunError(f"{source}: weights must be of images of {channels} channels, as the data has, got {of_images}")
+    plan, others = pruning.channel_plan(model), facts["classes"]
+    own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and others != classes}
+    counts = [len(others), len(classes)]
+    heads = {name for name in own if [facts["plan"].get(name, [0, 0])[1], plan[name][1]] == counts}
     wanted = facts["plan"] | {name: [facts["plan"][name][0], plan[name][1]] for name in heads}
     given = part(tensors, "ema." if any(key.startswith("ema.") for key in tensors) else "model.")
     kept = {key: value for key, value in given.items() if key.rpartition(".")[0] not in heads}

@@ -12,9 +12,21 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+AGAIN = "run the command again"
+"""The remedy where nothing is left of what failed, or the command goes on by itself."""
+
 
 class RunError(ValueError):
     """A run folder or checkpoint that cannot be used; the message is one line that names the file and the rule."""
+
+
+class UnwritableError(RunError):
+    """A file that cannot be written, for want of space say."""
+
+    def __init__(self, path: Path, error: OSError | SafetensorError, remedy: str = AGAIN) -> None:
+        self.path, self.error = path, error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        super().__init__(f"{path}: must be writable, got: {reason}; mend that and {remedy}")
 
 
 @contextmanager
@@ -23,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
     anything fails, ``path`` is as it was.
 
     Raises:
-        RunError: it cannot be written, for want of space say.
+        UnwritableError: it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -36,14 +48,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError | SafetensorError):
-            raise unwritable(path, error) from error
+            raise UnwritableError(path, error) from error
         raise
-
-
-def unwritable(path: Path, error: OSError | SafetensorError) -> RunError:
-    """What to say where a file cannot be written."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or error
-    return RunError(f"{path}: must be writable, got: {reason}; mend that and add --resume to go on from what is there")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,8 +15,9 @@ from ..config import Config
 from ..data import Dataset
 from ..slimming import pruning
 from .evaluation import evaluation_batches
-from .files import RunError
+from .files import AGAIN, RunError
 from .learner import Learner
+from .run_log import RunLog
 
 
 def check_finite(config: Config, epoch: int, terms: dict[str, float], history: Tensor, model: nn.Module) -> None:
@@ -100,20 +101,25 @@ def check_cuttable(config: Config, model: nn.Module, data: Dataset) -> None:
 
 
 @contextmanager
-def in_one_line(config: Config, fabric: Fabric) -> Iterator[None]:
-    """Memory that is short and processes that are lost, as a RunError: what is written stays, and a run can go on."""
+def in_one_line(config: Config, fabric: Fabric, log: RunLog | None = None) -> Iterator[None]:
+    """Memory that is short and processes that are lost, as a RunError: what is written stays, and a run can go on.
+    ``log`` is the run's while it trains; without it the model is being made."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
+        remedy = log.remedy if log else AGAIN
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+            what, less = "the model and the data", f"width ({config.width})"
+            if log:
+                what, less = "a step", f"batch_size ({config.batch_size}) and a larger accumulate ({config.accumulate})"
             raise RunError(
-                f"{config.out}: a step must fit in memory, got: {text[:120]}; free some and add --resume, or train "
-                f"anew with a smaller batch_size ({config.batch_size}) and a larger accumulate ({config.accumulate})"
+                f"{config.out}: {what} must fit in memory, got: {text[:120]}; free some and {remedy}, or train anew "
+                f"with a smaller {less}"
             ) from error
         if fabric.world_size > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
             raise RunError(
                 f"{config.out}: all {fabric.world_size} processes must live until the end, got one that is lost "
-                f"({text[:120]}); add --resume to go on"
+                f"({text[:120]}); {remedy}"
             ) from error
         raise

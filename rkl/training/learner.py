@@ -65,7 +65,7 @@ class Learner:
         torch.manual_seed(config.seed)
         model = start or build_model(config, data.num_classes, data.channels, data.image_size)
         if start is None and not resumed and config.weights is not None:
-            model = checkpoint.start_from(model, config.weights, config.width)
+            model = checkpoint.start_from(model, config.weights, config.width, data.channels, data.classes)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         # torch's stubs do not know this form.
         self.model = model.to(fabric.device, memory_format=self.memory_format)  # type: ignore[call-overload]

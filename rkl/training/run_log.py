@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.tensorboard import SummaryWriter
 
 from ..config import MAY_CHANGE, Config, read_plain, read_yaml, to_plain
-from .files import RunError, read_lines, unwritable, write_text
+from .files import AGAIN, RunError, UnwritableError, read_lines, write_text
 
 FIRST_CHECKPOINT = re.compile(r"\.?((best|last)-000[01]\.safetensors|(best|last)\.json)(\.partial)?")
 """The files of a checkpoint that was being written when its run had no whole epoch yet."""
@@ -28,20 +28,20 @@ EVENTS = re.compile(r"events\.out\.tfevents.*")
 class RunLog:
     """The folder of one run. Checks at once that it can be written and that nothing else is in the way, and writes
     nothing before :meth:`opened`. What is left of a run without a whole epoch is in nobody's way; anything else under
-    the names of a run's files is somebody's.
+    the names of a run's files is somebody's. ``takes_resume``: whether the command that makes the run has --resume.
 
     Raises:
         RunError: the folder cannot be written, holds a run already (without ``resume``), or one of other settings.
     """
 
-    def __init__(self, config: Config, resume: bool) -> None:
+    def __init__(self, config: Config, resume: bool, takes_resume: bool = True) -> None:
         self.config, self.folder, self.writing = config, config.out, False
+        self.resume, self.takes_resume = resume, takes_resume
         self.checkpoints, self.tensorboard = config.out / "checkpoints", config.out / "tensorboard"
         self.file = config.out / "config.yaml"
         if self.has_checkpoint and not resume:
-            raise RunError(
-                f"{config.out}: out must be a new folder, got one with a run in it; add --resume to go on with it"
-            )
+            remedy = "add --resume to go on with it" if takes_resume else "give another folder"
+            raise RunError(f"{config.out}: out must be a new folder, got one with a run in it; {remedy}")
         if not self.has_checkpoint and (name := next(self._not_left_over(), None)):
             raise RunError(
                 f"{config.out}: out must be a new folder, got one with {name}, which no run without a whole epoch "
@@ -61,6 +61,18 @@ class RunLog:
     @property
     def has_checkpoint(self) -> bool:
         return (self.checkpoints / "last.json").exists()
+
+    @property
+    def has_epoch(self) -> bool:
+        """Whether there is a whole epoch, which a failure leaves."""
+        return self.has_checkpoint and bool(self.rows())
+
+    @property
+    def remedy(self) -> str:
+        """What to do after a failure, with what it leaves."""
+        if self.resume or not self.has_epoch:
+            return AGAIN
+        return "add --resume to go on" if self.takes_resume else f"go on by rkl train --resume --out {self.folder}"
 
     def _not_left_over(self) -> Iterator[str]:
         """Names of what is in the folder under a run's names, and is not what a run without a whole epoch leaves."""
@@ -100,9 +112,11 @@ class RunLog:
                 write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
                 self.events = SummaryWriter(str(self.tensorboard), purge_step=epoch + 1)
             yield
-        except ValueError:
-            if writing and not (self.has_checkpoint and self.rows()):
+        except ValueError as error:
+            if writing and not self.has_epoch:
                 self._remove(before, new)
+            if isinstance(error, UnwritableError):
+                raise UnwritableError(error.path, error.error, self.remedy) from error
             raise
 
     def _remove(self, before: set[Path], new: list[Path]) -> None:
@@ -125,9 +139,11 @@ class RunLog:
         try:
             with file.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
             self._write_events(row)
         except OSError as error:
-            raise unwritable(file, error) from error
+            raise UnwritableError(file, error) from error
 
     def _write_events(self, row: dict[str, Any]) -> None:
         self.events.add_scalar("lr", row["lr"], row["epoch"])

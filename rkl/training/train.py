@@ -63,25 +63,26 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     data = load_data(config)
     steps_an_epoch(config, len(data.train))
     check_splits(config, data)
-    log = RunLog(config, resume)
+    log = RunLog(config, resume, takes_resume=start is None)
     resumed = resume and log.has_checkpoint
-    data = data.to(fabric.device)
-    learner = Learner(config, data, fabric, start, resumed)
-    facts = learner.restore(log.checkpoints) if resumed else first_facts(config, data)
+    with in_one_line(config, fabric):
+        data = data.to(fabric.device)
+        learner = Learner(config, data, fabric, start, resumed)
+        facts = learner.restore(log.checkpoints) if resumed else first_facts(config, data)
     if finished(config, facts) and is_tested(config, facts):  # the test images are looked at once
         return reported(config, fabric)
     if not resumed and config.cut_epochs and not isinstance(learner.model, ResNet):
         check_cuttable(config, learner.model, data)
     fabric.launch()
     fabric.barrier()
-    with log.opened(facts["epoch"], writing=fabric.is_global_zero), in_one_line(config, fabric):
+    with log.opened(facts["epoch"], writing=fabric.is_global_zero), in_one_line(config, fabric, log):
         if start is not None:
             learner = saved(learner, config, data, facts, log)
         run_epochs(config, fabric, learner, data, facts, log)
         record = finish(config, learner, data, facts, log)
-    if fabric.is_global_zero:
-        write_text(config.out / "metrics.json", json.dumps(record, indent=1))
-    return reported(config, fabric)
+        if fabric.is_global_zero:
+            write_text(config.out / "metrics.json", json.dumps(record, indent=1))
+        return reported(config, fabric)
 
 
 def reported(config: Config, fabric: Fabric) -> Path | None:
