@@ -184,7 +184,7 @@ def measure_all(budget: float, within: float) -> list[ModelRow]:
             if time.perf_counter() - start > within:
                 raise TimeoutError("not reached in time")
             rows += measure_model(model, budget)
-        except Exception as problem:
+        except Exception as problem:  # one model that fails must not cost the others their rows
             why = {"all": f"fails: {told(problem)}"}
             rows.append(ModelRow(model.name, "training step", model.batch, model.size, rejected=why))
     return rows

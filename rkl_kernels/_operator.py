@@ -72,7 +72,7 @@ class Operator:
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             if in_place:
-                _refuse_leaf(inputs[0])
+                _refuse_unfollowed(inputs[0])
             with below():
                 output = registered(*inputs)
             if in_place:
@@ -108,8 +108,8 @@ def _is_many(value: Any) -> bool:
     return isinstance(value, Tensor) and torch._C._functorch.is_legacy_batchedtensor(value)
 
 
-def _refuse_leaf(x: Tensor) -> None:
-    """PyTorch's own refusals to overwrite a leaf or a view that it cannot follow, before anything is written."""
+def _refuse_unfollowed(x: Tensor) -> None:
+    """PyTorch's own refusals to overwrite what autograd cannot follow, a leaf or some views, before any write."""
     base = x._base
     if base is not None:
         made = torch._C._autograd._get_creation_meta(x)

@@ -105,7 +105,7 @@ def catching_the_refusal(self, x):
     x = self.straight(x)
     try:
         return x * 2 if x.mean() > -100 else x
-    except Exception:
+    except Exception:  # as a model may, to go on without: the refusal must count all the same
         return x
 
 
@@ -113,7 +113,7 @@ def asking_for_a_length(self, x):
     x = self.straight(x)
     try:
         return x * len(x)
-    except Exception:
+    except Exception:  # as a model may, to go on without: the refusal must count all the same
         return x
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -168,18 +169,16 @@ def test_a_file_that_cannot_be_written_names_a_way_on_that_there_is(
     main(go_on.split()[4:])
 
 
-def test_memory_that_is_short_for_the_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner, "build_model", lambda *arguments: torch.empty(2**55))
-    with pytest.raises(RunError, match=r"the model and the data must fit in memory, got: .*; free some and run the c"):
-        trainer.train(tiny(tmp_path / "run"))
-    assert not os.listdir(tmp_path)
-
-
-def test_a_step_short_of_memory_in_the_first_epoch_is_not_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "name", "what"),
+    [(learner, "build_model", "the model and the data"), (trainer, "training_losses", "a step")],
+    ids=["model", "step"],
+)
+def test_memory_that_is_short_before_a_whole_epoch_is_one_line(
+    module: ModuleType, name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "training_losses", lambda *arguments: torch.empty(2**55))
-    with pytest.raises(RunError, match=r"a step must fit in memory, got: .*; free some and run the command again, or"):
+    monkeypatch.setattr(module, name, lambda *arguments: torch.empty(2**55))
+    with pytest.raises(RunError, match=f"{what} must fit in memory, got: .*; free some and run the command again, or"):
         trainer.train(tiny(tmp_path / "run"))
     assert not os.listdir(tmp_path)
 

@@ -284,11 +284,16 @@ def _eight_bits(path: Path | str, image: Any) -> Any:
     return Image.fromarray(np.round(values).astype(np.uint8))
 
 
+def folders(folder: Path) -> list[str]:
+    """The names of the folders in ``folder``, hidden ones aside, in their order."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def class_folders(folder: Path) -> list[str]:
     """The names of the folders in ``folder``: its classes."""
     if not folder.is_dir():
         raise DataError(f"{folder}: must be a folder with one folder a class, got no such folder")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = folders(folder)
     if len(classes) < 2:
         raise DataError(f"{folder}: must hold at least two folders, one a class, got {len(classes)}")
     for name in classes:

@@ -190,8 +190,7 @@ def _download(name: str, source: Source, root: Path) -> None:
 def _folder(path: Path, size: int) -> tuple[Split, Split | None, Split, list[str]]:
     """The user's own images: train, val and test folders, or one folder a class; a missing test is a fixed fifth."""
     divided = (path / "train").is_dir()
-    folders = {part.name for part in path.iterdir() if part.is_dir() and part.name[0] != "."} if divided else set()
-    beside = sorted(folders - {"train", "val", "test"})
+    beside = [name for name in formats.folders(path) if name not in ("train", "val", "test")] if divided else []
     if beside:
         raise DataError(
             f"{path}: must hold train, val and test alone where it holds train, got {beside[0]!r} besides; "

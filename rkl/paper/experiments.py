@@ -260,7 +260,7 @@ def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
             train(config, resume=True)  # of a finished run it checks the settings alone
             record_gradients(config.out)
             sender.send(None)
-        except Exception as error:
+        except Exception as error:  # a cell that fails must not cost the others: its line is sent, its trace written
             traceback.print_exc(file=output)
             reason = (str(error).splitlines() or [""])[0]
             sender.send(f"{type(error).__name__}: {reason} (see {config.out / 'output.txt'})")

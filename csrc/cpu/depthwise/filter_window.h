@@ -185,7 +185,7 @@ class FilterRows {
         turn_(vectors_of_turn<T>((kernel_h + 1) * forward.in_w)),
         kernel_w_(kernel_w),
         taps_(kernel_h * kernel_w),
-        image_row_(image_row) {}
+        zeros_(image_row) {}
 
   int64_t pairs() const {
     int64_t pairs = 0;
@@ -225,12 +225,6 @@ class FilterRows {
   // Vectors at once from v on. The sums of more taps leave no room for two.
   int64_t together(int64_t v) const { return kernel_w_ <= kWindowTaps ? vectors_together<T>(lanes_, v) : 1; }
 
-  // As WindowRows has them.
-  const T* zeros() {
-    if (zeros_.empty()) zeros_.resize(image_row_ + kLanes);
-    return zeros_.data();
-  }
-
   void rows_of(const Image<const T>& in, const Image<const T>& grad, const Lattice& down, int64_t j, int64_t first,
                int64_t last, bool wants_bias, float* sums) {
     const int64_t rows = std::min<int64_t>(kRows, down.count - j), top = down.step * j - down.left;
@@ -241,7 +235,7 @@ class FilterRows {
       for (int i = 0; i < kRows; ++i) {
         const int64_t c = top + a + i * down.step;
         const bool inside = i < rows && c >= 0 && c < down.inputs;
-        row.row[i] = inside ? in.first + (down.origin + down.unit * c) * in.row : zeros();
+        row.row[i] = inside ? in.first + (down.origin + down.unit * c) * in.row : zeros_.data();
         any = any || inside;
       }
       row.sums = sums + int64_t(a) * kernel_w_ * kLanes;
@@ -249,7 +243,7 @@ class FilterRows {
     }
     FilterJob<T> job{};
     for (int i = 0; i < kRows; ++i)
-      job.grad[i] = i < rows ? grad.first + (down.first + down.pitch * (j + i)) * grad.row : zeros();
+      job.grad[i] = i < rows ? grad.first + (down.first + down.pitch * (j + i)) * grad.row : zeros_.data();
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
     const char* read = reinterpret_cast<const char*>(
@@ -315,8 +309,7 @@ class FilterRows {
   const std::vector<Lattice> down_, across_;
   const int64_t turn_;
   const int kernel_w_, taps_;
-  const int64_t image_row_;
-  LineVector<T> zeros_;
+  ZeroRow<T> zeros_;
   std::vector<FilterRow<T>> rows_;
 };
 

@@ -15,6 +15,21 @@ struct Image {
   bool streams = false;  // what is written goes past the caches; its vectors are whole lines then
 };
 
+// A row outside the image, of so many elements. Made when one is read: of images of one row it is as large as they are.
+template <class T>
+class ZeroRow {
+ public:
+  explicit ZeroRow(int64_t size) : size_(size + kLanes) {}
+  const T* data() {
+    if (zeros_.empty()) zeros_.resize(size_);
+    return zeros_.data();
+  }
+
+ private:
+  const int64_t size_;
+  LineVector<T> zeros_;
+};
+
 // The first and the last step of a window of `taps` taps from the lattice's t0-th on.
 struct Steps {
   int64_t first, last, left;
@@ -53,7 +68,7 @@ class WindowRows {
                   ? lanes.vectors()
                   : vectors_of_turn<T>((gather.vertical[0].taps() + 1) * gather.in_w)),
         phases_across_(int(gather.horizontal.size())),
-        image_row_(image_row) {
+        zeros_(image_row) {
     for (const Axis& down : gather.vertical)
       for (const Axis& across : gather.horizontal) {
         const int64_t size = int64_t(operands<T>(down.taps())) * across.taps() * kLanes;
@@ -149,18 +164,12 @@ class WindowRows {
       }
       const int64_t c = l.step * j - l.left + i;
       const bool inside = c >= 0 && c < l.inputs;
-      rows_.push_back(inside ? in.first + (l.origin + l.unit * c) * in.row : zeros());
+      rows_.push_back(inside ? in.first + (l.origin + l.unit * c) * in.row : zeros_.data());
       if (!inside) continue;
       job.begin = std::min(job.begin, i / kRows);
       job.end = i / kRows + 1;
     }
     job.rows = rows_.data();
-  }
-
-  // A row outside the image. Made when there is one: of images of one row it is as large as they are.
-  const T* zeros() {
-    if (zeros_.empty()) zeros_.resize(image_row_ + kLanes);
-    return zeros_.data();
   }
 
   // The job that makes vectors [v, v + vectors) of the outputs of a lattice across in rows j and j + kRows, out of the
@@ -338,8 +347,7 @@ class WindowRows {
   const int64_t pairs_;
   const int64_t turn_;
   const int phases_across_;
-  const int64_t image_row_;
-  LineVector<T> zeros_;
+  ZeroRow<T> zeros_;
   std::vector<Table> tables_;               // (phase down, phase across)
   std::vector<std::vector<Piece>> pieces_;  // of each lattice across
   std::vector<const T*> rows_;
