@@ -13,10 +13,10 @@ namespace {
 
 struct CpuTRelu {
   static void forward(const void* x, void* y, int64_t n, Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).trelu(x, y, n, dtype);
+    cpu::kernels(dtype).trelu(x, y, n);
   }
   static void backward(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).trelu_backward(grad, y, dx, n, dtype);
+    cpu::kernels(dtype).trelu_backward(grad, y, dx, n);
   }
 };
 
@@ -31,19 +31,19 @@ struct CpuConv : TransposedFormats<CpuConv> {
   }
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).depthwise(g, x, weight, bias, act, y, dtype);
+    cpu::kernels(dtype).depthwise(g, x, weight, bias, act, y);
   }
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).depthwise_backward(g, grad, x, weight, dx, dweight, dbias, dtype);
+    cpu::kernels(dtype).depthwise_backward(g, grad, x, weight, dx, dweight, dbias);
   }
   static void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
                        Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).epilogue(z, bias, act, out, rows, channels, dtype);
+    cpu::kernels(dtype).epilogue(z, bias, act, out, rows, channels);
   }
   static void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out,
                                   int64_t rows, int64_t channels, Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).activation_backward(grad, values, act, from_output, out, rows * channels, dtype);
+    cpu::kernels(dtype).activation_backward(grad, values, act, from_output, out, rows * channels);
   }
   static bool takes_planes(const Conv2d& g, int64_t c_out, Dtype dtype, bool backward) {
     const cpu::SeparablePlan plan = cpu::plan_separable(g, c_out, dtype);
@@ -109,7 +109,7 @@ struct CpuConv2d {
   }
   static void bias_and_activation(const Tensor& x, const std::optional<Tensor>&, Activation act, Dtype dtype) {
     void* const memory = x.mutable_data_ptr();
-    cpu::kernels(dtype).epilogue(memory, nullptr, act, memory, x.numel(), 1, dtype);
+    cpu::kernels(dtype).epilogue(memory, nullptr, act, memory, x.numel(), 1);
   }
 };
 

@@ -57,6 +57,14 @@ def hot_loop(isa: str, name: str) -> list[str]:
     return [text for at, text in instructions if start <= at <= end]
 
 
+def test_what_instruction_sets_share_is_compiled_for_every_processor() -> None:
+    """Of an inline function that several of them use the linker keeps one: it may have none of their instructions."""
+    own = re.compile(r"::(avx2|avx512|avx512_bf16)::")
+    assert any(own.search(name) for name in functions())
+    wide = re.compile(r"%[yz]mm|%k[1-7]|^v[a-z]")
+    assert not [f for f, body in functions().items() if not own.search(f) and any(wide.search(t) for _, t in body)]
+
+
 @pytest.mark.parametrize(("isa", "name", "products"), LOOPS)
 def test_sums_and_weights_stay_in_registers(isa: str, name: str, products: int) -> None:
     loop = hot_loop(isa, name)

@@ -7,13 +7,6 @@
 
 namespace rkl::cpu {
 
-// A matrix product's result z made into the output: out = act(z + bias), element by element. z and out may be the same.
-struct BandEpilogue {
-  const void *z, *bias;  // bias: a value a column; may be null
-  void* out;
-  int64_t rows, columns, stride;  // from row to row, of both
-};
-
 // A depthwise step's filter and bias, widened and in the order that the kernels read them in.
 struct PackedFilter {
   LineVector<float> weights, bias;
@@ -58,51 +51,50 @@ struct PointwiseShare {
   int64_t scratch_size() const { return piece * (packed_row(outputs) + PointwiseFilter::kOutputs); }
 };
 
-// The kernels as compiled for one instruction set.
+// The kernels for elements of one type, as compiled for one instruction set.
 struct Kernels {
-  void (*trelu)(const void* x, void* y, int64_t n, Dtype dtype);
-  void (*trelu_backward)(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype);
+  int64_t together;  // channels that a kernel takes at once: one or two whole vectors
+
+  void (*trelu)(const void* x, void* y, int64_t n);
+  void (*trelu_backward)(const void* grad, const void* y, void* dx, int64_t n);
 
   // y = act(x * weight + bias); bias may be null.
-  void (*depthwise)(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
-                    Dtype dtype);
+  void (*depthwise)(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y);
   // The same in two parts, for whoever applies one filter to many bands.
-  PackedFilter (*pack_filter)(const Conv2d& g, const void* weight, const void* bias, Dtype dtype);
-  void (*depthwise_packed)(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y,
-                           Dtype dtype);
+  PackedFilter (*pack_filter)(const Conv2d& g, const void* weight, const void* bias);
+  void (*depthwise_packed)(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y);
   // The gradients of x, weight and bias; each may be null where it is not wanted.
   void (*depthwise_backward)(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
-                             void* dweight, void* dbias, Dtype dtype);
+                             void* dweight, void* dbias);
 
   // Blocks [first, last) of a pointwise filter in the order that they are read in, and of a pointwise step's outputs.
   // packed: of block 0. Serial. Of bf16 the channels must be an even number.
-  void (*pack_pointwise)(const PointwiseFilter& filter, int64_t first, int64_t last, float* packed, Dtype dtype);
-  void (*pointwise_rows)(const PointwiseRows& rows, int64_t first, int64_t last, const float* packed, Dtype dtype);
+  void (*pack_pointwise)(const PointwiseFilter& filter, int64_t first, int64_t last, float* packed);
+  void (*pointwise_rows)(const PointwiseRows& rows, int64_t first, int64_t last, const float* packed);
   // Serial.
-  void (*add_pointwise_share)(const PointwiseShare& share, Dtype dtype);
+  void (*add_pointwise_share)(const PointwiseShare& share);
 
   // Over a dense matrix of rows by channels: out = act(z + bias), and grad times the activation's derivative, from its
-  // output or its input. out may be the first argument.
-  void (*epilogue)(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels,
-                   Dtype dtype);
+  // output or its input. out may be the first argument; bias may be null.
+  void (*epilogue)(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels);
   void (*activation_backward)(const void* grad, const void* values, Activation act, bool from_output, void* out,
-                              int64_t n, Dtype dtype);
+                              int64_t n);
 
-  // Serial, over a band that is in cache. z_type is dtype or fp32.
-  void (*widen)(const void* in, float* out, int64_t n, Dtype dtype);
-  void (*finish)(const BandEpilogue& f, Activation act, Dtype z_type, Dtype dtype);
-  void (*add_column_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns, Dtype dtype);
+  // Serial, over a band that is in cache.
+  void (*widen)(const void* in, float* out, int64_t n);
+  void (*add_column_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns);
   // Planes (channels, pixels) into rows (pixels, channels), and back; plane, row: elements from one's start to the
   // next's.
-  void (*planes_to_rows)(const void* planes, int64_t plane, void* rows, int64_t row, int64_t channels, int64_t pixels,
-                         Dtype dtype);
-  void (*rows_to_planes)(const void* rows, int64_t row, void* planes, int64_t plane, int64_t channels, int64_t pixels,
-                         Dtype dtype);
-  void (*round)(const double* in, void* out, int64_t n, Dtype dtype);
+  void (*planes_to_rows)(const void* planes, int64_t plane, void* rows, int64_t row, int64_t channels, int64_t pixels);
+  void (*rows_to_planes)(const void* rows, int64_t row, void* planes, int64_t plane, int64_t channels, int64_t pixels);
+  void (*round)(const double* in, void* out, int64_t n);
   // The sum of `count` shares of n values each, `stride` floats apart, in fp64. block: floats from
   // PointwiseFilter::kOutputs values to the next as many.
-  void (*sum_shares)(const float* shares, int64_t count, int64_t stride, int64_t block, void* out, int64_t n,
-                     Dtype dtype);
+  void (*sum_shares)(const float* shares, int64_t count, int64_t stride, int64_t block, void* out, int64_t n);
+};
+
+struct KernelTable {
+  Kernels f32, bf16, f16;
 };
 
 // Dense images from NCHW to NHWC, or back.

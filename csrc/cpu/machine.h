@@ -4,6 +4,11 @@
 
 namespace rkl::cpu {
 
+constexpr int64_t kLine = 64;  // bytes of a line of memory
+
+// Elements a thread takes at least: below, waking it, some 20 us, costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
 struct Machine {
   bool avx2, avx512, avx512_bf16;  // with what else the kernels of that name use
   bool amx;                        // matrix instructions for bf16, which the library uses
@@ -23,7 +28,6 @@ inline bool exceeds_caches(int64_t output) { return machine().l3_bytes && output
 
 // Whether rows of so many bytes from p on are whole lines of memory, as what is written past the caches must be.
 inline bool in_whole_lines(const void* p, int64_t row_bytes) {
-  constexpr int64_t kLine = 64;
   return row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(p) % kLine == 0;
 }
 

@@ -3,6 +3,7 @@
 // in registers, and take turns in their places, so that nothing is moved. Columns outside the image are not visited:
 // the first outputs begin before it, the last ones end behind it. Rows outside are rows of zeros.
 #pragma once
+#include <array>
 #include <utility>
 
 #include "cpu/depthwise/block.h"
@@ -212,6 +213,14 @@ class Window {
 constexpr int kMostTaps = 7;    // of a row at once; wider filters go by pieces
 constexpr int kWindowTaps = 3;  // of a window
 
+// make<K, S>() for K taps of a row and a step of S, 1 or 2: [S - 1][K - 1]. A single tap takes any step.
+template <class Make, int... I>
+constexpr auto by_taps(const Make& make, std::integer_sequence<int, I...>) {
+  return std::array{std::array{make.template operator()<I + 1, 1>()...},
+                    std::array{make.template operator()<I + 1, I ? 2 : 1>()...}};
+}
+constexpr std::make_integer_sequence<int, kMostTaps> kEveryTaps;
+
 // For a vector of channels, and for two where they go together or their sums have room beside each other.
 template <class T>
 struct Code {
@@ -269,14 +278,9 @@ constexpr RowCode<T> code_for() {
   }
 }
 
-// The code for `taps` taps and a step of 1 or 2; any step for a single tap.
 template <class T>
 const RowCode<T>& row_code(int taps, int64_t step) {
-  static constexpr RowCode<T> codes[2][kMostTaps] = {
-      {code_for<T, 1, 1>(), code_for<T, 2, 1>(), code_for<T, 3, 1>(), code_for<T, 4, 1>(), code_for<T, 5, 1>(),
-       code_for<T, 6, 1>(), code_for<T, 7, 1>()},
-      {code_for<T, 1, 1>(), code_for<T, 2, 2>(), code_for<T, 3, 2>(), code_for<T, 4, 2>(), code_for<T, 5, 2>(),
-       code_for<T, 6, 2>(), code_for<T, 7, 2>()}};
+  static constexpr auto codes = by_taps([]<int K, int S>() { return code_for<T, K, S>(); }, kEveryTaps);
   return codes[step > 1][taps - 1];
 }
 

@@ -35,7 +35,8 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
                T* dbias) {
   using Filter = typename Rows::Filter;
   const Gather forward = forward_gather(g), gradient = gradient_gather(g);
-  const LineVector<float> weights = Rows::pack(weight, gradient, g, lanes), no_bias(lanes.vectors() * kLanes);
+  const LineVector<float> weights = pack_weights<typename Rows::Operand>(weight, gradient, g, lanes);
+  const LineVector<float> no_bias(lanes.vectors() * kLanes);
   const Finish finish{weights.data(), no_bias.data(), Activation::none};
   const int64_t to_x = Rows(gradient, g, lanes, finish).height(),
                 to_weight = Filter(forward, g, lanes, dbias != nullptr).height();
@@ -69,7 +70,7 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
 // Calls f(rows, g, lanes) with the kind of rows that serves, forward or for both gradients, as a null pointer, and with
 // the images and channels as that takes them.
 template <class T, bool forward, class F>
-void with_rows(const Conv2d& given, F&& f) {
+auto with_rows(const Conv2d& given, F&& f) {
   const Conv2d g = in_whole_vectors<T>(given);
   const Lanes lanes{g.channels, g.channels >= kLanes, given.channels};
   if (g.nhwc && lanes.whole) return f(static_cast<NhwcRows<T, forward>*>(nullptr), g, lanes);
@@ -79,48 +80,39 @@ void with_rows(const Conv2d& given, F&& f) {
   if constexpr (forward)
     if (HalvingRows<T>::serves(g)) return f(static_cast<HalvingRows<T>*>(nullptr), g, planes);
 #endif
-  f(static_cast<PlaneRows<T>*>(nullptr), g, lanes);
+  return f(static_cast<PlaneRows<T>*>(nullptr), g, lanes);
 }
 
-inline PackedFilter pack_filter(const Conv2d& given, const void* weight, const void* bias, Dtype dtype) {
-  PackedFilter filter;
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    with_rows<T, true>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
-      using Rows = std::remove_pointer_t<decltype(rows)>;
-      filter.weights = Rows::pack(static_cast<const T*>(weight), forward_gather(g), g, lanes);
-      filter.bias = pack_bias<typename Rows::Operand>(static_cast<const T*>(bias), lanes);
-    });
+template <class T>
+PackedFilter pack_filter(const Conv2d& given, const void* weight, const void* bias) {
+  return with_rows<T, true>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
+    using Operand = typename std::remove_pointer_t<decltype(rows)>::Operand;
+    return PackedFilter{pack_weights<Operand>(static_cast<const T*>(weight), forward_gather(g), g, lanes),
+                        pack_bias<Operand>(static_cast<const T*>(bias), lanes)};
   });
-  return filter;
 }
 
-inline void depthwise_packed(const Conv2d& given, const void* x, const PackedFilter& filter, Activation act, void* y,
-                             Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
+template <class T>
+void depthwise_packed(const Conv2d& given, const void* x, const PackedFilter& filter, Activation act, void* y) {
+  with_rows<T, true>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
+    using Rows = std::remove_pointer_t<decltype(rows)>;
     const Finish finish{filter.weights.data(), filter.bias.data(), act};
-    with_rows<T, true>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
-      using Rows = std::remove_pointer_t<decltype(rows)>;
-      convolve_all<Rows>(g, lanes, static_cast<const T*>(x), finish, static_cast<T*>(y));
-    });
+    convolve_all<Rows>(g, lanes, static_cast<const T*>(x), finish, static_cast<T*>(y));
   });
 }
 
-inline void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
-                      Dtype dtype) {
-  depthwise_packed(g, x, pack_filter(g, weight, bias, dtype), act, y, dtype);
+template <class T>
+void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y) {
+  depthwise_packed<T>(g, x, pack_filter<T>(g, weight, bias), act, y);
 }
 
-inline void depthwise_backward(const Conv2d& given, const void* grad, const void* x, const void* weight, void* dx,
-                               void* dweight, void* dbias, Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    with_rows<T, false>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
-      using Rows = std::remove_pointer_t<decltype(rows)>;
-      gradients<Rows>(g, lanes, static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(weight),
-                      static_cast<T*>(dx), static_cast<T*>(dweight), static_cast<T*>(dbias));
-    });
+template <class T>
+void depthwise_backward(const Conv2d& given, const void* grad, const void* x, const void* weight, void* dx,
+                        void* dweight, void* dbias) {
+  with_rows<T, false>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
+    using Rows = std::remove_pointer_t<decltype(rows)>;
+    gradients<Rows>(g, lanes, static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(weight),
+                    static_cast<T*>(dx), static_cast<T*>(dweight), static_cast<T*>(dbias));
   });
 }
 

@@ -3,6 +3,7 @@
 // meet it, so each is read once; a row's sums stay in registers, and are added to those of the rows before when it is
 // done: the error of a sum grows with a row's and a column's length, not with their product.
 #pragma once
+#include "cpu/depthwise/tiling.h"
 #include "cpu/depthwise/window_rows.h"
 
 namespace rkl::cpu::RKL_ISA {
@@ -135,8 +136,8 @@ class FilterWindow {
   Vec sum[Q][K][V], grad[M][V];
 };
 
-// Filter rows at once of K taps each, whose sums have room beside the gradients and a pixel; 0 where not even one has.
-template <class T, int K, int S>
+// Filter rows at once of K taps each, whose sums have room beside the gradients and a pixel.
+template <int K, int S>
 constexpr int filter_rows_at_once() {
   return std::min(K, (kRegisters - (K + S - 1) / S - 1) / K);
 }
@@ -151,9 +152,8 @@ struct FilterCode {
 
 template <class T, int K, int S>
 constexpr FilterCode<T> filter_code_for() {
-  constexpr int rows = filter_rows_at_once<T, K, S>();
-  FilterCode<T> code;
-  if constexpr (rows >= 1) code = {{&FilterWindow<T, K, S, 1, 1>::run}, {&FilterWindow<T, K, S, rows, 1>::run}, rows};
+  constexpr int rows = filter_rows_at_once<K, S>();
+  FilterCode<T> code{{&FilterWindow<T, K, S, 1, 1>::run}, {&FilterWindow<T, K, S, rows, 1>::run}, rows};
   if constexpr (Pixels<T>::kTogether == 2 && K <= kWindowTaps) {
     code.one[1] = &FilterWindow<T, K, S, 1, 2>::run;
     code.many[1] = &FilterWindow<T, K, S, rows, 2>::run;
@@ -163,11 +163,7 @@ constexpr FilterCode<T> filter_code_for() {
 
 template <class T>
 const FilterCode<T>& filter_code(int taps, int64_t step) {
-  static constexpr FilterCode<T> codes[2][kMostTaps] = {
-      {filter_code_for<T, 1, 1>(), filter_code_for<T, 2, 1>(), filter_code_for<T, 3, 1>(), filter_code_for<T, 4, 1>(),
-       filter_code_for<T, 5, 1>(), filter_code_for<T, 6, 1>(), filter_code_for<T, 7, 1>()},
-      {filter_code_for<T, 1, 1>(), filter_code_for<T, 2, 2>(), filter_code_for<T, 3, 2>(), filter_code_for<T, 4, 2>(),
-       filter_code_for<T, 5, 2>(), filter_code_for<T, 6, 2>(), filter_code_for<T, 7, 2>()}};
+  static constexpr auto codes = by_taps([]<int K, int S>() { return filter_code_for<T, K, S>(); }, kEveryTaps);
   return codes[step > 1][taps - 1];
 }
 
@@ -178,41 +174,34 @@ class FilterRows {
   static constexpr int kRows = Pixels<T>::kRows;
 
  public:
-  FilterRows(const Gather& forward, const Lanes& lanes, int kernel_h, int kernel_w, int64_t image_row)
+  FilterRows(const Gather& forward, const Conv2d& g, const Lanes& lanes, bool wants_bias, int64_t image_row)
       : lanes_(lanes),
+        wants_bias_(wants_bias),
         down_(lattices_of(forward.vertical, forward.in_h)),
         across_(lattices_of(forward.horizontal, forward.in_w)),
-        turn_(vectors_of_turn<T>((kernel_h + 1) * forward.in_w)),
-        kernel_w_(kernel_w),
-        taps_(kernel_h * kernel_w),
-        zeros_(image_row) {}
+        turn_(vectors_of_turn<T>((g.kernel_h + 1) * forward.in_w)),
+        kernel_w_(g.kernel_w),
+        taps_(g.kernel_h * g.kernel_w),
+        zeros_(image_row) {
+    for (const Lattice& l : across_) pieces_.push_back(pieces_of(l));
+  }
 
-  int64_t pairs() const {
+  // Pairs of rows of the longest of the lattices.
+  int64_t height() const {
     int64_t pairs = 0;
     for (const Lattice& l : down_) pairs = std::max(pairs, ceil_div(l.count, 2));
     return pairs;
   }
 
-  // Of the gradient's rows, those that the pairs before `pair` are.
-  int64_t rows_before(int64_t pair) const { return 2 * pair * down_[0].pitch; }
-
-  // The `pair`-th rows of every lattice, of vectors [first, last); sums: of vector 0.
-  void add(const Image<const T>& in, const Image<const T>& grad, int64_t pair, int64_t first, int64_t last,
-           bool wants_bias, float* sums) {
-    for (const Lattice& down : down_)
-      for (int64_t j = 2 * pair; j < std::min(2 * pair + 2, down.count); j += kRows)
-        rows_of(in, grad, down, j, first, last, wants_bias, sums);
+  // Makes zeros of the sums of a tile's vectors, before any row is added. sums: of vector 0, here and below.
+  void begin(float* sums, const Tile& tile) const {
+    std::fill(sums + Lanes::at(tile.first_vector, 0, taps_ + 1), sums + Lanes::at(tile.last_vector, 0, taps_ + 1), 0.f);
   }
 
-  // Makes zeros of the sums of vectors [first, last), before any row is added.
-  void begin(int64_t first, int64_t last, float* sums) const {
-    std::fill(sums + Lanes::at(first, 0, taps_ + 1), sums + Lanes::at(last, 0, taps_ + 1), 0.f);
-  }
-
-  // Puts the sums of vectors [first, last) into their order, when all rows are added.
-  void finish(int64_t first, int64_t last, float* sums) const {
+  // Puts the sums of a tile's vectors into their order, when all rows are added.
+  void finish(float* sums, const Tile& tile) const {
     constexpr int kTogether = Pixels<T>::kTogether;
-    for (int64_t v = first; v < last && together(v) > 1; v += kTogether)
+    for (int64_t v = tile.first_vector; v < tile.last_vector && together(v) > 1; v += kTogether)
       for (int tap = 0; tap < taps_; ++tap) {
         Vec here[kTogether];
         for (int i = 0; i < kTogether; ++i) here[i] = read<Vec>(sums + Lanes::at(v + i, tap, taps_ + 1));
@@ -221,12 +210,24 @@ class FilterRows {
       }
   }
 
+ protected:
+  // Of the gradient's rows, those that the pairs before `pair` are.
+  int64_t rows_before(int64_t pair) const { return 2 * pair * down_[0].pitch; }
+
+  // A tile's pairs of rows of every lattice.
+  void add(const Image<const T>& in, const Image<const T>& grad, float* sums, const Tile& tile) {
+    for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
+      for (const Lattice& down : down_)
+        for (int64_t j = 2 * pair; j < std::min(2 * pair + 2, down.count); j += kRows)
+          rows_of(in, grad, down, j, tile.first_vector, tile.last_vector, sums);
+  }
+
  private:
   // Vectors at once from v on. The sums of more taps leave no room for two.
   int64_t together(int64_t v) const { return kernel_w_ <= kWindowTaps ? vectors_together<T>(lanes_, v) : 1; }
 
   void rows_of(const Image<const T>& in, const Image<const T>& grad, const Lattice& down, int64_t j, int64_t first,
-               int64_t last, bool wants_bias, float* sums) {
+               int64_t last, float* sums) {
     const int64_t rows = std::min<int64_t>(kRows, down.count - j), top = down.step * j - down.left;
     rows_.clear();
     for (int a = 0; a < down.taps; ++a) {
@@ -257,7 +258,8 @@ class FilterRows {
       vectors = std::max(here, std::min(turn_, whole - v) / here * here);
       const int64_t at = lanes_.at(v), of_vector = Lanes::at(v, 0, taps_ + 1);
       job.vectors = vectors;
-      for (const Lattice& l : across_) {
+      for (size_t h = 0; h < across_.size(); ++h) {
+        const Lattice& l = across_[h];
         job.pitch = l.unit * in.pixel, job.grad_pitch = l.pitch * grad.pixel;
         job.at = l.origin * in.pixel + at, job.grad_at = l.first * grad.pixel + at;
         job.count = l.count, job.inputs = l.inputs, job.step = l.step;
@@ -265,22 +267,19 @@ class FilterRows {
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
         job.beside = {beside + (linear ? 0 : job.grad_at * size), linear ? vector : job.grad_pitch * size,
                       down.pitch * grad.row * size, !linear};
-        for (int64_t i = 0; wants_bias && i < vectors; ++i)
+        for (int64_t i = 0; wants_bias_ && i < vectors; ++i)
           add_bias(job, i, int(rows), sums + Lanes::at(v + i, taps_, taps_ + 1));
-        const int64_t steps = run(job, l, int(here), of_vector);
+        const int64_t steps = run(job, pieces_[h], int(here), of_vector);
         if (linear) read += steps * vectors * vector, beside += steps * vectors * vector;
       }
     }
   }
 
   // `together`: vectors that a window takes at once.
-  int64_t run(FilterJob<T>& job, const Lattice& l, int together, int64_t sums) {
-    const int most = l.step > 2 ? 1 : kMostTaps, pieces = (l.taps + most - 1) / most;
+  int64_t run(FilterJob<T>& job, const std::vector<Piece>& pieces, int together, int64_t sums) {
     int64_t taken = 0;
-    for (int p = 0; p < pieces; ++p) {
-      const int first = l.taps * p / pieces, taps = l.taps * (p + 1) / pieces - first;
-      const FilterCode<T>& code = filter_code<T>(taps, l.step);
-      const Steps steps(l, first, taps);
+    for (const auto& [first, taps, steps] : pieces) {
+      const FilterCode<T>& code = filter_code<T>(taps, job.step);
       job.first = steps.first, job.last = steps.last, job.left = steps.left;
       job.sums = sums + first * kLanes;
       if (steps.last == steps.first) continue;
@@ -306,10 +305,12 @@ class FilterRows {
   }
 
   const Lanes lanes_;
+  const bool wants_bias_;
   const std::vector<Lattice> down_, across_;
   const int64_t turn_;
   const int kernel_w_, taps_;
   ZeroRow<T> zeros_;
+  std::vector<std::vector<Piece>> pieces_;  // of each lattice across
   std::vector<FilterRow<T>> rows_;
 };
 

@@ -22,20 +22,33 @@ bool is_3_by_3_on_planes(const Conv2d& g, int stride) {
   return !g.nhwc && one_around && g.stride_h == stride && g.stride_w == stride && g.kernel_h == 3 && g.kernel_w == 3;
 }
 
-// bias + the nine pixels times the nine weights, row by row. A sum for each row: one after the other, the nine would
-// wait for each other.
-template <class T>
-RKL_INLINE Vec sum_3_by_3(Vec bias, const Vec (&x)[9], const Vec (&weight)[9], T) {
-  Vec row[3] = {bias, Vec{}, Vec{}};
-#pragma GCC unroll 9
-  for (int i = 0; i < 9; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
-  return row[0] + (row[1] + row[2]);
-}
-
 // Of a channel's tap among weights or sums that lie as (vector, tap, lane).
 inline int64_t at_channel(int64_t channel, int64_t tap, int64_t taps) {
   return Lanes::at(channel / kLanes, tap, taps) + channel % kLanes;
 }
+
+// A channel's filter, bias and activation.
+template <class T>
+struct ChannelFilter {
+  Vec weight[9], bias;
+  Activation act;
+
+  RKL_INLINE ChannelFilter(const Finish& finish, int64_t channel)
+      : bias(broadcast(finish.bias[channel])), act(finish.act) {
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) weight[i] = as_factor(broadcast(finish.weights[at_channel(channel, i, 9)]), T{});
+  }
+
+  // The outputs over these pixels, those of a row's taps after the other's. A sum for each row: one after the other,
+  // the nine would wait for each other.
+  RKL_INLINE Vec outputs(const Vec (&x)[9]) const {
+    Vec row[3] = {bias, Vec{}, Vec{}};
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
+    const Vec sum = row[0] + (row[1] + row[2]);
+    return act == Activation::none ? sum : activate(act, sum, T{});
+  }
+};
 
 template <class T>
 class FlatRows {
@@ -51,16 +64,10 @@ class FlatRows {
   using Filter = FlatRows;
   using Operand = float;
 
-  static LineVector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
-    return as_lanes(filter, kTaps, lanes);
-  }
-
   FlatRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, bool) : FlatRows(gather, g, lanes, Finish{}) {}
 
   FlatRows(const Gather& gather, const Conv2d&, const Lanes& lanes, const Finish& finish)
       : lanes_(lanes), finish_(finish), width_(gather.out_w), pixels_(gather.out_h * gather.out_w) {
-    const Axis &down = gather.vertical[0], &across = gather.horizontal[0];
-    for (int i = 0; i < kTaps; ++i) tap_[i] = down.tap[i / 3] * 3 + across.tap[i % 3];
     masks_.resize(ceil_div(pixels_, kLanes) + 1);
     for (int64_t v = 0; v + 1 < int64_t(masks_.size()); ++v)
       for (int i = 0; i < 3; ++i) masks_[v].row[i] = inside(v * kLanes + (i - 1) * width_);
@@ -98,10 +105,8 @@ class FlatRows {
   }
 
   void finish(float* sums, const Tile& all) const {
-    sum_lanes(sums_.data(), sums_.size() / kLanes, [&](int64_t i, float sum) {
-      const int64_t row = i % kRows, tap = row < kTaps ? tap_[row] : kTaps;
-      sums[at_channel(all.first_vector + i / kRows, tap, kRows)] = sum;
-    });
+    sum_lanes(sums_.data(), sums_.size() / kLanes,
+              [&](int64_t i, float sum) { sums[at_channel(all.first_vector + i / kRows, i % kRows, kRows)] = sum; });
   }
 
  private:
@@ -132,6 +137,7 @@ class FlatRows {
     Vec before[3], here[3];
     // The first pixel has none to its left, so what lies before the first vector is not asked for, nor what lies behind
     // the last one, which the masks make zero.
+#pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
       before[i] = Vec{};
       here[i] = take(plane, 0, i);
@@ -154,23 +160,15 @@ class FlatRows {
   }
 
   void convolve(const T* in, int64_t channel, T* out) const {
-    const float* weights = finish_.weights + at_channel(channel, 0, kTaps);
-    Vec weight[kTaps];
-    for (int i = 0; i < kTaps; ++i) weight[i] = as_factor(broadcast(weights[tap_[i] * kLanes]), T{});
-    const Vec bias = broadcast(finish_.bias[channel]);
-    for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
-      Vec sum = sum_3_by_3(bias, x, weight, T{});
-      if (finish_.act != Activation::none) sum = activate(finish_.act, sum, T{});
-      T* to = out + v * kLanes;
-      if (const int64_t lanes = pixels_ - v * kLanes; lanes >= kLanes)
-        store(to, sum);
-      else
-        store_some(to, sum, lanes);
+    const ChannelFilter<T> filter(finish_, channel);
+    for_windows(in, [=, this](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
+      store_up_to(out + v * kLanes, filter.outputs(x), pixels_ - v * kLanes);
     });
   }
 
   void correlate(const T* in, const T* grad, float* sums) const {
     Vec sum[kRows];
+#pragma GCC unroll 10
     for (int i = 0; i < kRows; ++i) sum[i] = load(sums + i * kLanes);
     for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
       const Vec g = take(grad, v, 1);
@@ -178,15 +176,15 @@ class FlatRows {
 #pragma GCC unroll 9
       for (int i = 0; i < kTaps; ++i) sum[i] = multiply_add(sum[i], x[i], g, T{});
     });
+#pragma GCC unroll 10
     for (int i = 0; i < kRows; ++i) store(sums + i * kLanes, sum[i]);
   }
 
   const Lanes lanes_;
   const Finish finish_;
   const int64_t width_, pixels_;  // of a plane
-  int64_t tap_[kTaps];
-  std::vector<Masks> masks_;  // a vector
-  LineVector<float> sums_;    // (channel, kRows, kLanes)
+  std::vector<Masks> masks_;      // a vector
+  LineVector<float> sums_;        // (channel, kRows, kLanes)
 };
 
 }  // namespace rkl::cpu::RKL_ISA

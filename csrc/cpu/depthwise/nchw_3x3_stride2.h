@@ -21,10 +21,6 @@ class HalvingRows {
     return {g.batch, g.channels, group, g.out_h, band};
   }
 
-  static LineVector<float> pack(const T* filter, const Gather&, const Conv2d&, const Lanes& lanes) {
-    return as_lanes(filter, kTaps, lanes);
-  }
-
   HalvingRows(const Gather&, const Conv2d& g, const Lanes&, const Finish& finish) : g_(g), finish_(finish) {}
 
   int64_t height() const { return g_.out_h; }
@@ -33,22 +29,14 @@ class HalvingRows {
     for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
       const int64_t plane = tile.image * g_.channels + channel;
       const Plane from{in + plane * g_.in_h * g_.in_w, g_.in_h, g_.in_w};
-      const float* weights = finish_.weights + at_channel(channel, 0, kTaps);
-      Filter filter;
-      for (int i = 0; i < kTaps; ++i) filter.weight[i] = as_factor(broadcast(weights[i * kLanes]), T{});
-      filter.bias = broadcast(finish_.bias[channel]);
       T* to = out + plane * g_.out_h * g_.out_w;
-      g_.out_w <= kLanes / 2 ? by_pairs(from, filter, tile, to) : by_rows(from, filter, tile, to);
+      g_.out_w <= kLanes / 2 ? by_pairs(from, channel, tile, to) : by_rows(from, channel, tile, to);
     }
   }
 
  private:
   static constexpr int kTaps = 9;
   static constexpr int64_t kTaskPixels = 16384;
-
-  struct Filter {
-    Vec weight[kTaps], bias;
-  };
 
   struct Plane {
     const T* first;
@@ -61,9 +49,9 @@ class HalvingRows {
     // Asks for 32 pixels of two rows some way on, where the next rows or the next plane are: the hardware does not
     // foresee them (96 channels, 112 px, batch 8, one thread: 6.1 ms by columns of rows and without, 1.7 with).
     RKL_INLINE void ask(int64_t row, int64_t column) const {
-      constexpr int64_t kLead = 8192 / sizeof(T), kLine = 64 / sizeof(T);
+      constexpr int64_t kLead = 8192 / sizeof(T);
       const T* next = first + row * width + column + kLead;
-      for (int64_t i = 0; i < 2 * kLanes; i += kLine) {
+      for (int64_t i = 0; i < 2 * kLanes; i += kLine / int64_t(sizeof(T))) {
         __builtin_prefetch(next + i);
         __builtin_prefetch(next + width + i);
       }
@@ -83,7 +71,8 @@ class HalvingRows {
     x[0] = (Vec)_mm512_maskz_alignr_epi32(left, (__m512i)x[2], (__m512i)before, kLanes - 1);
   }
 
-  void by_rows(const Plane& from, const Filter& filter, const Tile& tile, T* out) const {
+  void by_rows(const Plane& from, int64_t channel, const Tile& tile, T* out) const {
+    const ChannelFilter<T> filter(finish_, channel);
     for (int64_t h = tile.first_row; h < tile.last_row; ++h) {
       T* to = out + h * g_.out_w;
       for (int64_t w = 0; w < g_.out_w; w += kLanes) {
@@ -96,18 +85,14 @@ class HalvingRows {
           under_taps(from.take(row, 2 * w, in_a), from.take(row, 2 * w + kLanes, in_b),
                      from.take(row, 2 * w - kLanes, in_before), 0xffff, x + 3 * i);
         }
-        Vec y = sum_3_by_3(filter.bias, x, filter.weight, T{});
-        if (finish_.act != Activation::none) y = activate(finish_.act, y, T{});
-        if (const int64_t lanes = g_.out_w - w; lanes >= kLanes)
-          store(to + w, y);
-        else
-          store_some(to + w, y, lanes);
+        store_up_to(to + w, filter.outputs(x), g_.out_w - w);
       }
     }
   }
 
   // Two rows of outputs at a time.
-  void by_pairs(const Plane& from, const Filter& filter, const Tile& tile, T* out) const {
+  void by_pairs(const Plane& from, int64_t channel, const Tile& tile, T* out) const {
+    const ChannelFilter<T> filter(finish_, channel);
     constexpr int kHalf = kLanes / 2;
     constexpr uint16_t kNotFirst = 0xfefe;  // of each row: nothing lies to its left
     const int64_t width = g_.out_w;
@@ -119,8 +104,7 @@ class HalvingRows {
         const int64_t row = 2 * h - 1 + i;
         under_taps(from.take(row, 0, lanes), from.take(row + 2, 0, lanes), Vec{}, kNotFirst, x + 3 * i);
       }
-      Vec y = sum_3_by_3(filter.bias, x, filter.weight, T{});
-      if (finish_.act != Activation::none) y = activate(finish_.act, y, T{});
+      const Vec y = filter.outputs(x);
       T* to = out + h * width;
       const bool both = h + 1 < tile.last_row;
       if (width == kHalf && both) {

@@ -41,14 +41,14 @@ class ScratchImage {
     if (planes.nhwc) return pack(planes, begin, end);
     // Where images share a vector, the lanes of those that the last one lacks count among its sums.
     if (planes.count < kLanes) std::fill_n(data(), (end - begin) * channels, T{});
-    planes_to_rows(planes.first + begin, planes.pixels, data(), channels, planes.count, end - begin);
+    planes_to_rows<T>(planes.first + begin, planes.pixels, data(), channels, planes.count, end - begin);
   }
 
   // Gives rows [first, last) of an image.
   void empty_into(const Planes<T>& planes, int64_t width, int64_t first, int64_t last) const {
     const int64_t begin = first * width, end = last * width;
     if (planes.nhwc) return unpack(planes, begin, end);
-    rows_to_planes(data(), channels_, planes.first + begin, planes.pixels, planes.count, end - begin);
+    rows_to_planes<T>(data(), channels_, planes.first + begin, planes.pixels, planes.count, end - begin);
   }
 
  private:
@@ -69,7 +69,7 @@ class ScratchImage {
       const T* from = data() + i * channels;
       T* to = first + (i * pixels + begin) * channels;
       for (int64_t left = (end - begin) * channels; left > 0; left -= channels, from += kLanes, to += channels)
-        left >= kLanes ? store(to, load(from)) : store_some(to, load(from), channels);
+        store_up_to(to, load(from), left >= kLanes ? kLanes : channels);
     }
   }
 
@@ -145,35 +145,21 @@ class PlaneScratch {
 };
 
 template <class T>
-class PlaneFilterRows : PlaneScratch<T> {
+class PlaneFilterRows : PlaneScratch<T>, public FilterRows<T> {
  public:
   PlaneFilterRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, bool wants_bias)
       : PlaneScratch<T>(gather, lanes, g),
-        wants_bias_(wants_bias),
-        rows_(gather, lanes, g.kernel_h, g.kernel_w, std::max(g.in_w, g.out_w) * lanes.vectors() * kLanes) {}
-
-  int64_t height() const { return rows_.pairs(); }
-
-  void begin(float* sums, const Tile& all) { rows_.begin(all.first_vector, all.last_vector, sums); }
+        FilterRows<T>(gather, g, lanes, wants_bias, std::max(g.in_w, g.out_w) * lanes.vectors() * kLanes) {}
 
   // Adds the tile's pairs of rows of the output's gradient to the filter's gradient.
   void correlate_rows(const T* in, const T* grad, float* sums, const Tile& tile) {
-    const int64_t begin = rows_.rows_before(tile.first_row);
-    const int64_t end = std::min(this->gather_.out_h, rows_.rows_before(tile.last_row));
+    const int64_t begin = this->rows_before(tile.first_row), width = this->gather_.out_w;
+    const int64_t end = std::min(this->gather_.out_h, this->rows_before(tile.last_row));
     this->fill(in, tile, begin, end);
-    this->image_out_.fill(this->planes(grad, tile, this->gather_.out_h * this->gather_.out_w), this->gather_.out_w,
-                          begin, end, this->channels(tile));
-    const Image<const T> image = this->whole(this->image_in_.read(), tile);
-    const Image<const T> gradient = this->whole(this->image_out_.read(), tile);
-    for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
-      rows_.add(image, gradient, pair, tile.first_vector, tile.last_vector, wants_bias_, sums);
+    this->image_out_.fill(this->planes(grad, tile, this->gather_.out_h * width), width, begin, end,
+                          this->channels(tile));
+    this->add(this->whole(this->image_in_.read(), tile), this->whole(this->image_out_.read(), tile), sums, tile);
   }
-
-  void finish(float* sums, const Tile& all) const { rows_.finish(all.first_vector, all.last_vector, sums); }
-
- private:
-  const bool wants_bias_;
-  FilterRows<T> rows_;
 };
 
 template <class T>
@@ -184,10 +170,6 @@ class PlaneRows : PlaneScratch<T> {
   using Filter = PlaneFilterRows<T>;
   using Operand = T;
   using PlaneScratch<T>::tiling;
-
-  static LineVector<float> pack(const T* filter, const Gather& gather, const Conv2d& g, const Lanes& lanes) {
-    return pack_weights<T>(filter, gather, g.kernel_h, g.kernel_w, lanes);
-  }
 
   PlaneRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, const Finish& finish)
       : PlaneScratch<T>(gather, lanes, g),

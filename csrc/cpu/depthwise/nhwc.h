@@ -40,31 +40,18 @@ Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t 
 }
 
 template <class T>
-class NhwcFilterRows {
+class NhwcFilterRows : public FilterRows<T> {
  public:
   NhwcFilterRows(const Gather& forward, const Conv2d& g, const Lanes& lanes, bool wants_bias)
-      : gather_(forward),
-        channels_(lanes.channels),
-        wants_bias_(wants_bias),
-        rows_(forward, lanes, g.kernel_h, g.kernel_w, std::max(g.in_w, g.out_w) * g.channels) {}
-
-  int64_t height() const { return rows_.pairs(); }
-  void begin(float* sums, const Tile& all) { rows_.begin(all.first_vector, all.last_vector, sums); }
+      : FilterRows<T>(forward, g, lanes, wants_bias, std::max(g.in_w, g.out_w) * g.channels), g_(g) {}
 
   void correlate_rows(const T* in, const T* grad, float* sums, const Tile& tile) {
-    const auto image = nhwc_image(in, tile.image, gather_.in_h, gather_.in_w, channels_);
-    const auto gradient = nhwc_image(grad, tile.image, gather_.out_h, gather_.out_w, channels_);
-    for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
-      rows_.add(image, gradient, pair, tile.first_vector, tile.last_vector, wants_bias_, sums);
+    this->add(nhwc_image(in, tile.image, g_.in_h, g_.in_w, g_.channels),
+              nhwc_image(grad, tile.image, g_.out_h, g_.out_w, g_.channels), sums, tile);
   }
 
-  void finish(float* sums, const Tile& all) const { rows_.finish(all.first_vector, all.last_vector, sums); }
-
  private:
-  const Gather& gather_;
-  const int64_t channels_;
-  const bool wants_bias_;
-  FilterRows<T> rows_;
+  const Conv2d& g_;
 };
 
 // by_class: the rows of a dilation's lattices apart, so that fewer have to stay in the cache. Not beside a filter's
@@ -79,10 +66,6 @@ class NhwcRows {
     if (by_class) return window_tiling<T>(g, lanes, g.kernel_h + 1, height, 32);
     return window_tiling<T>(g, lanes, int64_t(g.kernel_h - 1) * g.dilation_h + 2, height,
                             g.batch * g.channels * height);
-  }
-
-  static LineVector<float> pack(const T* filter, const Gather& gather, const Conv2d& g, const Lanes& lanes) {
-    return pack_weights<T>(filter, gather, g.kernel_h, g.kernel_w, lanes);
   }
 
   NhwcRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, const Finish& finish)

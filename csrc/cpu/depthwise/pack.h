@@ -11,37 +11,41 @@ int operands(int taps) {
   return (taps + Pixels<T>::kRows - 1) / Pixels<T>::kRows;
 }
 
+// Floats of a vector's weights for one phase down and one across: (operand, tap, lane).
+template <class T>
+int64_t table_size(const Axis& down, const Axis& across) {
+  return int64_t(operands<T>(down.taps())) * across.taps() * kLanes;
+}
+
 // Vectors that go together from v on: two if both are whole and overlap no other.
 template <class Operand>
 int64_t vectors_together(const Lanes& lanes, int64_t v) {
   return (v + Pixels<Operand>::kTogether) * kLanes <= lanes.channels ? Pixels<Operand>::kTogether : 1;
 }
 
-// A filter (C, kernel_h * kernel_w) as the weights of each phase of a gather, which forward has one of: of each phase
+// A filter (C, kernel_h, kernel_w) as the weights of each phase of a gather, which forward has one of: of each phase
 // down and across, of each vector of channels, of each operand of a column, of each tap of a row.
 // Operand: the type that the pixels have when they meet the weights.
 template <class Operand, class T>
-LineVector<float> pack_weights(const T* filter, const Gather& gather, int kernel_h, int kernel_w, const Lanes& lanes) {
+LineVector<float> pack_weights(const T* filter, const Gather& gather, const Conv2d& g, const Lanes& lanes) {
   constexpr int kRows = Pixels<Operand>::kRows, kTogether = Pixels<Operand>::kTogether;
-  const auto operands_of = [](const Axis& down, const Axis& across) {
-    return operands<Operand>(down.taps()) * across.taps();
-  };
   int64_t size = 0;
   for (const Axis& down : gather.vertical)
-    for (const Axis& across : gather.horizontal) size += operands_of(down, across);
-  const int64_t taps = kernel_h * kernel_w * kLanes;
-  LineVector<float> out(size * lanes.vectors() * kLanes), by_tap(kTogether * taps);
+    for (const Axis& across : gather.horizontal) size += table_size<Operand>(down, across);
+  const int64_t taps = g.kernel_h * g.kernel_w * kLanes;
+  LineVector<float> out(size * lanes.vectors()), by_tap(kTogether * taps);
   for (int64_t v = 0, count; v < lanes.vectors(); v += count) {
     count = vectors_together<Operand>(lanes, v);
-    for (int64_t i = 0; i < count; ++i) as_lanes(filter, kernel_h * kernel_w, lanes, v + i, by_tap.data() + i * taps);
+    for (int64_t i = 0; i < count; ++i)
+      as_lanes(filter, g.kernel_h * g.kernel_w, lanes, v + i, by_tap.data() + i * taps);
     float* phase = out.data();
     for (const Axis& down : gather.vertical)
       for (const Axis& across : gather.horizontal) {
         const auto weight = [&](int64_t i, int a, int t) {
-          const int64_t tap = a < down.taps() ? down.tap[a] * kernel_w + across.tap[t] : 0;
+          const int64_t tap = a < down.taps() ? down.tap[a] * g.kernel_w + across.tap[t] : 0;
           return a < down.taps() ? read<Vec>(&by_tap[i * taps + tap * kLanes]) : Vec{};
         };
-        const int64_t vector = operands_of(down, across) * kLanes;
+        const int64_t vector = table_size<Operand>(down, across);
         float* to = phase + v * vector;
         for (int a = 0; a < down.taps(); a += kRows)
           for (int t = 0; t < across.taps(); ++t, to += kLanes) {

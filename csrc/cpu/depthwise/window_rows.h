@@ -3,7 +3,7 @@
 #include "cpu/depthwise/convolution_window.h"
 #include "cpu/depthwise/pack.h"
 #include "cpu/kernels.h"
-#include "cpu/simd/math.h"
+#include "cpu/simd/elementwise.h"
 
 namespace rkl::cpu::RKL_ISA {
 
@@ -41,6 +41,22 @@ struct Steps {
   }
 };
 
+// So many of a lattice's taps, from the first-th on: what a window takes at once.
+struct Piece {
+  int first, taps;
+  Steps steps;
+};
+
+inline std::vector<Piece> pieces_of(const Lattice& l) {
+  std::vector<Piece> pieces;
+  const int most = l.step > 2 ? 1 : kMostTaps, count = (l.taps + most - 1) / most;
+  for (int i = 0; i < count; ++i) {
+    const int first = l.taps * i / count, taps = l.taps * (i + 1) / count - first;
+    pieces.push_back({first, taps, Steps(l, first, taps)});
+  }
+  return pieces;
+}
+
 // Vectors of so many pixels that one call makes before another one reads the same pixels: what both find in the nearest
 // cache, half of it. (A call each vector: gradients of 3 x 3 at stride 2 of 4 px took 1.7 times as long.)
 template <class T>
@@ -71,7 +87,7 @@ class WindowRows {
         zeros_(image_row) {
     for (const Axis& down : gather.vertical)
       for (const Axis& across : gather.horizontal) {
-        const int64_t size = int64_t(operands<T>(down.taps())) * across.taps() * kLanes;
+        const int64_t size = table_size<T>(down, across);
         tables_.push_back({weights, size});
         weights += size * lanes.vectors();
       }
@@ -106,11 +122,6 @@ class WindowRows {
     const float* weights;
     int64_t vector;
   };
-  struct Piece {
-    int first, taps;
-    const RowCode<T>* code;
-    Steps steps;
-  };
 
   // In classes that share no input: a dilation's lattices are one each, the phases of a stride are one together.
   static std::vector<std::vector<Lattice>> by_origin(const std::vector<Lattice>& lattices) {
@@ -135,16 +146,6 @@ class WindowRows {
     const int64_t j = pair / kRows * 2 * kRows + pair % kRows;
     for (const Lattice& down : lattices)
       if (j < down.count) rows_of(in, out, down, j, j + kRows < down.count ? 2 : 1, first, last, asks);
-  }
-
-  static std::vector<Piece> pieces_of(const Lattice& l) {
-    std::vector<Piece> pieces;
-    const int most = l.step > 2 ? 1 : kMostTaps, count = (l.taps + most - 1) / most;
-    for (int i = 0; i < count; ++i) {
-      const int first = l.taps * i / count, taps = l.taps * (i + 1) / count - first;
-      pieces.push_back({first, taps, &row_code<T>(taps, l.step), Steps(l, first, taps)});
-    }
-    return pieces;
   }
 
   // The image's rows for rows j and j + kRows of the lattice's outputs.
@@ -255,12 +256,13 @@ class WindowRows {
       float* scratch[2] = {sums_.data() + kMostTaps * output, sums_.data() + sums_.size() / 2 + kMostTaps * output};
       for (int r = 0; r < 2; ++r) job.sums[r] = p + 1 < pieces.size() ? scratch[r] : nullptr;
       const bool alone = pieces.size() == 1 && down.step == (piece.taps == 1 ? 1 : job.step);
+      const RowCode<T>& code = row_code<T>(piece.taps, job.step);
       int64_t steps = job.last - job.first;
-      if (piece.code->in_blocks()) {
+      if (code.in_blocks()) {
         steps = ceil_div(job.count, block_width(job.count)) * block_width(job.count);
-        call(piece.code->block(job.count), steps, job);
+        call(code.block(job.count), steps, job);
       } else {
-        call(piece.code->window(rows, alone ? down.taps : 0), steps, job);
+        call(code.window(rows, alone ? down.taps : 0), steps, job);
         fill(job, 0, std::min(job.count, job.first - (piece.steps.most - 1)), rows);
         fill(job, job.last, job.count, rows);
       }
@@ -323,20 +325,20 @@ class WindowRows {
   void finish(const Job<T>& made, const Job<T>& target, int rows) const {
     constexpr int kTogether = kLineVectors<T>;
     const int64_t channels = made.vectors * kLanes;
-    for (int r = 0; r < rows; ++r)
-      for (int64_t o = 0; o < made.count; ++o) {
-        const T* from = made.out[r] + o * made.out_pitch;
-        T* to = target.out[r] + o * target.out_pitch;
-        if (!target.streams) {
-          for (int64_t c = 0; c < channels; c += kLanes) store(to + c, activate(act_, load(from + c), T{}));
-          continue;
-        }
+    for (int r = 0; r < rows; ++r) {
+      const T* from = made.out[r];
+      T* to = target.out[r];
+      if (!target.streams) {
+        finish_rows<T>(from, nullptr, act_, to, made.count, channels, made.out_pitch);
+        continue;
+      }
+      for (int64_t o = 0; o < made.count; ++o, from += made.out_pitch, to += target.out_pitch)
         for (int64_t c = 0; c < channels; c += kTogether * kLanes) {
           Vec y[kTogether];
           for (int v = 0; v < kTogether; ++v) y[v] = activate(act_, load(from + c + v * kLanes), T{});
           stream(to + c, y);
         }
-      }
+    }
   }
 
   const Lanes lanes_;

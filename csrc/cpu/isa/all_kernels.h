@@ -2,29 +2,39 @@
 #pragma once
 #include "cpu/depthwise/depthwise.h"
 #include "cpu/separable/pointwise_share.h"
+#include "cpu/separable/sums.h"
 #include "cpu/simd/elementwise.h"
 #include "cpu/simd/transpose.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-extern const Kernels kernels;
-const Kernels kernels = {trelu,
-                         trelu_backward,
-                         depthwise,
-                         pack_filter,
-                         depthwise_packed,
-                         depthwise_backward,
-                         pack_pointwise,
-                         pointwise_rows,
-                         add_pointwise_share,
-                         epilogue,
-                         activation_backward,
-                         widen,
-                         finish,
-                         add_column_sums,
-                         transpose_in,
-                         transpose_out,
-                         round,
-                         sum_shares};
+template <class T>
+constexpr Kernels kernels_of() {
+  return {Pixels<T>::kTogether * kLanes,
+          trelu<T>,
+          trelu_backward<T>,
+          depthwise<T>,
+          pack_filter<T>,
+          depthwise_packed<T>,
+          depthwise_backward<T>,
+          pack_pointwise<T>,
+          pointwise_rows<T>,
+          add_pointwise_share<T>,
+          epilogue<T>,
+          activation_backward<T>,
+          widen<T>,
+          add_column_sums<T>,
+          planes_to_rows<T>,
+          rows_to_planes<T>,
+          round<T>,
+          sum_shares<T>};
+}
+
+extern const KernelTable kernels;
+#ifdef RKL_BF16_ONLY
+const KernelTable kernels{{}, kernels_of<bf16>(), {}};
+#else
+const KernelTable kernels{kernels_of<float>(), kernels_of<bf16>(), kernels_of<f16>()};
+#endif
 
 }  // namespace rkl::cpu::RKL_ISA

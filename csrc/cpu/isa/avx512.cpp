@@ -2,18 +2,9 @@
 #if defined(__x86_64__)
 #include "cpu/isa/common.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
-#endif
-
 #define RKL_ISA avx512
 #define RKL_LANES 16
+RKL_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include "cpu/isa/all_kernels.h"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+RKL_END_TARGET
 #endif

@@ -2,6 +2,8 @@
 // baseline, since their inline functions are shared by the whole library.
 #pragma once
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <array>
@@ -20,6 +22,16 @@
 #include "cpu/depthwise/gather.h"
 #include "cpu/depthwise/lattice.h"
 #include "cpu/kernels.h"
-#include "cpu/simd/element.h"
+#include "cpu/machine.h"
 #include "cpu/simd/scratch.h"
 #include "geometry.h"
+
+// What is compiled for more than the baseline stands between these.
+#define RKL_PRAGMA(words) _Pragma(#words)
+#if defined(__clang__)
+#define RKL_BEGIN_TARGET(names) RKL_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define RKL_END_TARGET RKL_PRAGMA(clang attribute pop)
+#else
+#define RKL_BEGIN_TARGET(names) RKL_PRAGMA(GCC target(names))
+#define RKL_END_TARGET
+#endif

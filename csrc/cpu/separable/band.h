@@ -82,7 +82,7 @@ class BandImages {
     if (nhwc_) return made_at(rows, own);
     for (int64_t i = 0; i < rows.images; ++i)
       kernels(dtype_).planes_to_rows(plane(rows, i), height_ * width_, own_image(rows, i, own), channels_, channels_,
-                                     rows.rows * width_, dtype_);
+                                     rows.rows * width_);
     return own;
   }
 
@@ -93,7 +93,7 @@ class BandImages {
   void written(const ImageRows& rows, void* own) const {
     for (int64_t i = 0; !nhwc_ && i < rows.images; ++i)
       kernels(dtype_).rows_to_planes(own_image(rows, i, own), channels_, plane(rows, i), height_ * width_, channels_,
-                                     rows.rows * width_, dtype_);
+                                     rows.rows * width_);
   }
 
  private:

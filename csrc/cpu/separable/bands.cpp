@@ -8,7 +8,7 @@ void separable_bands(const Separable& s, void* y) {
   const Bands bands(s.g, band_pixels(s.g, s.c_out, s.dtype));
   const Kernels& k = kernels(s.dtype);
   const int64_t c = s.g.channels, size = size_of(s.dtype);
-  const PackedFilter depthwise = k.pack_filter(bands.depthwise(), s.depthwise, s.depthwise_bias, s.dtype);
+  const PackedFilter depthwise = k.pack_filter(bands.depthwise(), s.depthwise, s.depthwise_bias);
   const bool streams = s.g.nhwc && streams_rows(y, s.g.batch * s.g.out_h * s.g.out_w, s.c_out, s.outer, s.dtype);
   const PointwiseFilter filter{s.pointwise, s.pointwise_bias, s.c_out, c, false};
   const Scratch pointwise = packed(filter, s.dtype);
@@ -18,9 +18,9 @@ void separable_bands(const Separable& s, void* y) {
     const Scratch hidden(bands.most_pixels() * c * size), own(own_size);
     for (int64_t i = begin; i < end; ++i) {
       const Band band = bands[i];
-      k.depthwise_packed(band.g, in.read(band.in, own.as()), depthwise, s.inner, hidden.as(), s.dtype);
+      k.depthwise_packed(band.g, in.read(band.in, own.as()), depthwise, s.inner, hidden.as());
       k.pointwise_rows({hidden.as(), out.made_at(band.out, own.as()), band.pixels, c, s.c_out, s.outer, streams}, 0,
-                       filter.blocks(), pointwise.as<float>(), s.dtype);
+                       filter.blocks(), pointwise.as<float>());
       out.written(band.out, own.as());
     }
   });
@@ -39,7 +39,7 @@ class BandsBackward {
         y_(y, s.c_out, s.g.out_h, s.g.out_w, s),
         x_(s.x, s.g.channels, s.g.in_h, s.g.in_w, s),
         depthwise_out_(wanted.depthwise_out, s.g.channels, s.g.out_h, s.g.out_w, s),
-        depthwise_(kernels(s.dtype).pack_filter(bands_.depthwise(), s.depthwise, s.depthwise_bias, s.dtype)),
+        depthwise_(kernels(s.dtype).pack_filter(bands_.depthwise(), s.depthwise, s.depthwise_bias)),
         filter_{s.pointwise, nullptr, s.g.channels, s.c_out, true},
         pointwise_(wanted.depthwise_out ? packed(filter_, s.dtype) : Scratch()),
         streams_(s.g.nhwc && wanted.depthwise_out &&
@@ -88,26 +88,24 @@ class BandsBackward {
     const void* dz = grad_.read(band.out, work.dz.as());
     if (activated_) {
       const void* y = y_.read(band.out, own);
-      k.activation_backward(dz, y, s_.outer, true, work.dz.as(), n * c_out, s_.dtype);
+      k.activation_backward(dz, y, s_.outer, true, work.dz.as(), n * c_out);
       dz = work.dz.as();
     }
-    if (wanted_.pointwise_bias) k.add_column_sums(dz, bias_sums_.data() + task * c_out, n, c_out, s_.dtype);
+    if (wanted_.pointwise_bias) k.add_column_sums(dz, bias_sums_.data() + task * c_out, n, c_out);
     if (makes_depthwise())
-      k.depthwise_packed(band.g, x_.read(band.in, own), depthwise_, Activation::none, work.depthwise_out.as(),
-                         s_.dtype);
+      k.depthwise_packed(band.g, x_.read(band.in, own), depthwise_, Activation::none, work.depthwise_out.as());
     if (wanted_.pointwise) {
       const void* hidden = work.depthwise_out.as();
       if (inner()) {
-        k.finish({hidden, nullptr, work.hidden.as(), n, c, c}, s_.inner, s_.dtype, s_.dtype);
+        k.epilogue(hidden, nullptr, s_.inner, work.hidden.as(), n, c);
         hidden = work.hidden.as();
       }
       sums_.add(task, first, dz, hidden, n, work.factors);
     }
     if (!wanted_.depthwise_out) return;
     void* out = depthwise_out_.made_at(band.out, own);
-    k.pointwise_rows({dz, out, n, c_out, c, Activation::none, streams_}, 0, filter_.blocks(), pointwise_.as<float>(),
-                     s_.dtype);
-    if (inner()) k.activation_backward(out, work.depthwise_out.as(), s_.inner, false, out, n * c, s_.dtype);
+    k.pointwise_rows({dz, out, n, c_out, c, Activation::none, streams_}, 0, filter_.blocks(), pointwise_.as<float>());
+    if (inner()) k.activation_backward(out, work.depthwise_out.as(), s_.inner, false, out, n * c);
     depthwise_out_.written(band.out, own);
   }
 

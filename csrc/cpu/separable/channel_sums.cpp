@@ -13,7 +13,7 @@ void channel_sums(const void* image, void* out, int64_t pixels, int64_t channels
     for (int64_t task = begin; task < end; ++task)
       for (int64_t i = parts * task / tasks; i < parts * (task + 1) / tasks; ++i)
         kernels(dtype).add_column_sums(at(image, i * part * channels, dtype), sums.data() + task * channels,
-                                       std::min(part, pixels - i * part), channels, dtype);
+                                       std::min(part, pixels - i * part), channels);
   });
   round_bias(sums, channels, out, dtype);
 }

@@ -31,9 +31,6 @@ bool has_convolution() {
   return has;
 }
 
-// Elements to pack that a thread takes at least: some 20 us, as kThreadOperations.
-constexpr int64_t kThreadElements = int64_t(1) << 15;
-
 // A pointwise step by the kernels here.
 struct Step {
   PointwiseFilter filter;
@@ -50,7 +47,7 @@ struct Step {
     const int64_t c = filter.channels, c_out = filter.outputs;
     kernels(dtype).pointwise_rows(
         {at(in, first * c, dtype), at(out, first * c_out, dtype), count, c, c_out, act, streams}, block, end_block,
-        packed, dtype);
+        packed);
   }
 };
 
@@ -60,7 +57,7 @@ void by_blocks(const Step& s) {
   const int64_t blocks = s.filter.blocks();
   const Scratch packed(s.filter.packed_size() * sizeof(float));
   torch::stable::parallel_for(0, blocks, s.grain(s.rows, PointwiseFilter::kOutputs), [&](int64_t begin, int64_t end) {
-    kernels(s.dtype).pack_pointwise(s.filter, begin, end, packed.as<float>(), s.dtype);
+    kernels(s.dtype).pack_pointwise(s.filter, begin, end, packed.as<float>());
     s.make(0, s.rows, begin, end, packed.as<float>(), false);
   });
 }
@@ -112,9 +109,9 @@ bool convolves_images(int64_t channels) { return channels && OneThread::holds() 
 
 Scratch packed(const PointwiseFilter& filter, Dtype dtype) {
   Scratch out(filter.packed_size() * sizeof(float));
-  torch::stable::parallel_for(
-      0, filter.blocks(), kThreadElements / filter.block_size() + 1,
-      [&](int64_t begin, int64_t end) { kernels(dtype).pack_pointwise(filter, begin, end, out.as<float>(), dtype); });
+  torch::stable::parallel_for(0, filter.blocks(), kGrain / filter.block_size() + 1, [&](int64_t begin, int64_t end) {
+    kernels(dtype).pack_pointwise(filter, begin, end, out.as<float>());
+  });
   return out;
 }
 
@@ -127,7 +124,7 @@ Tensor pointwise(const Tensor& image, const Tensor& filter, const std::optional<
   if (multiplies_rows(image.size(1), dtype)) return multiplied(image, filter, bias, act);
   const Tensor out = convolved(image, filter, bias);
   void* const memory = out.mutable_data_ptr();
-  if (act != Activation::none) kernels(dtype).epilogue(memory, nullptr, act, memory, out.numel(), 1, dtype);
+  if (act != Activation::none) kernels(dtype).epilogue(memory, nullptr, act, memory, out.numel(), 1);
   return out;
 }
 

@@ -64,7 +64,7 @@ void by_pixels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = all * i / parts, count = all * (i + 1) / parts - first;
       const Tensor share = share_of(narrow(left, 3, first, count), narrow(right, 3, first, count));
-      kernels(dtype).widen(share.const_data_ptr(), shares.as<float>() + i * size, size, dtype);
+      kernels(dtype).widen(share.const_data_ptr(), shares.as<float>() + i * size, size);
     }
   });
   round_shares(shares.as<float>(), parts, c_out, c, dense_shares(c_out, c), out, dtype);
@@ -111,8 +111,7 @@ void filter_gradient(const Tensor& dz, const Tensor& hidden, FilterGradient how,
     const Scratch wide(c_out * c * sizeof(float));
     filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(hidden, ScalarType::Float), how,
                     wide.as());
-    kernels(dtype).finish({wide.as(), nullptr, out, c_out, c, c}, Activation::none, Dtype::f32, dtype);
-    return;
+    return round_shares(wide.as<float>(), 1, c_out, c, dense_shares(c_out, c), out, dtype);
   }
   const auto by = how == FilterGradient::channels ? by_channels : by_pixels;
   by(dz, hidden, out, dtype);

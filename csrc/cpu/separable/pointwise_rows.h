@@ -3,7 +3,7 @@
 // bias and activation are done before the tile leaves the nearest cache.
 #pragma once
 #include "cpu/depthwise/pixels.h"
-#include "cpu/separable/band_kernels.h"
+#include "cpu/simd/elementwise.h"
 #include "cpu/simd/transpose.h"
 
 namespace rkl::cpu::RKL_ISA {
@@ -16,6 +16,10 @@ constexpr int kChannelsOfFactor = Pixels<T>::kRows;
 // Whether rows of this type are factors as they lie in memory; else they are widened first.
 template <class T>
 constexpr bool kRowsAreFactors = kChannelsOfFactor<T> == 2 || sizeof(T) == 4;
+
+// The type that factors are multiplied as.
+template <class T>
+using Operand = std::conditional_t<kRowsAreFactors<T>, T, float>;
 
 template <class T>
 int64_t factors_of(int64_t channels) {
@@ -70,25 +74,21 @@ void load_weights(const PointwiseFilter& filter, int64_t v, int64_t first, Vec (
 
 // (strip, bias and factors, vector, lane), a strip being the vectors that are made at once. The bias: zeros without
 // one.
-inline void pack_pointwise(const PointwiseFilter& filter, int64_t first, int64_t last, float* packed, Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t factors = factors_of<T>(filter.channels), vectors = ceil_div(filter.outputs, kLanes);
-    const int64_t end = std::min(vectors, last * PointwiseFilter::kOutputs / kLanes);
-    for (int64_t v = first * PointwiseFilter::kOutputs / kLanes; v < end; ++v) {
-      const int64_t strip = v / kStrip * kStrip, width = std::min<int64_t>(kStrip, vectors - strip) * kLanes;
-      float* to = packed + (strip * (factors + 1) + v - strip) * kLanes;
-      const T* bias = static_cast<const T*>(filter.bias);
-      const int64_t outputs = std::min<int64_t>(kLanes, filter.outputs - v * kLanes);
-      store(to, bias ? load_some(bias + v * kLanes, outputs) : Vec{});
-      for (int64_t f = 0; f < factors; f += kLanes) {
-        Vec weights[kLanes];
-        load_weights<T>(filter, v, f, weights);
-        for (int64_t i = 0; i < std::min<int64_t>(kLanes, factors - f); ++i)
-          store(to + (f + i + 1) * width, weights[i]);
-      }
+template <class T>
+void pack_pointwise(const PointwiseFilter& filter, int64_t first, int64_t last, float* packed) {
+  const T* bias = static_cast<const T*>(filter.bias);
+  const int64_t factors = factors_of<T>(filter.channels), vectors = ceil_div(filter.outputs, kLanes);
+  const int64_t end = std::min(vectors, last * PointwiseFilter::kOutputs / kLanes);
+  for (int64_t v = first * PointwiseFilter::kOutputs / kLanes; v < end; ++v) {
+    const int64_t strip = v / kStrip * kStrip, width = std::min<int64_t>(kStrip, vectors - strip) * kLanes;
+    float* to = packed + (strip * (factors + 1) + v - strip) * kLanes;
+    store(to, bias ? load_up_to(bias + v * kLanes, filter.outputs - v * kLanes) : Vec{});
+    for (int64_t f = 0; f < factors; f += kLanes) {
+      Vec weights[kLanes];
+      load_weights<T>(filter, v, f, weights);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, factors - f); ++i) store(to + (f + i + 1) * width, weights[i]);
     }
-  });
+  }
 }
 
 // What a tile reads: `row` floats from one row's to the next's, `step` from one factor's to the next's.
@@ -110,7 +110,7 @@ struct Start {
 // R rows of a strip of V vectors, `last` outputs of the last vector.
 template <int R, int V, class T, class Out>
 __attribute__((noinline)) void make_tile(Factors x, Weights weights, Start start, Out* out, int64_t out_row,
-                                         int64_t last, bool streams, T) {
+                                         int64_t last, bool streams) {
   Vec sum[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -164,7 +164,7 @@ constexpr int64_t kMostFactors = 1024;
 // unless the rows fill none.
 template <int V, class T, class Out, class Done>
 void make_tiles(int64_t rows, const Factors& x, const Weights& weights, const Start& start, Out* out, int64_t out_row,
-                int64_t last, bool streams, T zero, Done&& done) {
+                int64_t last, bool streams, Done&& done) {
   constexpr int kRows = kTileRows<V>;
   const int64_t height = rows < kRows ? 1 : kRows;
   for (int64_t next = 0; next < rows; next += height) {
@@ -172,8 +172,8 @@ void make_tiles(int64_t rows, const Factors& x, const Weights& weights, const St
     const Factors factors = x.from_row(row);
     const Start here{start.first + row * start.row, start.row};
     Out* to = out + row * out_row;
-    height == 1 ? make_tile<1, V>(factors, weights, here, to, out_row, last, streams, zero)
-                : make_tile<kRows, V>(factors, weights, here, to, out_row, last, streams, zero);
+    height == 1 ? make_tile<1, V, T>(factors, weights, here, to, out_row, last, streams)
+                : make_tile<kRows, V, T>(factors, weights, here, to, out_row, last, streams);
     done(to, height);
   }
 }
@@ -182,7 +182,7 @@ void make_tiles(int64_t rows, const Factors& x, const Weights& weights, const St
 // lie in turn in two parts of `sums`, since a tile that overlaps another one begins with what that one began with.
 template <int V, class T>
 void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_t first, const float* packed,
-                float* sums, T zero) {
+                float* sums) {
   constexpr int64_t kWidth = V * kLanes;
   const float* weights = packed + first * (factors + 1) * kLanes;
   const int64_t columns = std::min<int64_t>(kWidth, p.outputs - first * kLanes), last = columns - kWidth + kLanes;
@@ -194,13 +194,13 @@ void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_
     const Weights w{weights + (from + 1) * kWidth, kWidth};
     if (piece + 1 < pieces) {
       float* to = sums + piece % 2 * p.rows * kWidth;
-      make_tiles<V>(p.rows, x, w, start, to, kWidth, kLanes, false, zero, [](float*, int64_t) {});
+      make_tiles<V, Operand<T>>(p.rows, x, w, start, to, kWidth, kLanes, false, [](float*, int64_t) {});
       start = {to, kWidth};
       continue;
     }
     T* out = static_cast<T*>(p.out) + first * kLanes;
-    make_tiles<V>(p.rows, x, w, start, out, p.outputs, last, p.streams, zero, [&](T* to, int64_t rows) {
-      if (p.act != Activation::none) finish_rows<T, T>({to, nullptr, to, rows, columns, p.outputs}, p.act);
+    make_tiles<V, Operand<T>>(p.rows, x, w, start, out, p.outputs, last, p.streams, [&](T* to, int64_t rows) {
+      if (p.act != Activation::none) finish_rows<T>(to, nullptr, p.act, to, rows, columns, p.outputs);
     });
   }
 }
@@ -219,19 +219,17 @@ void for_strips(int64_t first, int64_t end, F&& f) {
   }
 }
 
-inline void pointwise_rows(const PointwiseRows& p, int64_t first, int64_t last, const float* packed, Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t factors = factors_of<T>(p.channels), vectors = ceil_div(p.outputs, kLanes);
-    const int64_t size = sizeof(float), end = std::min(vectors, last * PointwiseFilter::kOutputs / kLanes);
-    const Scratch wide(kRowsAreFactors<T> ? 0 : p.rows * factors * size);
-    const Scratch sums(factors > kMostFactors ? 2 * p.rows * kStrip * kLanes * size : 0);
-    const float* in = kRowsAreFactors<T> ? static_cast<const float*>(p.in) : wide.as<float>();
-    if (!kRowsAreFactors<T>) widen(p.in, wide.as<float>(), p.rows * factors, dtype);
-    for_strips(first * PointwiseFilter::kOutputs / kLanes, end,
-               [&](int64_t v, auto strip) { make_strip<strip()>(p, in, factors, v, packed, sums.as<float>(), zero); });
-    if (p.streams) end_stream();
-  });
+template <class T>
+void pointwise_rows(const PointwiseRows& p, int64_t first, int64_t last, const float* packed) {
+  const int64_t factors = factors_of<T>(p.channels), vectors = ceil_div(p.outputs, kLanes);
+  const int64_t size = sizeof(float), end = std::min(vectors, last * PointwiseFilter::kOutputs / kLanes);
+  const Scratch wide(kRowsAreFactors<T> ? 0 : p.rows * factors * size);
+  const Scratch sums(factors > kMostFactors ? 2 * p.rows * kStrip * kLanes * size : 0);
+  const float* in = kRowsAreFactors<T> ? static_cast<const float*>(p.in) : wide.as<float>();
+  if (!kRowsAreFactors<T>) widen<T>(p.in, wide.as<float>(), p.rows * factors);
+  for_strips(first * PointwiseFilter::kOutputs / kLanes, end,
+             [&](int64_t v, auto strip) { make_strip<strip(), T>(p, in, factors, v, packed, sums.as<float>()); });
+  if (p.streams) end_stream();
 }
 
 }  // namespace rkl::cpu::RKL_ISA

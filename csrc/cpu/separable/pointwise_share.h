@@ -29,7 +29,7 @@ FactorRows copied(const T* from, int64_t row, int64_t pixels, int64_t columns, f
 // A strip of the sums. Each tile's are made from zero and added to what there is: one chain of additions over all
 // pixels would round as often. The last tile overlaps the one before it, whose rows count once.
 template <int V, class T>
-void add_strip(const Factors& dz, int64_t outputs, const Weights& hidden, float* sums, bool fresh, T zero) {
+void add_strip(const Factors& dz, int64_t outputs, const Weights& hidden, float* sums, bool fresh) {
   constexpr int64_t kRows = kTileRows<V>, kWidth = V * kLanes;
   const float zeros[kWidth] = {};
   alignas(kLine) float tile[kRows * kWidth];
@@ -37,8 +37,8 @@ void add_strip(const Factors& dz, int64_t outputs, const Weights& hidden, float*
   for (int64_t next = 0; next < outputs; next += height) {
     const int64_t first = std::min(next, outputs - height);
     const Factors x = dz.from_row(first);
-    height == 1 ? make_tile<1, V>(x, hidden, {zeros, 0}, tile, kWidth, kLanes, false, zero)
-                : make_tile<kRows, V>(x, hidden, {zeros, 0}, tile, kWidth, kLanes, false, zero);
+    height == 1 ? make_tile<1, V, T>(x, hidden, {zeros, 0}, tile, kWidth, kLanes, false)
+                : make_tile<kRows, V, T>(x, hidden, {zeros, 0}, tile, kWidth, kLanes, false);
     for (int64_t r = next - first; r < height; ++r)
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kWidth; i += kLanes) {
@@ -49,30 +49,28 @@ void add_strip(const Factors& dz, int64_t outputs, const Weights& hidden, float*
   }
 }
 
-inline void add_pointwise_share(const PointwiseShare& p, Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    float* const copy = p.scratch + p.piece * PointwiseShare::packed_row(p.outputs);
-    for (int64_t first = 0; first < p.pixels; first += p.piece) {
-      const int64_t pixels = std::min(p.piece, p.pixels - first);
-      const T* dz = static_cast<const T*>(p.dz) + first * p.dz_row;
-      const T* hidden = static_cast<const T*>(p.hidden) + first * p.hidden_row;
-      FactorRows left{reinterpret_cast<const float*>(dz), p.dz_row};
-      if (!lie_well<T>(p.dz_row, p.outputs))
-        left = copied(dz, p.dz_row, pixels, p.outputs, p.scratch, PointwiseShare::packed_row(p.outputs));
-      for_strips(0, ceil_div(p.channels, kLanes), [&](int64_t v, auto strip) {
-        // A copy of more than a strip's channels: their rows would lie on as many pages.
-        const int64_t column = v * kLanes, columns = std::min<int64_t>(strip() * kLanes, p.channels - column);
-        constexpr int64_t kBlock = PointwiseFilter::kOutputs;
-        float* const sums = p.sums + column / kBlock * p.sums_block + column % kBlock;
-        FactorRows right{reinterpret_cast<const float*>(hidden + column), p.hidden_row};
-        if (p.hidden_row > kStrip * kLanes || !lie_well<T>(p.hidden_row, columns))
-          right = copied(hidden + column, p.hidden_row, pixels, columns, copy, strip() * kLanes);
-        add_strip<strip()>({left.first, 1, left.row, factors_of<T>(pixels)}, p.outputs, {right.first, right.row}, sums,
-                           p.fresh && !first, zero);
-      });
-    }
-  });
+template <class T>
+void add_pointwise_share(const PointwiseShare& p) {
+  constexpr int64_t kBlock = PointwiseFilter::kOutputs;
+  float* const copy = p.scratch + p.piece * PointwiseShare::packed_row(p.outputs);
+  for (int64_t first = 0; first < p.pixels; first += p.piece) {
+    const int64_t pixels = std::min(p.piece, p.pixels - first);
+    const T* dz = static_cast<const T*>(p.dz) + first * p.dz_row;
+    const T* hidden = static_cast<const T*>(p.hidden) + first * p.hidden_row;
+    FactorRows left{reinterpret_cast<const float*>(dz), p.dz_row};
+    if (!lie_well<T>(p.dz_row, p.outputs))
+      left = copied(dz, p.dz_row, pixels, p.outputs, p.scratch, PointwiseShare::packed_row(p.outputs));
+    for_strips(0, ceil_div(p.channels, kLanes), [&](int64_t v, auto strip) {
+      // A copy of more than a strip's channels: their rows would lie on as many pages.
+      const int64_t column = v * kLanes, columns = std::min<int64_t>(strip() * kLanes, p.channels - column);
+      float* const sums = p.sums + column / kBlock * p.sums_block + column % kBlock;
+      FactorRows right{reinterpret_cast<const float*>(hidden + column), p.hidden_row};
+      if (p.hidden_row > kStrip * kLanes || !lie_well<T>(p.hidden_row, columns))
+        right = copied(hidden + column, p.hidden_row, pixels, columns, copy, strip() * kLanes);
+      add_strip<strip(), Operand<T>>({left.first, 1, left.row, factors_of<T>(pixels)}, p.outputs,
+                                     {right.first, right.row}, sums, p.fresh && !first);
+    });
+  }
 }
 
 }  // namespace rkl::cpu::RKL_ISA

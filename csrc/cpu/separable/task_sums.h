@@ -14,11 +14,10 @@ struct ShareStrides {
 };
 inline void round_shares(const float* shares, int64_t count, int64_t rows, int64_t columns, const ShareStrides& strides,
                          void* out, Dtype dtype) {
-  constexpr int64_t kLeast = 32768;
-  torch::stable::parallel_for(0, rows, kLeast / (count * columns + 1) + 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, kGrain / (count * columns + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       kernels(dtype).sum_shares(shares + r * strides.row, count, strides.share, strides.block,
-                                at(out, r * columns, dtype), columns, dtype);
+                                at(out, r * columns, dtype), columns);
   });
 }
 
@@ -54,7 +53,7 @@ class FilterSums {
     sums.pixels = pixels;
     sums.fresh = first;
     sums.scratch = scratch.as<float>();
-    if (here.outputs && here.channels) kernels(dtype_).add_pointwise_share(sums, dtype_);
+    if (here.outputs && here.channels) kernels(dtype_).add_pointwise_share(sums);
   }
 
   void round_into(void* out) const {
@@ -94,7 +93,7 @@ class FilterSums {
 inline void round_bias(const std::vector<double>& sums, int64_t channels, void* out, Dtype dtype) {
   std::vector<double> total(channels);
   for (size_t i = 0; i < sums.size(); ++i) total[i % channels] += sums[i];
-  kernels(dtype).round(total.data(), out, channels, dtype);
+  kernels(dtype).round(total.data(), out, channels);
 }
 
 }  // namespace rkl::cpu

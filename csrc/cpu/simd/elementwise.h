@@ -4,50 +4,71 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// out[i] = f(a[i], b[i]) for i in [begin, end); begin is a multiple of kLanes. b is a again for one-argument functions.
-template <class T, class F>
-void map_range(const T* a, const T* b, T* out, int64_t begin, int64_t end, F f) {
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) store(out + i, f(load(a + i), load(b + i)));
-  if (i < end) store_some(out + i, f(load_some(a + i, end - i), load_some(b + i, end - i)), end - i);
-}
-
+// out[i] = f(a[i], b[i]); b is a again for one-argument functions.
 template <class T, class F>
 void map(const void* a, const void* b, void* out, int64_t n, F f) {
-  const T *from = static_cast<const T*>(a), *other = static_cast<const T*>(b);
-  T* to = static_cast<T*>(out);
   constexpr int64_t kBlock = 1024;  // threads meet at whole vectors
   torch::stable::parallel_for(0, ceil_div(n, kBlock), kGrain / kBlock, [=](int64_t begin, int64_t end) {
-    const int64_t first = begin * kBlock, last = end * kBlock < n ? end * kBlock : n;
-    map_range(from, other, to, first, last, f);
+    const int64_t first = begin * kBlock, last = std::min(end * kBlock, n);
+    const T *from = static_cast<const T*>(a) + first, *other = static_cast<const T*>(b) + first;
+    T* to = static_cast<T*>(out) + first;
+    for_vectors(last - first, [=](int64_t i, int64_t count) {
+      store_up_to(to + i, f(load_up_to(from + i, count), load_up_to(other + i, count)), count);
+    });
   });
 }
 
+// Not lambdas: without captures those are functions too, which GCC compiles for the baseline.
 template <class T>
 struct TRelu {
   Vec operator()(Vec x, Vec) const { return vtrelu(x, T{}); }
 };
-
 struct TReluBackward {
   Vec operator()(Vec grad, Vec y) const { return grad * trelu_derivative(y); }
 };
 
-inline void trelu(const void* x, void* y, int64_t n, Dtype dtype) {
-  by_type(dtype, [&](auto zero) { map<decltype(zero)>(x, x, y, n, TRelu<decltype(zero)>{}); });
+template <class T>
+void trelu(const void* x, void* y, int64_t n) {
+  map<T>(x, x, y, n, TRelu<T>{});
 }
 
-inline void trelu_backward(const void* grad, const void* y, void* dx, int64_t n, Dtype dtype) {
-  by_type(dtype, [&](auto zero) { map<decltype(zero)>(grad, y, dx, n, TReluBackward{}); });
+template <class T>
+void trelu_backward(const void* grad, const void* y, void* dx, int64_t n) {
+  map<T>(grad, y, dx, n, TReluBackward{});
 }
 
-inline void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out,
-                                int64_t n, Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    map<decltype(zero)>(grad, values, out, n, [=](Vec g, Vec v) {
-      const Vec d = from_output ? derivative_from_output(act, v) : derivative_from_input(act, v);
-      return selects(act) ? select(d == 0.f, Vec{}, g * d) : g * d;
+// out = act(z + bias) over rows of so many columns, `stride` elements apart. z and out may be the same, bias null.
+template <class T>
+void finish_rows(const T* z, const T* bias, Activation act, T* out, int64_t rows, int64_t columns, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, z += stride, out += stride)
+    for_vectors(columns, [=](int64_t c, int64_t count) {
+      const Vec v = load_up_to(z + c, count);
+      store_up_to(out + c, activate(act, bias ? v + load_up_to(bias + c, count) : v, T{}), count);
     });
+}
+
+template <class T>
+void epilogue(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels) {
+  if (!bias) return map<T>(z, z, out, rows * channels, [=](Vec v, Vec) { return activate(act, v, T{}); });
+  torch::stable::parallel_for(0, rows, kGrain / channels + 1, [=](int64_t begin, int64_t end) {
+    const int64_t first = begin * channels;
+    finish_rows(static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first,
+                end - begin, channels, channels);
   });
+}
+
+template <class T>
+void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n) {
+  map<T>(grad, values, out, n, [=](Vec g, Vec v) {
+    const Vec d = from_output ? derivative_from_output(act, v) : derivative_from_input(act, v);
+    return selects(act) ? select(d == 0.f, Vec{}, g * d) : g * d;
+  });
+}
+
+template <class T>
+void widen(const void* in, float* out, int64_t n) {
+  const T* from = static_cast<const T*>(in);
+  for_vectors(n, [&](int64_t i, int64_t count) { store_up_to(out + i, load_up_to(from + i, count), count); });
 }
 
 }  // namespace rkl::cpu::RKL_ISA

@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu/machine.h"
 #include "geometry.h"
 
 namespace rkl::cpu {
@@ -12,7 +13,7 @@ namespace rkl::cpu {
 class Scratch {
  public:
   Scratch() = default;
-  explicit Scratch(int64_t bytes) : data_(bytes ? ::operator new(bytes, kLine) : nullptr) {}
+  explicit Scratch(int64_t bytes) : data_(bytes ? ::operator new(bytes, std::align_val_t(kLine)) : nullptr) {}
 
   template <class T = void>
   T* as() const {
@@ -20,9 +21,8 @@ class Scratch {
   }
 
  private:
-  static constexpr std::align_val_t kLine{64};
   struct Free {
-    void operator()(void* p) const { ::operator delete(p, kLine); }
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(kLine)); }
   };
   std::unique_ptr<void, Free> data_;
 };
@@ -35,12 +35,9 @@ struct LineAllocator {
   LineAllocator() = default;
   template <class U>
   LineAllocator(const LineAllocator<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
-  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kLine))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(kLine)); }
   bool operator==(const LineAllocator&) const = default;
-
- private:
-  static constexpr std::align_val_t kLine{64};
 };
 
 template <class T>

@@ -44,8 +44,7 @@ constexpr int kRowsOfLane = 4 / int(sizeof(Word));
 
 // Up to kLanes columns of as many rows as a lane has.
 inline Vec load_lanes(const uint32_t* in, int64_t, int64_t, int64_t columns) {
-  const float* from = reinterpret_cast<const float*>(in);
-  return columns == kLanes ? load(from) : load_some(from, columns);
+  return load_up_to(reinterpret_cast<const float*>(in), columns);
 }
 inline Vec load_lanes(const uint16_t* in, int64_t in_row, int64_t rows, int64_t columns) {
   uint16_t some[2][kLanes] = {};
@@ -133,32 +132,14 @@ template <class T>
 using WordOf = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 
 template <class T>
-void planes_to_rows(const T* planes, int64_t plane, T* rows, int64_t row, int64_t channels, int64_t pixels) {
+void planes_to_rows(const void* planes, int64_t plane, void* rows, int64_t row, int64_t channels, int64_t pixels) {
   using Word = WordOf<T>;
-  transpose_planes<true>(reinterpret_cast<const Word*>(planes), plane, reinterpret_cast<Word*>(rows), row, channels,
-                         pixels);
+  transpose_planes<true>(static_cast<const Word*>(planes), plane, static_cast<Word*>(rows), row, channels, pixels);
 }
 template <class T>
-void rows_to_planes(const T* rows, int64_t row, T* planes, int64_t plane, int64_t channels, int64_t pixels) {
+void rows_to_planes(const void* rows, int64_t row, void* planes, int64_t plane, int64_t channels, int64_t pixels) {
   using Word = WordOf<T>;
-  transpose_planes<false>(reinterpret_cast<Word*>(planes), plane, reinterpret_cast<const Word*>(rows), row, channels,
-                          pixels);
-}
-
-// Of elements of any type.
-inline void transpose_in(const void* planes, int64_t plane, void* rows, int64_t row, int64_t channels, int64_t pixels,
-                         Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    planes_to_rows(static_cast<const T*>(planes), plane, static_cast<T*>(rows), row, channels, pixels);
-  });
-}
-inline void transpose_out(const void* rows, int64_t row, void* planes, int64_t plane, int64_t channels, int64_t pixels,
-                          Dtype dtype) {
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    rows_to_planes(static_cast<const T*>(rows), row, static_cast<T*>(planes), plane, channels, pixels);
-  });
+  transpose_planes<false>(static_cast<Word*>(planes), plane, static_cast<const Word*>(rows), row, channels, pixels);
 }
 
 // Each vector's lanes added up, in a fixed order: `add(i, sum)` for each of `count` vectors that lie one behind the

@@ -3,25 +3,22 @@
 // RKL_LANES and include the kernels once, so that all of them stand here in one form, under the namespace
 // rkl::cpu::RKL_ISA.
 #pragma once
-#include "cpu/simd/element.h"
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cpu/machine.h"
 
 namespace rkl::cpu::RKL_ISA {
 
+// Stored in 16 bits, computed with in 32.
+using bf16 = c10::BFloat16;
+using f16 = c10::Half;
+
 constexpr int kLanes = RKL_LANES;
-// Elements a thread takes at least: below, waking it costs more than it saves.
-constexpr int64_t kGrain = 32768;
 typedef float Vec __attribute__((vector_size(4 * RKL_LANES)));
 typedef int32_t VecInt __attribute__((vector_size(4 * RKL_LANES)));
 typedef uint32_t VecBits __attribute__((vector_size(4 * RKL_LANES)));
 typedef uint16_t VecHalf __attribute__((vector_size(2 * RKL_LANES)));
-
-#ifdef RKL_BF16_ONLY
-// In place of rkl::cpu::by_type: this instruction set's kernels are compiled for one type.
-template <class F>
-void by_type(Dtype, F&& f) {
-  f(bf16{});
-}
-#endif
 
 // Less zero, since the compiler knows that this is x, where x plus zero need not be.
 inline Vec broadcast(float x) { return x - Vec{}; }
@@ -159,11 +156,9 @@ inline void store(T* p, Vec v) {
 
 // ---- whole lines of memory past the caches, which need not read them then before they are written
 
-constexpr int kLine = 64;
-
 // Vectors of elements of this type that fill a line.
 template <class T>
-constexpr int kLineVectors = kLine / (kLanes * int(sizeof(T)));
+constexpr int kLineVectors = int(kLine) / (kLanes * int(sizeof(T)));
 
 // Before others may read what was written past the caches.
 inline void end_stream() {
@@ -225,6 +220,24 @@ inline Vec factor_masked(const T* p, uint16_t mask) {
   return factor(reinterpret_cast<const T*>(&some));
 }
 #endif
+
+// At most kLanes of the elements, fewer where a row ends.
+template <class T>
+inline Vec load_up_to(const T* p, int64_t count) {
+  return count >= kLanes ? load(p) : load_some(p, count);
+}
+template <class T>
+inline void store_up_to(T* p, Vec v, int64_t count) {
+  count >= kLanes ? store(p, v) : store_some(p, v, count);
+}
+
+// Calls f(i, count) for each vector of a row of n elements: whole vectors, then what is left.
+template <class F>
+inline void for_vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, kLanes);
+  if (i < n) f(i, n - i);
+}
 
 // Lane by lane: a where the condition's lanes are set, else b.
 inline Vec select(VecInt condition, Vec a, Vec b) { return condition ? a : b; }
