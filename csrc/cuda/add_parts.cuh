@@ -1,6 +1,7 @@
 // The second stage of a sum over many pixels: the first leaves a sum of each part, this one adds the parts. Always in
 // the same order and without atomics, so that a result is the same at every run.
 #pragma once
+#include "cuda/device.h"
 #include "cuda/element.cuh"
 
 namespace rkl::cuda {
@@ -30,9 +31,9 @@ __global__ void __launch_bounds__(kSumResults* kSumThreads)
 
 template <class T, class Destination>
 void launch_add_parts(const float* partial, int parts, int64_t results, Destination destination, cudaStream_t stream) {
-  const unsigned blocks = unsigned(ceil_div(results, kSumResults));
   add_parts<T, Destination>
-      <<<dim3(blocks), dim3(kSumResults * kSumThreads), 0, stream>>>(partial, parts, results, destination);
+      <<<grid("add_parts", ceil_div(results, kSumResults)), dim3(kSumResults * kSumThreads), 0, stream>>>(
+          partial, parts, results, destination);
 }
 
 }  // namespace rkl::cuda

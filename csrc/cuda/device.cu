@@ -58,6 +58,13 @@ void allow_shared(const void* kernel, int bytes) {
   most = bytes;
 }
 
+dim3 grid(const char* kernel, int64_t blocks, int64_t down) {
+  if (blocks <= kMostBlocks && down <= kMostBlocksDown) return dim3(unsigned(blocks), unsigned(down));
+  const auto size = [](int64_t x, int64_t y) { return std::to_string(x) + " x " + std::to_string(y); };
+  throw std::runtime_error(std::string(kernel) + ": a grid must have at most " + size(kMostBlocks, kMostBlocksDown) +
+                           " blocks, got " + size(blocks, down) + "; split the batch or the channels");
+}
+
 void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 }  // namespace rkl::cuda

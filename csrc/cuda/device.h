@@ -21,6 +21,13 @@ bool aligned_16(P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
 }
 
+// The most blocks of a grid beside each other, and below each other.
+constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1, kMostBlocksDown = 65535;
+
+// A launch's grid. Every launch makes its own by this: throws std::runtime_error with the kernel's name where no GPU
+// takes so many blocks, instead of letting the numbers wrap.
+dim3 grid(const char* kernel, int64_t blocks, int64_t down = 1);
+
 // Throws std::runtime_error with the kernel's name where its launch was refused.
 void check_launch(const char* kernel);
 

@@ -19,7 +19,7 @@ void by_width(int64_t count, const void* a, const void* b, const void* c, F&& f)
   wide ? f(std::integral_constant<int, size>{}) : f(std::integral_constant<int, 1>{});
 }
 
-unsigned blocks_for(int64_t threads) { return unsigned(ceil_div(threads, kThreads)); }
+int64_t blocks_for(int64_t threads) { return ceil_div(threads, kThreads); }
 
 // Calls f(first element, elements) for pieces of whole rows, so small that offsets in them have 32 bits: a remainder of
 // 64 costs as much as the rest of a kernel.
@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Sums over rows in two stages, each in a fixed order: 32 columns by a slice of the rows a block, then over the slices.
+// The columns are beside each other in the grid, where there may be more: a filter's gradient has one for each element.
 constexpr int kColumns = 32, kLanes = kThreads / kColumns, kRowsOfSlice = 512, kMaxSlices = 1024;
 
 int64_t slices_of(int64_t rows) {
@@ -118,8 +119,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) sum_rows(const T* matrix, float* partial, int64_t rows, int64_t channels) {
   __shared__ float sums[kThreads];
   const int lane = threadIdx.x / kColumns;
-  const int64_t c = int64_t(blockIdx.y) * kColumns + threadIdx.x % kColumns;
-  const int64_t of_slice = (rows + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * of_slice;
+  const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x % kColumns;
+  const int64_t of_slice = (rows + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * of_slice;
   float sum = 0.f;
   if (c < channels)
     for (int64_t r = begin + lane; r < rows && r < begin + of_slice; r += kLanes)
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const T* matrix, float* par
   __syncthreads();
   if (lane || c >= channels) return;
   for (int l = 1; l < kLanes; ++l) sum += sums[l * kColumns + threadIdx.x];
-  partial[blockIdx.x * channels + c] = sum;
+  partial[blockIdx.y * channels + c] = sum;
 }
 
 // Of NCHW images, each plane by a warp.
@@ -159,9 +160,10 @@ void epilogue(const void* z, const void* bias, Activation act, void* out, int64_
       constexpr int width = decltype(size)::value;
       by_pieces(rows, channels, [&](int64_t first, unsigned n) {
         const unsigned step = unsigned(kThreads * width % channels);
-        bias_and_activation<T, width><<<dim3(blocks_for(ceil_div(n / width, kEach))), dim3(kThreads), 0, stream>>>(
-            static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first, n,
-            unsigned(channels), step);
+        bias_and_activation<T, width>
+            <<<grid("bias_and_activation", blocks_for(ceil_div(n / width, kEach))), dim3(kThreads), 0, stream>>>(
+                static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first, n,
+                unsigned(channels), step);
       });
     });
   });
@@ -176,9 +178,10 @@ void plane_epilogue(const void* z, const void* bias, Activation act, void* out, 
     by_width<T>(plane, z, out, nullptr, [&](auto size) {
       constexpr int width = decltype(size)::value;
       by_pieces(images, channels * plane, [&](int64_t first, unsigned n) {
-        plane_bias_and_activation<T, width><<<dim3(blocks_for(n / width)), dim3(kThreads), 0, stream>>>(
-            static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first, n,
-            unsigned(plane), unsigned(channels));
+        plane_bias_and_activation<T, width>
+            <<<grid("plane_bias_and_activation", blocks_for(n / width)), dim3(kThreads), 0, stream>>>(
+                static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first, n,
+                unsigned(plane), unsigned(channels));
       });
     });
   });
@@ -192,7 +195,7 @@ void activation_backward(const void* grad, const void* values, Activation act, b
     by_width<T>(n, grad, values, out, [&](auto size) {
       constexpr int width = decltype(size)::value;
       by_pieces(n / width, width, [&](int64_t first, unsigned count) {
-        times_derivative<T, width><<<dim3(blocks_for(count / width)), dim3(kThreads), 0, stream>>>(
+        times_derivative<T, width><<<grid("times_derivative", blocks_for(count / width)), dim3(kThreads), 0, stream>>>(
             static_cast<const T*>(grad) + first, static_cast<const T*>(values) + first, act, from_output,
             static_cast<T*>(out) + first, count);
       });
@@ -208,8 +211,8 @@ void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, 
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t slices = slices_of(rows);
-    const dim3 grid(unsigned(slices), unsigned(ceil_div(channels, kColumns)));
-    sum_rows<T><<<grid, dim3(kThreads), 0, stream>>>(static_cast<const T*>(matrix), workspace, rows, channels);
+    sum_rows<T><<<grid("sum_rows", ceil_div(channels, kColumns), slices), dim3(kThreads), 0, stream>>>(
+        static_cast<const T*>(matrix), workspace, rows, channels);
     launch_add_parts<T>(workspace, int(slices), channels, Columns<T>{static_cast<T*>(out)}, stream);
   });
   check_launch("sum_rows");
@@ -222,7 +225,7 @@ void plane_sums(const void* image, void* out, int64_t images, int64_t channels, 
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t planes = images * channels;
-    sum_planes<T><<<dim3(unsigned(ceil_div(planes, kThreads / 32))), dim3(kThreads), 0, stream>>>(
+    sum_planes<T><<<grid("sum_planes", ceil_div(planes, kThreads / 32)), dim3(kThreads), 0, stream>>>(
         static_cast<const T*>(image), workspace, planes, plane);
     launch_add_parts<T>(workspace, int(images), channels, Columns<T>{static_cast<T*>(out)}, stream);
   });

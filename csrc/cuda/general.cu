@@ -210,13 +210,13 @@ void launch(const Task& a, const Plan& plan, cudaStream_t stream) {
   const OutputIndex index(g, transposed);
   if (plan.kernel == kScalars) {
     any_scalar<T, transposed>
-        <<<dim3(unsigned(plan.blocks)), dim3(kThreads), 0, stream>>>(a, index, pixels * g.channels);
+        <<<grid("any_scalar", plan.blocks), dim3(kThreads), 0, stream>>>(a, index, pixels * g.channels);
     check_launch("any_scalar");
     return;
   }
   allow_shared(reinterpret_cast<const void*>(&any_vectors<T, transposed>), plan.shared);
   const int channel_blocks = int(ceil_div(g.channels, kVectors * Vec<T>::size));
-  any_vectors<T, transposed><<<dim3(unsigned(plan.blocks)), dim3(kThreads), plan.shared, stream>>>(
+  any_vectors<T, transposed><<<grid("any_vectors", plan.blocks), dim3(kThreads), plan.shared, stream>>>(
       a, index, channel_blocks, pixels, plan.rows);
   check_launch("any_vectors");
 }
@@ -258,8 +258,8 @@ void launch_general(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStre
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int lanes = a.g.nhwc ? kChannelsAside : 1, channel_blocks = int(ceil_div(a.g.channels, lanes));
-    any_filter_grad<T><<<dim3(unsigned(plan.blocks)), dim3(kThreads), 0, stream>>>(a, Divider(a.g.out_h), plan.parts,
-                                                                                   lanes, channel_blocks);
+    any_filter_grad<T><<<grid("any_filter_grad", plan.blocks), dim3(kThreads), 0, stream>>>(
+        a, Divider(a.g.out_h), plan.parts, lanes, channel_blocks);
   });
   check_launch("any_filter_grad");
 }

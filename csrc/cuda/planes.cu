@@ -175,13 +175,13 @@ Cut cut_of(Result result, const Conv2d& g) {
 template <class T, int kernel, int stride>
 void launch(Result result, const Convolution& a, const Plan& plan, cudaStream_t stream) {
   const Cut c = cut_of<T, kernel, stride>(result, a.g);
-  const dim3 blocks = dim3(unsigned(plan.blocks));
   Convolution b = a;
   if constexpr (stride == 2) {
     if (result == Result::data_grad) {
       b.g = stride2_data_grad_as_pairs(a.g, kernel, kernel);
       allow_shared(reinterpret_cast<const void*>(&stride2_grad_planes<T, kernel>), c.bytes);
-      stride2_grad_planes<T, kernel><<<blocks, dim3(kThreads), c.bytes, stream>>>(b, a.g, c);
+      stride2_grad_planes<T, kernel>
+          <<<grid("stride2_grad_planes", plan.blocks), dim3(kThreads), c.bytes, stream>>>(b, a.g, c);
       check_launch("stride2_grad_planes");
       return;
     }
@@ -189,7 +189,8 @@ void launch(Result result, const Convolution& a, const Plan& plan, cudaStream_t 
   const bool flipped = result == Result::data_grad;
   if (flipped) b.g = data_grad_as_convolution(a.g);
   allow_shared(reinterpret_cast<const void*>(&convolve_planes<T, kernel, stride>), c.bytes);
-  convolve_planes<T, kernel, stride><<<blocks, dim3(kThreads), c.bytes, stream>>>(b, flipped, c);
+  convolve_planes<T, kernel, stride>
+      <<<grid("convolve_planes", plan.blocks), dim3(kThreads), c.bytes, stream>>>(b, flipped, c);
   check_launch("convolve_planes");
 }
 

@@ -106,7 +106,7 @@ void launch(const FilterGrad& a, const Plan& plan, cudaStream_t stream) {
   const Cut c = grad_cut<T>(a.g, kernel, stride);
   allow_shared(reinterpret_cast<const void*>(&filter_grad_planes<T, kernel, stride>), c.bytes);
   filter_grad_planes<T, kernel, stride>
-      <<<dim3(unsigned(plan.blocks)), dim3(kThreads), c.bytes, stream>>>(a, plan.parts, c);
+      <<<grid("filter_grad_planes", plan.blocks), dim3(kThreads), c.bytes, stream>>>(a, plan.parts, c);
   check_launch("filter_grad_planes");
 }
 

@@ -183,7 +183,7 @@ void launch(Product p, const Device& device, cudaStream_t stream) {
   const int at_once = std::clamp(by_shared, 1, blocks_for(width)) * device.multiprocessors;
   const int blocks = std::min(p.tiles, std::max(1, at_once / p.across)) * p.across;
   allow_shared(reinterpret_cast<const void*>(&multiply_pixels<T, width>), shared);
-  multiply_pixels<T, width><<<dim3(unsigned(blocks)), dim3(kThreads), shared, stream>>>(p);
+  multiply_pixels<T, width><<<grid("multiply_pixels", blocks), dim3(kThreads), shared, stream>>>(p);
 }
 
 template <class T>

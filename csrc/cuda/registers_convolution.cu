@@ -114,7 +114,8 @@ template <class T, int kernel, int stride, int channels>
 void launch(const Convolution& a, bool flipped, const Plan& plan, cudaStream_t stream) {
   const Sizes s = sizes_of(a.g, plan.rows, kAcross, channels, vectors_of(kernel));
   const dim3 threads(unsigned(s.vectors), unsigned(plan.threads / s.vectors));
-  convolve_registers<T, kernel, stride, channels><<<dim3(unsigned(plan.blocks)), threads, 0, stream>>>(a, s, flipped);
+  convolve_registers<T, kernel, stride, channels>
+      <<<grid("convolve_registers", plan.blocks), threads, 0, stream>>>(a, s, flipped);
   check_launch("convolve_registers");
 }
 

@@ -188,7 +188,7 @@ void launch_filter_grad(const FilterGrad& a, const Plan& plan, cudaStream_t stre
   constexpr int kChannels = filter_grad_channels_of(kernel, stride, sizeof(T));
   const Sizes s = sizes_of(a.g, plan.rows, kAcross, kChannels, vectors_of(kernel));
   filter_grad_registers<T, kernel, stride, kChannels>
-      <<<dim3(unsigned(plan.blocks)), threads_of(s, plan), 0, stream>>>(a, s, plan.parts);
+      <<<grid("filter_grad_registers", plan.blocks), threads_of(s, plan), 0, stream>>>(a, s, plan.parts);
   check_launch("filter_grad_registers");
 }
 
@@ -205,7 +205,7 @@ void launch_both_grads(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaS
     using T = decltype(zero);
     const Sizes s = sizes_of(a.g, plan.rows, kAcross, kBothChannels, vectors_of(3));
     both_grads_registers<T, kBothChannels>
-        <<<dim3(unsigned(plan.blocks)), threads_of(s, plan), 0, stream>>>(a, s, plan.parts);
+        <<<grid("both_grads_registers", plan.blocks), threads_of(s, plan), 0, stream>>>(a, s, plan.parts);
   });
   check_launch("both_grads_registers");
 }

@@ -21,8 +21,8 @@ constexpr int filter_grad_blocks_of(int kernel, int stride, int size) {
 }
 constexpr int kBothBlocks = 3;
 
-inline unsigned blocks(const Sizes& s, int threads) {
-  return unsigned(s.channel_blocks * ceil_div(s.tasks(), threads / s.vectors));
+inline int64_t blocks(const Sizes& s, int threads) {
+  return s.channel_blocks * ceil_div(s.tasks(), threads / s.vectors);
 }
 
 // Channels of a thread: 8 bytes; fewer where the sums would not fit into its registers.

@@ -109,7 +109,8 @@ void launch(const Convolution& a, const Plan& plan, cudaStream_t stream) {
   const Image image{int(g.in_h), int(g.in_w), -(g.padding_h % 2), -(g.padding_w % 2)};
   const Sizes s = sizes_of(pairs, plan.rows, kPairsAcross, kChannels, vectors_of(kernel));
   const dim3 threads(unsigned(s.vectors), unsigned(plan.threads / s.vectors));
-  stride2_grad_registers<T, kernel, kChannels><<<dim3(unsigned(plan.blocks)), threads, 0, stream>>>(a, s, image);
+  stride2_grad_registers<T, kernel, kChannels>
+      <<<grid("stride2_grad_registers", plan.blocks), threads, 0, stream>>>(a, s, image);
   check_launch("stride2_grad_registers");
 }
 

@@ -107,7 +107,7 @@ void launch_rows_convolution(const Convolution& a, bool flipped, const Plan& pla
       by_images(g, [&](int64_t first, int images) {
         const Tiling t = tiling(g, kConvolutions[number], images, plan.rows);
         rows_convolution<T, number, with>
-            <<<dim3(unsigned(t.blocks(plan.parts))), dim3(32 * t.groups), plan.shared, stream>>>(
+            <<<grid("rows_convolution", t.blocks(plan.parts)), dim3(32 * t.groups), plan.shared, stream>>>(
                 t, image(static_cast<const T*>(a.x), first, g.in_h * g.in_w * g.channels),
                 static_cast<const T*>(a.weight), static_cast<const T*>(a.bias),
                 image(static_cast<T*>(a.y), first, g.out_h * g.out_w * g.channels), a.act, flipped, int(t.tasks()));

@@ -301,7 +301,7 @@ void launch_rows_filter_grad(const FilterGrad& a, const Plan& plan, Dtype dtype,
     allow_shared(reinterpret_cast<const void*>(&rows_filter_grad<T, number>), plan.shared);
     by_parts(g, g, kFilterGrads[number], plan, [&](const Tiling& t, int64_t first, int first_part, int parts) {
       rows_filter_grad<T, number>
-          <<<dim3(unsigned(t.channel_blocks * parts)), dim3(32 * t.groups), plan.shared, stream>>>(
+          <<<grid("rows_filter_grad", t.channel_blocks * parts), dim3(32 * t.groups), plan.shared, stream>>>(
               t, a, image(static_cast<const T*>(a.x), first, g.in_h * g.in_w * g.channels),
               image(static_cast<const T*>(a.grad), first, g.out_h * g.out_w * g.channels), first_part, parts,
               int(t.tasks()));
@@ -321,7 +321,7 @@ void launch_rows_both_grads(const FilterGrad& a, const Plan& plan, Dtype dtype, 
              [&](const Tiling& t, int64_t first, int first_part, int parts) {
                const int64_t in = g.in_h * g.in_w * g.channels;
                rows_both_grads<T, number>
-                   <<<dim3(unsigned(t.channel_blocks * parts)), dim3(32 * t.groups), plan.shared, stream>>>(
+                   <<<grid("rows_both_grads", t.channel_blocks * parts), dim3(32 * t.groups), plan.shared, stream>>>(
                        t, a, image(static_cast<const T*>(a.x), first, in),
                        image(static_cast<const T*>(a.grad), first, g.out_h * g.out_w * g.channels),
                        static_cast<const T*>(a.weight), image(static_cast<T*>(a.dx), first, in), first_part, parts,

@@ -213,7 +213,7 @@ void launch_rows_stride2_data_grad(const Convolution& a, const Plan& plan, Dtype
       const Conv2d& g = a.g;
       const Image dx{int(g.in_h), int(g.in_w), g.padding_h % 2, g.padding_w % 2};
       rows_stride2_data_grad<T, number>
-          <<<dim3(unsigned(t.blocks(plan.parts))), dim3(32 * t.groups), plan.shared, stream>>>(
+          <<<grid("rows_stride2_data_grad", t.blocks(plan.parts)), dim3(32 * t.groups), plan.shared, stream>>>(
               t, dx, image(static_cast<const T*>(a.x), first, g.out_h * g.out_w * g.channels),
               static_cast<const T*>(a.weight), image(static_cast<T*>(a.y), first, g.in_h * g.in_w * g.channels),
               int(t.tasks()));

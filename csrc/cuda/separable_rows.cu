@@ -211,7 +211,7 @@ void fused_separable(const Plan& plan, const Conv2d& g, int64_t c_out, const voi
                                    inner,
                                    act};
         separable_rows<T, number, with>
-            <<<dim3(unsigned(t.blocks(plan.parts))), dim3(32 * t.groups), plan.shared, stream>>>(
+            <<<grid("separable_rows", t.blocks(plan.parts)), dim3(32 * t.groups), plan.shared, stream>>>(
                 t, separable_outputs(kSeparableKernels[number], c_out), a, int(t.tasks()));
       }
     });

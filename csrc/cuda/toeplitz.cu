@@ -287,8 +287,9 @@ Conv2d convolution_of(Result result, const Conv2d& g) {
 template <class T, int k_blocks, bool nhwc>
 void launch(const Convolution& a, bool flipped, const Cut& c, const Plan& plan, cudaStream_t stream) {
   allow_shared(reinterpret_cast<const void*>(&convolve_toeplitz<T, k_blocks, nhwc>), plan.shared);
-  convolve_toeplitz<T, k_blocks, nhwc><<<dim3(unsigned(plan.blocks)), dim3(plan.threads), plan.shared, stream>>>(
-      a, flipped, c, int(ceil_div(a.g.channels, c.channels)));
+  convolve_toeplitz<T, k_blocks, nhwc>
+      <<<grid("convolve_toeplitz", plan.blocks), dim3(plan.threads), plan.shared, stream>>>(
+          a, flipped, c, int(ceil_div(a.g.channels, c.channels)));
   check_launch("convolve_toeplitz");
 }
 

@@ -371,7 +371,7 @@ void launch_toeplitz(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStr
     c.channels = plan.threads / 32;
     allow_shared(reinterpret_cast<const void*>(&filter_grad_toeplitz<T, kColumnTiles, kRowTiles, nhwc>), plan.shared);
     filter_grad_toeplitz<T, kColumnTiles, kRowTiles, nhwc>
-        <<<dim3(unsigned(plan.blocks)), dim3(plan.threads), plan.shared, stream>>>(
+        <<<grid("filter_grad_toeplitz", plan.blocks), dim3(plan.threads), plan.shared, stream>>>(
             a, c, plan.parts, int(ceil_div(a.g.channels, c.channels)));
     check_launch("filter_grad_toeplitz");
   });

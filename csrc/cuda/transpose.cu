@@ -66,10 +66,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Words of channels of a tile; a grid's rows are tiles of channels, its columns tiles of pixels.
+int words_of(int64_t channels, int pack) { return channels <= 8 * pack ? 8 : 32; }
+
 template <class T, int words, bool to_nhwc>
 void launch(const void* from, void* to, int64_t images, int64_t channels, int64_t pixels, cudaStream_t stream) {
-  const dim3 blocks(unsigned(ceil_div(images * pixels, kTile / words)), unsigned(ceil_div(channels, words * kPack<T>)));
-  transpose_image<T, words, to_nhwc><<<blocks, dim3(kThreads), 0, stream>>>(
+  const int64_t across = ceil_div(images * pixels, kTile / words), down = ceil_div(channels, words * kPack<T>);
+  transpose_image<T, words, to_nhwc><<<grid("transpose_image", across, down), dim3(kThreads), 0, stream>>>(
       static_cast<const T*>(from), static_cast<T*>(to), int(channels), int(pixels), int(images * pixels));
 }
 
@@ -78,6 +81,7 @@ void launch(const void* from, void* to, int64_t images, int64_t channels, int64_
 bool can_transpose(int64_t images, int64_t channels, int64_t pixels, Dtype dtype, const void* from) {
   const int pack = dtype == Dtype::f32 ? 1 : 2;
   return channels % pack == 0 && images * pixels < (int64_t(1) << 31) - kTile &&
+         ceil_div(channels, words_of(channels, pack) * pack) <= kMostBlocksDown &&
          reinterpret_cast<uintptr_t>(from) % 4 == 0;
 }
 
@@ -86,7 +90,7 @@ void transpose(const void* from, void* to, bool to_nhwc, int64_t images, int64_t
   const auto by_words = [&](auto zero, auto direction) {  // bits move; what they mean does not matter
     using T = decltype(zero);
     constexpr bool forth = decltype(direction)::value;
-    const auto call = channels <= 8 * kPack<T> ? launch<T, 8, forth> : launch<T, 32, forth>;
+    const auto call = words_of(channels, kPack<T>) == 8 ? launch<T, 8, forth> : launch<T, 32, forth>;
     call(from, to, images, channels, pixels, stream);
   };
   const auto by_direction = [&](auto zero) {

@@ -53,7 +53,7 @@ void launch(const void* a, const void* b, void* out, int64_t n, Dtype dtype, cud
     const bool aligned = aligned_16(a, b, out);
     const int64_t vectors = aligned ? n / size : 0, work = aligned ? vectors + n % size : n;
     const int64_t blocks = ceil_div(work, kThreads);
-    elementwise<T, F<T>><<<dim3(unsigned(blocks < (1 << 20) ? blocks : 1 << 20)), dim3(kThreads), 0, stream>>>(
+    elementwise<T, F<T>><<<grid("elementwise", blocks < (1 << 20) ? blocks : 1 << 20), dim3(kThreads), 0, stream>>>(
         static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), n, vectors, F<T>{});
   });
   check_launch("trelu");

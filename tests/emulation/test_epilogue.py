@@ -90,6 +90,15 @@ def test_column_sums(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int]) -> No
     assert ((out.double() - exact).abs() <= allowed).all()
 
 
+def test_more_columns_than_a_grid_is_tall(gpu: Gpu) -> None:
+    columns = 2**16 * 32 + 5  # of 32 a block: as of a pointwise filter of 1536 by 1536 and more
+    matrix = gpu.put(torch.arange(columns).remainder(1000).float()[None])
+    gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 1
+    out = column_sums(gpu, matrix)
+    for end in (slice(0, 32), slice(-5, None)):
+        assert torch.equal(out[end], matrix[0, end])
+
+
 @pytest.mark.sanitized
 def test_column_sums_are_the_same_in_any_order(gpu: Gpu) -> None:
     matrix = put(gpu, 1300, 40, dtype=torch.float32)

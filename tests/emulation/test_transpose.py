@@ -24,9 +24,13 @@ def test_there_and_back(gpu: Gpu, shape: tuple[int, int, int, int], dtype: torch
 
 
 def test_what_is_left_to_pytorch(gpu: Gpu) -> None:
-    """A word has two channels of 16 bits and begins at a multiple of 4 bytes; pixels are counted in 31 bits."""
+    """A word has two channels of 16 bits and begins at a multiple of 4 bytes; pixels are counted in 31 bits, and
+    groups of 32 words of channels are a grid's rows."""
     half, single = gpu.dtype(torch.bfloat16), gpu.dtype(torch.float32)
     assert not gpu.kernels.can_transpose(2, 3, 5, half, 0)
     assert gpu.kernels.can_transpose(2, 3, 5, single, 0)
     assert not gpu.kernels.can_transpose(2, 4, 5, half, 2)
     assert not gpu.kernels.can_transpose(1 << 20, 4, 1 << 12, half, 0)
+    assert gpu.kernels.can_transpose(1, 65535 * 64, 4, half, 0)
+    assert not gpu.kernels.can_transpose(1, 65536 * 64, 4, half, 0)
+    assert not gpu.kernels.can_transpose(1, 65535 * 32 + 1, 4, single, 0)
