@@ -1,5 +1,7 @@
 // What stands around a library's matrix product where the separable convolution is not fused: over dense rows of pixels
 // by channels, one pass each.
+#include <algorithm>
+
 #include "cuda/activation.cuh"
 #include "cuda/add_parts.cuh"
 #include "cuda/device.h"
@@ -21,14 +23,17 @@ void by_width(int64_t count, const void* a, const void* b, const void* c, F&& f)
 
 int64_t blocks_for(int64_t threads) { return ceil_div(threads, kThreads); }
 
-// Calls f(first element, elements) for pieces of whole rows, so small that offsets in them have 32 bits: a remainder of
-// 64 costs as much as the rest of a kernel.
+// Calls f(first element, elements) for pieces so small that offsets in them have 32 bits (a remainder of 64 costs as
+// much as the rest of a kernel): of whole rows or, of a row that is too large, of that one alone.
 template <class F>
 void by_pieces(int64_t rows, int64_t channels, F&& f) {
   constexpr int64_t kMost = int64_t(1) << 31;
-  const int64_t each = channels < kMost ? kMost / channels : 1;
-  for (int64_t row = 0; row < rows; row += each)
-    f(row * channels, unsigned((rows - row < each ? rows - row : each) * channels));
+  const bool whole = channels <= kMost;
+  const int64_t most = whole ? kMost / channels * channels : kMost, all = rows * channels;
+  for (int64_t first = 0, n; first < all; first += n) {
+    n = std::min(most, whole ? all - first : channels - first % channels);
+    f(first, unsigned(n));
+  }
 }
 
 template <class T, int width>
@@ -75,15 +80,16 @@ __global__ void __launch_bounds__(kThreads) bias_and_activation(const T* z, cons
     if (const unsigned at = first + i * kThreads * width; at < n) store(out + at, v[i]);
 }
 
-// The same of NCHW images, whose bias is one number a plane.
+// The same of NCHW images, whose bias is one number a plane. channel: the first plane's.
 template <class T, int width>
-__global__ void __launch_bounds__(kThreads) plane_bias_and_activation(const T* z, const T* bias, Activation act, T* out,
-                                                                      unsigned n, unsigned plane, unsigned channels) {
+__global__ void __launch_bounds__(kThreads)
+    plane_bias_and_activation(const T* z, const T* bias, Activation act, T* out, unsigned n, unsigned plane,
+                              unsigned channel, unsigned channels) {
   const unsigned at = (blockIdx.x * kThreads + threadIdx.x) * width;
   if (at >= n) return;
   float v[width];
   load(z + at, v);
-  const float b = to_float(bias[at / plane % channels]);
+  const float b = to_float(bias[(channel + at / plane) % channels]);
 #pragma unroll
   for (int i = 0; i < width; ++i) v[i] += b;
   activate_all<T>(act, v);
@@ -159,11 +165,13 @@ void epilogue(const void* z, const void* bias, Activation act, void* out, int64_
     by_width<T>(channels, z, bias, out, [&](auto size) {
       constexpr int width = decltype(size)::value;
       by_pieces(rows, channels, [&](int64_t first, unsigned n) {
-        const unsigned step = unsigned(kThreads * width % channels);
+        // As many as the piece has of a row, which it begins or lies in.
+        const unsigned across = unsigned(std::min<int64_t>(channels, n));
+        const T* biases = bias ? static_cast<const T*>(bias) + first % channels : nullptr;
         bias_and_activation<T, width>
             <<<grid("bias_and_activation", blocks_for(ceil_div(n / width, kEach))), dim3(kThreads), 0, stream>>>(
-                static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first, n,
-                unsigned(channels), step);
+                static_cast<const T*>(z) + first, biases, act, static_cast<T*>(out) + first, n, across,
+                kThreads * width % across);
       });
     });
   });
@@ -177,11 +185,11 @@ void plane_epilogue(const void* z, const void* bias, Activation act, void* out, 
     using T = decltype(zero);
     by_width<T>(plane, z, out, nullptr, [&](auto size) {
       constexpr int width = decltype(size)::value;
-      by_pieces(images, channels * plane, [&](int64_t first, unsigned n) {
+      by_pieces(images * channels, plane, [&](int64_t first, unsigned n) {
         plane_bias_and_activation<T, width>
             <<<grid("plane_bias_and_activation", blocks_for(n / width)), dim3(kThreads), 0, stream>>>(
                 static_cast<const T*>(z) + first, static_cast<const T*>(bias), act, static_cast<T*>(out) + first, n,
-                unsigned(plane), unsigned(channels));
+                unsigned(std::min<int64_t>(plane, n)), unsigned(first / plane % channels), unsigned(channels));
       });
     });
   });

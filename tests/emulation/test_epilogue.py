@@ -51,6 +51,40 @@ def test_more_than_two_to_the_31_elements(gpu: Gpu) -> None:
         assert torch.equal(out[end], (1 + bias).expand_as(out[end])), end
 
 
+def ends_of_pieces(elements: int) -> list[slice]:
+    """Of a tensor of so many that is cut at every 2^31: elements of pieces' first and last blocks."""
+    return [slice(0, 100), slice(2**31 - 100, 2**31 + 100), slice(elements - 100, elements)]
+
+
+# An image, and a row, of 2^32 elements and more: pieces of one.
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_image_of_more_than_two_to_the_32_elements(gpu: Gpu, bias: bool) -> None:
+    channels, plane = 2**17 + 8, 2**15
+    z, number = gpu.empty(channels * plane, dtype=torch.bfloat16, fill=False), gpu.dtype(torch.bfloat16)
+    biases = gpu.put(torch.randn(channels).bfloat16())
+    gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 1
+    for end in ends_of_pieces(z.numel()):
+        z[end] = 1
+    gpu.kernels.plane_epilogue(
+        z.data_ptr(), biases.data_ptr() if bias else 0, 1, z.data_ptr(), 1, channels, plane, number, 0
+    )
+    for end in ends_of_pieces(z.numel()):
+        added = biases[torch.arange(end.start, end.stop) // plane] if bias else torch.zeros(())
+        assert torch.equal(z[end], (1 + added).relu().expand(end.stop - end.start).bfloat16()), end
+
+
+def test_a_plane_of_more_than_two_to_the_32_elements(gpu: Gpu) -> None:
+    plane, number = 2**32 + 8, gpu.dtype(torch.bfloat16)
+    z, bias = gpu.empty(plane, dtype=torch.bfloat16, fill=False), gpu.put(torch.tensor([2.0]).bfloat16())
+    gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 1
+    for add in (0, bias.data_ptr()):
+        for end in ends_of_pieces(plane):
+            z[end] = -1
+        gpu.kernels.plane_epilogue(z.data_ptr(), add, 1, z.data_ptr(), 1, 1, plane, number, 0)
+        for end in ends_of_pieces(plane):
+            assert (z[end] == (1 if add else 0)).all(), end
+
+
 @pytest.mark.sanitized
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
