@@ -229,14 +229,15 @@ Plan plan_general(Result result, const Conv2d& g, Dtype dtype, bool aligned, con
   Plan plan{Family::general};
   plan.threads = kThreads;
   const int64_t pixels = g.batch * (result == Result::output ? g.out_h * g.out_w : g.in_h * g.in_w);
-  const int vector = vector_of(dtype), bytes = g.kernel_h * g.kernel_w * kVectors * 16;
+  const int vector = vector_of(dtype);
+  const int64_t bytes = int64_t(g.kernel_h) * g.kernel_w * kVectors * 16;
   if (!g.nhwc || g.channels % vector || !aligned || bytes > device.block_shared) {
     plan.kernel = kScalars;
     plan.blocks = ceil_div(pixels * g.channels, kThreads);
     return plan;
   }
   plan.kernel = kInVectors;
-  plan.shared = bytes;
+  plan.shared = int(bytes);
   const int64_t channel_blocks = ceil_div(g.channels, kVectors * vector);
   // Long runs spread the filter's way into shared memory over many pixels; short ones fill the GPU.
   plan.rows = pixels * channel_blocks > (1 << 20) ? 512 : 64;

@@ -26,7 +26,7 @@ template <class T>
 Cut cut(const Conv2d& g, int thread_rows, int kernel, int stride, int taps) {
   Cut c = tile_of(g, thread_rows, kernel, stride, sizeof(T));
   c.pitch = PlaneRuns<T>::pitch_for(c.planes * input_count(g, c, kernel, stride));
-  c.bytes = c.pitch * int(sizeof(T)) + c.planes * taps * int(sizeof(float));
+  c.bytes = c.pitch * int64_t(sizeof(T)) + c.planes * taps * int64_t(sizeof(float));
   return c;
 }
 
@@ -179,18 +179,18 @@ void launch(Result result, const Convolution& a, const Plan& plan, cudaStream_t 
   if constexpr (stride == 2) {
     if (result == Result::data_grad) {
       b.g = stride2_data_grad_as_pairs(a.g, kernel, kernel);
-      allow_shared(reinterpret_cast<const void*>(&stride2_grad_planes<T, kernel>), c.bytes);
+      allow_shared(reinterpret_cast<const void*>(&stride2_grad_planes<T, kernel>), plan.shared);
       stride2_grad_planes<T, kernel>
-          <<<grid("stride2_grad_planes", plan.blocks), dim3(kThreads), c.bytes, stream>>>(b, a.g, c);
+          <<<grid("stride2_grad_planes", plan.blocks), dim3(kThreads), plan.shared, stream>>>(b, a.g, c);
       check_launch("stride2_grad_planes");
       return;
     }
   }
   const bool flipped = result == Result::data_grad;
   if (flipped) b.g = data_grad_as_convolution(a.g);
-  allow_shared(reinterpret_cast<const void*>(&convolve_planes<T, kernel, stride>), c.bytes);
+  allow_shared(reinterpret_cast<const void*>(&convolve_planes<T, kernel, stride>), plan.shared);
   convolve_planes<T, kernel, stride>
-      <<<grid("convolve_planes", plan.blocks), dim3(kThreads), c.bytes, stream>>>(b, flipped, c);
+      <<<grid("convolve_planes", plan.blocks), dim3(kThreads), plan.shared, stream>>>(b, flipped, c);
   check_launch("convolve_planes");
 }
 
@@ -201,6 +201,7 @@ MaybePlan plan_planes(Result result, const Conv2d& g, Dtype dtype, const Device&
   if (result == Result::filter_grad) return plan_planes_filter_grad(g, dtype, device);
   if (result == Result::both_grads) return std::nullopt;
   Plan plan{Family::planes};
+  int64_t shared = 0;
   const bool served = by_kernel(g, [&](auto kernel) {
     by_type(dtype, [&](auto zero) {
       using T = decltype(zero);
@@ -208,11 +209,12 @@ MaybePlan plan_planes(Result result, const Conv2d& g, Dtype dtype, const Device&
       plan.kernel = kernel;
       plan.rows = c.rows;
       plan.threads = kThreads;
-      plan.shared = c.bytes;
+      shared = c.bytes;
       plan.blocks = ceil_div(g.batch * g.channels, c.planes) * c.chunks;
     });
   });
-  if (!served || plan.shared > device.block_shared) return std::nullopt;
+  if (!served || shared > device.block_shared) return std::nullopt;
+  plan.shared = int(shared);
   return plan;
 }
 

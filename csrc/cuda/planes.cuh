@@ -55,7 +55,7 @@ struct PlaneRuns {
 struct Cut {
   int rows, chunks, planes;
   int pitch, grad_pitch;  // elements of shared memory for one run of inputs, and of the output's gradient
-  int bytes;              // of a block's shared memory
+  int64_t bytes;          // of a block's shared memory, which rows of any width would take
 };
 
 // Inputs of the longest run of a chunk.
@@ -83,11 +83,14 @@ inline Cut tile_of(const Conv2d& g, int thread_rows, int kernel, int stride, int
   return c;
 }
 
-// Calls f with a kernel's filter size, as a constant: std::integral_constant<int, kernel>. False where there is none.
+// Calls f with a kernel's filter size, as a constant: std::integral_constant<int, kernel>. False where there is none,
+// as of planes whose pixels and what a last vector has beside them 31 bits do not count.
 template <class F>
 bool by_kernel(const Conv2d& g, F&& f) {
   const bool square = g.kernel_h == g.kernel_w && g.stride_h == g.stride_w && g.dilation_h == 1 && g.dilation_w == 1;
+  constexpr int64_t kMostPixels = (int64_t(1) << 31) - 64;
   if (g.nhwc || !square || g.stride_h > 2) return false;
+  if (std::max(g.in_h * g.in_w, g.out_h * g.out_w) > kMostPixels) return false;
   switch (g.kernel_h) {
     case 3:
       f(std::integral_constant<int, 3>());

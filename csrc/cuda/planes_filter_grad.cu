@@ -16,7 +16,7 @@ Cut grad_cut(const Conv2d& g, int kernel, int stride) {
   c.planes = int(std::min(int64_t(c.planes), g.batch));
   c.pitch = PlaneRuns<T>::pitch_for(input_count(g, c, kernel, stride));
   c.grad_pitch = PlaneRuns<T>::pitch_for(int(std::min(int64_t(c.rows), g.out_h) * g.out_w));
-  c.bytes = c.planes * (c.pitch + c.grad_pitch) * int(sizeof(T));
+  c.bytes = c.planes * (int64_t(c.pitch) + c.grad_pitch) * int64_t(sizeof(T));
   return c;
 }
 
@@ -104,9 +104,9 @@ int parts_of(const Conv2d& g, const Device& device) {
 template <class T, int kernel, int stride>
 void launch(const FilterGrad& a, const Plan& plan, cudaStream_t stream) {
   const Cut c = grad_cut<T>(a.g, kernel, stride);
-  allow_shared(reinterpret_cast<const void*>(&filter_grad_planes<T, kernel, stride>), c.bytes);
+  allow_shared(reinterpret_cast<const void*>(&filter_grad_planes<T, kernel, stride>), plan.shared);
   filter_grad_planes<T, kernel, stride>
-      <<<grid("filter_grad_planes", plan.blocks), dim3(kThreads), c.bytes, stream>>>(a, plan.parts, c);
+      <<<grid("filter_grad_planes", plan.blocks), dim3(kThreads), plan.shared, stream>>>(a, plan.parts, c);
   check_launch("filter_grad_planes");
 }
 
@@ -114,6 +114,7 @@ void launch(const FilterGrad& a, const Plan& plan, cudaStream_t stream) {
 
 MaybePlan plan_planes_filter_grad(const Conv2d& g, Dtype dtype, const Device& device) {
   Plan plan{Family::planes};
+  int64_t shared = 0;
   const bool served = by_kernel(g, [&](auto kernel) {
     by_type(dtype, [&](auto zero) {
       using T = decltype(zero);
@@ -121,11 +122,12 @@ MaybePlan plan_planes_filter_grad(const Conv2d& g, Dtype dtype, const Device& de
       plan.kernel = kernel;
       plan.rows = c.rows;
       plan.threads = kThreads;
-      plan.shared = c.bytes;
+      shared = c.bytes;
     });
   });
   const int sums = kWarps * (plan.kernel * plan.kernel + 1) * int(sizeof(float));  // of static shared memory
-  if (!served || plan.shared + sums > device.block_shared) return std::nullopt;
+  if (!served || shared + sums > device.block_shared) return std::nullopt;
+  plan.shared = int(shared);
   plan.parts = parts_of(g, device);
   plan.blocks = g.channels * plan.parts;
   return plan;

@@ -205,11 +205,12 @@ void multiply(const Product& p, const Device& device, cudaStream_t stream) {
 // Of more channels the library's product, whose instructions are Hopper's own, and a pass behind it take less: 728 to
 // 728 channels 137 us instead of 229, 384 to 64 the same; 256 to 256 496 instead of 354 (bf16, H100).
 constexpr int64_t kMostChannels = 256;
+constexpr int64_t kMostOutputs = (int64_t(1) << 31) / kMostChannels;  // offsets in the filter have 31 bits
 
 bool serves_pointwise(int64_t channels, int64_t outputs, Activation act, Dtype dtype, bool aligned,
                       const Device& device) {
   if (dtype == Dtype::f32 || !aligned || act == Activation::gelu) return false;
-  if (channels < 1 || channels > kMostChannels || channels % 8 || outputs % 8) return false;
+  if (channels < 1 || channels > kMostChannels || channels % 8 || outputs % 8 || outputs > kMostOutputs) return false;
   Product p{};
   p.channels = int(channels);
   return shared_of(width_for(outputs), p.pitch()) <= device.block_shared;

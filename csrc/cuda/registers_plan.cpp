@@ -106,9 +106,11 @@ void cut_gradients(const Cut& cut, int size, Plan& plan) {
 }
 
 bool serves(Result result, const Conv2d& g, int kernel, int size) {
-  constexpr int64_t kMost = (int64_t(1) << 31) - 1;  // bytes of a row of the dilated image, tasks of a batch
+  // Bytes from a row of the dilated image to the next and from a column to the next, taps, tasks of a batch.
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
   const bool plain = g.dilation_h == 1 && g.dilation_w == 1;
-  if (g.dilation_h * std::max(g.in_w, g.out_w) * g.channels * size > kMost) return false;
+  const int64_t row = g.dilation_h * std::max(g.in_w, g.out_w), columns = std::max<int64_t>(row, g.dilation_w);
+  if (columns * g.channels * size > kMost || g.channels * g.kernel_h * g.kernel_w > kMost) return false;
   if (g.batch * (std::max(g.in_h, g.out_h) + g.dilation_h) * (std::max(g.in_w, g.out_w) + g.dilation_w) > kMost)
     return false;
   if (!kernel || !g.nhwc || g.channels % channels_of(kernel, size)) return false;

@@ -57,7 +57,7 @@ struct Tiling {
 // The tiling of g, with `images` of the batch at a time; g is the convolution that the kernel makes.
 Tiling tiling(const Conv2d& g, const Kernel& kernel, int images, int rows);
 
-// Images that a launch may have: elements are counted in 31 bits. 0 where not even one fits.
+// Images that a launch may have: their elements, and the filter's, are counted in 31 bits. 0 where not even one fits.
 int images_at_once(const Conv2d& g);
 
 // The compiled kernels. More than two slots are for dilated filters and stride 2, whose rows are wider. Registers are

@@ -2,6 +2,7 @@
 #include "cuda/rows_plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -36,8 +37,11 @@ Tiling tiling(const Conv2d& g, const Kernel& kernel, int images, int rows) {
   t.channel_blocks = int(ceil_div(groups, t.groups));
   t.octets = int(ceil_div(g.out_w, kOctet));
   t.octet_pixels = kOctet * kernel.stride;
-  t.halo = round_up((kernel.kernel_w - 1) * g.dilation_w + 1 - kernel.stride, kernel.stride);
-  t.width = kOctets * t.octet_pixels + images_of_a_strip(t.octets) * t.halo;
+  // Of a dilation far beyond the image in 64 bits; no kernel has room for a row that is too wide to be counted.
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  const int64_t halo = round_up((kernel.kernel_w - 1) * int64_t(g.dilation_w) + 1 - kernel.stride, kernel.stride);
+  t.halo = int(std::min(halo, kMost));
+  t.width = int(std::min(kOctets * t.octet_pixels + images_of_a_strip(t.octets) * halo, kMost));
   const int shared_octets = std::gcd(t.octets, kOctets);
   t.group_images = kOctets / shared_octets;
   t.group_strips = t.octets / shared_octets;
@@ -50,6 +54,7 @@ Tiling tiling(const Conv2d& g, const Kernel& kernel, int images, int rows) {
 
 int images_at_once(const Conv2d& g) {
   constexpr int64_t kMostElements = int64_t(1) << 31;
+  if (g.channels * g.kernel_h * g.kernel_w >= kMostElements) return 0;
   const int64_t pixels = std::max(g.in_h * g.in_w, g.out_h * g.out_w);
   const int64_t by_elements = (kMostElements - 1) / std::max<int64_t>(1, pixels * g.channels);
   return int(std::min(by_elements, g.batch));
