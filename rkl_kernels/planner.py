@@ -181,8 +181,8 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool | None, str]:
         backward = said(gradients_in_nhwc, gradients_in_bands, _CPU_FILTER_GRADIENTS[filter_gradient])
         return bool(bands), f"{forward}; backward: {backward}"
     with _device_of(x):
-        dtype = KERNEL_TYPES.index(x.dtype)
-        plan = torch.ops.rkl.cuda_separable_plan(geometry, outputs, *activations, dtype, _facts_of(x))
+        dtype, nhwc = KERNEL_TYPES.index(x.dtype), ops.output_format(x, weight) == torch.channels_last
+        plan = torch.ops.rkl.cuda_separable_plan(geometry, nhwc, outputs, *activations, dtype, _facts_of(x))
     return (True, _CUDA_FUSED) if plan else (False, _CUDA_COMPOSED)
 
 
@@ -199,11 +199,12 @@ _CPU_FILTER_GRADIENTS = (
     "the depthwise output is made again, and the library makes the pointwise filter's gradient by output channels",
 )
 
-# csrc/cuda/separable_plan.cpp has the rule.
+# csrc/cuda/separable_plan.cpp has the rule, and takes_planes in csrc/cuda/plan.h that of contiguous images.
 _CUDA_FUSED = "one kernel makes the depthwise rows and multiplies them on the chip; backward makes them again"
 _CUDA_COMPOSED = (
-    "the one kernel serves 16-bit images, k = 3, 5 or 7, stride 1 or 2, no dilation, up to 128 channels by 8, no gelu; "
-    "else a depthwise kernel and the library's product; backward makes the depthwise output again"
+    "the one kernel serves 16-bit images, k = 3, 5 or 7, stride 1 or 2 (contiguous images 1), no dilation, up to 128 "
+    "channels by 8, no gelu; else a depthwise kernel and the library's product; backward makes the depthwise output "
+    "again"
 )
 
 

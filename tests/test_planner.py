@@ -88,12 +88,14 @@ def test_explanation_says_how_the_filter_gradient_is_made(layout, size, inner, r
     assert remade in told.reason.partition("backward: ")[2]
 
 
-def explain_as_cuda(monkeypatch, kernel: int, dtype: torch.dtype) -> Explanation:
+def explain_as_cuda(
+    monkeypatch, kernel: int, dtype: torch.dtype, layout: torch.memory_format, stride: int = 2
+) -> Explanation:
     """Of tensors that only have shapes."""
     monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x, multiplied: "cuda")
     shapes = ((8, 64, 32, 30), (64, 1, kernel, kernel), (48, 64, 1, 1))
-    tensors = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
-    return rk.explain("separable_conv2d", *tensors, stride=2, padding=1)
+    x, *weights = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    return rk.explain("separable_conv2d", x.contiguous(memory_format=layout), *weights, stride=stride, padding=1)
 
 
 def explain_depthwise_as_cuda(monkeypatch, kernel: int, nhwc: bool = True, **window: int) -> str:
@@ -122,16 +124,18 @@ def test_explanation_names_each_depthwise_kernel(monkeypatch):
     assert asked == [(geometry, True, 1, result) for result in range(4)]
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize(
     ("answer", "fused", "reason"), [([], False, "serves 16-bit"), ([1, 0, 8, 1, 1, 128, 0], True, "on the chip")]
 )
-def test_explanation_says_what_the_cuda_plan_is(monkeypatch, answer, fused, reason):
+def test_explanation_says_what_the_cuda_plan_is(monkeypatch, answer, fused, reason, layout):
     asked = []
     monkeypatch.setattr(
         torch.ops.rkl, "cuda_separable_plan", lambda *arguments: asked.append(arguments) or answer, raising=False
     )
-    told = explain_as_cuda(monkeypatch, 3, torch.bfloat16)
-    assert [a[:-1] for a in asked] == [([8, 64, 32, 30, 16, 15, 3, 3, 2, 2, 1, 1, 1, 1], 48, 0, 0, 1)]
+    told = explain_as_cuda(monkeypatch, 3, torch.bfloat16, layout)
+    geometry, nhwc = [8, 64, 32, 30, 16, 15, 3, 3, 2, 2, 1, 1, 1, 1], layout == torch.channels_last
+    assert [a[:-1] for a in asked] == [(geometry, nhwc, 48, 0, 0, 1)]
     assert told.fused is fused
     assert reason in told.reason
     assert f"{'fused' if fused else 'not fused'}: {told.reason}" in str(told)
@@ -155,7 +159,22 @@ needs_cuda_extension = pytest.mark.skipif(
 @pytest.mark.parametrize(("kernel", "dtype"), [(3, torch.float32), (4, torch.float16)])
 def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
     """Without a GPU too: that these are not served needs none."""
-    assert "serves 16-bit images, k = 3, 5 or 7" in explain_as_cuda(monkeypatch, kernel, dtype).reason
+    told = explain_as_cuda(monkeypatch, kernel, dtype, torch.channels_last)
+    assert "serves 16-bit images, k = 3, 5 or 7" in told.reason
+
+
+@needs_cuda_extension
+@pytest.mark.parametrize(
+    ("layout", "stride", "fused"),
+    [
+        (torch.channels_last, 1, True),
+        (torch.channels_last, 2, True),
+        (torch.contiguous_format, 1, True),  # transposed to NHWC
+        (torch.contiguous_format, 2, False),  # made in planes, where the images lie
+    ],
+)
+def test_contiguous_images_at_stride_2_are_not_fused(monkeypatch, layout, stride, fused):
+    assert explain_as_cuda(monkeypatch, 3, torch.bfloat16, layout, stride).fused is fused
 
 
 MEASURED = {  # where PyTorch's own kernels were the faster ones; elsewhere nothing is left to them

@@ -234,11 +234,15 @@ std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, in
   return numbers_of(cuda::plan_result(wanted, g, Dtype(dtype), true, device_of(device)));
 }
 
-// The same of a separable convolution in one kernel; nothing where it runs unfused.
-std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, int64_t c_out, int64_t inner, int64_t activation,
-                                    int64_t dtype, std::vector<int64_t> device) {
-  return numbers_of(cuda::plan_separable(conv2d_of(geometry, true), c_out, Activation(inner), Activation(activation),
-                                         Dtype(dtype), true, device_of(device)));
+// The same of a separable convolution in one kernel; nothing where it runs unfused, as of NCHW images that are taken
+// where they lie. nhwc: the output's format, which NHWC images have too.
+std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, bool nhwc, int64_t c_out, int64_t inner,
+                                    int64_t activation, int64_t dtype, std::vector<int64_t> device) {
+  Conv2d g = conv2d_of(geometry, nhwc);
+  if (!nhwc && cuda::takes_planes(g, Dtype(dtype))) return {};
+  g.nhwc = true;
+  return numbers_of(
+      cuda::plan_separable(g, c_out, Activation(inner), Activation(activation), Dtype(dtype), true, device_of(device)));
 }
 
 }  // namespace
@@ -247,8 +251,8 @@ std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, int64_t c_out
 STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) {
   m.def("cuda_depthwise_plan(int[] geometry, bool nhwc, int dtype, int result, int[] device=[]) -> int[]");
   m.def(
-      "cuda_separable_plan(int[] geometry, int c_out, int inner_activation, int activation, int dtype, int[] device=[])"
-      " -> int[]");
+      "cuda_separable_plan(int[] geometry, bool nhwc, int c_out, int inner_activation, int activation, int dtype, "
+      "int[] device=[]) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rkl, CompositeExplicitAutograd, m) {
