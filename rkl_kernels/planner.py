@@ -220,8 +220,9 @@ _CUDA_FAMILIES = (
 _NHWC_FAMILIES = (1, 2)
 
 
-HOPPER = [90, 132, 227 << 10, 228 << 10]
-"""Of an H100 or H200: compute capability, multiprocessors, shared memory of a block and of a multiprocessor."""
+HOPPER = [90, 132, 227 << 10, 228 << 10, 2048, 32]
+"""Of an H100 or H200: compute capability, multiprocessors, shared memory of a block and of a multiprocessor, and
+threads and blocks that a multiprocessor has at once."""
 
 
 def _facts_of(x: Tensor) -> list[int]:

@@ -42,9 +42,12 @@ const Device& current_device() {
   if (found != devices.end()) return found->second;
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const Device facts{10 * major + minor, attribute(cudaDevAttrMultiProcessorCount, device),
+  const Device facts{10 * major + minor,
+                     attribute(cudaDevAttrMultiProcessorCount, device),
                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                     attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+                     attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+                     attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device),
+                     attribute(cudaDevAttrMaxBlocksPerMultiprocessor, device)};
   return devices.emplace(device, facts).first->second;  // a map's elements stay where they are
 }
 

@@ -209,8 +209,9 @@ Conv2d conv2d_of(const std::vector<int64_t>& geometry, bool nhwc) {
 // A GPU's facts as plan.h has them: the current device's where there are none.
 cuda::Device device_of(const std::vector<int64_t>& facts) {
   if (facts.empty()) return cuda::current_device();
-  STD_TORCH_CHECK(facts.size() == 4, "device must have 4 numbers, got ", facts.size());
-  return {int(facts[0]), int(facts[1]), int(facts[2]), int(facts[3])};
+  STD_TORCH_CHECK(facts.size() == 6, "device must have 6 numbers, got ", facts.size());
+  const auto n = [&](int i) { return int(facts[i]); };
+  return {n(0), n(1), n(2), n(3), n(4), n(5)};
 }
 
 std::vector<int64_t> numbers_of(const cuda::MaybePlan& plan) {

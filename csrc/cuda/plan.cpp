@@ -46,7 +46,7 @@ namespace {
 
 // The family on any GPU: of the smallest shared memory, so that no device need be asked.
 Family family_anywhere(Result result, Conv2d g, bool nhwc, Dtype dtype) {
-  constexpr Device least{86, 1, 99 << 10, 100 << 10};
+  constexpr Device least{86, 1, 99 << 10, 100 << 10, 1536, 16};
   g.nhwc = nhwc;
   return plan_result(result, g, dtype, true, least)->family;
 }

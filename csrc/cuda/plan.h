@@ -13,8 +13,10 @@ namespace rkl::cuda {
 struct Device {
   int capability;  // 80, 86, 90, ...
   int multiprocessors;
-  int block_shared;           // bytes of shared memory that a block may ask for
-  int multiprocessor_shared;  // bytes that all blocks of a multiprocessor have
+  int block_shared;            // bytes of shared memory that a block may ask for
+  int multiprocessor_shared;   // bytes that all blocks of a multiprocessor have
+  int multiprocessor_threads;  // that it has at once
+  int multiprocessor_blocks;   // likewise
 };
 
 // The kernels, by what they are made of. Each family has its own file, with one function that plans and one that

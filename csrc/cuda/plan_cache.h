@@ -10,15 +10,34 @@
 namespace rkl::cuda {
 
 // Everything that a plan is made from, as numbers.
-using PlanKey = std::array<int64_t, 22>;
+using PlanKey = std::array<int64_t, 24>;
 
 // rest: what a plan is told beside the geometry, the type, the alignment and the device.
 inline PlanKey plan_key(const Conv2d& g, Dtype dtype, bool aligned, const Device& d, int64_t rest) {
-  return {
-      g.batch,    g.channels,     g.in_h,     g.in_w,       g.out_h,           g.out_w,        g.kernel_h,
-      g.kernel_w, g.stride_h,     g.stride_w, g.padding_h,  g.padding_w,       g.dilation_h,   g.dilation_w,
-      g.nhwc,     int64_t(dtype), aligned,    d.capability, d.multiprocessors, d.block_shared, d.multiprocessor_shared,
-      rest};
+  return {g.batch,
+          g.channels,
+          g.in_h,
+          g.in_w,
+          g.out_h,
+          g.out_w,
+          g.kernel_h,
+          g.kernel_w,
+          g.stride_h,
+          g.stride_w,
+          g.padding_h,
+          g.padding_w,
+          g.dilation_h,
+          g.dilation_w,
+          g.nhwc,
+          int64_t(dtype),
+          aligned,
+          d.capability,
+          d.multiprocessors,
+          d.block_shared,
+          d.multiprocessor_shared,
+          d.multiprocessor_threads,
+          d.multiprocessor_blocks,
+          rest};
 }
 
 // The plan of that key: the one that this thread remembers, or what make() says. Each place that calls has a memory of

@@ -65,10 +65,14 @@ void bind_emulator(py::module_& m) {
 void bind_plans(py::module_& m) {
   using namespace rkl::cuda;
   py::class_<Device>(m, "Device")
-      .def(py::init([](int capability, int multiprocessors, int block_shared, int multiprocessor_shared) {
-             return Device{capability, multiprocessors, block_shared, multiprocessor_shared};
+      .def(py::init([](int capability, int multiprocessors, int block_shared, int multiprocessor_shared,
+                       int multiprocessor_threads, int multiprocessor_blocks) {
+             return Device{
+                 capability,           multiprocessors, block_shared, multiprocessor_shared, multiprocessor_threads,
+                 multiprocessor_blocks};
            }),
-           "capability"_a, "multiprocessors"_a, "block_shared"_a, "multiprocessor_shared"_a);
+           "capability"_a, "multiprocessors"_a, "block_shared"_a, "multiprocessor_shared"_a, "multiprocessor_threads"_a,
+           "multiprocessor_blocks"_a);
   py::enum_<Family>(m, "Family")
       .value("general", Family::general)
       .value("rows", Family::rows)

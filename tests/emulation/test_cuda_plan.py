@@ -12,11 +12,12 @@ from benchmarks.shapes import SHAPES, Shape, select
 
 from .conftest import Gpu
 
-# Capability, multiprocessors, bytes of shared memory that a block may ask for, and that a multiprocessor has.
+# Capability, multiprocessors, bytes of shared memory that a block may ask for, and that a multiprocessor has; threads
+# and blocks that a multiprocessor has at once.
 DEVICES = {
-    "H200": (90, 132, 227 << 10, 228 << 10),
-    "A100": (80, 108, 163 << 10, 164 << 10),
-    "L4": (89, 58, 99 << 10, 100 << 10),
+    "H200": (90, 132, 227 << 10, 228 << 10, 2048, 32),
+    "A100": (80, 108, 163 << 10, 164 << 10, 2048, 32),
+    "L4": (89, 58, 99 << 10, 100 << 10, 1536, 24),
 }
 
 
@@ -135,6 +136,19 @@ def test_rows_are_cut_by_waves(gpu: Gpu) -> None:
     (shape,) = select("mnv1-112")
     plan = plans(gpu, shape, "f32", True, "H200")["output"]
     assert (plan.family.name, plan.rows, plan.blocks) == ("registers", 28, 1792)
+
+
+def test_rows_are_cut_by_what_a_multiprocessor_has_at_once(gpu: Gpu) -> None:
+    """A block of 8 channels is one warp, of which registers would let a multiprocessor have 16."""
+    (shape,) = select("mnv1-112")
+    kernels, g = gpu.kernels, geometry(gpu, shape, True, channels=8)
+
+    def parts(threads: int, blocks: int) -> int:
+        device = kernels.Device(*DEVICES["A100"][:4], threads, blocks)
+        return kernels.plan_result(kernels.Result.filter_grad, g, kernels.Dtype.bf16, True, device).parts
+
+    assert parts(2048, 32) == parts(1536, 16) == parts(512, 32)
+    assert parts(2048, 8) == parts(256, 32) < parts(2048, 32)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
