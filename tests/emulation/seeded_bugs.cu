@@ -79,6 +79,15 @@ __global__ void too_much_shared(const float*, float* out) {
 }
 void shared_limit(const float* in, float* out) { too_much_shared<<<1, 32, 64 * 1024>>>(in, out); }
 
+// 44 KiB that its launch asks for, which need no leave by themselves, and 8 of its own.
+__global__ void too_much_with_static(const float*, float* out) {
+  extern __shared__ float buffer[];
+  __shared__ float own[2048];
+  own[threadIdx.x] = buffer[threadIdx.x] = 1.f;
+  out[threadIdx.x] = buffer[threadIdx.x] + own[threadIdx.x];
+}
+void static_shared_limit(const float* in, float* out) { too_much_with_static<<<1, 32, 44 * 1024>>>(in, out); }
+
 enum class RowBug { none, missing_barrier, overrun, misaligned, foreign_address };
 
 // Each warp stores 32 rows of 16 bytes by stmatrix at 32-bit addresses; each thread copies a row that another warp has
@@ -117,6 +126,7 @@ std::map<std::string, void (*)(const float*, float*)> seeded_bugs() {
       {"misaligned_vector", misaligned_vector},
       {"copy_in_flight", copy_in_flight},
       {"shared_limit", shared_limit},
+      {"static_shared_limit", static_shared_limit},
       {"correct_rows", launch_rows<RowBug::none>},
       {"row_barrier", launch_rows<RowBug::missing_barrier>},
       {"row_overrun", launch_rows<RowBug::overrun>},

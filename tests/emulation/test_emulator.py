@@ -26,6 +26,7 @@ CAUGHT = {
     "misaligned_vector": "misaligned read of 16 bytes, global memory",
     "copy_in_flight": "ended with a cp.async in flight",
     "shared_limit": "more dynamic shared memory than",
+    "static_shared_limit": "static and dynamic shared memory together are 53248 bytes",
     "row_barrier": "race in shared memory",
     "row_overrun": "out of bounds: read of shared memory",
     "misaligned_row": "misaligned write to 16 bytes, shared memory",

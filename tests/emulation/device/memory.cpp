@@ -63,7 +63,8 @@ struct Memory {
   SharedTouch* shared_touches = reserve<SharedTouch>(kSharedArena / kGranule);
   std::vector<uint32_t> page_region = std::vector<uint32_t>(kArena / kPage);  // number of the region, from 1
   std::vector<Region> regions{{0, 0}};
-  size_t used = kGap, shared_used = 0;
+  size_t used = kGap, shared_used = 0;         // of the arena
+  size_t shared_bytes = 0, most_shared_bytes;  // that the launch's blocks have, and may have
 
   std::map<const void*, size_t> shared_variables;  // key to offset; laid out anew for each launch
   Region dynamic{};
@@ -167,6 +168,10 @@ void* shared_memory(const void* key, size_t bytes) {
   Memory& m = memory();
   auto [variable, is_new] = m.shared_variables.try_emplace(key, 0);
   if (is_new) {
+    m.shared_bytes += bytes;
+    if (m.shared_bytes > m.most_shared_bytes)
+      fail("static and dynamic shared memory together are " + std::to_string(m.shared_bytes) +
+           " bytes, of which a block has " + std::to_string(m.most_shared_bytes));
     const Region r = m.add_shared(bytes);
     variable->second = r.begin;
     memset(m.base + r.begin, 0xff, bytes);
@@ -187,8 +192,10 @@ void* shared_pointer(uint32_t address) {
   return memory().base + memory().shared_begin() + address;
 }
 
-void begin_launch(const char* kernel, size_t dynamic_shared_bytes) {
+void begin_launch(const char* kernel, size_t dynamic_shared_bytes, size_t most_shared) {
   Memory& m = memory();
+  m.shared_bytes = dynamic_shared_bytes;
+  m.most_shared_bytes = most_shared;
   m.counted = &traffic[kernel];
   m.counted->launches++;
   m.launch = m.block + 1;

@@ -35,8 +35,9 @@ struct Traffic {
 };
 extern std::map<std::string, Traffic> traffic;
 
-// Called by the scheduler.
-void begin_launch(const char* kernel, size_t dynamic_shared_bytes);
+// Called by the scheduler. most_shared: bytes that a block may have of shared memory, static and dynamic. Static ones
+// count when a thread comes to them: what no thread of a launch comes to is not known here.
+void begin_launch(const char* kernel, size_t dynamic_shared_bytes, size_t most_shared);
 void begin_block();
 void begin_phase();  // a barrier was passed
 void end_launch();

@@ -271,7 +271,8 @@ void Launch::run(const void* kernel, const std::function<void()>& thread) const 
       grid_.y > 65535 || grid_.z > 65535)
     fail("launch configuration that no GPU takes");
   const auto limit = machine.shared_limit.find(kernel);
-  if (shared_bytes_ > (limit == machine.shared_limit.end() ? kDefaultShared : limit->second))
+  const bool has_leave = limit != machine.shared_limit.end();
+  if (shared_bytes_ > (has_leave ? limit->second : kDefaultShared))
     fail("more dynamic shared memory than cudaFuncSetAttribute allowed");
   gridDim = grid_;
   blockDim = block_;
@@ -282,7 +283,7 @@ void Launch::run(const void* kernel, const std::function<void()>& thread) const 
   struct End {
     ~End() { end_launch(); }
   } end;
-  begin_launch(name_, shared_bytes_);
+  begin_launch(name_, shared_bytes_, has_leave ? kMaxShared : kDefaultShared);
   // A list of a large grid's blocks would be larger than what is run of it: those go in their own order.
   const bool all = schedule.first_blocks < 0;
   const std::vector<long> order = all ? in_order(blocks, random) : std::vector<long>();
