@@ -18,13 +18,10 @@ inline uint32_t shared_address(const void* p) { return emulator::shared_address(
 inline uint4 load_shared_16(uint32_t shared) { return emulator::load_shared<uint4>(shared); }
 inline void store_shared_4(uint32_t shared, uint32_t value) { emulator::store_shared(shared, value); }
 inline void cp_async_16(uint32_t shared, const void* global, int valid) {
-  emulator::copy_async(emulator::shared_pointer(shared), global, 16, valid);
-}
-inline void cp_async_4(uint32_t shared, const void* global, int valid) {
-  emulator::copy_async(emulator::shared_pointer(shared), global, 4, valid);
+  emulator::copy_async_16(emulator::shared_pointer(shared), global, valid);
 }
 inline void cp_async_16_or_zeros(uint32_t shared, const void* global, bool copies) {
-  emulator::copy_async(emulator::shared_pointer(shared), global, 16, copies ? 16 : 0);
+  emulator::copy_async_16(emulator::shared_pointer(shared), global, copies ? 16 : 0);
 }
 inline void cp_async_commit() { emulator::copy_commit(); }
 inline uint32_t opaque(uint32_t x) { return x; }
@@ -44,9 +41,6 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 template <class T>
 void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, const float (&c)[4]) {
   emulator::mma_m16n8k16<T>(d, {a0, a1, 0, 0}, b, 0, c);
-}
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulator::mma_m16n8k8_tf32(d, a, b);
 }
 inline float tanh_approx(float x) { return emulator::tanh_approx(x); }
 
@@ -73,13 +67,10 @@ __device__ inline void store_shared_4(uint32_t shared, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
 
-// Copies `valid` bytes of 16 (of 4) to shared memory and fills the rest with zeros: valid = 0 is an image's padding.
-// Both addresses must be multiples of the size, the global one a pointer into an allocation even where valid is 0.
+// Copies `valid` bytes of 16 to shared memory and fills the rest with zeros: valid = 0 is an image's padding. Both
+// addresses must be multiples of 16, the global one a pointer into an allocation even where valid is 0.
 __device__ inline void cp_async_16(uint32_t shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
-}
-__device__ inline void cp_async_4(uint32_t shared, const void* global, int valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
 }
 // Copies 16 bytes, or writes as many zeros. A predicate costs nothing, where a number of bytes costs four instructions.
 __device__ inline void cp_async_16_or_zeros(uint32_t shared, const void* global, bool copies) {
@@ -160,15 +151,6 @@ __device__ inline void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint
                  : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// d += a b with a 16 x 8 and b 8 x 8 in TF32, given as fp32 bits.
-__device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // tanh to a relative error of 2^-11, in one instruction: for results that are rounded to 16 bits.
 __device__ inline float tanh_approx(float x) {
   float y;
@@ -190,9 +172,6 @@ __device__ inline void store_rows_of_matrices(uint32_t row, const uint32_t (&fra
 // By pointers.
 __device__ inline void cp_async_16(void* shared, const void* global, int valid) {
   cp_async_16(shared_address(shared), global, valid);
-}
-__device__ inline void cp_async_4(void* shared, const void* global, int valid) {
-  cp_async_4(shared_address(shared), global, valid);
 }
 template <bool transpose = false>
 __device__ inline void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {

@@ -49,22 +49,6 @@ __global__ void product(const T* a, const T* b, float* d) {
   for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + column + i % 2] = sum[i];
 }
 
-__global__ void product_tf32(const float* a, const float* b, float* d) {
-  const int row = threadIdx.x / 4, at = threadIdx.x % 4, column = at * 2;
-  const auto bits = [](float v) {
-    uint32_t u;
-    memcpy(&u, &v, 4);
-    return u;
-  };
-  float sum[4] = {d[row * 8 + column], d[row * 8 + column + 1], d[(row + 8) * 8 + column],
-                  d[(row + 8) * 8 + column + 1]};
-  rkl::cuda::mma_m16n8k8_tf32(
-      sum,
-      {bits(a[row * 8 + at]), bits(a[(row + 8) * 8 + at]), bits(a[row * 8 + at + 4]), bits(a[(row + 8) * 8 + at + 4])},
-      {bits(b[at * 8 + row]), bits(b[(at + 4) * 8 + row])});
-  for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + column + i % 2] = sum[i];
-}
-
 // The same product, of 16 x 16 by 16 x 8, in place and with fragments from shared memory by ldmatrix.
 template <class T>
 __global__ void product_ldmatrix(const T* a, const T* b, float* d) {
@@ -119,9 +103,6 @@ template <class T, int k>
 void run_product(const void* a, const void* b, void* d) {
   product<T, k><<<1, 32>>>(static_cast<const T*>(a), static_cast<const T*>(b), static_cast<float*>(d));
 }
-void run_product_tf32(const void* a, const void* b, void* d) {
-  product_tf32<<<1, 32>>>(static_cast<const float*>(a), static_cast<const float*>(b), static_cast<float*>(d));
-}
 template <class T>
 void run_product_ldmatrix(const void* a, const void* b, void* d) {
   product_ldmatrix<T><<<1, 32>>>(static_cast<const T*>(a), static_cast<const T*>(b), static_cast<float*>(d));
@@ -142,7 +123,6 @@ std::map<std::string, void (*)(const void*, const void*, void*)> warp_function_t
           {"product_f16_16", run_product<f16, 16>},
           {"product_bf16_8", run_product<bf16, 8>},
           {"product_f16_8", run_product<f16, 8>},
-          {"product_f32_8", run_product_tf32},
           {"product_ldmatrix_bf16_16", run_product_ldmatrix<bf16>},
           {"product_ldmatrix_f16_16", run_product_ldmatrix<f16>},
           {"stmatrix", run_store_matrices<false>},

@@ -34,7 +34,6 @@
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
-inline constexpr int warpSize = 32;
 
 namespace emulator {
 

@@ -69,12 +69,13 @@ struct Meeting {
 struct Copy {
   void* shared;
   const void* global;
-  int n, valid;
+  int valid;
+  static constexpr int kBytes = 16;
   void perform() const {
     access(global, valid, false, false);
-    access(shared, n, true);
+    access(shared, kBytes, true);
     memcpy(shared, global, valid);
-    memset(static_cast<char*>(shared) + valid, 0, n - valid);
+    memset(static_cast<char*>(shared) + valid, 0, kBytes - valid);
   }
 };
 
@@ -324,10 +325,10 @@ Lanes exchange_bytes(unsigned mask, const void* value, size_t n) {
   return {values, present};
 }
 
-void copy_async(void* shared, const void* global, int n, int valid) {
-  if (uintptr_t(shared) % n || uintptr_t(global) % n) fail("misaligned cp.async");
-  if (valid < 0 || valid > n) fail("cp.async of more bytes than it has");
-  const Copy copy{shared, global, n, valid};
+void copy_async_16(void* shared, const void* global, int valid) {
+  if (uintptr_t(shared) % Copy::kBytes || uintptr_t(global) % Copy::kBytes) fail("misaligned cp.async");
+  if (valid < 0 || valid > Copy::kBytes) fail("cp.async of more bytes than it has");
+  const Copy copy{shared, global, valid};
   if (schedule.late_copies)
     self().open.push_back(copy);
   else
@@ -390,8 +391,4 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated device"; }
-cudaError_t cudaMemsetAsync(void* p, int value, size_t n, cudaStream_t) {
-  memset(p, value, n);
-  return cudaSuccess;
-}
 }

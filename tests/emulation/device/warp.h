@@ -32,8 +32,8 @@ Lanes exchange(unsigned mask, const T& value) {
   return exchange_bytes(mask, &value, sizeof value);
 }
 
-// cp.async: n bytes of shared memory from `valid` bytes of global memory, zeros after. Lands when waited for.
-void copy_async(void* shared, const void* global, int n, int valid);
+// cp.async: 16 bytes of shared memory from `valid` bytes of global memory, zeros after. Lands when waited for.
+void copy_async_16(void* shared, const void* global, int valid);
 void copy_commit();
 void copy_wait(int groups_left);
 
@@ -103,30 +103,6 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int k = 0; k < 16; ++k)
       sum += element(lanes.get<Fragments>(m % 8 * 4 + k % 8 / 2).a[m / 8 + k / 8 * 2], k & 1, T{}) *
              element(lanes.get<Fragments>(n * 4 + k % 8 / 2).b[k / 8], k & 1, T{});
-    d[i] = sum;
-  }
-}
-
-// d += a b with a 16 x 8, b 8 x 8 in TF32: fp32 of whose fraction the tensor core reads 10 bits.
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Fragments {
-    uint32_t a[4], b[2];
-  } mine;
-  memcpy(mine.a, a, sizeof a);
-  memcpy(mine.b, b, sizeof b);
-  const Lanes lanes = exchange(~0u, mine);
-  const auto tf32 = [](uint32_t bits) {
-    bits &= 0xffffe000u;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-  };
-  for (int i = 0; i < 4; ++i) {
-    const int m = lane() / 4 + i / 2 * 8, n = lane() % 4 * 2 + i % 2;
-    float sum = d[i];
-    for (int k = 0; k < 8; ++k)
-      sum += tf32(lanes.get<Fragments>(m % 8 * 4 + k % 4).a[m / 8 + k / 4 * 2]) *
-             tf32(lanes.get<Fragments>(n * 4 + k % 4).b[k / 4]);
     d[i] = sum;
   }
 }
