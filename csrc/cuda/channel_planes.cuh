@@ -10,6 +10,14 @@ namespace rkl::cuda {
 // plan_toeplitz's part for the filter's gradient, which is in a file of its own.
 MaybePlan plan_toeplitz_filter_grad(const Conv2d& g, Dtype dtype, bool aligned, const Device& device);
 
+// Whether the kernels of wide filters may serve a convolution. Narrower filters have kernels of their own, or too few
+// taps to fill a product.
+inline bool is_wide(const Conv2d& g, Dtype dtype) {
+  constexpr int kNarrowest = 9;
+  const bool dense = g.stride_h == 1 && g.stride_w == 1 && g.dilation_h == 1 && g.dilation_w == 1;
+  return dtype != Dtype::f32 && g.kernel_w >= kNarrowest && dense && !(g.nhwc && g.channels % 8);
+}
+
 union Word {  // two neighbouring columns
   uint32_t bits;
   uint16_t half[2];

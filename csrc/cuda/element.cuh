@@ -41,26 +41,32 @@ struct alignas(N * sizeof(T)) Vec {
   T v[N];
 };
 
-// 16 bytes in registers as float, and back. A struct of 16-bit elements would be taken apart in narrow pieces; a word
-// is two of them, of which bf16 needs a shift or a mask each.
+// A word of two 16-bit elements as float, the low half first; bf16 needs a shift or a mask each.
+template <class T>
+__device__ inline void unpack2(uint32_t word, float& low, float& high) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const uint32_t first = word << 16, second = word & 0xffff0000u;
+    memcpy(&low, &first, 4);
+    memcpy(&high, &second, 4);
+  } else {
+    __half2 pair;
+    memcpy(&pair, &word, 4);
+    const float2 both = __half22float2(pair);
+    low = both.x;
+    high = both.y;
+  }
+}
+
+// 16 bytes in registers as float, and back. A struct of 16-bit elements would be taken apart in narrow pieces.
 template <class T>
 __device__ inline void unpack(uint4 from, float (&to)[16 / sizeof(T)]) {
   const uint32_t words[4] = {from.x, from.y, from.z, from.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (std::is_same_v<T, float>)
       memcpy(&to[i], &words[i], 4);
-    } else if constexpr (std::is_same_v<T, bf16>) {
-      const uint32_t low = words[i] << 16, high = words[i] & 0xffff0000u;
-      memcpy(&to[2 * i], &low, 4);
-      memcpy(&to[2 * i + 1], &high, 4);
-    } else {
-      __half2 pair;
-      memcpy(&pair, &words[i], 4);
-      const float2 both = __half22float2(pair);
-      to[2 * i] = both.x;
-      to[2 * i + 1] = both.y;
-    }
+    else
+      unpack2<T>(words[i], to[2 * i], to[2 * i + 1]);
   }
 }
 

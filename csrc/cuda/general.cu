@@ -191,13 +191,10 @@ bool as_convolution(Result result, const Conv2d& g) {
 int vector_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
 
 Plan plan_filter_grad(const Conv2d& g, const Device& device) {
-  // Parts enough to fill the GPU, and few enough for their sums to be small beside the images.
-  constexpr int64_t kBlocksEach = 8, kLeastPixels = 256;
-  const int64_t taps = g.kernel_h * g.kernel_w, least = std::max(kLeastPixels, 8 * taps);
-  const int64_t most = ceil_div(g.batch * g.out_h * g.out_w, least);
   const int64_t channel_blocks = g.nhwc ? ceil_div(g.channels, kChannelsAside) : g.channels;
+  const int64_t taps = int64_t(g.kernel_h) * g.kernel_w;
   Plan plan{Family::general};
-  plan.parts = int(std::min(ceil_div(kBlocksEach * device.multiprocessors, channel_blocks), most));
+  plan.parts = filter_grad_parts(g, channel_blocks, device);
   plan.blocks = channel_blocks * (taps + 1) * plan.parts;
   plan.threads = kThreads;
   return plan;

@@ -1,6 +1,8 @@
 // Which kernel family serves a depthwise convolution on a GPU. Host only: the families say what they serve and how.
 #include "cuda/plan.h"
 
+#include <algorithm>
+
 #include "cuda/plan_cache.h"
 
 namespace rkl::cuda {
@@ -79,6 +81,13 @@ bool transposes(const Conv2d& g, Dtype dtype, bool of_filter) {
   constexpr int64_t kMany = 32;  // channels beside each other, of which the general kernel makes whole sectors
   if (planes == Family::general) return nhwc != Family::general || g.channels >= kMany;
   return planes == Family::planes && nhwc == Family::rows && (of_filter || g.kernel_h >= 5);
+}
+
+int filter_grad_parts(const Conv2d& g, int64_t channel_blocks, const Device& device) {
+  constexpr int64_t kBlocksEach = 8, kLeastPixels = 256;
+  const int64_t taps = int64_t(g.kernel_h) * g.kernel_w, least = std::max(kLeastPixels, 8 * taps);
+  return int(std::min(ceil_div(kBlocksEach * device.multiprocessors, channel_blocks),
+                      ceil_div(g.batch * g.out_h * g.out_w, least)));
 }
 
 Plan plan_forward(const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {

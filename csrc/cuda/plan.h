@@ -17,6 +17,9 @@ struct Device {
   int multiprocessor_shared;   // bytes that all blocks of a multiprocessor have
   int multiprocessor_threads;  // that it has at once
   int multiprocessor_blocks;   // likewise
+
+  // Blocks of so many bytes that a multiprocessor's shared memory has room for: CUDA takes a KiB more of each.
+  int blocks_by_shared(int bytes) const { return multiprocessor_shared / (bytes + 1024); }
 };
 
 // The kernels, by what they are made of. Each family has its own file, with one function that plans and one that
@@ -68,6 +71,9 @@ bool left_to_pytorch(const Conv2d& g, Dtype dtype);
 // Whether NCHW images are transposed into NHWC for a depthwise convolution, and its results back. of_filter: for the
 // filter's gradient too. The same on any GPU.
 bool transposes(const Conv2d& g, Dtype dtype, bool of_filter);
+// Parts of a filter's gradient whose blocks have some channels of a part each: parts enough to fill the GPU, and few
+// enough for their sums to be small beside the images.
+int filter_grad_parts(const Conv2d& g, int64_t channel_blocks, const Device& device);
 Plan plan_forward(const Conv2d& g, Dtype dtype, bool aligned, const Device& device);
 // of_filter: the gradient of the filter, of the bias, or both.
 BackwardPlan plan_backward(const Conv2d& g, Dtype dtype, bool aligned, bool of_image, bool of_filter,

@@ -93,14 +93,6 @@ __global__ void __launch_bounds__(kThreads, 2) filter_grad_planes(FilterGrad a, 
   }
 }
 
-// Parts of the batch enough to fill the GPU, and few enough for their sums to be small beside the images.
-int parts_of(const Conv2d& g, const Device& device) {
-  constexpr int64_t kBlocksEach = 8, kLeastPixels = 256;
-  const int64_t taps = g.kernel_h * g.kernel_w, least = std::max(kLeastPixels, 8 * taps);
-  return int(std::min(ceil_div(kBlocksEach * device.multiprocessors, g.channels),
-                      ceil_div(g.batch * g.out_h * g.out_w, least)));
-}
-
 template <class T, int kernel, int stride>
 void launch(const FilterGrad& a, const Plan& plan, cudaStream_t stream) {
   const Cut c = grad_cut<T>(a.g, kernel, stride);
@@ -128,7 +120,7 @@ MaybePlan plan_planes_filter_grad(const Conv2d& g, Dtype dtype, const Device& de
   const int sums = kWarps * (plan.kernel * plan.kernel + 1) * int(sizeof(float));  // of static shared memory
   if (!served || shared + sums > device.block_shared) return std::nullopt;
   plan.shared = int(shared);
-  plan.parts = parts_of(g, device);
+  plan.parts = filter_grad_parts(g, g.channels, device);
   plan.blocks = g.channels * plan.parts;
   return plan;
 }

@@ -12,6 +12,7 @@
 #include "cuda/activation.cuh"
 #include "cuda/device.h"
 #include "cuda/element.cuh"
+#include "cuda/fragments.cuh"
 #include "cuda/pointwise.h"
 #include "cuda/ptx.cuh"
 
@@ -141,15 +142,9 @@ __global__ void __launch_bounds__(kThreads, blocks_for(width)) multiply_pixels(P
       activate_all<T, true>(p.act, reinterpret_cast<float (&)[kPairs * 8]>(sums[i]));
       __syncwarp();  // the outputs before have been read
 #pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        uint32_t words[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float (&sum)[4] = sums[i][2 * j + k / 2];
-          words[k] = pack2<T>(sum[k % 2 * 2], sum[k % 2 * 2 + 1]);
-        }
-        stmatrix_x4(buffer + (lane % 16 * kPitch + 2 * j + lane / 16) * 16, words);
-      }
+      for (int j = 0; j < kPairs; ++j)
+        put_row<T>(buffer + (lane % 16 * kPitch + 2 * j + lane / 16) * 16,
+                   reinterpret_cast<const float (&)[2][4]>(sums[i][2 * j]));
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {  // 16 pixels have 32 * kPairs pieces of 16 bytes
@@ -179,7 +174,7 @@ template <class T, int width>
 void launch(Product p, const Device& device, cudaStream_t stream) {
   p.across = int(ceil_div(p.outputs, width));
   p.tiles = int(ceil_div(p.pixels, kPixels));
-  const int shared = shared_of(width, p.pitch()), by_shared = device.multiprocessor_shared / (shared + 1024);
+  const int shared = shared_of(width, p.pitch()), by_shared = device.blocks_by_shared(shared);
   const int at_once = std::clamp(by_shared, 1, blocks_for(width)) * device.multiprocessors;
   const int blocks = std::min(p.tiles, std::max(1, at_once / p.across)) * p.across;
   allow_shared(reinterpret_cast<const void*>(&multiply_pixels<T, width>), shared);

@@ -48,24 +48,12 @@ __device__ inline void unpack_word(float2 from, float (&to)[2]) {
 }
 template <class T>
 __device__ inline void unpack_word(uint32_t from, float (&to)[2]) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    const uint32_t low = from << 16, high = from & 0xffff0000u;
-    memcpy(&to[0], &low, 4);
-    memcpy(&to[1], &high, 4);
-  } else {
-    __half2 pair;
-    memcpy(&pair, &from, 4);
-    const float2 both = __half22float2(pair);
-    to[0] = both.x;
-    to[1] = both.y;
-  }
+  unpack2<T>(from, to[0], to[1]);
 }
 template <class T>
 __device__ inline void unpack_word(uint2 from, float (&to)[4]) {
-  float low[2], high[2];
-  unpack_word<T>(from.x, low);
-  unpack_word<T>(from.y, high);
-  to[0] = low[0], to[1] = low[1], to[2] = high[0], to[3] = high[1];
+  unpack2<T>(from.x, to[0], to[1]);
+  unpack2<T>(from.y, to[2], to[3]);
 }
 
 template <class T>

@@ -19,6 +19,7 @@
 #pragma once
 #include "activation.h"
 #include "cuda/element.cuh"
+#include "cuda/fragments.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/rows.h"
 
@@ -270,14 +271,5 @@ struct RowWriter {
     to += pitch;
   }
 };
-
-// Sums of 32 pixels by 8 channels as elements: the lane's row of them begins at `address`.
-template <class T>
-__device__ inline void put_row(uint32_t address, const Sums& sums) {
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = pack2<T>(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
-  stmatrix_x4(address, words);
-}
 
 }  // namespace rkl::cuda::rows

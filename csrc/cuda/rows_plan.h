@@ -8,9 +8,7 @@ namespace rkl::cuda::rows {
 
 // Blocks that the GPU has at a time.
 inline int64_t blocks_at_once(int registers, const Plan& plan, const Device& device) {
-  constexpr int kReserved = 1024;  // bytes of a block that CUDA takes
-  const int by_shared = device.multiprocessor_shared / (plan.shared + kReserved);
-  const int blocks = std::min({kRegistersOfAll / (registers * plan.threads), by_shared,
+  const int blocks = std::min({kRegistersOfAll / (registers * plan.threads), device.blocks_by_shared(plan.shared),
                                device.multiprocessor_threads / plan.threads, device.multiprocessor_blocks});
   return int64_t(std::max(1, blocks)) * device.multiprocessors;
 }

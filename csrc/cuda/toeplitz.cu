@@ -273,11 +273,9 @@ __global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
 // Rows of t by 8: the taps, the zeros before them, and one row more for each of the 8 columns but the first. 0 where
 // the family does not serve the convolution.
 int k_blocks_of(const Conv2d& g, Dtype dtype) {
-  constexpr int kNarrowest = 9;  // narrower filters have kernels of their own, or too few taps to fill the bands
   constexpr int kTallest =
       4096;  // past it the bands alone are more than all shared memory, and in the end than 32 bits
-  if (dtype == Dtype::f32 || g.kernel_w < kNarrowest || g.stride_h != 1 || g.stride_w != 1) return 0;
-  if (g.dilation_h != 1 || g.dilation_w != 1 || g.kernel_h > kTallest || (g.nhwc && g.channels % 8)) return 0;
+  if (!is_wide(g, dtype) || g.kernel_h > kTallest) return 0;
   const int rows = g.kernel_w + left_of(g.padding_w) - g.padding_w + 7;
   return rows <= 24 ? 3 : rows <= 40 ? 5 : 0;
 }

@@ -315,10 +315,7 @@ int parts_of(const Conv2d& g, const Cut& c, int64_t blocks, int64_t at_once) {
 // Calls f with the filter's Variant; false where there is none.
 template <class F>
 bool by_variant(const Conv2d& g, Dtype dtype, F f) {
-  constexpr int kNarrowest = 9;  // narrower filters have kernels of their own, or too few taps to fill an mma
-  if (g.kernel_w < kNarrowest || g.stride_h != 1 || g.stride_w != 1 || g.dilation_h != 1 || g.dilation_w != 1)
-    return false;
-  if (dtype == Dtype::f32 || (g.nhwc && g.channels % 8)) return false;
+  if (!is_wide(g, dtype)) return false;
   const bool small =
       g.kernel_h <= Variant<bf16, 1, 1, true>::kRows && g.kernel_w <= Variant<bf16, 1, 1, true>::kColumns;
   by_type(dtype, [&](auto zero) {
