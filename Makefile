@@ -99,7 +99,7 @@ bench-compare: build ## a run now against the committed one: names what got slow
 # Needs no environment of ours and no network: the machine's own torch, Triton, NumPy, matplotlib and pytest. Takes the
 # extensions that were brought along, or builds them with the machine's compilers.
 GPU_FLAGS ?=
-gpu: ## tests and measurements on a GPU, in 12 minutes (GPU_FLAGS=--quick: 2; --only GROUP: 20 s)
+gpu: ## tests and measurements on a GPU, in 20 minutes (GPU_FLAGS=--quick: 2; --only GROUP: 20 s)
 	@ls rkl_kernels/_C_cuda*.so >/dev/null 2>&1 || $(PYTHON) setup.py -q build_ext --inplace || \
 		echo "the extensions could not be built: measuring without them"
 	$(PYTHON) -m benchmarks.gpu $(GPU_FLAGS)

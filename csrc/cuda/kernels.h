@@ -1,5 +1,6 @@
-// What csrc/cuda/ops_cuda.cpp calls: launches over dense device memory. No torch in here or in the .cu files, so that
-// the tests' emulator compiles them alone.
+// What csrc/cuda/ops_cuda.cpp calls beside plan.h and pointwise.h, and what the kernels' files call of one another:
+// launches over dense device memory. No torch in here or in the .cu files, so that the tests' emulator compiles them
+// alone.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -27,7 +27,7 @@ struct Device {
 enum class Family : int {
   general,    // any shape, type and layout
   rows,       // 16 bits, NHWC: rows of the image through shared memory, filters as diagonal matrices on tensor cores
-  registers,  // fp32 NHWC, and maps too narrow for `rows`: a window in registers, without shared memory
+  registers,  // NHWC in fp32, and what `rows` declines: a window in registers, without shared memory
   planes,     // NCHW: planes in shared memory
   toeplitz,   // 16 bits, filters of 9 columns and more: a filter's row as a banded matrix on tensor cores
 };

@@ -15,7 +15,7 @@ void launch_filter_grad(const FilterGrad& a, const Plan& plan, Dtype dtype, cuda
 void launch_both_grads(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStream_t stream);
 
 // Calls f with a value of the element type and, as constants, the filter's compiled size and the stride. In 16 bits the
-// larger filters are for narrow maps, which are of stride 1.
+// larger filters are for what `rows` declines at stride 1: channels that are no multiple of 8, dilations too wide.
 template <class F>
 void by_kernel(int kernel, int64_t stride, Dtype dtype, F&& f) {
   by_type(dtype, [&](auto zero) {
