@@ -202,9 +202,9 @@ _CPU_FILTER_GRADIENTS = (
 # csrc/cuda/separable_plan.cpp has the rule, and takes_planes in csrc/cuda/plan.h that of contiguous images.
 _CUDA_FUSED = "one kernel makes the depthwise rows and multiplies them on the chip; backward makes them again"
 _CUDA_COMPOSED = (
-    "the one kernel serves 16-bit images, k = 3, 5 or 7, stride 1 or 2 (contiguous images 1), no dilation, up to 128 "
-    "channels by 8, no gelu; else a depthwise kernel and the library's product; backward makes the depthwise output "
-    "again"
+    "the one kernel serves 16-bit images, k = 3, 5 or 7, stride 1 or 2 (contiguous images 1, but for maps so small "
+    "that they are transposed), no dilation, up to 128 channels by 8, no gelu; else a depthwise kernel and the "
+    "library's product; backward makes the depthwise output again"
 )
 
 

@@ -93,7 +93,9 @@ std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter
 
 // Kernels of the separable convolution, as SeparableOps takes them.
 struct CudaSeparable : CudaConv {
-  static bool takes_planes(const Conv2d& g, int64_t, Dtype dtype, bool) { return cuda::takes_planes(g, dtype); }
+  static bool takes_planes(const Conv2d& g, int64_t, Dtype dtype, bool backward) {
+    return cuda::takes_planes(g, dtype, backward);
+  }
   static void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out,
                                   int64_t rows, int64_t channels, Dtype dtype, const Tensor& like) {
     cuda::activation_backward(grad, values, act, from_output, out, rows * channels, dtype, OnDeviceOf(like).stream);
@@ -240,7 +242,7 @@ std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, in
 std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, bool nhwc, int64_t c_out, int64_t inner,
                                     int64_t activation, int64_t dtype, std::vector<int64_t> device) {
   Conv2d g = conv2d_of(geometry, nhwc);
-  if (!nhwc && cuda::takes_planes(g, Dtype(dtype))) return {};
+  if (!nhwc && cuda::takes_planes(g, Dtype(dtype), false)) return {};
   g.nhwc = true;
   return numbers_of(
       cuda::plan_separable(g, c_out, Activation(inner), Activation(activation), Dtype(dtype), true, device_of(device)));

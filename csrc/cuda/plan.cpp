@@ -53,10 +53,25 @@ Family family_anywhere(Result result, Conv2d g, bool nhwc, Dtype dtype) {
   return plan_result(result, g, dtype, true, least)->family;
 }
 
+// Whether the library, which multiplies a filter by each image's plane for itself, in tiles of 64 pixels, leaves more
+// than a fifth of them idle. By planes of 16 and 4 pixels a separable layer took 2.0 and 2.6 ms, in NHWC 0.8 and 0.3
+// (512 channels, 4096 images, fp32, H200). Not of few images, where the launches of the transpositions count.
+bool wastes_products(const Conv2d& g) {
+  constexpr int64_t kTile = 64, kManyImages = 32;
+  const int64_t pixels = g.out_h * g.out_w;
+  return g.batch >= kManyImages && 5 * pixels < 4 * round_up(pixels, kTile);
+}
+
 }  // namespace
 
-bool takes_planes(const Conv2d& g, Dtype dtype) {
-  if (dtype != Dtype::f32 && g.stride_h == 1) return false;
+// In 16 bits at stride 1 NHWC pays for the transposition (0.15 + 2 x 0.1 ms where the steps in NCHW took 0.53: 240 to
+// 80 channels, 14 px, H100). At stride 2 the image is four times the output, and its transposition takes longer than
+// all else: forward 71 us by planes and 122 transposed (64 to 128 channels, 32 px, bf16, H200). Of the gradients NHWC's
+// are so much faster that in 16 bits it pays there too (298 against 476 us: 256 to 512 channels, 8 px), but not in
+// fp32.
+bool takes_planes(const Conv2d& g, Dtype dtype, bool backward) {
+  const bool pays = backward ? dtype != Dtype::f32 || g.stride_h == 1 : dtype != Dtype::f32 && g.stride_h == 1;
+  if (pays || wastes_products(g)) return false;
   return family_anywhere(Result::output, g, false, dtype) != Family::general &&
          family_anywhere(Result::data_grad, g, false, dtype) != Family::general;
 }
@@ -73,14 +88,18 @@ bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
 // To transpose takes two or three passes over memory more. The general kernel takes 5 to 100 times what NHWC's take
 // (dilation 6 to 18, 33 px, bf16, H100: 1.0 and 0.12 ms forward, 15 and 0.15 ms for the filter's gradient). The kernels
 // of planes take twice as long at 3 x 3, which does not pay for it, and 4 to 9 times at 5 x 5 and more, and for the
-// filter's gradient.
+// filter's gradient. In fp32 they are nearer: it pays for the filter's gradient of 5 x 5 and more (1.08 and 0.23 ms:
+// 240 channels, 14 px, H200) and of rows no wider than 32, and for an output where 7 x 7 is wider than the image.
 bool transposes(const Conv2d& g, Dtype dtype, bool of_filter) {
   if (g.nhwc) return false;
   const Result result = of_filter ? Result::filter_grad : Result::output;
   const Family planes = family_anywhere(result, g, false, dtype), nhwc = family_anywhere(result, g, true, dtype);
   constexpr int64_t kMany = 32;  // channels beside each other, of which the general kernel makes whole sectors
   if (planes == Family::general) return nhwc != Family::general || g.channels >= kMany;
-  return planes == Family::planes && nhwc == Family::rows && (of_filter || g.kernel_h >= 5);
+  if (planes != Family::planes) return false;
+  if (nhwc == Family::rows) return of_filter || g.kernel_h >= 5;
+  if (nhwc != Family::registers || g.stride_h != 1) return false;
+  return of_filter ? g.kernel_h >= 5 || g.in_w <= 32 : g.kernel_h == 7 && g.in_w <= 4;
 }
 
 int filter_grad_parts(const Conv2d& g, int64_t channel_blocks, const Device& device) {

@@ -61,11 +61,9 @@ struct BackwardPlan {
 // aligned: whether all tensors begin at multiples of 16 bytes, which most kernels' loads need.
 // The plan of one result; nothing for both_grads where no family makes both in one pass.
 std::optional<Plan> plan_result(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device);
-// Whether an NCHW separable convolution takes its images where they lie: in fp32 and at stride 2, where a family of
-// planes makes the depthwise step, on any GPU. Else transposing them is paid back by NHWC's faster kernels (in 16 bits
-// 0.15 + 2 x 0.1 ms where the steps in NCHW took 0.53: 240 to 80 channels, 14 px, H100). At stride 2 the image is four
-// times the output, and its transposition takes longer than all else (72 us by planes, 122 transposed).
-bool takes_planes(const Conv2d& g, Dtype dtype);
+// Whether an NCHW separable convolution takes its images where they lie, where a family of planes makes the depthwise
+// step, on any GPU; else transposing them is paid back by NHWC's faster kernels.
+bool takes_planes(const Conv2d& g, Dtype dtype, bool backward);
 // Whether PyTorch's own convolution, here cuDNN's, makes the output sooner than these kernels.
 bool left_to_pytorch(const Conv2d& g, Dtype dtype);
 // Whether NCHW images are transposed into NHWC for a depthwise convolution, and its results back. of_filter: for the

@@ -96,9 +96,17 @@ def test_no_shape_in_16_bits_nhwc_is_left_to_the_general_kernel(gpu: Gpu) -> Non
 def test_images_are_transposed_where_it_pays(gpu: Gpu) -> None:
     """NCHW where planes have no kernel and NHWC has one, and where planes' are several times slower."""
 
-    def transposes(channels: int, dtype: str, kernel: int = 3, dilation: int = 1, nhwc: bool = False) -> list[bool]:
-        sizes = dict.fromkeys(("in_h", "in_w", "out_h", "out_w"), 20)
-        pairs = {"kernel": kernel, "stride": 1, "padding": dilation * (kernel // 2), "dilation": dilation}
+    def transposes(
+        channels: int,
+        dtype: str,
+        kernel: int = 3,
+        dilation: int = 1,
+        nhwc: bool = False,
+        size: int = 20,
+        stride: int = 1,
+    ) -> list[bool]:
+        sizes = {"in_h": size, "in_w": size, "out_h": size // stride, "out_w": size // stride}
+        pairs = {"kernel": kernel, "stride": stride, "padding": dilation * (kernel // 2), "dilation": dilation}
         window = {f"{name}_{axis}": value for name, value in pairs.items() for axis in "hw"}
         g = gpu.kernels.Conv2d(batch=2, channels=channels, nhwc=nhwc, **sizes, **window)
         return [gpu.kernels.transposes(g, getattr(gpu.kernels.Dtype, dtype), of_filter) for of_filter in (False, True)]
@@ -107,12 +115,41 @@ def test_images_are_transposed_where_it_pays(gpu: Gpu) -> None:
     assert transposes(16, "f32", dilation=2) == [True, True]
     assert transposes(16, "bf16") == [False, True]
     assert transposes(16, "bf16", 7) == [True, True]
-    assert transposes(16, "f32", 7) == [False, False]
+    assert transposes(16, "f32", 7) == [False, True]
+    assert transposes(16, "f32") == [False, True]
+    assert transposes(16, "f32", size=40) == [False, False]
+    assert transposes(16, "f32", 7, size=40) == [False, True]
+    assert transposes(16, "f32", 7, size=4) == [True, True]
+    assert transposes(16, "f32", stride=2) == [False, False]
     assert transposes(16, "bf16", 13) == [False, False]
     assert transposes(3, "bf16", dilation=2) == [False, False]
     assert transposes(32, "f32", 13) == [True, True]  # the general kernel either way, in NHWC with whole sectors
     assert transposes(16, "f32", 13) == [False, False]
     assert transposes(16, "bf16", dilation=2, nhwc=True) == [False, False]
+
+
+def test_separable_layers_that_take_contiguous_images_where_they_lie(gpu: Gpu) -> None:
+    """Of the shapes, with images enough to fill a GPU: what the H200's record says of both ways."""
+
+    def by_planes(dtype: str, backward: bool) -> set[str]:
+        number = getattr(gpu.kernels.Dtype, dtype)
+        square = [shape for shape in SHAPES if shape.kernel <= 7 and shape.kernel_width is None]
+        return {s.id for s in square if gpu.kernels.takes_planes(geometry(gpu, s, False, batch=64), number, backward)}
+
+    assert by_planes("bf16", False) == {"mnv2-112s2", "rkl-32-k3s2", "rkl-16-k3s2"}
+    assert not by_planes("bf16", True)
+    assert by_planes("f32", True) == {"mnv2-112s2", "rkl-32-k3s2", "rkl-16-k3s2"}
+    small = {"mnv2-7", "mnv1-14", "mnas-14", "cnx-14", "rkl-8-k3s2", "rkl-4-k7", "rkl-4-k3", "rkl-4-k3s2"}
+    dilated = {shape.id for shape in SHAPES if shape.dilation > 1}
+    forward = by_planes("f32", False)
+    assert not forward & (small | dilated)
+    assert {"mnv1-112", "mnv2-112s2", "mnv2-56", "rkl-32-k3", "rkl-16-k7", "rkl-8-k3", "xcep-19"} <= forward
+    # Of one image the launches of the transpositions would count.
+    assert all(
+        gpu.kernels.takes_planes(geometry(gpu, s, False, batch=1), gpu.kernels.Dtype.f32, False)
+        for s in SHAPES
+        if s.id in small
+    )
 
 
 def test_what_is_left_to_pytorch(gpu: Gpu) -> None:
