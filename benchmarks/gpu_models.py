@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rkl_kernels as rk
-from rkl_kernels.bench.errors import told
 from rkl_kernels.bench.timing import Timing, interleave, timer_for
+from rkl_kernels.errors import told
 
 from .models import DIRECTIONS, Model, ModelRow, resnet_kl, timm_model
 

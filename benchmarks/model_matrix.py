@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import rkl_kernels as rk
-from rkl_kernels.bench.errors import told
+from rkl_kernels.errors import told
 
 from .arguments import positive
 

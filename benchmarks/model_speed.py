@@ -30,9 +30,9 @@ import torch
 from torch import nn
 
 from rkl_kernels.allocator import keep_freed_memory
-from rkl_kernels.bench.errors import told
 from rkl_kernels.bench.machine import machine, machine_line, slug
 from rkl_kernels.bench.table import geometric_mean
+from rkl_kernels.errors import told
 
 from .arguments import positive
 from .models import Model, ModelRow, measure_model, timm_model, torchvision_model

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import rkl_kernels as rk
 from rkl_kernels.bench import timing
-from rkl_kernels.bench.errors import told
 from rkl_kernels.bench.memory import allocated, peak_memory
 from rkl_kernels.bench.rivals import FORMATS
 from rkl_kernels.bench.timing import Timing, cpu_timer, interleave
+from rkl_kernels.errors import told
 
 TOLERANCE = 1e-3
 """Largest difference served between converted and unconverted logits, as a share of the largest: fp32 through up to 50

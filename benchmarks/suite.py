@@ -21,11 +21,11 @@ import torch
 
 from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench import Case, contestants, runtimes
-from rkl_kernels.bench.errors import told
 from rkl_kernels.bench.machine import machine, machine_line, slug
 from rkl_kernels.bench.rivals import TYPES
 from rkl_kernels.bench.row import Row, from_json, measure, to_json
 from rkl_kernels.bench.timing import copier, cpu_timer, interleave, multiplier
+from rkl_kernels.errors import told
 
 from . import models, report
 from .arguments import count, positive

@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from rkl_kernels.errors import told
+
 from .distill import LossWeights
 from .network.blocks import ActivationName, BlockOptions, GateKind, ScaleMode
 
@@ -355,9 +357,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: the configuration must be a readable file, got: {error.strerror}") from error
     # A value that is none of the type it names fails in whatever reads that type.
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: the configuration must be YAML, got: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{path}: the configuration must be YAML, got: {told(error)}") from error
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: the configuration must be a mapping of names to values, got {reprlib.repr(plain)}")
     return plain

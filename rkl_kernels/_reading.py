@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ._backends import forced, use_backend
 from ._stand_in import StandIn
 from ._state import same, state
+from .errors import told
 from .fold import is_norm
 from .layers import is_altered
 
@@ -68,8 +69,7 @@ def _traced(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) ->
         with _NoWrites(tracer):
             traced = tracer.trace(module)
     except Exception as error:  # whatever the model's code raises on a stand-in for a tensor
-        lines = str(error).splitlines() or [""]
-        return f"torch.fx cannot trace its forward: {type(error).__name__}: {lines[0]}"
+        return f"torch.fx cannot trace its forward: {told(error)}"
     if tracer.refused:  # the model's code caught the error that said so
         return f"torch.fx cannot trace its forward: {tracer.refused}"
     graph = torch.fx.Graph()  # one that does not refer to the tracer, so that it can be saved

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from rkl.data import NAMES, DataError, load
@@ -309,6 +310,19 @@ def test_wrong_arguments(name, options, message):
     with pytest.raises(DataError, match=message) as error:
         load(name, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [("", "OSError: without a message"), ("\nno route\nto it", "OSError: no route")]
+)
+def test_a_download_that_fails_is_told_in_one_line(tmp_path, monkeypatch, said, told):
+    def fails(*_, **__):
+        raise OSError(said)
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fails)
+    with pytest.raises(DataError) as caught:
+        load("cifar10", root=tmp_path, download=True)
+    assert str(caught.value) == f"cifar10: download into {tmp_path} failed: {told}; place the files there by hand"
 
 
 def test_names_are_complete():

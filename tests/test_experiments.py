@@ -5,13 +5,16 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from rkl.cli import main
+from rkl.config import Config, to_plain
 from rkl.distill import LossWeights
 from rkl.network.model import ResNetKL
 from rkl.paper import experiments, latency, records, tables
@@ -188,6 +191,19 @@ def test_a_failing_cell_is_named_and_the_others_finish(tmp_path, monkeypatch):
     ):
         experiments.run(experiment("small", "smoke", tmp_path, image_size=16))
     assert (tmp_path / "runs/digits/resnet/seed-0/metrics.json").exists()
+
+
+def test_a_cell_that_fails_without_words_is_told(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise AssertionError
+
+    sent = []
+    monkeypatch.setattr(experiments, "train", fails)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    settings = to_plain(Config(out=tmp_path))
+    experiments._train_cell(settings, torch.get_num_threads(), SimpleNamespace(send=sent.append))
+    assert sent == [f"AssertionError: without a message (see {tmp_path / 'output.txt'})"]
 
 
 def test_with_a_gpu_processes_are_spawned_and_see_one_device_each(tmp_path, monkeypatch):

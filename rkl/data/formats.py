@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rkl_kernels.errors import told
+
 from .dataset import DataError, Split
 
 MOST_UNPACKED = 2**28
@@ -37,7 +39,7 @@ def read_bytes(path: Path) -> bytes:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; the data set is incomplete") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: must be a readable file, got {type(error).__name__}: {error}") from None
+        raise DataError(f"{path}: must be a readable file, got {told(error)}") from None
     if len(content) > MOST_UNPACKED:
         raise DataError(f"{path}: must unpack to at most {MOST_UNPACKED:,} bytes, got more")
     return content
@@ -262,7 +264,7 @@ def image_tensor(path: Path | str, size: int, channels: int = 3) -> Tensor:
     except UnidentifiedImageError:
         raise DataError(f"{path}: must be a readable image, got none of {', '.join(_image_formats())}") from None
     except Exception as error:  # a damaged image raises whatever its decoder runs into
-        raise DataError(f"{path}: must be a readable image, got {type(error).__name__}: {error}") from None
+        raise DataError(f"{path}: must be a readable image, got {told(error)}") from None
     return torch.from_numpy(np.array(fitted)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
 
 

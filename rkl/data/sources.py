@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from rkl_kernels.errors import told
+
 from . import formats
 from .dataset import DataError, Dataset, Split, assemble, long_tailed, resized, stratified, subset
 
@@ -183,8 +185,7 @@ def _download(name: str, source: Source, root: Path) -> None:
     try:
         getattr(torchvision.datasets, source.torchvision)(str(root), download=True, **options)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{name}: download into {root} failed: {reason}; place the files there by hand") from None
+        raise DataError(f"{name}: download into {root} failed: {told(error)}; place the files there by hand") from None
 
 
 def _folder(path: Path, size: int) -> tuple[Split, Split | None, Split, list[str]]:

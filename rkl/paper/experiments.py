@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from rkl_kernels.errors import told
+
 from ..config import MAY_CHANGE, Config, from_plain, read_plain, read_yaml, to_plain
 from ..training.files import RunError, write_text
 from ..training.train import load_data, train
@@ -262,5 +264,4 @@ def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
             sender.send(None)
         except Exception as error:  # a cell that fails must not cost the others: its line is sent, its trace written
             traceback.print_exc(file=output)
-            reason = (str(error).splitlines() or [""])[0]
-            sender.send(f"{type(error).__name__}: {reason} (see {config.out / 'output.txt'})")
+            sender.send(f"{told(error)} (see {config.out / 'output.txt'})")

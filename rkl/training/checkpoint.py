@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Required, TypedDict
 
+from rkl_kernels.errors import first_line
+
 from ..config import MAY_CHANGE, Config, read_yaml, to_plain
 from ..network.build import build_model
 from ..slimming import pruning
@@ -155,7 +157,7 @@ def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str 
         with torch.device("meta"):
             model = build_model(config, *shape)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"{file}: must be of a model that can be built, got: {str(error).splitlines()[0]}") from error
+        raise RunError(f"{file}: must be of a model that can be built, got: {first_line(error)}") from error
     prefix = "ema." if any(key.startswith("ema.") for key in tensors) else "model."
     restore_model(model, part(tensors, prefix), plan, source, assign=True)
     return Run(folder, config, model.eval().to(device), facts)

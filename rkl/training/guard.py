@@ -11,6 +11,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from rkl_kernels.errors import told
+
 from ..config import Config
 from ..data import Dataset
 from ..slimming import pruning
@@ -96,7 +98,7 @@ def check_cuttable(config: Config, model: nn.Module, data: Dataset) -> None:
     except Exception as error:  # torch_pruning raises whatever it runs into
         raise ValueError(
             f"prune_at must be empty for {config.model}, whose channels torch_pruning cannot follow, got "
-            f"{config.prune_at} ({type(error).__name__}: {error})"
+            f"{config.prune_at} ({told(error)})"
         ) from error
 
 

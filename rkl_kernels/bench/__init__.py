@@ -16,7 +16,6 @@ From an installed wheel, with torch and NumPy (ONNX Runtime and OpenVINO join in
     memory.py    a step's peak memory
     machine.py   the machine's line
     host.py      what a call costs the host
-    errors.py    an error in one line
     row.py       one case measured on all of them; ratios
     table.py     rows as text
 """

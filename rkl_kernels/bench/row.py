@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ..errors import first_line, told
 from . import timing
 from .case import Case
-from .errors import first_line, told
 from .faulting import time_faulting
 from .rivals import TOLERANCES, TYPES, Rival, error, layers, reference
 from .timing import (
