@@ -1,9 +1,14 @@
-"""What the programs' arguments may be, as argparse's types: their words stand behind the argument's name."""
+"""What the programs' arguments may be, as argparse's types: their words stand behind the argument's name. And what
+ends a program in one line where its results cannot be written."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rkl.training.files import UnwritableError
 
 
 def count(text: str) -> int:
@@ -30,3 +35,12 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}; give one such as 1.5")
     return value
+
+
+@contextmanager
+def writing(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """A block that writes results, or checks beforehand that they can be: what cannot ends the program in one line."""
+    try:
+        yield
+    except UnwritableError as problem:
+        parser.error(str(problem))

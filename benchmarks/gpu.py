@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 import rkl_kernels as rk
+from rkl.training.files import check_writable
 from rkl_kernels.bench.machine import machine, machine_line, slug
 
 from . import gpu_counters, gpu_groups, gpu_host, gpu_models, gpu_report
-from .arguments import positive
+from .arguments import positive, writing
 from .gpu_report import GpuRun
 from .gpu_rows import (
     COMPILER_SECONDS,
@@ -34,7 +35,7 @@ from .gpu_rows import (
     measure_machine,
     measure_rows,
 )
-from .suite import RESULTS
+from .suite import RESULTS, written
 from .worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +143,10 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = options.only or [name for name in NAMES if not (name == "tests" and options.no_tests)]
     within = options.within or (20 * len(options.only) if options.only else 90 if options.quick else 400)
     run = GpuRun(machine(options.device))
+    part = "" if options.only is None else "." + "-".join(options.only)
+    path = options.out / f"{slug(run.machine)}{part}.json"
+    with writing(parser):
+        check_writable(*written(path))
     print(machine_line(run.machine))
     for name, status in rk.backends().items():
         print(f"  {name:<10} {'yes' if status.available else 'no ':<4} {status.reason}")
@@ -152,9 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(run.tests, flush=True)
     measure_all(run, options, wanted, within)
     run.seconds = time.perf_counter() - start
-    part = "" if options.only is None else "." + "-".join(options.only)
-    path = options.out / f"{slug(run.machine)}{part}.json"
-    run.save(path)
+    with writing(parser):
+        run.save(path)
     attempt("report", lambda: gpu_report.write(run, path))
     print(f"{run.seconds:.0f} s; written: {path} and beside it")
     return int(not passed)

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rkl.training.files import write_text
 from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import Row
 from rkl_kernels.bench.table import COLUMNS, cells, geometric_mean
 from rkl_kernels.bench.timing import to_json
 
 from . import gpu_models, report
+from .arguments import writing
 from .gpu_groups import GROUPS, Group, over_best
 from .gpu_host import PASSES, HostRow
 from .models import ModelRow
@@ -45,7 +47,7 @@ def write(run: GpuRun, path: Path) -> None:
     plot = path.with_suffix(".png")
     if run.rows:
         report.plot(run, plot)
-    path.with_suffix(".md").write_text(markdown(run, plot.name if run.rows else None))
+    write_text(path.with_suffix(".md"), markdown(run, plot.name if run.rows else None))
 
 
 def bar_lines(group: Group, rows: Sequence[Row]) -> list[list[str]]:
@@ -175,7 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
         run = GpuRun.load(path)
     except ValueError as problem:
         parser.error(f"FILE.json {problem}; `make gpu` writes one")
-    write(run, path)
+    with writing(parser):
+        write(run, path)
     return 0
 
 

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import rkl_kernels as rk
+from rkl.training.files import check_writable, write_text
 from rkl_kernels.errors import told
 
-from .arguments import positive
+from .arguments import positive, writing
 
 PAGE = Path(__file__).parents[1] / "docs/models.md"
 BATCH, SIZE, BATCHES = 2, 64, 3
@@ -224,6 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"--only must have --out: {PAGE} is of all models, got --only {options.only!r} alone; add --out FILE"
         )
     page: Path = options.out or PAGE
+    with writing(parser):
+        check_writable(page)
     warnings.filterwarnings("ignore")
     rows: list[Row] = []
     failed: dict[str, str] = {}
@@ -243,7 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
             depthwise = 1
             failed[name] = told(problem)
             print(name, failed[name], flush=True)
-        page.write_text(table(rows, failed))
+        with writing(parser):
+            write_text(page, table(rows, failed))
         return depthwise > 0
 
     for name, build in candidates():

@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from rkl.training.files import write_text
 from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench.machine import machine, machine_line, slug
 from rkl_kernels.bench.table import geometric_mean
 from rkl_kernels.errors import told
 
-from .arguments import positive
+from .arguments import positive, writing
 from .models import Model, ModelRow, measure_model, timm_model, torchvision_model
 from .suite import RESULTS
 
@@ -161,10 +162,9 @@ class Record:
 
     def save(self) -> None:
         plain = {name: speed_to_json(speed) for name, speed in self.speeds.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"machine": self.facts, "speeds": plain, "failed": self.failed}, indent=1)
-        self.path.write_text(text + "\n")
-        self.path.with_suffix(".md").write_text(page(self.facts, self.speeds, self.failed))
+        write_text(self.path, text + "\n")
+        write_text(self.path.with_suffix(".md"), page(self.facts, self.speeds, self.failed))
 
     def add(self, name: str, work: Callable[[], Speed]) -> None:
         """The model's row, or why there is none. Interrupted, the model keeps what it had."""
@@ -205,18 +205,19 @@ def main(arguments: list[str] | None = None) -> int:
         record = Record(options.out / f"{slug(facts)}-models.json", facts)
     except ValueError as problem:
         parser.error(f"--out {problem}; give an empty folder")
-    record.save()
-    for name, build in models(MATRIX):
-        low = name in record.speeds and record.speeds[name].is_low()
-        if options.only not in name or (options.again and not low) or (options.missing and name in record.speeds):
-            continue
-        if record.failed.get(name) == CRASHED and not options.only:
-            continue
-        if time.perf_counter() - start > options.within:
-            break
-        record.add(
-            name, lambda name=name, build=build: replace(measure(name, build, options.budget), again=options.again)
-        )
+    with writing(parser):
+        record.save()
+        for name, build in models(MATRIX):
+            low = name in record.speeds and record.speeds[name].is_low()
+            if options.only not in name or (options.again and not low) or (options.missing and name in record.speeds):
+                continue
+            if record.failed.get(name) == CRASHED and not options.only:
+                continue
+            if time.perf_counter() - start > options.within:
+                break
+            record.add(
+                name, lambda name=name, build=build: replace(measure(name, build, options.budget), again=options.again)
+            )
     return 0
 
 

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 import rkl_kernels as rk
+from rkl.training.files import check_writable, write_text
+
+from .arguments import writing
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/numerics.md"
@@ -175,7 +178,9 @@ def main() -> None:
             import interpreter  # noqa: F401  the interpreter with its arithmetic put right
         print(json.dumps(list(measure(args.measure))))
         return
-    PAGE.write_text(page({backend: _in_own_process(backend) for backend in BACKENDS}))
+    with writing(parser):
+        check_writable(PAGE)
+        write_text(PAGE, page({backend: _in_own_process(backend) for backend in BACKENDS}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rkl.training.files import save_figure, write_text
 from rkl_kernels.bench.case import DIRECTIONS
 from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import OURS, Row
@@ -21,7 +22,7 @@ MARKERS = {"trelu": "^", "depthwise": "o", "separable": "s"}
 
 def write(run: Run, path: Path) -> None:
     """``path`` with the endings .md and .png."""
-    path.with_suffix(".md").write_text(markdown(run, path.with_suffix(".png").name))
+    write_text(path.with_suffix(".md"), markdown(run, path.with_suffix(".png").name))
     plot(run, path.with_suffix(".png"))
 
 
@@ -152,10 +153,10 @@ def plot(run: Run, path: Path) -> None:
         axis.set_ylabel("Gop/s")
     _legend(figure, axes[0, 0], run)
     figure.suptitle(machine_line(run.machine))
-    draft = path.with_suffix(".draft.png")
-    figure.savefig(draft, dpi=110)
-    plt.close(figure)
-    draft.replace(path)
+    try:
+        save_figure(figure, path, dpi=110)
+    finally:
+        plt.close(figure)
 
 
 def _roofs(axis, run: Run, dtype: str) -> None:  # type: ignore[no-untyped-def]

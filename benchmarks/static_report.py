@@ -13,6 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from rkl.training.files import UnwritableError, check_writable, write_text
+
 from .static_loops import Instruction, functions, loop_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,13 +181,16 @@ def main() -> None:
         raise SystemExit(
             f"the report needs {LIBRARY.name} and triton's cuobjdump; run `make build` with the extra [cuda]"
         )
+    try:
+        check_writable(RESULTS / "static.json", RESULTS / "static.md")
+    except UnwritableError as problem:
+        raise SystemExit(str(problem)) from None
     bodies = built_kernels()
     report = {"nvcc": nvcc_rows(bodies), "loops": nvcc_loops(bodies), "triton": triton_rows()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
     # A row a line, so that a change shows as what it is.
     tables = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in report.items())
-    (RESULTS / "static.json").write_text("{" + ",\n".join(tables) + "}\n")
-    (RESULTS / "static.md").write_text(markdown(report))
+    write_text(RESULTS / "static.json", "{" + ",\n".join(tables) + "}\n")
+    write_text(RESULTS / "static.md", markdown(report))
     print(f"{sum(map(len, report.values()))} rows in {RESULTS / 'static.md'}")
 
 

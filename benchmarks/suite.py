@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from rkl.training.files import check_writable, write_text
 from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench import Case, contestants, runtimes
 from rkl_kernels.bench.machine import machine, machine_line, slug
@@ -28,7 +29,7 @@ from rkl_kernels.bench.timing import copier, cpu_timer, interleave, multiplier
 from rkl_kernels.errors import told
 
 from . import models, report
-from .arguments import count, positive
+from .arguments import count, positive, writing
 from .shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,10 +76,7 @@ class Run:
             "rows": [to_json(row) for row in self.rows],
             "models": [models.to_json(row) for row in self.models],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(data, indent=1) + "\n")
-        draft.replace(path)
+        write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls: type[AnyRun], path: Path) -> AnyRun:
@@ -182,6 +180,11 @@ def record(folder: Path, only: str, again: bool) -> Path:
     return folder / f"{slug(machine())}{part}.json"
 
 
+def written(path: Path) -> list[Path]:
+    """What is written for the record at ``path``: itself, its table and its plot."""
+    return [path.with_suffix(ending) for ending in (".json", ".md", ".png")]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -207,12 +210,15 @@ def main(arguments: list[str] | None = None) -> int:
         before = Run.load(path) if options.again else None
     except ValueError as problem:
         parser.error(f"--again {problem}; `make bench` writes one")
+    with writing(parser):
+        check_writable(*written(path))
     run = perform(chosen, not (options.no_models or options.again), options.within)
     run = before.with_rows_of(run, options.only) if before else replace(run, only=options.only)
-    run.save(path)
-    report.write(run, path)
+    with writing(parser):
+        run.save(path)
+        report.write(run, path)
     print(machine_line(run.machine), f"{run.seconds:.0f} s, noise {run.noise:.0%}", sep="\n")
-    print(f"written: {', '.join(str(path.with_suffix(s)) for s in ('.json', '.md', '.png'))}")
+    print(f"written: {', '.join(map(str, written(path)))}")
     return 0
 
 

@@ -26,7 +26,7 @@ from ..slimming.early_exit import (
 from ..training import metrics, report
 from ..training.checkpoint import Run, check_classes, example_image
 from ..training.evaluation import evaluation_batches
-from ..training.files import RunError, write_text
+from ..training.files import RunError, check_writable, save_figure, write_text
 from ..training.train import load_data
 
 BATCH = 100
@@ -42,10 +42,13 @@ def evaluate_early_exit(
         macs_share: of the deepest exit's multiply-accumulates, not to be exceeded on average.
 
     Raises:
-        RunError: the model has one exit only. ValueError: the target cannot be reached.
+        RunError: the model has one exit only, or the record cannot be written.
+        ValueError: the target cannot be reached.
     """
     if not isinstance(run.model, ResNetKL):
         raise RunError(f"{run.folder}: early exit needs a model with several exits, got {run.config.model}")
+    plot, file = run.folder / "plots" / "early_exit.png", run.folder / "early_exit.json"
+    check_writable(plot, file)
     model, data = run.model.deploy(exits=True), load_data(run.config).to(run.device)
     check_classes(run, data.classes)
     if not len(data.val):
@@ -77,8 +80,8 @@ def evaluate_early_exit(
         "batch": BATCH,
         "curve": [asdict(p) for p in curve],
     }
-    plot_curve(curve, point, deepest, run.folder / "plots" / "early_exit.png")
-    write_text(run.folder / "early_exit.json", json.dumps(record, indent=1))
+    plot_curve(curve, point, deepest, plot)
+    write_text(file, json.dumps(record, indent=1))
     return record
 
 
@@ -116,7 +119,6 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def plot_curve(curve: list[OperatingPoint], chosen: OperatingPoint, deepest: dict[str, float], path: Path) -> None:
     """Accuracy on the test images against mean compute, along the thresholds that validation put on the frontier."""
-    path.parent.mkdir(exist_ok=True)
     figure, axes = report.new_figure(8, 4.2)
     share = [100 * point.macs / deepest["macs"] for point in curve]
     axes.plot(share, [100 * point.accuracy for point in curve], "o-", color="#31688e", label="thresholds by confidence")
@@ -126,4 +128,4 @@ def plot_curve(curve: list[OperatingPoint], chosen: OperatingPoint, deepest: dic
     )
     axes.set(xlabel="mean compute (% of the deepest exit's MACs)", ylabel="test accuracy (%)", title="Early exit")
     report.tidy(axes)
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ import rkl_kernels as rk
 
 from ..network.model import ResNet
 from ..training.checkpoint import Run, example_image
+from ..training.files import check_writable, replacing
 
 FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
 
@@ -27,16 +27,15 @@ def export(run: Run, format: str, out: Path | None = None) -> tuple[Path, float]
         The file, and the largest difference of its outputs to the run's model, relative to the largest output.
 
     Raises:
-        ValueError: an unknown format, or the file's outputs differ by more than 1e-4.
+        ValueError: an unknown format, a file that cannot be written, or outputs that differ by more than 1e-4.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    file = (out or run.folder) / FORMATS[format]
+    check_writable(file)
     model = run.model.deploy() if isinstance(run.model, ResNet) else run.model.eval().requires_grad_(False)
     image = torch.randn(3, *example_image(run).shape[1:], generator=torch.Generator().manual_seed(0)).to(run.device)
-    file = (out or run.folder) / FORMATS[format]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"partial-{file.name}")
-    try:
+    with replacing(file) as partial:
         # Full float32 on a GPU too: TF32's three digits would hide what the check is for.
         with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
             got = {"torch": _torch, "onnx": _onnx}[format](model, image, partial).to(run.device)
@@ -44,17 +43,16 @@ def export(run: Run, format: str, out: Path | None = None) -> tuple[Path, float]
         difference = float((got - wanted).abs().max() / wanted.abs().max())
         if not difference <= 1e-4:
             raise ValueError(f"{file}: outputs must equal the model's to 1e-4, got a difference of {difference:.1e}")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
     return file, difference
 
 
 def _torch(model: nn.Module, image: Tensor, file: Path) -> Tensor:
     """Write and read back; the outputs for one image more than the example has, so that the batch size is free."""
     program = torch.export.export(model, (image[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, file)
-    return torch.export.load(file).module()(image)
+    with file.open("wb") as written:  # by a path, its name would have to end as such files' do
+        torch.export.save(program, written)
+    with file.open("rb") as read:
+        return torch.export.load(read).module()(image)
 
 
 def _onnx(model: nn.Module, image: Tensor, file: Path) -> Tensor:

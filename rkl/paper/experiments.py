@@ -29,7 +29,7 @@ import torch
 from rkl_kernels.errors import told
 
 from ..config import MAY_CHANGE, Config, from_plain, read_plain, read_yaml, to_plain
-from ..training.files import RunError, write_text
+from ..training.files import RunError, UnwritableError, write_text
 from ..training.train import load_data, train
 from .compute import at_macs, cut_to_macs, macs
 from .gradients import record_gradients
@@ -255,8 +255,14 @@ def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
     """What the cell's process does: train (or go on), then measure the loss terms' gradients."""
     torch.set_num_threads(threads)
     config = from_plain(plain)
-    config.out.mkdir(parents=True, exist_ok=True)
-    with (config.out / "output.txt").open("a") as output:
+    file = config.out / "output.txt"
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        opened = file.open("a")
+    except OSError as error:
+        sender.send(str(UnwritableError(file, error)))
+        return
+    with opened as output:
         sys.stdout = sys.stderr = output
         try:
             train(config, resume=True)  # of a finished run it checks the settings alone
@@ -264,4 +270,4 @@ def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
             sender.send(None)
         except Exception as error:  # a cell that fails must not cost the others: its line is sent, its trace written
             traceback.print_exc(file=output)
-            sender.send(f"{told(error)} (see {config.out / 'output.txt'})")
+            sender.send(f"{told(error)} (see {file})")

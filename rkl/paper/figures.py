@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..training.files import save_figure
 from ..training.report import new_figure, plot_confusion, tidy
 from .latency import Latency
 from .records import Results, Run
@@ -50,7 +51,7 @@ def accuracy_curves(results: Results, path: Path) -> None:
     figure.supxlabel("epoch", fontsize=9)
     figure.supylabel("validation accuracy of the deepest head (%)", fontsize=9)
     figure.suptitle(f"{results.data}; grey: {next(iter(rows))}", fontsize=9)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _validation(runs: list[Run]) -> tuple[list[int], list[float], list[float], list[float]]:
@@ -99,7 +100,7 @@ def accuracy_against_cost(results: Results, latencies: dict[str, Latency], path:
     panels[0].set_ylabel("test accuracy (%), 95% interval")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _plain_log_axis(axes: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..training.files import write_text
+from ..training.files import check_writable, write_text
 from ..training.report import exit_names, markdown_table
 from . import figures
 from .comparison import Estimate, Judged, f1_ceiling, holm, impossible, smallest_decidable
@@ -29,6 +29,7 @@ def write(folder: Path) -> Path:
         RunError: no finished run there.
     """
     others, found = published(), load_results(folder)
+    check_writable(folder / "report.md")  # the latencies are measured first, which takes its time
     latencies = measure(found)
     headlines: dict[tuple[str, str], str] = {}
     for results, own in zip(found, latencies, strict=True):
@@ -55,7 +56,6 @@ def _reading() -> str:
 def _section(results: Results, latencies: dict[str, Latency], others: dict[str, Any], folder: Path) -> list[str]:
     name = f"{results.table}-{slug(results.data)}"
     plots = folder / "plots"
-    plots.mkdir(exist_ok=True)
     figures.accuracy_curves(results, plots / f"{name}-curves.png")
     figures.accuracy_against_cost(results, latencies, plots / f"{name}-cost.png")
     shown = max(results.rows, key=lambda row: results.over_seeds(row, _accuracy).mean)

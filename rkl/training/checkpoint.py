@@ -53,7 +53,10 @@ def save(folder: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, A
     interrupts this, ``name`` is either the old checkpoint or the new one."""
     file = f"{name}-{facts['epoch']:04d}.safetensors"
     with replacing(folder / file) as partial:
-        save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, partial)
+        try:
+            save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, partial)
+        except SafetensorError as error:  # which is how it tells of a disk without space
+            raise OSError(str(error)) from error
     facts = facts | {"tensors": file}
     write_text(folder / f"{name}.json", json.dumps(facts | {"sha256": digest(facts, folder / file)}, indent=1))
     for stale in folder.glob(f"{name}-*.safetensors"):

@@ -1,16 +1,18 @@
-"""A run's files: written whole or not at all; read with one line that names the file where it is damaged."""
+"""Files of records: written whole or not at all; read with one line that names the file where it is damaged."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AGAIN = "run the command again"
 """The remedy where nothing is left of what failed, or the command goes on by itself."""
@@ -23,10 +25,9 @@ class RunError(ValueError):
 class UnwritableError(RunError):
     """A file that cannot be written, for want of space say."""
 
-    def __init__(self, path: Path, error: OSError | SafetensorError, remedy: str = AGAIN) -> None:
+    def __init__(self, path: Path, error: OSError, remedy: str = AGAIN) -> None:
         self.path, self.error = path, error
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        super().__init__(f"{path}: must be writable, got: {reason}; mend that and {remedy}")
+        super().__init__(f"{path}: must be writable, got: {error.strerror or error}; mend that and {remedy}")
 
 
 @contextmanager
@@ -37,9 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UnwritableError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("rb") as written:
             os.fsync(written.fileno())  # a rename may reach the disk before the content does
@@ -47,15 +47,48 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError | SafetensorError):
+        if isinstance(error, OSError):
             raise UnwritableError(path, error) from error
         raise
+
+
+def _beside(path: Path) -> Path:
+    """The file that is written before it becomes ``path``, in a folder that is there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnwritableError(path, error) from error
+    return path.with_name(f".{path.name}.partial")
+
+
+def check_writable(*paths: Path) -> None:
+    """Tell before the work what :func:`replacing` would tell after it: a folder that cannot be made or written in, or
+    that has a file's name.
+
+    Raises:
+        UnwritableError: the first that cannot be written.
+    """
+    for path in paths:
+        partial = _beside(path)
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            partial.touch()
+            partial.unlink()
+        except OSError as error:
+            raise UnwritableError(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text)
+
+
+def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
+    """Draw a figure into a file, whole or not at all, in the form that the file's ending names."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], **settings)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .files import RunError, read_json, read_lines, understood, write_text
+from .files import RunError, read_json, read_lines, save_figure, understood, write_text
 
 EXIT_METRICS = {"accuracy": "accuracy", "recall": "macro recall", "f1": "macro F1", "nll": "NLL", "ece": "ECE"}
 
@@ -87,7 +87,6 @@ def write_report(folder: Path) -> Path:
     with understood(folder / "metrics.json", "a run's record"):
         page = _page(record)
     plots = folder / "plots"
-    plots.mkdir(exist_ok=True)
     with understood(folder / "log.jsonl", "a run's log, one line an epoch"):
         _plot_curves(rows, record, plots / "curves.png")
     with understood(folder / "metrics.json", "a run's record"):
@@ -180,7 +179,7 @@ def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
         for i, cut in enumerate(record["cuts"]):
             axes.axvline(cut["epoch"] + 0.5, color="grey", linestyle=":", label=None if i else "channels cut")
         tidy(axes)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def plot_confusion(counts: list[list[int]], classes: list[str], title: str, path: Path, shares: bool = False) -> None:
@@ -203,4 +202,4 @@ def plot_confusion(counts: list[list[int]], classes: list[str], title: str, path
                 if value:
                     colour = "white" if share[i][j] > 0.5 else "black"
                     axes.text(j, i, str(value), ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)

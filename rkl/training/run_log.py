@@ -110,7 +110,10 @@ class RunLog:
                 kept = [row for row in self.rows() if row["epoch"] <= epoch]
                 write_text(self.file, yaml.safe_dump(to_plain(self.config), sort_keys=False))
                 write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-                self.events = SummaryWriter(str(self.tensorboard), purge_step=epoch + 1)
+                try:
+                    self.events = SummaryWriter(str(self.tensorboard), purge_step=epoch + 1)
+                except OSError as error:
+                    raise UnwritableError(self.tensorboard, error) from error
             yield
         except ValueError as error:
             if writing and not self.has_epoch:
