@@ -129,7 +129,7 @@ def names_of(text: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="2 minutes: a few shapes")
+    parser.add_argument("--quick", action="store_true", help="2 minutes: a few shapes, in a record of their own")
     parser.add_argument("--only", type=names_of, help=f"groups, with commas between, of {', '.join(NAMES)}")
     parser.add_argument(
         "--within", type=positive, help="seconds for the measurements; 400, 90 with --quick, 20 a group"
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = options.only or [name for name in NAMES if not (name == "tests" and options.no_tests)]
     within = options.within or (20 * len(options.only) if options.only else 90 if options.quick else 400)
     run = GpuRun(machine(options.device))
-    part = "" if options.only is None else "." + "-".join(options.only)
+    part = "".join("." + name for name in ("quick" * options.quick, "-".join(options.only or ())) if name)
     path = options.out / f"{slug(run.machine)}{part}.json"
     with writing(parser):
         check_writable(*written(path))

@@ -185,13 +185,23 @@ def written(path: Path) -> list[Path]:
     return [path.with_suffix(ending) for ending in (".json", ".md", ".png")]
 
 
+def _check_without_models(parser: argparse.ArgumentParser, path: Path) -> None:
+    """End the program where a run without models would replace one that has some."""
+    try:
+        has_models = bool(Run.load(path).models)
+    except ValueError as problem:
+        parser.error(f"--out {problem}; give another --out")
+    if has_models:
+        parser.error(f"--no-models must not replace a record with models, got {path}; give another --out")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--only", default="", help="rows whose id contains this, in a record of their own")
     parser.add_argument("--within", type=positive, default=540, help="seconds for everything")
     parser.add_argument("--threads", type=count, help="threads of every contestant, instead of one a core")
-    parser.add_argument("--no-models", action="store_true", help="operators only")
+    parser.add_argument("--no-models", action="store_true", help="operators only; not in place of a record with models")
     parser.add_argument(
         "--again", action="store_true", help="measure the rows of --only anew, operators only, for the record there is"
     )
@@ -210,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
         before = Run.load(path) if options.again else None
     except ValueError as problem:
         parser.error(f"--again {problem}; `make bench` writes one")
+    if options.no_models and not options.again and path.exists():
+        _check_without_models(parser, path)
     with writing(parser):
         check_writable(*written(path))
     run = perform(chosen, not (options.no_models or options.again), options.within)

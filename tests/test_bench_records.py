@@ -153,6 +153,32 @@ def test_again_wants_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert "--again must have --only and a record to go into" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", [[], ["--only", "forward fp32 rkl-4-k3"]])
+def test_operators_alone_do_not_replace_models(
+    part: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(row_of(replace(TINY, name="rkl-4-k3"), ours_nchw=2.0, eager_nchw=4.0))
+    monkeypatch.setattr(
+        suite, "perform", lambda chosen, with_models, _: run if with_models else replace(run, models=[])
+    )
+    arguments = [*part, "--out", str(tmp_path)]
+    assert suite.main(arguments) == 0
+    (path,) = tmp_path.glob("*.json")
+    before = path.read_text()
+    with pytest.raises(SystemExit):
+        suite.main([*arguments, "--no-models"])
+    told = capsys.readouterr().err
+    assert f"error: --no-models must not replace a record with models, got {path}; give another --out" in told
+    assert path.read_text() == before
+    other = ["--out", str(tmp_path / "other")]
+    for _ in range(2):
+        assert suite.main([*part, *other, "--no-models"]) == 0, "a record without models may be replaced"
+    path.write_text("{}")
+    with pytest.raises(SystemExit):
+        suite.main([*arguments, "--no-models"])
+    assert "error: --out must be the record of a run, got " in capsys.readouterr().err
+
+
 def test_a_part_has_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     row = row_of(replace(TINY, name="rkl-4-k3"), ours_nchw=2.0, eager_nchw=4.0)
     whole = suite.record(tmp_path, "", again=False)

@@ -32,6 +32,7 @@ def test_whole_program_on_tiny_shapes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_rows, "MOST_BUDGET", 0.01)
     assert gpu.main(["--device", "cpu", "--quick", "--no-tests", "--within", "100", "--out", str(tmp_path)]) == 0
     (results,) = tmp_path.glob("*.json")
+    assert results.name.endswith(".quick.json"), "it does not replace the record of all shapes"
     assert results.with_suffix(".png").stat().st_size > 10_000
     data = json.loads(results.read_text())
     assert len(data["rows"]) + len(data["left_out"]) == len(gpu_groups.cases("cpu", True))
