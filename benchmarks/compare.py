@@ -3,7 +3,7 @@
 Absolute times of two runs mean little, so shares of the floor are compared (for models: ratios to PyTorch), each taken
 within its run. A row has got slower when the change is more than the noise of both runs: three standard errors of the
 two medians, or what rows measured twice differed by, whichever is more. Exit code 1 if any has, if one that was timed
-now fails or is missing, or if there is nothing to compare.
+now fails or is missing, or if there is nothing to compare. A rival that only one of the runs could time is named.
 """
 
 from __future__ import annotations
@@ -78,25 +78,32 @@ def part_of(old: Run, new: Run) -> Run:
     return replace(old, rows=rows, models=[] if new.only and not new.models else old.models)
 
 
-def _ours(run: Run) -> list[tuple[str, str]]:
-    """Every row and model with each of ours that was timed."""
+def _timed(run: Run, ours: bool = True) -> list[tuple[str, str]]:
+    """Every row and model with each of ours that was timed, or each rival."""
     rows = [(row.case.id, row.times) for row in run.rows]
     models = [(f"{row.model} {row.direction}", row.times) for row in run.models]
-    return [(id, name) for id, times in (*rows, *models) for name in times if name.startswith(OURS)]
+    return [(id, name) for id, times in (*rows, *models) for name in times if name.startswith(OURS) == ours]
 
 
 def missing(new: Run, old: Run) -> dict[str, str]:
     """What of ours the old run timed and the new one rejected, with why: a contestant that now fails is worse than
     slow."""
-    timed, known, why = set(_ours(new)), _measured(new), _rejected(new)
-    lost = [(id, name) for id, name in _ours(old) if id in known and (id, name) not in timed]
+    timed, known, why = set(_timed(new)), _measured(new), _rejected(new)
+    lost = [(id, name) for id, name in _timed(old) if id in known and (id, name) not in timed]
     return {f"{id}, {name}": why.get((id, name)) or why.get((id, "all"), "fails or is wrong") for id, name in lost}
+
+
+def rivals_rejected(one: Run, other: Run) -> dict[str, str]:
+    """Rivals that the other run timed and this one rejected, with why: what is as fast as before then stands against
+    others than before."""
+    why = _rejected(one)
+    return {f"{id}, {name}": why[id, name] for id, name in _timed(other, ours=False) if (id, name) in why}
 
 
 def unreached(new: Run, old: Run) -> list[str]:
     """Rows and models of the old run, with something of ours timed, of which the new one has none."""
     known = _measured(new)
-    return [id for id in dict.fromkeys(id for id, _ in _ours(old)) if id not in known]
+    return [id for id in dict.fromkeys(id for id, _ in _timed(old)) if id not in known]
 
 
 def _measured(run: Run) -> set[str]:
@@ -145,6 +152,10 @@ def report(new: Run, old: Run) -> int:
         print(f"slower: {change.id}: {change.slower:.2f}x the time, noise up to {1 + change.noise:.2f}x")
     for name, why in lost.items():
         print(f"lost: {name}: was timed, now {why}")
+    for name, why in rivals_rejected(new, old).items():
+        print(f"rival fails: {name}: was timed, now {why}")
+    for name, why in rivals_rejected(old, new).items():
+        print(f"rival is back: {name}: is timed, was {why}")
     for name in left:
         print(f"not reached: {name}: was timed, the new run has no such row")
     unjudged = sum(math.isinf(change.noise) for change in changes)

@@ -76,6 +76,28 @@ def test_a_model_that_fails_now_is_lost(tmp_path: Path, capsys: pytest.CaptureFi
         assert "not reached" not in told
 
 
+def test_a_rival_that_fails_in_one_run_alone_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*rivals: str, why: str) -> suite.Run:
+        """Ours and these rivals timed, in the row and in the model; the others rejected."""
+        others = [name for name in ("eager nchw", "eager nhwc") if name not in rivals]
+        row = row_of(ours_nchw=2.0, **{name.replace(" ", "_"): 4.0 for name in rivals})
+        row.rejected = dict.fromkeys(others, why)
+        model = run_of(row).models[0]
+        times = {"ours nhwc": Timing(1, 0, 9)} | {name: Timing(2, 0, 9) for name in rivals}
+        return replace(run_of(row), models=[replace(model, times=times, rejected=row.rejected)])
+
+    old, new = run("eager nchw", why="wrong: NaN"), run("eager nhwc", why="fails: E: e")
+    assert judged(tmp_path, new, old) == 0, "none of ours got worse"
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        *(f"rival fails: {id}, eager nchw: was timed, now fails: E: e" for id in (TINY.id, "Net training step")),
+        *(f"rival is back: {id}, eager nhwc: is timed, was wrong: NaN" for id in (TINY.id, "Net training step")),
+    ]
+    assert judged(tmp_path, old, old) == 0
+    assert "rival" not in capsys.readouterr().out
+    assert judged(tmp_path, run(why="fails: E: e"), old) == 0
+    assert "rival fails: Net training step, eager nchw: was timed, now fails: E: e" in capsys.readouterr().out
+
+
 def judged(folder: Path, new: suite.Run, old: suite.Run) -> int:
     """compare's exit code."""
     new.save(folder / "new.json")
