@@ -21,13 +21,18 @@ struct Column {
 
 constexpr int kPairRows = 4;  // pairs of rows that a thread of stride 2's data gradient makes
 
-// Of a convolution. taps: of a plane's filter in shared memory.
+// Of a convolution.
 template <class T>
-Cut cut(const Conv2d& g, int thread_rows, int kernel, int stride, int taps) {
+Cut cut(const Conv2d& g, int thread_rows, int kernel, int stride) {
   Cut c = tile_of(g, thread_rows, kernel, stride, sizeof(T));
   c.pitch = PlaneRuns<T>::pitch_for(c.planes * input_count(g, c, kernel, stride));
-  c.bytes = c.pitch * int64_t(sizeof(T)) + c.planes * taps * int64_t(sizeof(float));
   return c;
+}
+
+// Bytes of a block's shared memory: more than 32 bits hold where rows are wide enough. taps: of a plane's filter.
+template <class T>
+int64_t bytes_of(const Cut& c, int taps) {
+  return c.pitch * int64_t(sizeof(T)) + c.planes * taps * int64_t(sizeof(float));
 }
 
 // A block's planes, output rows, and the input rows that are in shared memory, as one run.
@@ -165,11 +170,10 @@ __global__ void __launch_bounds__(kThreads, 2) stride2_grad_planes(Convolution a
 
 template <class T, int kernel, int stride>
 Cut cut_of(Result result, const Conv2d& g) {
-  constexpr int kTaps = kernel * kernel;
   if (result == Result::data_grad && stride == 2)
-    return cut<T>(stride2_data_grad_as_pairs(g, kernel, kernel), kPairRows, (kernel + 1) / 2, 1, kTaps);
+    return cut<T>(stride2_data_grad_as_pairs(g, kernel, kernel), kPairRows, (kernel + 1) / 2, 1);
   return cut<T>(result == Result::output ? g : data_grad_as_convolution(g), Column<kernel, stride>::kRows, kernel,
-                stride, kTaps);
+                stride);
 }
 
 template <class T, int kernel, int stride>
@@ -209,7 +213,7 @@ MaybePlan plan_planes(Result result, const Conv2d& g, Dtype dtype, const Device&
       plan.kernel = kernel;
       plan.rows = c.rows;
       plan.threads = kThreads;
-      shared = c.bytes;
+      shared = bytes_of<T>(c, kernel * kernel);
       plan.blocks = ceil_div(g.batch * g.channels, c.planes) * c.chunks;
     });
   });

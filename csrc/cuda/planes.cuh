@@ -55,13 +55,12 @@ struct PlaneRuns {
 struct Cut {
   int rows, chunks, planes;
   int pitch, grad_pitch;  // elements of shared memory for one run of inputs, and of the output's gradient
-  int64_t bytes;          // of a block's shared memory, which rows of any width would take
 };
 
 // Inputs of the longest run of a chunk.
 inline int input_count(const Conv2d& g, const Cut& c, int kernel, int stride) {
-  const int window = (c.rows - 1) * stride + kernel;
-  return (c.chunks == 1 || window > g.in_h ? int(g.in_h) : window) * int(g.in_w);
+  const int64_t window = int64_t(c.rows - 1) * stride + kernel;
+  return int((c.chunks == 1 ? g.in_h : std::min(window, g.in_h)) * g.in_w);
 }
 
 // Rows, chunks and planes. thread_rows: outputs of a thread, of which a chunk is a multiple.

@@ -16,7 +16,6 @@ Cut grad_cut(const Conv2d& g, int kernel, int stride) {
   c.planes = int(std::min(int64_t(c.planes), g.batch));
   c.pitch = PlaneRuns<T>::pitch_for(input_count(g, c, kernel, stride));
   c.grad_pitch = PlaneRuns<T>::pitch_for(int(std::min(int64_t(c.rows), g.out_h) * g.out_w));
-  c.bytes = c.planes * (int64_t(c.pitch) + c.grad_pitch) * int64_t(sizeof(T));
   return c;
 }
 
@@ -114,7 +113,7 @@ MaybePlan plan_planes_filter_grad(const Conv2d& g, Dtype dtype, const Device& de
       plan.kernel = kernel;
       plan.rows = c.rows;
       plan.threads = kThreads;
-      shared = c.bytes;
+      shared = c.planes * (int64_t(c.pitch) + c.grad_pitch) * int64_t(sizeof(T));
     });
   });
   const int sums = kWarps * (plan.kernel * plan.kernel + 1) * int(sizeof(float));  // of static shared memory
