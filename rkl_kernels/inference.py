@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
 
 from . import _reading, fold
 from ._convert import check_module, convert, is_depthwise
 from ._copying import copied
+from ._fused import Entry, FusedGraph, FusedSequential, made_of, tie
 from .layers import has_own_forward, is_altered
-
-_Made = tuple[nn.Module, tuple[tuple[Tensor | None, tuple[int, int]], ...]]
-"""A layer with its tensors, each with how often it was written and where it lies."""
 
 
 @dataclass
@@ -95,87 +93,6 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     return fused
 
 
-class Entry(nn.Module):
-    """Stands where a graph begins: passes tensors on and refuses what the graph was not read for."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, (Tensor, torch.fx.Proxy)):
-            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}; call the model this one was made from")
-        return x
-
-    def train(self, mode: bool = True) -> Entry:
-        _refuse_training(mode)
-        return super().train(mode)
-
-
-class FusedSequential(nn.Sequential):
-    """An ``nn.Sequential`` whose call as a whole runs fused steps. Its layers stay as they are, for whoever takes them
-    one by one, or changes them for a call (``torch.func.functional_call``, say); the steps are in a tuple, which
-    registers nothing. A slice of it is made of its class, without steps.
-
-    Attributes:
-        made_of: its layers and their tensors when the steps were made.
-        whole: the fused copy that it is in, in a tuple as the steps are.
-    """
-
-    whole: tuple[nn.Module, ...] = ()
-    steps: tuple[nn.Module, ...] = ()
-    made_of: tuple[_Made, ...] = ()
-
-    def forward(self, input: Any) -> Any:
-        as_made = self.steps and isinstance(input, Tensor) and all(map(_is_as_made, self.made_of))
-        return self.steps[0](input) if as_made else super().forward(input)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FusedSequential:
-        for graph in self.steps:
-            graph._apply(fn, recurse)
-        super()._apply(fn, recurse)
-        self.made_of = _made_of(self)
-        return self
-
-    def train(self, mode: bool = True) -> FusedSequential:
-        if mode:  # what was called before this one has switched already
-            for module in (module for whole in self.whole for module in whole.modules()):
-                module.training = False
-        _refuse_training(mode)
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        refuse_loading()
-
-
-def _made_of(sequential: nn.Module) -> tuple[_Made, ...]:
-    layers = [layer for layer in sequential.modules() if layer is not sequential]
-    return tuple((layer, tuple((t, _writes(t)) for t in _tensors(layer))) for layer in layers)
-
-
-def _is_as_made(made: _Made) -> bool:
-    layer, tensors = made
-    now = _tensors(layer)
-    same = len(tensors) == len(now) and all(t is there for t, (there, _) in zip(now, tensors, strict=True))
-    if not torch.compiler.is_compiling():  # which asks for other tensors' code by itself
-        same = same and all(_writes(t) == writes for t, writes in tensors)
-    return same and not layer.training and not is_altered(layer)
-
-
-def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...]:
-    return *layer._parameters.values(), *layer._buffers.values()
-
-
-def _writes(t: Tensor | None) -> tuple[int, int]:
-    """How often a tensor was written, and which memory it has: another one after ``t.data = ...``."""
-    return (0, 0) if t is None else (0 if t.is_inference() else t._version, t.data_ptr())
-
-
-def _refuse_training(mode: bool) -> None:
-    if mode:
-        raise ValueError("mode must be False for a model fused for inference, got True; train the one it was made from")
-
-
-def refuse_loading(*_: Any) -> None:
-    raise RuntimeError("a fused copy cannot load weights; load them into the model it was made from and fuse again")
-
-
 class _Fuser:
     """Fuses one copy of a model.
 
@@ -205,9 +122,7 @@ class _Fuser:
         for module in self.closed:
             for sequential in self._sequentials(module):
                 self._swap(sequential)
-        if any(isinstance(module, FusedSequential) for module in self.whole.modules()):
-            hooked: Any = self.whole  # the whole refuses, before any module of it has loaded
-            hooked.register_load_state_dict_pre_hook(refuse_loading)
+        tie(fused)
         done = {name for chain in self.report.fused for name in chain}
         for module in depthwise:
             if self.names[module] not in done:
@@ -247,9 +162,9 @@ class _Fuser:
         steps = self._fused(sequential)
         if steps is not None:
             sequential.__class__ = FusedSequential
-            vars(sequential).update(steps=(steps,), made_of=_made_of(sequential), whole=(self.whole,))
+            vars(sequential).update(steps=(steps,), made_of=made_of(sequential))
 
-    def _fused(self, module: nn.Module) -> torch.fx.GraphModule | None:
+    def _fused(self, module: nn.Module) -> FusedGraph | None:
         """The graph of a module with its chains fused, over the module's own layers; None where it has no chain."""
         graph = self.graphs[module]
         parts: dict[str, Any] = {}
@@ -263,7 +178,7 @@ class _Fuser:
                 _insert_entry(graph, node, parts)
             elif node.op in ("call_module", "get_attr") and node.target not in parts:
                 parts[node.target] = _attribute(module, node.target)
-        return torch.fx.GraphModule(parts, graph, type(module).__name__).eval()
+        return FusedGraph(parts, graph, type(module).__name__).eval()
 
     def _fuse_from(self, module: nn.Module, node: torch.fx.Node, parts: dict[str, Any]) -> None:
         """Put a fused layer in the place of ``node`` and the nodes after it, where it begins a chain."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections import OrderedDict, namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -79,6 +81,73 @@ def test_a_refusal_leaves_nothing_half_done():
         fused.train()
     assert not any(module.training for module in fused.modules())
     assert not any(module.training for module in copy.deepcopy(fused).modules())
+
+
+class Middle(nn.Module):
+    """Reads whole, but for a part that takes a flag and stands behind a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.BatchNorm2d(6)
+        self.behind = nn.ModuleList([nn.BatchNorm2d(6), Flagged()])
+
+    def forward(self, x):
+        return self.behind[1](self.behind[0](self.norm(self.first(x))))
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("came_by", [lambda model: model, copy.deepcopy, saved_and_loaded])
+@pytest.mark.parametrize("kind", ["graph", "closed", "both"])
+def test_a_refused_call_changes_nothing(kind, came_by):
+    """Of the copy as a whole and of each module in it, whichever is called."""
+    plain = {"graph": chain(nn.ReLU()), "closed": nn.ModuleList([nn.BatchNorm2d(3), Flagged()]), "both": Middle()}[kind]
+    fused = came_by(rk.fuse_for_inference(plain.eval()))
+    assert isinstance(fused, torch.fx.GraphModule) == (kind != "closed")
+    assert fused.fusion_report.fused
+    other = copy.deepcopy(fused).state_dict()
+    for value in other.values():
+        value.add_(1)
+
+    def state():
+        return {name: value.clone() for name, value in fused.state_dict().items()}
+
+    def flags():
+        return [module.training for module in fused.modules()]
+
+    refused = 0
+    for name, module in fused.named_modules():
+        loaded = {key.removeprefix(f"{name}."): value for key, value in other.items() if key.startswith(name)}
+        for call in (module.train, partial(module.load_state_dict, loaded), partial(module.load_state_dict, {}, False)):
+            before, modes, said = state(), flags(), ""
+            try:
+                call()
+            except (ValueError, RuntimeError) as error:
+                said = str(error)
+            if said:
+                refused += "fused" in said
+                assert flags() == modes, (name, said)
+                torch.testing.assert_close(state(), before, rtol=0, atol=0)
+            else:
+                module.train(False)
+    assert refused > 1
+
+
+def test_a_part_that_refuses_leaves_the_others_as_they_are():
+    """A norm that was set to training, say, to take its statistics anew."""
+    fused = rk.fuse_for_inference(nn.ModuleList([nn.BatchNorm2d(3), Flagged(), nn.BatchNorm2d(3)]).eval())
+    fused[0].train()
+    fused[2].train()
+    for part in (fused[1].body, fused[1]):
+        with pytest.raises(ValueError, match="mode must be False"):
+            part.train()
+        assert [module.training for module in fused] == [True, False, True]
+        assert not any(module.training for module in fused[1].modules())
 
 
 @pytest.mark.parametrize("write", ["in place", "set"])
