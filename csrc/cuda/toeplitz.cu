@@ -273,8 +273,7 @@ __global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
 // Rows of t by 8: the taps, the zeros before them, and one row more for each of the 8 columns but the first. 0 where
 // the family does not serve the convolution.
 int k_blocks_of(const Conv2d& g, Dtype dtype) {
-  constexpr int kTallest =
-      4096;  // past it the bands alone are more than all shared memory, and in the end than 32 bits
+  constexpr int kTallest = 4096;  // its bands are more than all shared memory; far taller ones pass 32 bits
   if (!is_wide(g, dtype) || g.kernel_h > kTallest) return 0;
   const int rows = g.kernel_w + left_of(g.padding_w) - g.padding_w + 7;
   return rows <= 24 ? 3 : rows <= 40 ? 5 : 0;
