@@ -4,7 +4,9 @@ nothing."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import takewhile
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,9 +15,6 @@ from torch import Tensor, nn
 from torch.fx.graph_module import reduce_graph_module
 
 from .layers import is_altered
-
-_Made = tuple[nn.Module, tuple[tuple[Tensor | None, tuple[int, int]], ...]]
-"""A layer with its tensors, each with how often it was written and where it lies."""
 
 
 class Entry(nn.Module):
@@ -58,24 +57,35 @@ class FusedSequential(nn.Sequential):
     registers nothing. A slice of it is made of its class, without steps.
 
     Attributes:
-        made_of: its layers and their tensors when the steps were made.
+        made: what the steps were made of.
         above: the modules that it is in, but for a graph, which refuses by itself; in a tuple as the steps are.
     """
 
     above: tuple[nn.Module, ...] = ()
     steps: tuple[nn.Module, ...] = ()
-    made_of: tuple[_Made, ...] = ()
+    made: Made | None = None
 
     def forward(self, input: Any) -> Any:
-        as_made = self.steps and isinstance(input, Tensor) and all(map(_is_as_made, self.made_of))
-        return self.steps[0](input) if as_made else super().forward(input)
+        return self.steps[0](input) if isinstance(input, Tensor) and self._is_as_made() else super().forward(input)
+
+    def _is_as_made(self) -> bool:
+        return self.made is not None and self.made.is_left()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedSequential:
+        as_made = self._is_as_made()
         for graph in self.steps:
             graph._apply(fn, recurse)
         super()._apply(fn, recurse)
-        self.made_of = made_of(self)
+        self.made = Made.of(self) if as_made else None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"made": self._is_as_made()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of one that was saved, whose tensors lie elsewhere and count anew."""
+        super().__setstate__(state)
+        self.made = Made.of(self) if state["made"] else None
 
     def train(self, mode: bool = True) -> FusedSequential:
         if mode:  # where a module above was called, it has switched already, and what it holds before this one
@@ -108,27 +118,54 @@ def _sequentials(module: nn.Module) -> Iterator[FusedSequential]:
     return (part for part in module.modules() if isinstance(part, FusedSequential) and part is not module)
 
 
-def made_of(sequential: nn.Module) -> tuple[_Made, ...]:
-    layers = [layer for layer in sequential.modules() if layer is not sequential]
-    return tuple((layer, tuple((t, _writes(t)) for t in _tensors(layer))) for layer in layers)
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What fused steps were made of. In flat lists, as it is looked at in each call.
+
+    Attributes:
+        modules: the sequential, then every module in it.
+        held: their parameters, buffers and children.
+        tensors, places: the tensors of those, and where each lies, another place after ``t.data = ...``.
+        counted, writes: the tensors that count their writes, and their counts.
+    """
+
+    modules: list[nn.Module]
+    held: list[object]
+    tensors: list[Tensor]
+    places: list[int]
+    counted: list[Tensor]
+    writes: list[int]
+
+    @classmethod
+    def of(cls, sequential: nn.Module) -> Made:
+        modules = list(sequential.modules())
+        held = _held(modules)
+        tensors = [value for value in held if isinstance(value, Tensor)]
+        counted = [t for t in tensors if not t.is_inference()]
+        return cls(modules, held, tensors, _places(tensors), counted, _writes(counted))
+
+    def is_left(self) -> bool:
+        """Whether all is as it was, and each layer does what its class says, in inference."""
+        now = _held(self.modules)
+        if len(now) != len(self.held) or not all(map(is_, now, self.held)):
+            return False
+        # The compiler, which has no places, asks for other tensors' code by itself.
+        is_written = not torch.compiler.is_compiling() and (
+            _writes(self.counted) != self.writes or _places(self.tensors) != self.places
+        )
+        return not is_written and not any(m.training or is_altered(m) for m in self.modules[1:])
 
 
-def _is_as_made(made: _Made) -> bool:
-    layer, tensors = made
-    now = _tensors(layer)
-    same = len(tensors) == len(now) and all(t is there for t, (there, _) in zip(now, tensors, strict=True))
-    if not torch.compiler.is_compiling():  # which asks for other tensors' code by itself
-        same = same and all(_writes(t) == writes for t, writes in tensors)
-    return same and not layer.training and not is_altered(layer)
+def _held(modules: list[nn.Module]) -> list[object]:
+    return [value for m in modules for part in (m._parameters, m._buffers, m._modules) for value in part.values()]
 
 
-def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...]:
-    return *layer._parameters.values(), *layer._buffers.values()
+def _writes(tensors: list[Tensor]) -> list[int]:
+    return [t._version for t in tensors]
 
 
-def _writes(t: Tensor | None) -> tuple[int, int]:
-    """How often a tensor was written, and which memory it has: another one after ``t.data = ...``."""
-    return (0, 0) if t is None else (0 if t.is_inference() else t._version, t.data_ptr())
+def _places(tensors: list[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
 
 
 def _refuse_training(mode: bool) -> None:

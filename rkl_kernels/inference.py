@@ -15,7 +15,7 @@ from torch import nn
 from . import _reading, fold
 from ._convert import check_module, convert, is_depthwise
 from ._copying import copied
-from ._fused import Entry, FusedGraph, FusedSequential, made_of, tie
+from ._fused import Entry, FusedGraph, FusedSequential, Made, tie
 from .layers import has_own_forward, is_altered
 
 
@@ -162,7 +162,7 @@ class _Fuser:
         steps = self._fused(sequential)
         if steps is not None:
             sequential.__class__ = FusedSequential
-            vars(sequential).update(steps=(steps,), made_of=made_of(sequential))
+            vars(sequential).update(steps=(steps,), made=Made.of(sequential))
 
     def _fused(self, module: nn.Module) -> FusedGraph | None:
         """The graph of a module with its chains fused, over the module's own layers; None where it has no chain."""

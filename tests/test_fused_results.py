@@ -150,19 +150,87 @@ def test_a_part_that_refuses_leaves_the_others_as_they_are():
         assert not any(module.training for module in fused[1].modules())
 
 
-@pytest.mark.parametrize("write", ["in place", "set"])
-def test_a_layer_written_after_fusing(write):
-    fused = rk.fuse_for_inference(Flagged().eval())
-    before = fused(X)
-    weight = fused.body[0].weight
+def runs_its_steps(fused: nn.Module) -> bool:
+    """Whether a call of the fused body is one of its steps."""
+    seen: list[object] = []
+    handle = fused.body.steps[0].register_forward_hook(lambda *given: seen.append(given))
+    fused(X)
+    handle.remove()
+    return bool(seen)
+
+
+def never_counted(model):
+    """With tensors that do not count their writes."""
+    with torch.inference_mode():
+        return copy.deepcopy(model).to(torch.float64).to(torch.float32)
+
+
+@pytest.mark.parametrize("came_by", [lambda model: model, copy.deepcopy, saved_and_loaded, never_counted])
+def test_a_copy_of_a_copy_is_as_fused(came_by):
+    plain = Flagged().eval()
     with torch.no_grad():
-        if write == "set":
-            weight.data = weight.data * 0
-        else:
-            weight.mul_(0)
-    after = fused(X)
-    torch.testing.assert_close(after, fused(X, True)[-1])
-    assert not torch.equal(after, before)
+        plain.body[0].weight.mul_(2)
+    fused = rk.fuse_for_inference(plain)
+    with torch.no_grad():
+        fused.body[0].weight.mul_(1)
+    assert not runs_its_steps(fused)
+    assert not runs_its_steps(copy.deepcopy(fused)), "a copy of what was written to"
+    assert not runs_its_steps(saved_and_loaded(fused))
+    came = came_by(rk.fuse_for_inference(plain))
+    assert runs_its_steps(came)
+    torch.testing.assert_close(came(X), plain(X), rtol=1e-4, atol=1e-4)
+
+
+def scaled(layer: nn.Module) -> None:
+    layer.weight.mul_(2)
+
+
+def set_weight(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(layer.weight * 2)
+
+
+def set_data(layer: nn.Module) -> None:
+    layer.weight.data = layer.weight * 2
+
+
+def given_bias(layer: nn.Module) -> None:
+    layer.bias = nn.Parameter(torch.ones(6))
+
+
+def given_buffer(layer: nn.Module) -> None:
+    layer.register_buffer("further", torch.ones(1))
+
+
+def hooked(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def given_forward(layer: nn.Module) -> None:
+    inner = layer.forward
+    layer.forward = lambda x: inner(x) * 2
+
+
+CHANGES = [scaled, set_weight, set_data, given_bias, given_buffer, hooked, given_forward, nn.Module.train]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("came_by", [lambda model: model, copy.deepcopy, saved_and_loaded])
+def test_a_layer_changed_after_fusing(change, came_by):
+    fused = came_by(rk.fuse_for_inference(Flagged().eval()))
+    assert runs_its_steps(fused)
+    with torch.no_grad():
+        change(fused.body[0])
+    assert not runs_its_steps(fused)
+    assert not runs_its_steps(fused.to(torch.float64).to(torch.float32)), "what was moved was not made anew"
+    torch.testing.assert_close(fused(X), fused(X, True)[-1])
+
+
+@pytest.mark.parametrize("came_by", [lambda model: model, copy.deepcopy, saved_and_loaded])
+def test_a_layer_in_the_place_of_another_is_called(came_by):
+    fused = came_by(rk.fuse_for_inference(Flagged().eval()))
+    fused.body[2] = nn.Identity()
+    assert not runs_its_steps(fused)
+    torch.testing.assert_close(fused(X), fused(X, True)[-1])
 
 
 def test_a_forward_set_on_the_model_is_the_copys_own():
