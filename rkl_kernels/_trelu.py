@@ -51,7 +51,9 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
         return reference.trelu(x, inplace)
     if not inplace:
         return operators.trelu(x)
-    if watched() or x.is_neg():  # a compiler finds out by itself where a copy can be spared
+    # A compiler finds out by itself where a copy can be spared. A mode that keeps what operators return, selective
+    # checkpointing, would take one that returns nothing for done, and not write again.
+    if watched() or torch._C._len_torch_dispatch_stack() > 0 or x.is_neg():
         return x.copy_(operators.trelu(x))
     if x.is_inference() and not torch.is_inference_mode_enabled():  # autograd would not be told of the write
         raise RuntimeError("x must not be an inference tensor, written outside of inference mode; clone it first")

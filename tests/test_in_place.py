@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import rkl_kernels as rk
 
@@ -76,6 +79,40 @@ def test_views_of_what_is_no_leaf(in_place):
     torch.testing.assert_close(base, again)
     weight = torch.randn(4, 6)
     torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (base, again)))
+
+
+def saving(*parts: str):
+    """A policy that saves the results of operators whose names hold one of these."""
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if any(part in str(op) for part in parts) else CheckpointPolicy.MUST_RECOMPUTE
+
+    return policy
+
+
+SAVED = {"nothing": (), "activation": ("relu",), "product": ("mm",), "both": ("relu", "mm"), "everything": ("",)}
+
+
+@pytest.mark.parametrize("saved", SAVED.values(), ids=SAVED)
+@pytest.mark.parametrize("step", [torch.matmul, torch.mul, torch.add], ids=lambda step: step.__name__)
+@pytest.mark.parametrize("in_place", [rk.TReLU(inplace=True), IN_PLACE["public"], torch.relu_])
+def test_selective_checkpoints_are_right_or_refused(in_place, step, saved):
+    """Never silently wrong: what overwrites a saved tensor is refused, as relu_ is."""
+    x, weight = torch.randn(5, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+
+    def body(x, weight):
+        return in_place(step(x, weight)).square() @ weight
+
+    wanted = torch.autograd.grad(body(x, weight).square().sum(), (x, weight))
+    contexts = partial(create_selective_checkpoint_contexts, saving(*saved))
+    y = checkpoint(body, x, weight, use_reentrant=False, context_fn=contexts)
+    try:
+        got = torch.autograd.grad(y.square().sum(), (x, weight))
+    except RuntimeError as refused:
+        assert "has been mutated" in str(refused)  # noqa: PT017  either is right
+        assert saved
+    else:
+        torch.testing.assert_close(got, wanted)
 
 
 def test_inference_mode():
