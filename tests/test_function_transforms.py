@@ -158,22 +158,39 @@ def test_many_gradients_at_once_are_differentiated_again(call):
     torch.testing.assert_close(*results)
 
 
+def tangent_of_backward(call, library, dual):
+    """The backward of a plain call, differentiated by its incoming gradient."""
+    x = X.clone().requires_grad_()
+    y = call(library, x)
+    weights, tangent = torch.ones_like(y), torch.arange(y.numel()).reshape(y.shape).float()
+
+    def backward(weights):
+        return torch.autograd.grad(y, x, weights, retain_graph=True)[0]
+
+    if not dual:
+        return jvp(backward, (weights,), (tangent,))[1]
+    with fwad.dual_level():
+        return fwad.unpack_dual(backward(fwad.make_dual(weights, tangent))).tangent
+
+
 @pytest.mark.parametrize("call", [CALLS["trelu"], CALLS["separable"]], ids=["trelu", "separable"])
 @pytest.mark.parametrize("dual", [True, False])
 def test_forward_mode_of_a_backward(call, dual):
-    """The backward of a plain call is differentiated by its incoming gradient."""
-    results = []
-    for library in (rk, rk.reference):
+    ours, theirs = (tangent_of_backward(call, library, dual) for library in (rk, rk.reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("dual", [True, False])
+def test_forward_mode_of_a_depthwise_backward_is_refused_or_right(dual):
+    """PyTorch has no tangents of the backward of a device's own convolution. docs/operators.md says what to do."""
+    call = CALLS["depthwise"]
+    wanted = tangent_of_backward(call, rk.reference, dual)
+    with pytest.raises(NotImplementedError, match="forward AD with convolution_backward_overrideable"):
+        tangent_of_backward(call, rk, dual)
+    with rk.use_backend("reference"):
+        torch.testing.assert_close(tangent_of_backward(call, rk, dual), wanted)
+    with fwad.dual_level():
         x = X.clone().requires_grad_()
-        y = call(library, x)
-
-        def backward(weights, x=x, y=y):
-            return torch.autograd.grad(y, x, weights, retain_graph=True)[0]
-
-        weights, tangent = torch.ones_like(y), torch.arange(y.numel()).reshape(y.shape).float()
-        if dual:
-            with fwad.dual_level():
-                results.append(fwad.unpack_dual(backward(fwad.make_dual(weights, tangent))).tangent)
-        else:
-            results.append(jvp(backward, (weights,), (tangent,))[1])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5 * results[1].abs().max().item())
+        y = call(rk, x)
+        weights = fwad.make_dual(torch.ones_like(y), torch.arange(y.numel()).reshape(y.shape).float())
+        torch.testing.assert_close(fwad.unpack_dual(torch.autograd.grad(y, x, weights)[0]).tangent, wanted)
