@@ -76,5 +76,15 @@ def test_commands_in_the_pages_are_understood(command):
         parse(getattr(cli, name.title()), arguments)
 
 
+def test_tests_that_the_pages_name_are_there():
+    files = {path.stem: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    there = files.keys() | {name for text in files.values() for name in re.findall(r"def (test_\w+)\(", text)}
+    named = {
+        name for page in PAGES for name in re.findall(r"`(?:tests/)?(?:\w+/)*(test_\w+)(?:\.py)?`", page.read_text())
+    }
+    assert len(named) > 50
+    assert named - there == set()
+
+
 def test_citation_names_this_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == rk.__version__
