@@ -10,7 +10,7 @@ from pathlib import Path
 from rkl_kernels.bench.row import Row
 from rkl_kernels.bench.table import geometric_mean
 
-from .report import DTYPES, markdown_table
+from .report import DTYPES, markdown_table, times
 from .shapes import SHAPES
 from .suite import Run
 
@@ -47,8 +47,7 @@ def of_kind(rows: Sequence[Row], operator: str, direction: str, kind: str) -> di
 
 def means(group: dict[str, list[Row]], ratio: Callable[[Row], float | None]) -> str:
     """Geometric means of a ratio, by type."""
-    found = (geometric_mean(ratio(row) for row in rows) for rows in group.values())
-    return ", ".join("-" if mean is None else f"{mean:.2f}" for mean in found)
+    return ", ".join(times(geometric_mean(ratio(row) for row in rows)) for rows in group.values())
 
 
 def best(rows: Sequence[Row]) -> str:

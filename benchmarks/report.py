@@ -30,7 +30,7 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
-def _times(value: float | None, form: str = ".2f") -> str:
+def times(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
@@ -53,14 +53,14 @@ def summary_lines(rows: Sequence[Row]) -> list[list[str]]:
                     [
                         f"{operator} {direction} {dtype}",
                         str(len(group)),
-                        _times(geometric_mean(r.same_layout("nchw") for r in group)),
-                        _times(geometric_mean(r.same_layout("nhwc") for r in group)),
-                        _times(geometric_mean(r.over_best() for r in group)),
+                        times(geometric_mean(r.same_layout("nchw") for r in group)),
+                        times(geometric_mean(r.same_layout("nhwc") for r in group)),
+                        times(geometric_mean(r.over_best() for r in group)),
                         lowest,
                         f"{sum(ratio < 1 for ratio, _ in over)}",
-                        _times(geometric_mean(r.of_floor(f"{OURS} nchw") for r in group), ".0%"),
-                        _times(geometric_mean(r.of_floor(f"{OURS} nhwc") for r in group), ".0%"),
-                        _times(geometric_mean(r.same_layout_faulting("nhwc") for r in group)),
+                        times(geometric_mean(r.of_floor(f"{OURS} nchw") for r in group), ".0%"),
+                        times(geometric_mean(r.of_floor(f"{OURS} nhwc") for r in group), ".0%"),
+                        times(geometric_mean(r.same_layout_faulting("nhwc") for r in group)),
                     ]
                 )
     return lines
@@ -80,7 +80,7 @@ def model_lines(rows: Sequence[ModelRow]) -> list[list[str]]:
             row.direction,
             f"{row.batch} x {row.size}²",
             *[f"{row.times[v].seconds * 1e3:.0f}" if v in row.times else "-" for v in variants],
-            _times(row.ratio()),
+            times(row.ratio()),
             *[f"{row.memory[v] / 1e6:.0f}" if v in row.memory else "" for v in ("ours nhwc", "eager nhwc")],
             "" if row.memory_ratio() is None else f"{row.memory_ratio():.2f}",
         ]

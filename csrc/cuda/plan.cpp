@@ -53,9 +53,10 @@ Family family_anywhere(Result result, Conv2d g, bool nhwc, Dtype dtype) {
   return plan_result(result, g, dtype, true, least)->family;
 }
 
-// Whether the library, which multiplies a filter by each image's plane for itself, in tiles of 64 pixels, leaves more
-// than a fifth of them idle. By planes of 16 and 4 pixels a separable layer took 2.0 and 2.6 ms, in NHWC 0.8 and 0.3
-// (512 channels, 4096 images, fp32, H200). Not of few images, where the launches of the transpositions count.
+// Whether the library, which multiplies a filter by each image's plane for itself, would leave more than a fifth of
+// tiles of 64 pixels idle. Its own tiles are not known: these part the H200's layers that gain by NHWC from those that
+// lose. By planes of 16 and 4 pixels a separable layer took 2.0 ms each, in NHWC 0.8 and 0.3 (512 channels, 4096
+// images, fp32). Not of few images, where the launches of the transpositions count.
 bool wastes_products(const Conv2d& g) {
   constexpr int64_t kTile = 64, kManyImages = 32;
   const int64_t pixels = g.out_h * g.out_w;
