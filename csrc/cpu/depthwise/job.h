@@ -40,7 +40,7 @@ struct Job {
   bool streams;                       // outputs go past the caches
   int64_t out_pitch;
   float* sums[2];                     // where the sums go, instead of rounded ones to out; or null
-  int64_t first, last;                // steps
+  int64_t first;                      // step
   int64_t count, inputs, step, left;  // of the lattice
   int64_t vectors;
   Prefetch read, written;

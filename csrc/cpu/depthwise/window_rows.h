@@ -251,20 +251,19 @@ class WindowRows {
     if (pieces.empty()) fill(job, 0, job.count, rows);  // a phase without taps
     for (size_t p = 0; p < pieces.size(); ++p) {
       const Piece& piece = pieces[p];
-      job.first = piece.steps.first, job.last = piece.steps.last, job.left = piece.steps.left;
+      job.first = piece.steps.first, job.left = piece.steps.left;
       const int64_t output = job.vectors * kLanes;
       float* scratch[2] = {sums_.data() + kMostTaps * output, sums_.data() + sums_.size() / 2 + kMostTaps * output};
       for (int r = 0; r < 2; ++r) job.sums[r] = p + 1 < pieces.size() ? scratch[r] : nullptr;
       const bool alone = pieces.size() == 1 && down.step == (piece.taps == 1 ? 1 : job.step);
       const RowCode<T>& code = row_code<T>(piece.taps, job.step);
-      int64_t steps = job.last - job.first;
+      int64_t steps = std::max<int64_t>(0, job.count + piece.steps.most - 1 - job.first);
       if (code.in_blocks()) {
         steps = ceil_div(job.count, block_width(job.count)) * block_width(job.count);
         call(code.block(job.count), steps, job);
       } else {
         call(code.window(rows, alone ? down.taps : 0), steps, job);
         fill(job, 0, std::min(job.count, job.first - (piece.steps.most - 1)), rows);
-        fill(job, job.last, job.count, rows);
       }
       if (!p) taken = steps * job.vectors;
       job.weights += piece.taps * kLanes;

@@ -37,6 +37,12 @@ void add_strip(const Factors& dz, int64_t outputs, const Weights& hidden, float*
   for (int64_t next = 0; next < outputs; next += height) {
     const int64_t first = std::min(next, outputs - height);
     const Factors x = dz.from_row(first);
+    // Of all channels the sums are more than the second cache holds: asked for while the tile is made, 1.1 times as
+    // fast (728 channels, AVX2).
+    for (int64_t r = next - first; r < height; ++r)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kWidth; i += kLine / int64_t(sizeof(float)))
+        __builtin_prefetch(sums + (first + r) * PointwiseFilter::kOutputs + i, 1, 3);
     height == 1 ? make_tile<1, V, T>(x, hidden, {zeros, 0}, tile, kWidth, kLanes, false)
                 : make_tile<kRows, V, T>(x, hidden, {zeros, 0}, tile, kWidth, kLanes, false);
     for (int64_t r = next - first; r < height; ++r)
