@@ -137,9 +137,10 @@ def plot(run: Run, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     directions = [d for d in DIRECTIONS if any(row.case.direction == d for row in run.rows)] or ["forward"]
-    size = {"figsize": (6.5 * len(directions), 10), "sharex": True, "sharey": True}
-    figure, axes = plt.subplots(2, len(directions), squeeze=False, layout="constrained", **size)
-    for line, dtype in zip(axes, DTYPES, strict=True):
+    dtypes = [d for d in DTYPES if any(row.case.precision == d for row in run.rows)] or ["fp32"]
+    size = {"figsize": (6.5 * len(directions), 5 * len(dtypes)), "sharex": True, "sharey": True}
+    figure, axes = plt.subplots(len(dtypes), len(directions), squeeze=False, layout="constrained", **size)
+    for line, dtype in zip(axes, dtypes, strict=True):
         for axis, direction in zip(line, directions, strict=True):
             _roofs(axis, run, dtype)
             for row in run.rows:
@@ -147,7 +148,7 @@ def plot(run: Run, path: Path) -> None:
                     _pair(axis, row)
             axis.set_title(f"{direction}, {dtype}")
             axis.grid(True, which="major", alpha=0.25)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("operations for each byte that must move")
     for axis in axes[:, 0]:
         axis.set_ylabel("Gop/s")

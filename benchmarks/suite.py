@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -22,7 +23,7 @@ import torch
 from rkl.training.files import check_writable, write_text
 from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench import Case, contestants, runtimes
-from rkl_kernels.bench.machine import machine, machine_line, slug
+from rkl_kernels.bench.machine import held_to, machine, machine_line, slug
 from rkl_kernels.bench.rivals import TYPES
 from rkl_kernels.bench.row import Row, from_json, measure, to_json
 from rkl_kernels.bench.timing import copier, cpu_timer, interleave, multiplier
@@ -211,6 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--only must be part of a row's id, such as 'depthwise forward fp32 mnv1-112', got {options.only!r}"
         )
+    if held_to() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        parser.error("ONEDNN_MAX_CPU_ISA must be set beside ATEN_CPU_CAPABILITY, got none; oneDNN reads it alone: AVX2")
     if options.threads:
         torch.set_num_threads(options.threads)
     path = record(options.out, options.only, options.again)

@@ -11,6 +11,8 @@ import torch
 from bench_rows import row_of
 
 from benchmarks import compare, gpu, gpu_counts, gpu_report, model_matrix, model_speed, run, suite
+from rkl_kernels.bench import contestants, runtimes
+from rkl_kernels.bench.machine import machine, machine_line, slug
 
 
 def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -26,6 +28,29 @@ def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: pyte
 def test_threads(main: Callable[[list[str]], int], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(main, ["--threads", text], capsys)
     assert told.endswith(f"argument --threads: must be a whole number of at least 1, got {text!r}; give one such as 2")
+
+
+def test_torch_is_not_held_to_instructions_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    told = refused(suite.main, ["--only", "fp32", "--no-models"], capsys)
+    assert told.endswith(
+        "ONEDNN_MAX_CPU_ISA must be set beside ATEN_CPU_CAPABILITY, got none; oneDNN reads it alone: AVX2"
+    )
+
+
+@pytest.mark.parametrize("limit", ["avx2", "default"])
+def test_what_is_held_to_instructions_is_named_by_them(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = row_of().case
+    facts = machine()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
+    held = machine()
+    assert held["held_to"] == limit
+    assert slug(held) != slug(facts) == slug(held).replace(f"-{limit}-", "-")
+    assert " held to " in machine_line(held)
+    assert not any(rival.name in runtimes.NAMES for rival in contestants(suite.rivals_of(case)))
 
 
 @pytest.mark.parametrize(

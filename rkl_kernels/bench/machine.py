@@ -21,6 +21,12 @@ def _cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def held_to() -> str | None:
+    """The instruction set, lower than AVX-512, that ATEN_CPU_CAPABILITY holds torch and the CPU kernels to."""
+    limit = os.environ.get("ATEN_CPU_CAPABILITY")
+    return limit if limit in ("default", "avx2") else None
+
+
 def check_device(device: str) -> None:
     """
     Raises:
@@ -37,6 +43,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "held_to": None if device == "cuda" else held_to(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "rkl_kernels": rk.__version__,
@@ -45,12 +52,14 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 def machine_line(facts: dict[str, Any]) -> str:
     """The same in one line."""
+    held = " held to" if facts.get("held_to") else ""  # older records do not say
     return (
-        f"{facts['device']}, {facts['threads']} of {facts['cores']} cores, {facts['isa']}, "
+        f"{facts['device']}, {facts['threads']} of {facts['cores']} cores,{held} {facts['isa']}, "
         f"torch {facts['torch']}, Python {facts['python']}"
     )
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """The device's name as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{facts['device']} {facts['threads']} threads".lower()).strip("-")
+    """The device's name as a file name, with what it is held to."""
+    name = f"{facts['device']} {facts.get('held_to') or ''} {facts['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

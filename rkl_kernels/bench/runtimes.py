@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .case import Case
+from .machine import held_to
 from .rivals import Rival, inputs
 
 NAMES = ("onnxruntime", "openvino")
@@ -30,7 +31,12 @@ def rival(name: str) -> Rival:
 
 
 def serves(case: Case, device: str = "cpu") -> bool:
-    """Both run forward in fp32 on the CPU; of the activations, those that a graph of few nodes makes."""
+    """Both run forward in fp32 on the CPU; of the activations, those that a graph of few nodes makes.
+
+    Not where torch is held to lower instructions: they choose theirs by themselves.
+    """
+    if held_to():
+        return False
     return (case.direction, case.dtype, device) == ("forward", "fp32", "cpu") and case.activation in (
         None,
         "relu",
@@ -40,7 +46,10 @@ def serves(case: Case, device: str = "cpu") -> bool:
 
 def _check(case: Case, device: str) -> None:
     if not serves(case, device):
-        raise ValueError(f"serves forward in fp32 on the CPU, got {case.direction} in {case.dtype} on {device}")
+        raise ValueError(
+            f"serves forward in fp32 on the CPU, held to no instruction set, got {case.direction} in {case.dtype} on "
+            f"{device}, held to {held_to()}"
+        )
 
 
 def model(case: Case) -> bytes:
