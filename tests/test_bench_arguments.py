@@ -11,7 +11,7 @@ import torch
 from bench_rows import row_of
 
 from benchmarks import compare, gpu, gpu_counts, gpu_report, model_matrix, model_speed, run, suite
-from rkl_kernels.bench import contestants, runtimes
+from rkl_kernels.bench import runtimes
 from rkl_kernels.bench.machine import machine, machine_line, slug
 
 
@@ -44,13 +44,16 @@ def test_torch_is_not_held_to_instructions_alone(
 @pytest.mark.parametrize("limit", ["avx2", "default"])
 def test_what_is_held_to_instructions_is_named_by_them(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = row_of().case
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     facts = machine()
+    assert facts["held_to"] is None
+    assert runtimes.serves(case)
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
     held = machine()
     assert held["held_to"] == limit
     assert slug(held) != slug(facts) == slug(held).replace(f"-{limit}-", "-")
     assert " held to " in machine_line(held)
-    assert not any(rival.name in runtimes.NAMES for rival in contestants(suite.rivals_of(case)))
+    assert not runtimes.serves(case)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())  # a rename may reach the disk before the content does
         os.replace(partial, path)
-    except BaseException as error:
+    except BaseException as error:  # an interrupt too: no draft may be left behind
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
