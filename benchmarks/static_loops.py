@@ -1,7 +1,8 @@
-"""The hot loops of the CUDA kernels, instruction by instruction: what a row of 256 outputs costs.
+"""The hot loops of the CUDA kernels, instruction by instruction: what a row of 256 outputs costs, or a multiply-add.
 
 A kernel of the row pipeline issues for half of its time or more, so each instruction beside the products costs about
-its share. No GPU is needed: the loops are found in the machine code that ``cuobjdump -sass`` prints.
+its share; of kernels without tensor cores each beside the multiply-adds. No GPU is needed: the loops are found in the
+machine code that ``cuobjdump -sass`` prints.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ KINDS = {
     "predicates": r"U?ISETP|FSETP|U?PLOP3|P2R|R2P|U?SEL|FSEL|VOTE",
     "addresses": r"U?IADD|U?IMAD|U?LEA|U?LOP|U?SHF|VIADD|IMNMX|VIMNMX|U?IABS|UFLO|I2F|F2I|UBMSK|BMSK|SGXT|USGXT",
     "conversions": r"F2FP|F2F|HADD2\.F32",
+    "multiply_adds": r"FFMA",
     "arithmetic": r"F|MUFU|HADD2|HMUL2|HFMA2|D",
     "control": r"BRA|BSSY|BSYNC|BAR|WARPSYNC|NOP|BREAK|YIELD|CALL|RET|EXIT|JMP|BRX|MEMBAR|ERRBAR|CCTL|NANOSLEEP",
 }
@@ -122,7 +124,8 @@ def _dominators(follow: list[list[int]]) -> list[set[int]]:
 
 
 def loops(body: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops that multiply matrices, each with all of its instructions, those of unlikely ways too."""
+    """The innermost loops that multiply matrices or, where none does, numbers, each with all of its instructions, those
+    of unlikely ways too."""
     if not body:
         return []
     runs, follow = _blocks(body)
@@ -138,8 +141,10 @@ def loops(body: Sequence[Instruction]) -> list[list[Instruction]]:
                     members.add(m)
                     waiting += [p for p, after in enumerate(follow) if m in after and dominators[p]]
 
+    opcode = "HMMA" if any(one.opcode.startswith("HMMA") for one in body) else "FFMA"
+
     def multiplies(members: Iterable[int]) -> bool:
-        return any(body[i].opcode.startswith("HMMA") for m in members for i in runs[m])
+        return any(body[i].opcode.startswith(opcode) for m in members for i in runs[m])
 
     multiplying = [members for members in inside.values() if multiplies(members)]
     innermost = [one for one in multiplying if not any(other < one for other in multiplying)]
@@ -147,13 +152,25 @@ def loops(body: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def loop_rows(kernel: str, arch: int, body: Sequence[Instruction]) -> list[dict[str, Any]]:
-    """One row a loop: how many instructions of each kind, the loop with the most products first."""
-    rows = []
+    """One row a loop: how many instructions of each kind, the loop with the most products first. Of kernels without
+    products that with the most multiply-adds, alone."""
+    rows: list[dict[str, Any]] = []
     for loop in loops(body):
         kinds = collections.Counter(kind(one.opcode) for one in loop)
         counted = {name: kinds[name] for name in (*KINDS, "other")}
         rows.append({"kernel": kernel, "arch": arch, "instructions": len(loop), **counted})
-    return sorted(rows, key=lambda row: -(row["mma_k16"] + row["mma_k8"]))
+    rows.sort(key=lambda row: -multiplications(row))
+    return rows if rows and products_of(rows[0]) else rows[:1]
+
+
+def products_of(loop: dict[str, Any]) -> int:
+    """Matrix products of a loop."""
+    return int(loop["mma_k16"] + loop["mma_k8"])
+
+
+def multiplications(loop: dict[str, Any]) -> int:
+    """A loop's matrix products or, without any, its multiply-adds."""
+    return products_of(loop) or int(loop["multiply_adds"])
 
 
 @dataclass(frozen=True)
@@ -161,8 +178,9 @@ class Bound:
     """What the hot loop of the kernels with such a name may cost: that with the most products.
 
     A row is 256 outputs: 32 pixels by 8 channels. ``products`` are the mma instructions that one takes, which tell how
-    many rows the loop makes; ``instructions`` is the most that one may take, all in all. ``blocks``: how many must fit
-    on a multiprocessor, by their registers.
+    many rows the loop makes; ``instructions`` is the most that one may take, all in all. Of a kernel without mma
+    ``products`` are multiply-adds, and ``instructions`` what so many may take. ``blocks``: how many must fit on a
+    multiprocessor, by their registers.
     """
 
     kernel: str
@@ -173,7 +191,7 @@ class Bound:
 
 
 def instructions_a_row(loop: dict[str, Any], products: int) -> float:
-    return loop["instructions"] * products / (loop["mma_k16"] + loop["mma_k8"])
+    return loop["instructions"] * products / multiplications(loop)
 
 
 def beyond(bounds: Iterable[Bound], rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
@@ -189,7 +207,8 @@ def beyond(bounds: Iterable[Bound], rows: list[dict[str, Any]], found: list[dict
             if hot is None:
                 wrong.append(f"{where}: no loop multiplies matrices")
             elif (count := instructions_a_row(hot, bound.products)) > bound.instructions:
-                wrong.append(f"{where}: {count:.1f} instructions a row of 256 outputs, at most {bound.instructions}")
+                unit = "a row of 256 outputs" if products_of(hot) else f"for {bound.products} multiply-adds"
+                wrong.append(f"{where}: {count:.1f} instructions {unit}, at most {bound.instructions}")
             if row["blocks"] < bound.blocks:
                 wrong.append(f"{where}: {row['blocks']} blocks fit on a multiprocessor, at least {bound.blocks} must")
     return wrong

@@ -64,6 +64,12 @@ def test_threads_that_meet_again() -> None:
     assert row["instructions"] == 6
 
 
+def test_a_loop_that_multiplies_numbers() -> None:
+    (body,) = functions(MEETING.replace("HMMA.16816.F32", "FFMA")).values()
+    (row,) = loop_rows("numbers", 80, body)
+    assert (row["multiply_adds"], row["instructions"]) == (1, 6)
+
+
 def test_code_without_a_loop() -> None:
     (body,) = functions(OUTER.replace("@!P0 BRA 0x20", "NOP").replace("@P2 BRA 0x10", "NOP")).values()
     assert loop_rows("loop", 90, body) == []
@@ -75,7 +81,7 @@ def test_code_without_a_loop() -> None:
     [
         ("LDGSTS.E.BYPASS.LTC128B.128", "copies"), ("LDG.E.128", "global"), ("STL", "local"),
         ("IMAD.MOV.U32", "moves"), ("IMAD.SHL.U32", "addresses"), ("FSETP.GT.AND", "predicates"),
-        ("FADD", "arithmetic"), ("F2FP.BF16.F32.PACK_AB", "conversions"),
+        ("FADD", "arithmetic"), ("FFMA", "multiply_adds"), ("F2FP.BF16.F32.PACK_AB", "conversions"),
         ("STSM.16.M88.4", "shared"), ("DEPBAR.LE", "copies"), ("MUFU.TANH", "arithmetic"), ("UIADD3", "addresses"),
         ("UNKNOWN", "other"),
     ],
@@ -86,6 +92,7 @@ def test_kinds(opcode: str, expected: str) -> None:
 
 ROW: dict[str, Any] = {"kernel": "conv<3>", "arch": 90, "blocks": 8}
 LOOP: dict[str, Any] = {"kernel": "conv<3>", "arch": 90, "instructions": 168, "mma_k16": 12, "mma_k8": 12}
+NUMBERS = LOOP | {"mma_k16": 0, "mma_k8": 0, "multiply_adds": 112}
 
 
 def test_a_loop_of_two_rows_counts_half_for_each() -> None:
@@ -97,6 +104,7 @@ def test_a_loop_of_two_rows_counts_half_for_each() -> None:
     ("bound", "loops", "message"),
     [
         (Bound(r"conv<3>", 12, 83), [LOOP], "conv<3> on sm_90: 84.0 instructions a row of 256 outputs, at most 83"),
+        (Bound(r"conv<3>", 32, 47), [NUMBERS], "conv<3> on sm_90: 48.0 instructions for 32 multiply-adds, at most 47"),
         (Bound(r"conv<3>", 12, 84, blocks=9), [LOOP], "8 blocks fit on a multiprocessor, at least 9 must"),
         (Bound(r"conv<3>", 12, 84), [], "no loop multiplies matrices"),
         (Bound(r"conv", 12, 84), [LOOP], "conv on sm_90: no such kernel"),
