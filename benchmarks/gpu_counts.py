@@ -1,4 +1,5 @@
-"""What the row pipeline's kernels should take on an H200, by count: ``python -m benchmarks.gpu_counts``. No GPU needed.
+"""What the row pipeline's kernels should take on an H200, by count, and those of wide filters in fp32:
+``python -m benchmarks.gpu_counts``. No GPU needed.
 
 Four things may decide: the bytes that cannot be avoided, at the rate of a copy; the instructions, of which a
 multiprocessor issues four a clock; the tensor cores' products; and shared memory's 128 bytes a clock. A kernel takes at
@@ -30,30 +31,37 @@ KERNELS = (
 )
 """By Result's number in csrc/cuda/plan.h: what is made, the kernel, and the bytes that a row of 32 pixels by 8 channels
 moves through shared memory beside ldmatrix: inputs with a halo, columns without, and outputs, both in and out."""
-BF16, ROWS = 1, 1  # the numbers of Dtype and Family
+FP32, BF16 = 0, 1  # the numbers of Dtype
+GENERAL, ROWS = 0, 1  # of Family
+WIDE = (
+    ("output", "general::any_vectors<float, false, true>"),
+    ("image's gradient", "general::any_vectors<float, false, true>"),
+    ("filter's gradient", "general::any_filter_grad<float, 16, true>"),
+)
+"""By Result's number: what is made and the kernel, of filters of more than 8 columns in fp32."""
 
 
-def plan(shape: Shape, result: int) -> list[int]:
+def plan(shape: Shape, result: int, dtype: int) -> list[int]:
     """Family, kernel, rows, parts, blocks, threads, shared memory and steps; nothing where no kernel makes it."""
     case = shape.case("depthwise", device="cuda")
     sizes = [case.batch, case.channels, case.height, case.width, case.out_height, case.out_width]
     kernel = (shape.kernel, shape.kernel_width or shape.kernel)
     pairs = (kernel, (shape.stride,) * 2, (shape.padding,) * 2, (shape.dilation,) * 2)
     geometry = [*sizes, *(n for pair in pairs for n in pair)]
-    return torch.ops.rkl.cuda_depthwise_plan(geometry, True, BF16, result, HOPPER)
+    return torch.ops.rkl.cuda_depthwise_plan(geometry, True, dtype, result, HOPPER)
 
 
-def moved(shape: Shape, result: int) -> int:
+def moved(shape: Shape, result: int, dtype: int = BF16) -> int:
     """Bytes that cannot be avoided."""
     case = shape.case("depthwise", device="cuda")
     pixels = case.height * case.width, case.out_height * case.out_width
     images = [case.batch * case.channels * n for n in pixels]
-    return 2 * (sum(images) + (images[0] if result == 3 else 0))
+    return (4 if dtype == FP32 else 2) * (sum(images) + (images[0] if result == 3 else 0))
 
 
 def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) -> list[float] | None:
     """By memory, instructions, products and shared memory; None where another family serves."""
-    numbers = plan(shape, result)
+    numbers = plan(shape, result, BF16)
     if not numbers or numbers[0] != ROWS or (result == 1 and shape.stride == 2):
         return None
     _, name, shared = KERNELS[result]
@@ -65,6 +73,26 @@ def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) ->
     )
     rows = numbers[7] / HOPPER[1] / CLOCK
     return [1e6 * moved(shape, result) / COPY, *(1e6 * clock * rows for clock in clocks)]
+
+
+def wide_microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) -> list[float] | None:
+    """By memory and instructions, of a wide filter in fp32; None where another family serves. Rows of padding, which
+    are left out, are counted in, and so are the outputs and taps that fill up a thread's 32 sums."""
+    if shape.kernel <= 8 or plan(shape, result, FP32)[0] != GENERAL:
+        return None
+    case = shape.case("depthwise", device="cuda")
+    rows, channels = case.batch * case.out_height, -(-case.channels // 32) * 32
+    if result == 2:
+        steps = channels * rows * case.out_width * -(-shape.kernel // 16) * -(-shape.kernel // 2)
+    else:
+        steps = channels // 4 * rows * -(-case.out_width // 8) * shape.kernel**2
+    loop = loops[WIDE[result][1]]
+    a_step = 32 * loop["instructions"] / loop["multiply_adds"]  # instructions for 32 multiply-adds of each thread
+    instructions = a_step * steps / 32  # of warps
+    return [
+        1e6 * moved(shape, result, FP32) / COPY,
+        1e6 * instructions / ISSUE / HOPPER[1] / CLOCK,
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,6 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
             if times:
                 columns = " | ".join(f"{time:.0f}" for time in times)
                 print(f"| {what} {shape.id} | {columns} | {max(times):.0f} |")
+    print("\n| us on an H200, by count, fp32 | memory | instructions | at least |")
+    print("|---|---|---|---|")
+    for result, (what, _) in enumerate(WIDE):
+        for shape in SHAPES:
+            times = wide_microseconds(shape, result, loops)
+            if times:
+                print(f"| {what} {shape.id} | {times[0]:.0f} | {times[1]:.0f} | {max(times):.0f} |")
     return 0
 
 

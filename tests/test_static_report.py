@@ -32,6 +32,11 @@ BOUNDS = [
     Bound(r"convolve_toeplitz<\w+, 5, \w+>", products=24, instructions=166),
     Bound(r"filter_grad_toeplitz<\w+, 1, 1, \w+>", products=8, instructions=145),
     Bound(r"filter_grad_toeplitz<\w+, 2, 2, \w+>", products=32, instructions=278),
+    # A tap of 8 outputs by 4 channels, of 4 by 8, and a step of 2 x 16 and of 4 x 8 taps.
+    Bound(r"general::any_vectors<float, false, true>", products=32, instructions=49, blocks=2),
+    Bound(r"general::any_vectors<(bfloat16|half), false, true>", products=32, instructions=67, blocks=2),
+    Bound(r"general::any_filter_grad<\w+, 16, true>", products=32, instructions=63, blocks=2),
+    Bound(r"general::any_filter_grad<\w+, 8, true>", products=32, instructions=76, blocks=2),
 ]
 GOOD: dict[str, Any] = {
     "kernel": "k", "arch": 80, "threads": 128, "registers": 96, "spills": 0, "shared": 0, "blocks": 5,

@@ -1,44 +1,23 @@
-// Depthwise convolution and its gradients for every kernel size, stride, dilation and layout: what the fast paths leave
-// over. One output a thread and step; neighbours in memory are neighbours in a warp, the caches do the rest.
+// Depthwise convolution and its data gradient for every kernel size, stride, dilation and layout: what the fast paths
+// leave over. Neighbours in memory are neighbours in a warp, the caches do the rest.
 #include <algorithm>
 
 #include "cuda/activation.cuh"
 #include "cuda/depthwise.h"
 #include "cuda/device.h"
-#include "cuda/element.cuh"
+#include "cuda/general.cuh"
 
 namespace rkl::cuda {
+namespace general {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVectors = 8;  // vectors of 16 bytes a pixel and block: 128 bytes, one cache line
-enum Kernel { kScalars, kInVectors };
+// What the kernels are told: a convolution, or with `transposed` the data gradient of one, g then being the forward's.
+// A `flipped` filter is read from its end to its beginning: what makes the data gradient at stride 1 a convolution too.
+struct Task : Convolution {
+  bool flipped;
 
-// Where the pixels of an image stand: element (n, c, y, x) is at n * image + c * channel + y * row + x * pixel.
-struct Strides {
-  int64_t image, channel, row, pixel;
-};
-
-__host__ __device__ Strides strides_of(const Conv2d& g, int64_t h, int64_t w) {
-  if (g.nhwc) return {h * w * g.channels, 1, w * g.channels, g.channels};
-  return {g.channels * h * w, h * w, w, 1};
-}
-
-// Division of numbers below 2^52 by a number known at the launch. The machine's own 64-bit division is a routine that
-// is called, at the price of spilled registers.
-struct Divider {
-  int64_t d;
-  double inverse;
-
-  explicit Divider(int64_t d) : d(d), inverse(1.0 / double(d)) {}
-
-  // Returns the remainder of i / d; i becomes the quotient.
-  __device__ int remainder_of(int64_t& i) const {
-    int64_t quotient = int64_t(double(i) * inverse), rest = i - quotient * d;
-    const int off = rest < 0 ? -1 : rest >= d ? 1 : 0;  // the rounded inverse is at most one step away
-    i = quotient + off;
-    return int(rest - off * d);
-  }
+  // Place of a tap among the filter's values.
+  __device__ int from(int tap) const { return flipped ? g.kernel_h * g.kernel_w - 1 - tap : tap; }
 };
 
 // An output's number taken apart, in the order of its layout.
@@ -48,46 +27,6 @@ struct OutputIndex {
   OutputIndex(const Conv2d& g, bool transposed)
       : w(transposed ? g.in_w : g.out_w), h(transposed ? g.in_h : g.out_h), channels(g.channels) {}
 };
-
-// The position along one axis that output o and filter tap k read, or -1: outside, or between two strides.
-template <bool transposed>
-__device__ int source(int o, int k, int stride, int padding, int dilation, int size) {
-  if (!transposed) {
-    const int i = o * stride - padding + k * dilation;
-    return i >= 0 && i < size ? i : -1;
-  }
-  const int i = o + padding - k * dilation;
-  return i >= 0 && i % stride == 0 && i / stride < size ? i / stride : -1;
-}
-
-// What the kernels are told: a convolution, or with `transposed` the data gradient of one, g then being the forward's.
-// A `flipped` filter is read from its end to its beginning: what makes the data gradient at stride 1 a convolution too.
-struct Task : Convolution {
-  bool flipped;
-};
-
-// acc[e] += the sum over the filter's taps for the channels c + e of image n at output (oy, ox). weight(tap, e) gives
-// the filter's value.
-template <bool transposed, class T, int V, class Weight>
-__device__ void add_taps(const Task& a, int64_t n, int c, int oy, int ox, Weight weight, float (&acc)[V]) {
-  const Conv2d& g = a.g;
-  const int h = int(transposed ? g.out_h : g.in_h), w = int(transposed ? g.out_w : g.in_w);
-  const Strides s = strides_of(g, h, w);
-  const T* x = static_cast<const T*>(a.x) + n * s.image + c * s.channel;
-  const int last = g.kernel_h * g.kernel_w - 1;
-  for (int kh = 0; kh < g.kernel_h; ++kh) {
-    const int iy = source<transposed>(oy, kh, g.stride_h, g.padding_h, g.dilation_h, h);
-    if (iy < 0) continue;
-    for (int kw = 0; kw < g.kernel_w; ++kw) {
-      const int ix = source<transposed>(ox, kw, g.stride_w, g.padding_w, g.dilation_w, w);
-      if (ix < 0) continue;
-      const Vec<T, V> v = *reinterpret_cast<const Vec<T, V>*>(x + iy * s.row + ix * s.pixel);
-      const int tap = kh * g.kernel_w + kw, from = a.flipped ? last - tap : tap;
-#pragma unroll
-      for (int e = 0; e < V; ++e) acc[e] += to_float(v.v[e]) * weight(from, e);
-    }
-  }
-}
 
 // Scalars, either layout; the filter comes through the cache.
 template <class T, bool transposed>
@@ -99,167 +38,195 @@ __global__ void __launch_bounds__(kThreads) any_scalar(Task a, OutputIndex index
   int c = g.nhwc ? index.channels.remainder_of(i) : 0;
   const int ox = index.w.remainder_of(i), oy = index.h.remainder_of(i);
   if (!g.nhwc) c = index.channels.remainder_of(i);
+  const int h = int(transposed ? g.out_h : g.in_h), w = int(transposed ? g.out_w : g.in_w);
+  const Strides s = strides_of(g, h, w);
+  const T* x = static_cast<const T*>(a.x) + i * s.image + c * s.channel;
   const T* filter = static_cast<const T*>(a.weight) + int64_t(c) * (g.kernel_h * g.kernel_w);
   float acc[1] = {a.bias ? to_float(static_cast<const T*>(a.bias)[c]) : 0.f};
-  add_taps<transposed, T>(a, i, c, oy, ox, [=](int tap, int) { return to_float(filter[tap]); }, acc);
+  for (int kh = 0; kh < g.kernel_h; ++kh) {
+    const int iy = source<transposed>(oy, kh, g.stride_h, g.padding_h, g.dilation_h, h);
+    if (iy < 0) continue;
+    for (int kw = 0; kw < g.kernel_w; ++kw) {
+      const int ix = source<transposed>(ox, kw, g.stride_w, g.padding_w, g.dilation_w, w);
+      if (ix < 0) continue;
+      acc[0] += to_float(x[iy * s.row + ix * s.pixel]) * to_float(filter[a.from(kh * g.kernel_w + kw)]);
+    }
+  }
   activate_all<T>(a.act, acc);
   *y = from_float<T>(acc[0]);
 }
 
-// NHWC in vectors: a block owns 8 vectors of channels, whose filters it keeps in shared memory, and a run of pixels.
-template <class T, bool transposed>
-__global__ void __launch_bounds__(kThreads, 4)
-    any_vectors(Task a, OutputIndex index, int channel_blocks, int64_t pixels, int run) {
-  using V = Vec<T>;
-  extern __shared__ __align__(16) unsigned char memory[];
-  T* filter = reinterpret_cast<T*>(memory);  // [tap][channel of the block]
-  const Conv2d& g = a.g;
-  constexpr int kChannels = kVectors * V::size;
-  const int c0 = int(blockIdx.x % channel_blocks) * kChannels, taps = g.kernel_h * g.kernel_w;
-  for (int i = threadIdx.x; i < taps * kChannels; i += kThreads) {
-    const int c = c0 + i / taps;
-    if (c < g.channels)
-      filter[i % taps * kChannels + i / taps] = static_cast<const T*>(a.weight)[int64_t(c0) * taps + i];
-  }
-  __syncthreads();
-  const int vec = threadIdx.x % kVectors, c = c0 + vec * V::size;
-  if (c >= g.channels) return;
-  const int64_t first = int64_t(blockIdx.x / channel_blocks) * run, end = first + run < pixels ? first + run : pixels;
-  for (int64_t pixel = first + threadIdx.x / kVectors; pixel < end; pixel += kThreads / kVectors) {
-    int64_t n = pixel;
-    const int ox = index.w.remainder_of(n), oy = index.h.remainder_of(n);
-    float acc[V::size];
-#pragma unroll
-    for (int e = 0; e < V::size; ++e) acc[e] = a.bias ? to_float(static_cast<const T*>(a.bias)[c + e]) : 0.f;
-    const T* mine = filter + vec * V::size;
-    add_taps<transposed, T>(a, n, c, oy, ox, [=](int tap, int e) { return to_float(mine[tap * kChannels + e]); }, acc);
-    activate_all<T>(a.act, acc);
-    V out;
-#pragma unroll
-    for (int e = 0; e < V::size; ++e) out.v[e] = from_float<T>(acc[e]);
-    *reinterpret_cast<V*>(static_cast<T*>(a.y) + pixel * g.channels + c) = out;
-  }
+// Groups of outputs beside each other, numbered through the images.
+struct Groups {
+  Row row;
+  Divider across, down;
+  int64_t count;
+
+  Groups(const Conv2d& g, bool transposed, int step, int outputs)
+      : row(transposed ? g.in_w : g.out_w, step, outputs),
+        across(row.groups),
+        down(transposed ? g.in_h : g.out_h),
+        count(g.batch * down.d * across.d) {}
+};
+
+// 16 bytes of a tap's weights.
+template <class T, int V>
+__device__ inline void read_weights(const unsigned char* from, float (&to)[V]) {
+  unpack<T>(*reinterpret_cast<const uint4*>(from), to);
 }
 
-// One tap of the filter's gradient for a group of channels, over a part of the batch's output rows. `lanes` threads
-// lie along the channels (NHWC) or all along the pixels (NCHW); those along the pixels are added up in a fixed order.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    any_filter_grad(FilterGrad a, Divider out_h, int parts, int lanes, int channel_blocks) {
-  __shared__ float sums[kThreads];
-  const Conv2d& g = a.g;
-  const int taps = g.kernel_h * g.kernel_w, others = kThreads / lanes;
-  const int channel_block = int(blockIdx.x % channel_blocks), rest = int(blockIdx.x / channel_blocks);
-  const int tap = rest % (taps + 1), part = rest / (taps + 1);
-  const int c = channel_block * lanes + threadIdx.x % lanes, other = threadIdx.x / lanes;
-  const Strides sx = strides_of(g, g.in_h, g.in_w), sg = strides_of(g, g.out_h, g.out_w);
-  const int kh = tap / g.kernel_w, kw = tap % g.kernel_w;
-  const int64_t rows = g.batch * g.out_h, part_rows = (rows + parts - 1) / parts, first = part * part_rows;
-  const int64_t end = first + part_rows < rows ? first + part_rows : rows;
-  float sum = 0.f;
-  if (c < g.channels && (tap < taps || a.with_bias)) {
-    for (int64_t r = first; r < end; ++r) {
-      int64_t n = r;
-      const int oy = out_h.remainder_of(n);
-      const int iy = tap < taps ? source<false>(oy, kh, g.stride_h, g.padding_h, g.dilation_h, int(g.in_h)) : 0;
-      if (iy < 0) continue;
-      const T* grad = static_cast<const T*>(a.grad) + n * sg.image + c * sg.channel + oy * sg.row;
-      const T* x = static_cast<const T*>(a.x) + n * sx.image + c * sx.channel + iy * sx.row;
-      for (int ox = other; ox < g.out_w; ox += others) {
-        const int ix = source<false>(ox, kw, g.stride_w, g.padding_w, g.dilation_w, int(g.in_w));
-        if (tap == taps)
-          sum += to_float(grad[ox * sg.pixel]);
-        else if (ix >= 0)
-          sum += to_float(grad[ox * sg.pixel]) * to_float(x[ix * sx.pixel]);
-      }
+// Adds a row of the image under a row of the filter. column: the first output's first tap's, which may not exist. An
+// input is loaded where the one that leaves the window was, and used last of the next tap's.
+template <class T, int outputs, int V>
+__device__ void slide(const Conv2d& g, const T* x, int column, int width, int64_t pixel, const unsigned char* weights,
+                      float (&sums)[outputs * V]) {
+  x += column * pixel;
+  const int64_t step = g.dilation_w * pixel;
+  float window[outputs][V];
+  const auto load = [&](float (&to)[V]) {
+    uint4 v{};
+    if (unsigned(column) < unsigned(width)) v = __ldg(reinterpret_cast<const uint4*>(x));
+    column += g.dilation_w, x += step;
+    unpack<T>(v, to);
+  };
+#pragma unroll
+  for (int q = 0; q < outputs; ++q) load(window[q]);
+  for (int left = g.kernel_w; left;) {
+#pragma unroll
+    for (int u = 0; u < outputs; ++u) {
+      float weight[V];
+      read_weights<T>(weights, weight);
+      weights += kTapBytes;
+#pragma unroll
+      for (int q = 0; q < outputs; ++q)
+#pragma unroll
+        for (int e = 0; e < V; ++e) sums[q * V + e] = fmaf(window[(u + q) % outputs][e], weight[e], sums[q * V + e]);
+      if (!--left) break;
+      load(window[u]);
     }
   }
-  sums[threadIdx.x] = sum;
-  for (int half = others / 2; half; half /= 2) {
-    __syncthreads();
-    if (other < half) sums[threadIdx.x] += sums[threadIdx.x + half * lanes];
+}
+
+// The same where each output has inputs of its own, from the output's column `first` on.
+template <class T, bool transposed, int outputs, int V>
+__device__ void gather(const Conv2d& g, const T* x, int first, int width, int64_t pixel, const unsigned char* weights,
+                       float (&sums)[outputs * V]) {
+  for (int tap = 0; tap < g.kernel_w; ++tap, weights += kTapBytes) {
+    float weight[V];
+    read_weights<T>(weights, weight);
+    // Of a data gradient the quotient by the stride and what is left, which counts up to the stride with the outputs.
+    int column = first * g.stride_w - g.padding_w + tap * g.dilation_w, rest = 0;
+    if constexpr (transposed) {
+      const int reach = first + g.padding_w - tap * g.dilation_w;
+      column = reach / g.stride_w, rest = reach % g.stride_w;
+      if (rest < 0) rest += g.stride_w, --column;
+    }
+#pragma unroll
+    for (int q = 0; q < outputs; ++q) {
+      if (rest == 0 && unsigned(column) < unsigned(width)) {
+        float v[V];
+        unpack<T>(__ldg(reinterpret_cast<const uint4*>(x + column * pixel)), v);
+#pragma unroll
+        for (int e = 0; e < V; ++e) sums[q * V + e] = fmaf(v[e], weight[e], sums[q * V + e]);
+      }
+      if constexpr (!transposed)
+        column += g.stride_w;
+      else if (++rest == g.stride_w)
+        rest = 0, ++column;
+    }
   }
-  if (other == 0 && c < g.channels) a.sum(part, tap, c) = sums[threadIdx.x];
 }
 
-constexpr int kChannelsAside = 32;  // of a block of NHWC's filter gradient
+// NHWC in vectors: a block owns 8 vectors of channels and 32 groups of outputs. The filter's rows come through shared
+// memory, some at a time, so that wide filters leave the first cache to the image's rows, which the next row of the
+// filter reads again.
+template <class T, bool transposed, bool slides>
+__global__ void __launch_bounds__(kThreads, 2) any_vectors(Task a, Groups groups, int channel_blocks, int staged) {
+  constexpr int V = vector_of(sizeof(T)), kOutputs = outputs_of(sizeof(T)), kChannels = kVectors * V;
+  extern __shared__ __align__(16) unsigned char memory[];  // [tap][channel of the block]
+  const Conv2d& g = a.g;
+  const int taps = g.kernel_h * g.kernel_w, h = int(transposed ? g.out_h : g.in_h),
+            w = int(transposed ? g.out_w : g.in_w), out_w = int(transposed ? g.in_w : g.out_w);
+  const int c0 = int(blockIdx.x % channel_blocks) * kChannels, vec = threadIdx.x % kVectors, c = c0 + vec * V;
+  int64_t n = int64_t(blockIdx.x / channel_blocks) * (kThreads / kVectors) + threadIdx.x / kVectors;
+  const bool works = c < g.channels && n < groups.count;
+  const int group = groups.across.remainder_of(n), oy = groups.down.remainder_of(n);
+  const int step = groups.row.step, ox = group % groups.row.residues + group / groups.row.residues * step * kOutputs;
+  const Strides s = strides_of(g, h, w);
+  const T* x = static_cast<const T*>(a.x) + n * s.image + c;
+  float sums[kOutputs * V];
+#pragma unroll
+  for (int i = 0; i < kOutputs * V; ++i)
+    sums[i] = works && a.bias ? to_float(static_cast<const T*>(a.bias)[c + i % V]) : 0.f;
 
-bool as_convolution(Result result, const Conv2d& g) {
-  return result == Result::output || (g.stride_h == 1 && g.stride_w == 1);
+  for (int first = 0; first < g.kernel_h; first += staged) {
+    const int last = min(first + staged, g.kernel_h), here = (last - first) * g.kernel_w;
+    __syncthreads();  // the rows before these have been used
+    for (int i = threadIdx.x; i < here * kChannels; i += kThreads) {
+      const int channel = i / here, tap = i % here;
+      if (c0 + channel < g.channels)
+        *reinterpret_cast<T*>(memory + tap * kTapBytes + channel * sizeof(T)) =
+            static_cast<const T*>(a.weight)[int64_t(c0 + channel) * taps + a.from(first * g.kernel_w + tap)];
+    }
+    __syncthreads();
+    for (int kh = first; works && kh < last; ++kh) {
+      const int iy = source<transposed>(oy, kh, g.stride_h, g.padding_h, g.dilation_h, h);
+      if (iy < 0) continue;
+      const unsigned char* weights = memory + (kh - first) * g.kernel_w * kTapBytes + vec * 16;
+      if constexpr (slides)
+        slide<T, kOutputs, V>(g, x + iy * s.row, ox - g.padding_w, w, s.pixel, weights, sums);
+      else
+        gather<T, transposed, kOutputs, V>(g, x + iy * s.row, ox, w, s.pixel, weights, sums);
+    }
+  }
+  if (!works) return;
+  activate_all<T>(a.act, sums);
+  T* y = static_cast<T*>(a.y) + ((n * groups.down.d + oy) * out_w + ox) * g.channels + c;
+#pragma unroll
+  for (int q = 0; q < kOutputs; ++q) {
+    float v[V];
+#pragma unroll
+    for (int e = 0; e < V; ++e) v[e] = sums[q * V + e];
+    if (ox + q * step < out_w) *reinterpret_cast<uint4*>(y + int64_t(q) * step * g.channels) = pack<T>(v);
+  }
 }
 
-int vector_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
-
-Plan plan_filter_grad(const Conv2d& g, const Device& device) {
-  const int64_t channel_blocks = g.nhwc ? ceil_div(g.channels, kChannelsAside) : g.channels;
-  const int64_t taps = int64_t(g.kernel_h) * g.kernel_w;
-  Plan plan{Family::general};
-  plan.parts = filter_grad_parts(g, channel_blocks, device);
-  plan.blocks = channel_blocks * (taps + 1) * plan.parts;
-  plan.threads = kThreads;
-  return plan;
+template <class T, bool transposed, bool slides>
+void launch_vectors(const Task& a, const Plan& plan, cudaStream_t stream) {
+  const Groups groups(a.g, transposed, slides ? a.g.dilation_w : 1, outputs_of(sizeof(T)));
+  const int channel_blocks = int(ceil_div(a.g.channels, kVectors * vector_of(sizeof(T))));
+  allow_shared(reinterpret_cast<const void*>(&any_vectors<T, transposed, slides>), plan.shared);
+  any_vectors<T, transposed, slides>
+      <<<grid("any_vectors", plan.blocks), dim3(kThreads), plan.shared, stream>>>(a, groups, channel_blocks, plan.rows);
+  check_launch("any_vectors");
 }
 
 template <class T, bool transposed>
 void launch(const Task& a, const Plan& plan, cudaStream_t stream) {
   const Conv2d& g = a.g;
-  const int64_t pixels = g.batch * (transposed ? g.in_h * g.in_w : g.out_h * g.out_w);
-  const OutputIndex index(g, transposed);
-  if (plan.kernel == kScalars) {
-    any_scalar<T, transposed>
-        <<<grid("any_scalar", plan.blocks), dim3(kThreads), 0, stream>>>(a, index, pixels * g.channels);
-    check_launch("any_scalar");
+  if (plan.kernel == kSliding) {
+    if constexpr (!transposed) launch_vectors<T, false, true>(a, plan, stream);
     return;
   }
-  allow_shared(reinterpret_cast<const void*>(&any_vectors<T, transposed>), plan.shared);
-  const int channel_blocks = int(ceil_div(g.channels, kVectors * Vec<T>::size));
-  any_vectors<T, transposed><<<grid("any_vectors", plan.blocks), dim3(kThreads), plan.shared, stream>>>(
-      a, index, channel_blocks, pixels, plan.rows);
-  check_launch("any_vectors");
+  if (plan.kernel == kApart) return launch_vectors<T, transposed, false>(a, plan, stream);
+  const int64_t pixels = g.batch * (transposed ? g.in_h * g.in_w : g.out_h * g.out_w);
+  any_scalar<T, transposed><<<grid("any_scalar", plan.blocks), dim3(kThreads), 0, stream>>>(
+      a, OutputIndex(g, transposed), pixels * g.channels);
+  check_launch("any_scalar");
 }
 
 }  // namespace
-
-// kernel: scalars or vectors; rows: pixels of a block's run.
-Plan plan_general(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
-  if (result == Result::filter_grad) return plan_filter_grad(g, device);
-  Plan plan{Family::general};
-  plan.threads = kThreads;
-  const int64_t pixels = g.batch * (result == Result::output ? g.out_h * g.out_w : g.in_h * g.in_w);
-  const int vector = vector_of(dtype);
-  const int64_t bytes = int64_t(g.kernel_h) * g.kernel_w * kVectors * 16;
-  if (!g.nhwc || g.channels % vector || !aligned || bytes > device.block_shared) {
-    plan.kernel = kScalars;
-    plan.blocks = ceil_div(pixels * g.channels, kThreads);
-    return plan;
-  }
-  plan.kernel = kInVectors;
-  plan.shared = int(bytes);
-  const int64_t channel_blocks = ceil_div(g.channels, kVectors * vector);
-  // Long runs spread the filter's way into shared memory over many pixels; short ones fill the GPU.
-  plan.rows = pixels * channel_blocks > (1 << 20) ? 512 : 64;
-  plan.blocks = channel_blocks * ceil_div(pixels, plan.rows);
-  return plan;
-}
+}  // namespace general
 
 void launch_general(Result result, const Convolution& a, const Plan& plan, Dtype dtype, cudaStream_t stream) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (!as_convolution(result, a.g)) return launch<T, true>({a, false}, plan, stream);
-    Task task{a, result == Result::data_grad};
-    if (task.flipped) task.g = data_grad_as_convolution(a.g);
-    launch<T, false>(task, plan, stream);
+    if (result == Result::output) return general::launch<T, false>({a, false}, plan, stream);
+    if (a.g.stride_h != 1 || a.g.stride_w != 1) return general::launch<T, true>({a, false}, plan, stream);
+    general::Task task{a, true};
+    task.g = data_grad_as_convolution(a.g);
+    general::launch<T, false>(task, plan, stream);
   });
-}
-
-void launch_general(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStream_t stream) {
-  by_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const int lanes = a.g.nhwc ? kChannelsAside : 1, channel_blocks = int(ceil_div(a.g.channels, lanes));
-    any_filter_grad<T><<<grid("any_filter_grad", plan.blocks), dim3(kThreads), 0, stream>>>(
-        a, Divider(a.g.out_h), plan.parts, lanes, channel_blocks);
-  });
-  check_launch("any_filter_grad");
 }
 
 }  // namespace rkl::cuda

@@ -86,11 +86,12 @@ bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
          g.channels % 8 == 0;
 }
 
-// To transpose takes two or three passes over memory more. The general kernel takes 5 to 100 times what NHWC's take
-// (dilation 6 to 18, 33 px, bf16, H100: 1.0 and 0.12 ms forward, 15 and 0.15 ms for the filter's gradient). The kernels
-// of planes take twice as long at 3 x 3, which does not pay for it, and 4 to 9 times at 5 x 5 and more, and for the
-// filter's gradient. In fp32 they are nearer: it pays for the filter's gradient of 5 x 5 and more (1.08 and 0.23 ms:
-// 240 channels, 14 px, H200) and of rows no wider than 32, and for an output where 7 x 7 is wider than the image.
+// To transpose takes two or three passes over memory more. NCHW's general kernels take 5 times what NHWC's take and
+// more (dilation 6 to 18, 33 px, bf16, H100: 1.0 and 0.12 ms forward; for the filter's gradient 15 and 0.15 ms by the
+// kernel of then, which made one tap a block). The kernels of planes take twice as long at 3 x 3, which does not pay
+// for it, and 4 to 9 times at 5 x 5 and more, and for the filter's gradient. In fp32 they are nearer: it pays for the
+// filter's gradient of 5 x 5 and more (1.08 and 0.23 ms: 240 channels, 14 px, H200) and of rows no wider than 32, and
+// for an output where 7 x 7 is wider than the image.
 bool transposes(const Conv2d& g, Dtype dtype, bool of_filter) {
   if (g.nhwc) return false;
   const Result result = of_filter ? Result::filter_grad : Result::output;

@@ -82,6 +82,12 @@ def test_filters_that_shared_memory_does_not_hold(gpu: Gpu) -> None:
     assert (plan.family.name, plan.kernel, plan.shared) == ("general", 0, 0)
 
 
+def test_rows_whose_neighbours_32_bits_do_not_count(gpu: Gpu) -> None:
+    """The last group of a row of 2^31 - 2 outputs ends behind what they hold; a group of single outputs does not."""
+    plan = plans(gpu, torch.float32, geometry(gpu, 4, (1, 2**31 - 2), (1, 9), (0, 4)))["output"]
+    assert (plan.family.name, plan.kernel) == ("general", 0)
+
+
 def test_pointwise_filters_of_two_to_the_31_elements(gpu: Gpu) -> None:
     facts, bf16 = gpu.kernels.current_device(), gpu.dtype(torch.bfloat16)
     assert gpu.kernels.serves_pointwise(256, 2**23, 0, bf16, True, facts)
@@ -97,9 +103,9 @@ def test_every_launch_makes_its_grid_by_the_one_that_refuses() -> None:
 
 
 def test_a_grid_that_no_gpu_takes_is_refused_by_name(gpu: Gpu) -> None:
-    """A block for each tap and channel: 2^32 and some, which would wrap to as many as there are channels."""
+    """A block for each 2 x 16 taps and channel: 2^32 and some, which would wrap to as many as there are channels."""
     gpu.kernels.schedule.first_blocks = 0
-    g, f32 = geometry(gpu, 2**20, (64, 64), (64, 64), nhwc=False), gpu.dtype(torch.float32)
+    g, f32 = geometry(gpu, 2**20, (2, 65552), (2, 65552), nhwc=False), gpu.dtype(torch.float32)
     plan = gpu.kernels.plan_depthwise_backward(g, 0, 0, 0, 0, 16, 0, f32)
     with pytest.raises(RuntimeError, match=r"any_filter_grad: a grid must have .* blocks, got 4296015872 x 1; split"):
         gpu.kernels.depthwise_backward(plan, g, 0, 0, 0, 0, 16, 0, 0, f32, 0)
