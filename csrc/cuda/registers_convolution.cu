@@ -11,8 +11,9 @@ namespace {
 
 // Adds a row of inputs to the sums of the output rows in flight, of which acc[0] is the oldest. `phase`: the row's
 // number modulo the stride. The first tap of a row's sum moves it up, so that the window costs no moves.
-template <class T, int kernel, int stride, int phase, int flight, int inputs, int channels, class Word, class Taps>
-__device__ inline void add_row(const Taps& filter, const Word (&row)[inputs], float (&acc)[flight][kAcross][channels]) {
+template <class T, int kernel, int stride, int phase, int flight, int inputs, int across, int channels, class Word,
+          class Taps>
+__device__ inline void add_row(const Taps& filter, const Word (&row)[inputs], float (&acc)[flight][across][channels]) {
 #pragma unroll
   for (int j = 0; j < flight; ++j) {
     const int kh = (flight - 1 - j) * stride + phase;
@@ -24,7 +25,7 @@ __device__ inline void add_row(const Taps& filter, const Word (&row)[inputs], fl
       float v[channels];
       unpack_word<T>(row[q], v);
 #pragma unroll
-      for (int a = 0; a < kAcross; ++a) {
+      for (int a = 0; a < across; ++a) {
         const int kw = q - a * stride;
         if (kw < 0 || kw >= kernel) continue;
         const bool moves = phase == 0 && kw == 0;
@@ -38,10 +39,10 @@ __device__ inline void add_row(const Taps& filter, const Word (&row)[inputs], fl
   }
 }
 
-template <class T, int kernel, int stride, int channels>
+template <class T, int kernel, int stride, int channels, int across>
 __global__ void __launch_bounds__(kThreads, blocks_of(kernel, stride, sizeof(T)))
     convolve_registers(Convolution a, Sizes s, bool flipped) {
-  constexpr int kInputs = (kAcross - 1) * stride + kernel, kFlight = (kernel + stride - 1) / stride;
+  constexpr int kInputs = (across - 1) * stride + kernel, kFlight = (kernel + stride - 1) / stride;
   constexpr bool kShared = kernel > 3;
   __shared__ __align__(8) float memory[kShared ? kernel * kernel * vectors_of(kernel) * channels : 1];
   using Word = typename Raw<T, channels>::Word;
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kernel, stride, sizeof(T))
   const int number = int(blockIdx.x) / s.channel_blocks * int(blockDim.y) + int(threadIdx.y);
   if (c >= s.channels || number >= s.tasks()) return;
 
-  const Task task(s, number, kAcross);
+  const Task task(s, number, across);
   const int y0 = task.y, x0 = task.x, rows = task.rows;
   if (rows <= 0) return;
   int in_y = y0 * stride - s.padding_h;
@@ -58,8 +59,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kernel, stride, sizeof(T))
   Row<T, channels> in(a.x, s, task.n, s.in_h, s.in_w, in_y, in_x, c);
   Row<T, channels> out(a.y, s, task.n, s.out_h, s.out_w, y0, x0, c);
   const uint32_t in_columns = inside<kInputs>(in_x, s.dilation_w, s.in_w);
-  const uint32_t out_columns = inside<kAcross>(x0, s.dilation_w, s.out_w);
-  float acc[kFlight][kAcross][channels] = {};
+  const uint32_t out_columns = inside<across>(x0, s.dilation_w, s.out_w);
+  float acc[kFlight][across][channels] = {};
 
   const auto load = [&](Word(&row)[kInputs]) {  // the next one, and nothing beyond the task's last
     in.load(unsigned(in_y) < unsigned(s.in_h) ? in_columns : 0, row);
@@ -67,20 +68,20 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kernel, stride, sizeof(T))
     in_y += s.dilation_h;
   };
   const auto store = [&] {
-    float v[kAcross * channels];
+    float v[across * channels];
 #pragma unroll
-    for (int i = 0; i < kAcross * channels; ++i) v[i] = acc[0][i / channels][i % channels];
+    for (int i = 0; i < across * channels; ++i) v[i] = acc[0][i / channels][i % channels];
     if (a.bias) {  // read anew for each row: it would take registers that the sums need
 #pragma unroll
       for (int e = 0; e < channels; ++e) {
         const float bias = to_float(static_cast<const T*>(a.bias)[c + e]);
 #pragma unroll
-        for (int q = 0; q < kAcross; ++q) v[q * channels + e] += bias;
+        for (int q = 0; q < across; ++q) v[q * channels + e] += bias;
       }
     }
     activate_all<T>(a.act, v);
 #pragma unroll
-    for (int q = 0; q < kAcross; ++q) {
+    for (int q = 0; q < across; ++q) {
       float each[channels];
 #pragma unroll
       for (int e = 0; e < channels; ++e) each[e] = v[q * channels + e];
@@ -110,11 +111,11 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kernel, stride, sizeof(T))
   }
 }
 
-template <class T, int kernel, int stride, int channels>
+template <class T, int kernel, int stride, int channels, int across>
 void launch(const Convolution& a, bool flipped, const Plan& plan, cudaStream_t stream) {
-  const Sizes s = sizes_of(a.g, plan.rows, kAcross, channels, vectors_of(kernel));
+  const Sizes s = sizes_of(a.g, plan.rows, across, channels, vectors_of(kernel));
   const dim3 threads(unsigned(s.vectors), unsigned(plan.threads / s.vectors));
-  convolve_registers<T, kernel, stride, channels>
+  convolve_registers<T, kernel, stride, channels, across>
       <<<grid("convolve_registers", plan.blocks), threads, 0, stream>>>(a, s, flipped);
   check_launch("convolve_registers");
 }
@@ -124,7 +125,10 @@ void launch(const Convolution& a, bool flipped, const Plan& plan, cudaStream_t s
 void launch_convolution(const Convolution& a, bool flipped, const Plan& plan, Dtype dtype, cudaStream_t stream) {
   by_kernel(plan.kernel, a.g.stride_h, dtype, [&](auto zero, auto kernel, auto stride) {
     using T = decltype(zero);
-    launch<T, kernel, stride, channels_of(kernel, sizeof(T))>(a, flipped, plan, stream);
+    constexpr int kChannels = channels_of(kernel, sizeof(T));
+    if constexpr (kernel == 3)
+      if (is_narrow(a.g, kernel)) return launch<T, kernel, stride, kChannels, kNarrow>(a, flipped, plan, stream);
+    launch<T, kernel, stride, kChannels, kAcross>(a, flipped, plan, stream);
   });
 }
 

@@ -137,9 +137,10 @@ MaybePlan plan_registers(Result result, const Conv2d& g, Dtype dtype, const Devi
         tiled, columns, channels, kernel, flight - 1 + kBeginning, int64_t(device.multiprocessors) * blocks_each};
   };
   const int stride = g.stride_h, flight = int(ceil_div(kernel, stride));
+  const auto across = [&](const Conv2d& made) { return is_narrow(made, kernel) ? kNarrow : kAcross; };
   switch (result) {
     case Result::output:
-      cut_outputs(cut(g, kAcross, channels_of(kernel, size), flight, blocks_of(kernel, stride, size)), plan);
+      cut_outputs(cut(g, across(g), channels_of(kernel, size), flight, blocks_of(kernel, stride, size)), plan);
       break;
     case Result::data_grad:
       if (stride == 2)
@@ -147,9 +148,9 @@ MaybePlan plan_registers(Result result, const Conv2d& g, Dtype dtype, const Devi
                         (kernel + 1) / 2, data_grad_blocks_of(kernel)),
                     plan);
       else
-        cut_outputs(
-            cut(data_grad_as_convolution(g), kAcross, channels_of(kernel, size), kernel, blocks_of(kernel, 1, size)),
-            plan);
+        cut_outputs(cut(data_grad_as_convolution(g), across(data_grad_as_convolution(g)), channels_of(kernel, size),
+                        kernel, blocks_of(kernel, 1, size)),
+                    plan);
       break;
     case Result::filter_grad:
       cut_gradients(cut(g, kAcross, filter_grad_channels_of(kernel, stride, size), flight,

@@ -32,6 +32,11 @@ constexpr int filter_grad_channels_of(int kernel, int stride, int size) {
   return kernel == 3 && stride == 1 ? 4 : 2;
 }
 constexpr int kBothChannels = 2;
+
+// Outputs of a thread beside each other of a 3 x 3 convolution whose rows, or a dilation's residues of them, have no
+// more.
+constexpr int kNarrow = 2;
+inline bool is_narrow(const Conv2d& g, int kernel) { return kernel == 3 && ceil_div(g.out_w, g.dilation_w) <= kNarrow; }
 constexpr int kPairsAcross = 2;  // pairs of columns of a thread, of the data gradient at stride 2
 
 }  // namespace rkl::cuda::registers
