@@ -193,6 +193,13 @@ def test_a_failing_cell_is_named_and_the_others_finish(tmp_path, monkeypatch):
     assert (tmp_path / "runs/digits/resnet/seed-0/metrics.json").exists()
 
 
+def test_a_row_named_twice_is_trained_once(tmp_path):
+    plan, said = experiment("table5", "smoke", tmp_path, data="digits", image_size=16), []
+    experiments.run(plan, jobs=2, announce=said.append, only=["ResNet", "ResNet"])
+    assert said == ["Table V on digits: 1 runs, 0 done before", "ResNet, seed 0: done"]
+    assert len(records.read_lines(plan.folder("ResNet", 0) / "log.jsonl")) == 2
+
+
 def test_a_cell_that_fails_without_words_is_told(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise AssertionError

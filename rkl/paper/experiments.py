@@ -142,11 +142,12 @@ def run(
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     rows = TABLES[plan.table].rows
-    for row in only or ():
+    chosen = tuple(dict.fromkeys(only or rows))  # a row named twice is one row
+    for row in chosen:
         if row not in rows:
             raise ValueError(f"rows must be of {plan.table}'s: {', '.join(rows)}; got {row!r}")
     # Seed by seed: a stop leaves whole pairs.
-    cells = [(row, seed) for seed in range(plan.seeds) for row in only or rows]
+    cells = [(row, seed) for seed in range(plan.seeds) for row in chosen]
     configs = {cell: plan.config(*cell) for cell in cells}
     open_cells = [cell for cell in cells if not _finished(configs[cell])]
     if open_cells:
