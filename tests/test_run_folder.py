@@ -21,6 +21,7 @@ from rkl.train_options import read_options
 from rkl.training import checkpoint, learner, metrics
 from rkl.training import train as trainer
 from rkl.training.files import RunError
+from rkl.training.run_log import RunLog, TrainingProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +106,32 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytes
     main(["train", "--resume", "--out", str(config.out), "--on-nan", "skip"])
     assert json.loads((config.out / "metrics.json").read_text())["epochs"] == config.epochs
     assert checkpoint.open_run(config.out).config.lr == 0.04
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_a_run_trains_in_takes_no_second_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    config = tiny(tmp_path, epochs=2)
+    refused, found = [], RunLog(config, resume=False)
+
+    def second(progress: TrainingProgress, val: list[dict[str, float]]) -> None:
+        before = contents(tmp_path)
+        with pytest.raises(RunError, match="no other process trains in" if resume else "add --resume to go on") as told:
+            trainer.train(config, resume)
+        with pytest.raises(RunError, match="no other process trains in"), found.opened(0, writing=True):
+            pass
+        refused.append(str(told.value))
+        assert contents(tmp_path) == before
+
+    monkeypatch.setattr(TrainingProgress, "epoch", second)
+    trainer.train(config)
+    assert len(refused) == 2
+    assert len(found.rows()) == 2
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match="must be as it was found"), found.opened(0, writing=True):
+        pass
+    assert contents(tmp_path) == before
 
 
 def test_a_cut_run_stopped_in_its_first_epoch_goes_on_from_the_cut_model(

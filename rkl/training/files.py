@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -50,6 +51,35 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UnwritableError(path, error) from error
         raise
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder, made where there is none, that no other process holds in the block. The system lets go of it however
+    this process ends, so no lock outlives a kill, and no file says so.
+
+    Raises:
+        UnwritableError: it cannot be made or looked into.
+        RunError: another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UnwritableError(folder, error) from error
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder}: out must be a folder that no other process trains in, got one that does; wait for its end, "
+                "or give another folder"
+            ) from None
+        except OSError:
+            pass  # a file system that knows no locks
+        yield
+    finally:
+        os.close(place)
 
 
 def _beside(path: Path) -> Path:

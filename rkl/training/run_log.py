@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.tensorboard import SummaryWriter
 
 from ..config import MAY_CHANGE, Config, read_plain, read_yaml, to_plain
-from .files import AGAIN, RunError, UnwritableError, read_lines, write_text
+from .files import AGAIN, RunError, UnwritableError, held, read_lines, write_text
 
 FIRST_CHECKPOINT = re.compile(r"\.?((best|last)-000[01]\.safetensors|(best|last)\.json)(\.partial)?")
 """The files of a checkpoint that was being written when its run had no whole epoch yet."""
@@ -39,6 +39,7 @@ class RunLog:
         self.resume, self.takes_resume = resume, takes_resume
         self.checkpoints, self.tensorboard = config.out / "checkpoints", config.out / "tensorboard"
         self.file = config.out / "config.yaml"
+        self.found = self._last()
         if self.has_checkpoint and not resume:
             remedy = "add --resume to go on with it" if takes_resume else "give another folder"
             raise RunError(f"{config.out}: out must be a new folder, got one with a run in it; {remedy}")
@@ -61,6 +62,10 @@ class RunLog:
     @property
     def has_checkpoint(self) -> bool:
         return (self.checkpoints / "last.json").exists()
+
+    def _last(self) -> bytes:
+        """The record of the last checkpoint, as it is now."""
+        return (self.checkpoints / "last.json").read_bytes() if self.has_checkpoint else b""
 
     @property
     def has_epoch(self) -> bool:
@@ -100,27 +105,37 @@ class RunLog:
     def opened(self, epoch: int, writing: bool) -> Iterator[None]:
         """Write the configuration and drop the lines of epochs after the checkpoint, which will be trained again. Where
         the block fails before the first whole epoch, nothing of it is left: a corrected command finds the folder free.
+
+        Raises:
+            RunError: another process trains in the folder, or has done since it was looked at.
         """
         self.writing = writing
-        before = self._written()
         folders = self.tensorboard, self.checkpoints, self.folder, *self.folder.parents
         new = [path for path in folders if not path.exists()]
+        with held(self.folder) if writing else nullcontext():
+            if writing and self._last() != self.found:
+                raise RunError(f"{self.folder}: out must be as it was found, got another process's epochs; {AGAIN}")
+            before = self._written()
+            try:
+                if writing:
+                    self._begin(epoch)
+                yield
+            except ValueError as error:
+                if writing and not self.has_epoch:
+                    self._remove(before, new)
+                if isinstance(error, UnwritableError):
+                    raise UnwritableError(error.path, error.error, self.remedy) from error
+                raise
+
+    def _begin(self, epoch: int) -> None:
+        """What :meth:`opened` writes."""
+        kept = [row for row in self.rows() if row["epoch"] <= epoch]
+        write_text(self.file, yaml.safe_dump(to_plain(self.config), sort_keys=False))
+        write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         try:
-            if writing:
-                kept = [row for row in self.rows() if row["epoch"] <= epoch]
-                write_text(self.file, yaml.safe_dump(to_plain(self.config), sort_keys=False))
-                write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-                try:
-                    self.events = SummaryWriter(str(self.tensorboard), purge_step=epoch + 1)
-                except OSError as error:
-                    raise UnwritableError(self.tensorboard, error) from error
-            yield
-        except ValueError as error:
-            if writing and not self.has_epoch:
-                self._remove(before, new)
-            if isinstance(error, UnwritableError):
-                raise UnwritableError(error.path, error.error, self.remedy) from error
-            raise
+            self.events = SummaryWriter(str(self.tensorboard), purge_step=epoch + 1)
+        except OSError as error:
+            raise UnwritableError(self.tensorboard, error) from error
 
     def _remove(self, before: set[Path], new: list[Path]) -> None:
         """Take away the files that were not there before, and the folders that were made for them."""
