@@ -233,7 +233,8 @@ class Prune:
 
         run = open_run(self.run, self.checkpoint, device_named(self.device))
         before = report.read_metrics(self.run)
-        prune_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs)
+        if prune_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs) is None:
+            return  # another process writes and speaks
         after = report.read_metrics(self.out)
         rows = [
             [name, *report.size_rows(record)[-1][1:], f"{record['test'][-1]['accuracy']:.2%}"]

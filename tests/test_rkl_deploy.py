@@ -157,6 +157,14 @@ def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "after" in capsys.readouterr().out
 
 
+def test_a_process_of_several_that_does_not_write_says_nothing_of_a_cut(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(prune, "train", lambda *_, **__: None)  # as it answers there
+    main(["prune", str(run), "--out", str(tmp_path / "slim"), "--target-macs", "0.5"])
+    assert capsys.readouterr() == ("", "")
+
+
 def test_export_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Both files are read back and compared by the command itself; here, that they are whole and hold what they say."""
     main(["export", str(run), "--out", str(tmp_path)])

@@ -65,11 +65,16 @@ def _smallest_cut(model: nn.Module, image: Tensor, fits: Callable[[nn.Module], b
     return slim
 
 
-def prune_run(run: Run, out: Path, target_macs: float | None, target_latency_ms: float | None, epochs: int) -> None:
+def prune_run(
+    run: Run, out: Path, target_macs: float | None, target_latency_ms: float | None, epochs: int
+) -> Path | None:
     """Cut a run's model to one target and train it on in a run folder of its own.
 
     The learning rate starts at a tenth of the run's and falls to zero along half a cosine; everything else is the
     run's recipe. The batch norm statistics stay those of the channels that are left.
+
+    Returns:
+        As :func:`rkl.training.train.train`: ``out``; None in the processes of several that do not write it.
 
     Raises:
         ValueError: neither or both targets, or one that cannot be met.
@@ -100,4 +105,4 @@ def prune_run(run: Run, out: Path, target_macs: float | None, target_latency_ms:
         loss=replace(run.config.loss, l1=0.0),
         weights=None,
     )
-    train(config, start=model)
+    return train(config, start=model)
