@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision.amp import MixedPrecision
+from test_rkl_train import fails
 from torch import nn
 
 import rkl_kernels as rk
@@ -101,10 +102,17 @@ def test_fp16_on_a_cpu_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["shufflenet"])
-def test_a_network_that_cannot_be_cut_is_refused_before_it_trains(tmp_path: Path, name: str) -> None:
+def test_a_network_that_cannot_be_cut_is_refused_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
     config = replace(TINY, out=tmp_path / "run", model=name, width=8, image_size=16, prune_at=(0.5,))
     with pytest.raises(ValueError, match=f"prune_at must be empty for {name}, whose channels"):
         trainer.train(config)
+    assert not config.out.exists()
+    run = trainer.train(replace(config, out=tmp_path / "whole", prune_at=()))
+    capsys.readouterr()
+    arguments = ["prune", str(run), "--target-macs", "0.5", "--out", str(config.out)]
+    assert f"run must be of another network than {name}, whose channels" in fails(arguments, capsys)
     assert not config.out.exists()
 
 

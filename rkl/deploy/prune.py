@@ -15,6 +15,7 @@ from ..network.model import ResNet
 from ..slimming import pruning
 from ..training import metrics
 from ..training.checkpoint import Run, check_classes, example_image
+from ..training.guard import check_cuttable
 from ..training.train import load_data, train
 
 LATENCY_BATCH = 16
@@ -86,6 +87,7 @@ def prune_run(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     image = example_image(run)
+    check_cuttable(run.model, image, f"run must be of another network than {run.config.model}", run.folder)
     check_classes(run, load_data(run.config).classes)
     with torch.random.fork_rng():
         if target_macs is not None:

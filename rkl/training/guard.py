@@ -16,7 +16,6 @@ from rkl_kernels.errors import told
 from ..config import Config
 from ..data import Dataset
 from ..slimming import pruning
-from .evaluation import evaluation_batches
 from .files import AGAIN, RunError
 from .learner import Learner
 from .run_log import RunLog
@@ -90,16 +89,13 @@ def check_splits(config: Config, data: Dataset) -> None:
             raise ValueError(f"devices must be at most the {len(split)} {name} images, got {config.devices}")
 
 
-def check_cuttable(config: Config, model: nn.Module, data: Dataset) -> None:
-    """Find a network whose channels cannot be followed now, rather than at its first cut."""
-    image = next(evaluation_batches(data.train, data, 1))[0]
+def check_cuttable(model: nn.Module, image: Tensor, rule: str, got: object) -> None:
+    """Find a network whose channels cannot be followed now, rather than at its first cut. ``rule`` names the network,
+    and what must be in place of ``got``."""
     try:
         pruning.channel_groups(model, image)
     except Exception as error:  # torch_pruning raises whatever it runs into
-        raise ValueError(
-            f"prune_at must be empty for {config.model}, whose channels torch_pruning cannot follow, got "
-            f"{config.prune_at} ({told(error)})"
-        ) from error
+        raise ValueError(f"{rule}, whose channels torch_pruning cannot follow, got {got} ({told(error)})") from error
 
 
 @contextmanager

@@ -72,7 +72,8 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     if finished(config, facts) and is_tested(config, facts):  # the test images are looked at once
         return reported(config, fabric)
     if not resumed and config.cut_epochs and not isinstance(learner.model, ResNet):
-        check_cuttable(config, learner.model, data)
+        image = next(evaluation_batches(data.train, data, 1))[0]
+        check_cuttable(learner.model, image, f"prune_at must be empty for {config.model}", config.prune_at)
     fabric.launch()
     fabric.barrier()
     with log.opened(facts["epoch"], writing=fabric.is_global_zero), in_one_line(config, fabric, log):
