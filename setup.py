@@ -117,8 +117,9 @@ def sources(*patterns: str) -> list[str]:
 
 def description() -> str:
     """The README as a package index can show it: without its picture, links into the tree as their text."""
-    readme = re.sub(r"^!\[.*?(?=^## )", "", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", readme)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    without = re.sub(r"^!\[.*?(?=^## )", "", readme, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", without)
 
 
 class Build(build):

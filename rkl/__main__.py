@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,8 @@ def main() -> None:
         sentence = f"rkl: the package {missing.name!r} must be installed, got none; pip install 'resnet-kl[train]'"
         print(sentence, file=sys.stderr)
         raise SystemExit(2) from None
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a file's name may be in no encoding
     try:
         try:
             run()

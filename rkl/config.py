@@ -240,7 +240,16 @@ class Config(MachineSettings, PruningSettings, TrainingSettings, ModelSettings, 
 CUTS = {"resnet-kl": (0.08, 0.16, 0.24)}
 """Shares of the epochs after which a model is cut by default: after 4, 8 and 12 of 50."""
 
+
+def _in_utf8(name: object) -> bool:
+    """Whether a run's files can hold a name. Python reads bytes of a path that are not UTF-8 as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(name))
+
+
+IN_UTF8 = _in_utf8, "a name in UTF-8"
+
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("out", "data", "data_root", "weights"), IN_UTF8),
     "seed": (lambda v: 0 <= v < 2**32, "at least 0 and below 2^32"),
     "image_size": (lambda v: 8 <= v <= 2**14, "between 8 and 16384"),
     "val_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -352,7 +361,7 @@ class _WithoutAliases(yaml.SafeLoader):
 def read_plain(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        plain = _WithoutAliases(path.read_text()).get_single_data()
+        plain = _WithoutAliases(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ValueError(f"{path}: the configuration must be a readable file, got: {error.strerror}") from error
     # A value that is none of the type it names fails in whatever reads that type.

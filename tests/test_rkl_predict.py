@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +127,18 @@ def test_one_bad_file_costs_no_other_answer(
     assert all("cat [x] " in line for line in lines)
     assert said.err.startswith("rkl: ")
     assert "torn.png: must be a readable image" in said.err
+
+
+def test_names_that_the_terminal_cannot_write_are_answered(run: Path, folder: Path, tmp_path: Path) -> None:
+    """A name that is not UTF-8, as an archive of other days leaves it, beside one that is."""
+    paths = [tmp_path / os.fsdecode(b"caf\xe9.png"), tmp_path / "café.png"]
+    for path in paths:
+        path.write_bytes((folder / "dog" / "0.png").read_bytes())
+    command = [sys.executable, "-m", "rkl", "predict", str(run), *map(str, paths)]
+    for encoding, names in (("utf-8", ["caf\\udce9", "café"]), ("ascii", ["caf\\udce9", "caf\\xe9"])):
+        strict = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
+        said = subprocess.run(command, env=strict, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
+        assert [line.split(".png: ")[0] for line in said.splitlines()] == [f"{tmp_path}/{name}" for name in names]
 
 
 def test_the_runs_thresholds_are_the_default(run: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:

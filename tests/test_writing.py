@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +114,20 @@ def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     files.check_writable(tmp_path / "old", tmp_path / "new" / "file")
     assert (tmp_path / "old").read_text() == "before"
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_page_is_in_utf8_in_any_locale(tmp_path: Path) -> None:
+    program = "from rkl.training.files import *; write_text(Path('page'), chr(0x2020))"
+    ascii_alone = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    source = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=ascii_alone | source, check=True)
+    assert (tmp_path / "page").read_text(encoding="utf-8") == "†"
+
+
+@pytest.mark.parametrize("setting", [{"out": Path("\udcff")}, {"data": "folder:\udcff"}, {"weights": Path("a/\udcff")}])
+def test_a_name_that_no_record_can_hold_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(setting))} must be a name in UTF-8, got .*\udcff"):
+        Config(**setting)
 
 
 def test_early_exits_and_exports_are_refused_first(tmp_path: Path, in_the_way: Path) -> None:

@@ -259,7 +259,7 @@ def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
     file = config.out / "output.txt"
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        opened = file.open("a")
+        opened = file.open("a", encoding="utf-8")
     except OSError as error:
         sender.send(str(UnwritableError(file, error)))
         return

@@ -110,9 +110,9 @@ def check_writable(*paths: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, in UTF-8 whatever the machine's locale."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
