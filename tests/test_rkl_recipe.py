@@ -125,6 +125,15 @@ def test_names_of_classes_with_dollar_signs(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_curves_of_one_epoch_show(tmp_path: Path) -> None:
+    pages = []
+    for accuracy, loss in ((0.05, 2.0), (0.1, 2.0), (0.1, 2.5)):
+        row = {"epoch": 1, "val": [{"accuracy": accuracy}], "losses": {"deepest": loss, "heads": 1.0, "total": 9.0}}
+        report._plot_curves([row], {"cuts": []}, tmp_path / "curves.png")
+        pages.append((tmp_path / "curves.png").read_bytes())
+    assert len(set(pages)) == 3
+
+
 def test_every_process_has_a_batch_to_evaluate() -> None:
     """However few the images are; where there are fewer than processes, the run is refused."""
     data = trainer.load_data(TINY)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.files import save_figure
-from ..training.report import new_figure, plot_confusion, tidy
+from ..training.report import DOTTED, new_figure, plot_confusion, tidy
 from .latency import Latency
 from .records import Results, Run
 
@@ -36,8 +36,8 @@ def accuracy_curves(results: Results, path: Path) -> None:
     reference = _validation(next(iter(rows.values())))
     for panel, (row, runs) in zip(panels, rows.items(), strict=False):
         epochs, lowest, mean, highest = _validation(runs)
-        panel.plot(reference[0], reference[2], color="0.7", linewidth=1.2)
-        panel.plot(epochs, mean, color="#31688e", linewidth=1.6)
+        panel.plot(reference[0], reference[2], DOTTED, color="0.7", linewidth=1.2)
+        panel.plot(epochs, mean, DOTTED, color="#31688e", linewidth=1.6)
         panel.fill_between(epochs, lowest, highest, color="#31688e", alpha=0.2)
         panel.set_title(f"{row} (n = {len(runs)})", fontsize=8)
         panel.xaxis.get_major_locator().set_params(integer=True)

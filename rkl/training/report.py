@@ -148,6 +148,10 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1):  #
     return figure, figure.subplots(rows, columns)
 
 
+DOTTED = ".-"
+"""How curves over epochs are drawn: a line through one epoch alone would not show."""
+
+
 def tidy(axes, legend: bool = True) -> None:  # type: ignore[no-untyped-def]
     """A light grid, no box, the legend beside the plot rather than over its lines."""
     axes.grid(alpha=0.25)
@@ -165,7 +169,7 @@ def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
     shades = colormaps["viridis"]([0.85 - 0.75 * i / max(1, len(names) - 1) for i in range(len(names))])
     for number, name in reversed(list(enumerate(names))):
         accuracy = [100 * row["val"][number]["accuracy"] for row in rows]
-        left.plot(epochs, accuracy, color=shades[number], linewidth=1.8, label=name)
+        left.plot(epochs, accuracy, DOTTED, color=shades[number], linewidth=1.8, label=name)
     left.set(xlabel="epoch", ylabel="validation accuracy (%)", title="Accuracy of each exit")
     if names:
         final = [100 * row["val"][i]["accuracy"] for row in rows[len(rows) // 3 :] for i in range(len(names))]
@@ -173,11 +177,13 @@ def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
     drawn = [name for name in rows[0]["losses"] if any(row["losses"][name] > 0 for row in rows)]
     for name in drawn:
         style = {"color": "black", "linewidth": 2.0} if name == "total" else {"linewidth": 1.3}
-        right.plot(epochs, [row["losses"][name] for row in rows], label=name, **style)
-    right.set(xlabel="epoch", ylabel="training loss", title="Terms of the training loss", yscale="log")
+        right.plot(epochs, [row["losses"][name] for row in rows], DOTTED, label=name, **style)
+    right.set(xlabel="epoch", ylabel="training loss", title="Terms of the training loss")
+    right.set_yscale("log", nonpositive="mask")  # L1 ends with the last cut
     for axes in (left, right):
         for i, cut in enumerate(record["cuts"]):
             axes.axvline(cut["epoch"] + 0.5, color="grey", linestyle=":", label=None if i else "channels cut")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         tidy(axes)
     save_figure(figure, path)
 
