@@ -257,7 +257,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "test_size": (lambda v: v >= 1, "at least 1"),
     "imbalance": (lambda v: 1 <= v < math.inf, "at least 1"),
     "cutmix_probability": (lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "mixup": (lambda v: 0 <= v < math.inf, "at least 0"),
+    "mixup": (lambda v: v == 0 or 1e-30 <= v <= 1e30, "0 or between 1e-30 and 1e30"),  # drawn from in float32
     "cutout": (lambda v: v >= 0, "at least 0"),
     "erasing": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "width": (lambda v: 1 <= v <= 4096, "between 1 and 4096"),

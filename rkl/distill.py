@@ -48,8 +48,8 @@ class LossWeights:
     def __post_init__(self) -> None:
         if not 0 <= self.x <= 1:
             raise ValueError(f"x must be between 0 and 1, got {self.x}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 1e-100 <= self.temperature <= 1e100:  # its square is a number, too
+            raise ValueError(f"temperature must be between 1e-100 and 1e100, got {self.temperature}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must be at least 0 and below 1, got {self.smoothing}")
         for name in ("heads", "beta", "l1"):

@@ -195,6 +195,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "bad.yaml").write_text("epoch: 3\n")
     (tmp_path / "latin.yaml").write_bytes(b"data: caf\xe9\n")
     (tmp_path / "file").write_text("")
+    (tmp_path / "two.yaml").write_text("devices: 2\n")
     (tmp_path / "own.yaml").write_text("epochs: 1\ndata: digits\n")
     experiments = ["experiments", "table5", "--data", "digits", "--scale", "smoke", "--out", str(tmp_path / "r")]
     for arguments, expected in [
@@ -210,6 +211,8 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         (["train", "--out", str(tmp_path / "r"), "--accumulate", "99"], "must be at most the 1295 training images"),
         (["train", "--out", str(tmp_path / "r"), "--weights", str(tmp_path)], "last.json: a checkpoint must be there"),
         (["train", "--cutout", "-5"], "cutout must be at least 0, got -5"),
+        (["train", "--mixup", "1e300"], "mixup must be 0 or between 1e-30 and 1e30, got 1e+300"),
+        (["train", "--loss.temperature", "1e200"], "temperature must be between 1e-100 and 1e100, got 1e+200"),
         (["train", "--warmup", "-1"], "warmup must be at least 0, got -1"),
         (["train", "--test-with", "best", "--val-fraction", "0"], "test_with must go with a val_fraction above 0"),
         (["predict", str(run), str(image), "--checkpoint", "first"], "first.json: a checkpoint must be there"),
@@ -249,6 +252,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
             [*experiments, "--config", str(tmp_path / "own.yaml")],
             "keys must not be of the command's own options, got data",
         ),
+        ([*experiments, "--config", str(tmp_path / "two.yaml")], "devices must be 1, as runs are trained side by side"),
         (["walk"], "the command must be one of"),
     ]:
         line = fails(arguments, capsys)

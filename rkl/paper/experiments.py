@@ -115,6 +115,8 @@ def read_overrides(path: Path) -> dict[str, Any]:
     for name in ("data", "out", "seed"):
         if name in settings:
             raise ValueError(f"{path}: keys must not be of the command's own options, got {name}; remove it")
+    if settings.get("devices", 1) != 1:  # the processes of such a run are this command, given again
+        raise ValueError(f"{path}: devices must be 1, as runs are trained side by side, got {settings['devices']}")
     return settings
 
 
