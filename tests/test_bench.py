@@ -254,6 +254,7 @@ def test_cases_and_reports_name_what_is_wrong_with_an_argument() -> None:
     for changes, message in (
         ({"operator": "conv"}, "operator must be one of trelu, depthwise, separable, got 'conv'"),
         ({"dtype": "int8"}, "dtype must be one of fp32, bf16, fp16, got 'int8'"),
+        ({"kernel_width": 0}, "kernel_width must be at least 1, got 0"),
         ({"stride": 0}, "stride must be at least 1, got 0"),
         ({"operator": "separable"}, "out_channels must be at least 1, got 0"),
         ({"kernel": 31}, "kernel must fit into the padded image, got kernel 31"),
@@ -262,6 +263,9 @@ def test_cases_and_reports_name_what_is_wrong_with_an_argument() -> None:
             replace(TINY, **changes)
     with pytest.raises(ValueError, match="shape must be N,C,H,W, got 1,2"):
         bench.operator_report("depthwise", (1, 2))
+    for huge in ((10**5, 10**5, 10**3, 10**3), (10**25, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"shape must fit into the \d+ GB of memory, got 1000"):
+            bench.operator_report("trelu", huge)
     with pytest.raises(ValueError, match="seconds must be a positive number, got -1"):
         bench.operator_report("depthwise", (1, 2, 8, 8), seconds=-1)
     with pytest.raises(ValueError, match="layout must be one of nchw, nhwc, got 'chwn'"):

@@ -29,7 +29,7 @@ from ..allocator import keep_freed_memory
 from . import runtimes
 from .case import Case
 from .host import report as host_report
-from .machine import check_device, machine, machine_line
+from .machine import capacity, check_device, machine, machine_line
 from .rivals import FORMATS, Rival, compiled, eager, ours
 from .row import Row, measure
 from .table import table
@@ -111,6 +111,11 @@ def operator_report(
         dtype=dtype,
         direction=direction,
     )
+    if case.bytes > (most := capacity(device)):
+        raise ValueError(
+            f"shape must fit into the {most / 1e9:.0f} GB of memory, got {','.join(map(str, shape))}: "
+            f"{case.bytes / 1e9:.3g} GB; give a smaller one"
+        )
     keep_freed_memory()
     rivals = ["eager", "compile"]
     if runtimes.serves(case, device):

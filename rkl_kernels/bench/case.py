@@ -59,7 +59,8 @@ class Case:
         )
         for argument, bound in (least | {"padding": 0, "out_channels": self.operator == "separable"}).items():
             if getattr(self, argument) < bound:
-                raise ValueError(f"{argument} must be at least {int(bound)}, got {getattr(self, argument)}")
+                name = "kernel_width" if argument == "filter_width" else argument
+                raise ValueError(f"{name} must be at least {int(bound)}, got {getattr(self, argument)}")
         if self.operator == "trelu" and self.direction in ("data", "weight"):
             raise ValueError(f"direction must be forward or backward for trelu, got {self.direction!r}")
         if self.tf32 and self.dtype != "fp32":

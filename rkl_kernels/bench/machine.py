@@ -50,6 +50,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def capacity(device: str) -> int:
+    """Bytes of memory that the device has in all."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def machine_line(facts: dict[str, Any]) -> str:
     """The same in one line."""
     held = " held to" if facts.get("held_to") else ""  # older records do not say
