@@ -126,11 +126,12 @@ def test_other_second_level_caches(kib: int, tmp_path: Path) -> None:
 
 
 @needs_gcc
-def test_a_small_third_level_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", ["", "avx2"])
+def test_a_small_third_level_cache(capability: str, tmp_path: Path) -> None:
     """Every output of whole lines is then larger than the caches and written past them, its pages said to be old."""
     preloaded = preload(tmp_path, 'L3_SIZE="1K"')
     files = ["test_cpu_depthwise.py", "test_cpu_separable.py"]
-    run_again("forward_and_gradients and nhwc", files, LD_PRELOAD=preloaded)
+    run_again("forward_and_gradients and nhwc", files, LD_PRELOAD=preloaded, ATEN_CPU_CAPABILITY=capability)
 
 
 @needs_gcc

@@ -16,6 +16,10 @@ namespace rkl::cpu::RKL_ISA {
 // AVX2, on Zen 4: 1.13 times as fast as the sums of one row beside 9 weights).
 constexpr bool kHoldsWeights = kRegisters == 32;
 
+// Whether windows of so many taps may write past the caches. Of 16 registers, GCC then keeps sums of 2 taps on the
+// stack.
+constexpr bool may_stream(int taps) { return kHoldsWeights || taps != 2; }
+
 // K taps of a row, outputs S columns apart (any distance for one tap), R rows of V vectors of outputs. H: the filter
 // has H rows and the outputs are S rows apart; 0 for any.
 template <class T, int K, int S, int R, int V, int H>
@@ -143,7 +147,7 @@ class Window {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
       if (H || V > P::kTogether || !job.sums[0]) {
-        P::store(out_[r] + to_, sum[r][place], job.streams);
+        P::store(out_[r] + to_, sum[r][place], may_stream(K) && job.streams);
         continue;
       }
 #pragma GCC unroll 2

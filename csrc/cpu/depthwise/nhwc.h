@@ -32,9 +32,9 @@ Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t 
   const int64_t filter_fits = std::max<int64_t>((int64_t(256) << 10) / filter, 256 / line);
   const int64_t group = std::min({rows_fit, filter_fits, vectors});
   const int64_t parts = ceil_div(vectors, group);
-  int64_t even = ceil_div(ceil_div(vectors, parts), Pixels<T>::kTogether) * Pixels<T>::kTogether;
+  int64_t even = ceil_div(ceil_div(vectors, parts), Pixels<T>::kAtOnce) * Pixels<T>::kAtOnce;
   // Not the last vector alone: it may overlap its neighbour, and two tasks would activate the same outputs in place.
-  while (even < vectors && vectors % even == 1) even += Pixels<T>::kTogether;
+  while (even < vectors && vectors % even == 1) even += Pixels<T>::kAtOnce;
   const int64_t wanted = std::clamp<int64_t>(ceil_div(bands, g.batch * parts), 1, pairs);
   return {g.batch, vectors, even, pairs, ceil_div(pairs, wanted)};
 }
@@ -85,7 +85,7 @@ class NhwcRows {
     auto to = nhwc_image(out, tile.image, gather_.out_h, gather_.out_w, channels_);
     // Asked once a thread, of the middle of its first image: the memory's first page holds the allocator's own numbers.
     if (!asked_)
-      streams_ = streams_ && Pixels<T>::kStreams && in_whole_lines(out, channels_ * int64_t(sizeof(T))) &&
+      streams_ = streams_ && rows_.fills_lines() && in_whole_lines(out, channels_ * int64_t(sizeof(T))) &&
                  is_resident(to.first + to.row * gather_.out_h / 2);
     asked_ = true;
     to.streams = streams_;

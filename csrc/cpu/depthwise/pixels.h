@@ -15,26 +15,23 @@ constexpr int kRegisters = 16;
 #endif
 
 // An operand is kLanes channels of kRows pixels; its weights are kLanes words. V operands and V vectors of outputs that
-// are neighbours are loaded and stored together: 32 channels of 16 bits are one line of memory.
+// are neighbours are loaded and stored together: 32 channels of 16 bits are one line of memory. kAtOnce: vectors that a
+// window takes where there are so many.
 template <class T>
 struct Pixels {
-  static constexpr int kRows = 1, kTogether = 1;
-  static constexpr bool kStreams = kLineVectors<T> == kTogether;
+  static constexpr int kRows = 1, kTogether = 1, kAtOnce = kRegisters == 16 ? 2 : 1;
   template <int V>
   static RKL_INLINE void load(const T* const* rows, int64_t at, Vec (&x)[V]) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) x[v] = in_register(RKL_ISA::load(rows[0] + at + v * kLanes));
   }
-  // streamed: past the caches. Of whole lines, where kStreams.
+  // streamed: past the caches, where the vectors are a line.
   template <int V>
   static RKL_INLINE void store(T* to, const Vec (&y)[V], bool streamed) {
+    if constexpr (V == kLineVectors<T>)
+      if (streamed) return stream(to, y);
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      if constexpr (kStreams)
-        streamed ? stream(to + v * kLanes, {y[v]}) : RKL_ISA::store(to + v * kLanes, y[v]);
-      else
-        RKL_ISA::store(to + v * kLanes, y[v]);
-    }
+    for (int v = 0; v < V; ++v) RKL_ISA::store(to + v * kLanes, y[v]);
   }
   static RKL_INLINE void cross(Vec (&)[1]) {}
   static RKL_INLINE void uncross(Vec (&)[1]) {}
@@ -54,8 +51,7 @@ struct Pixels {
 // vector, 31 crossed, 41 a vector alone; 5 x 5: 25, 22 and 27).
 template <>
 struct Pixels<bf16> {
-  static constexpr int kRows = 2, kTogether = 2;
-  static constexpr bool kStreams = true;
+  static constexpr int kRows = 2, kTogether = 2, kAtOnce = 2;
   template <int V>
   static RKL_INLINE void load(const bf16* const* rows, int64_t at, Vec (&x)[V]) {
     if constexpr (V == 1) {

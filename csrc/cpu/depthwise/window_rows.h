@@ -61,8 +61,8 @@ inline std::vector<Piece> pieces_of(const Lattice& l) {
 // cache, half of it. (A call each vector: gradients of 3 x 3 at stride 2 of 4 px took 1.7 times as long.)
 template <class T>
 int64_t vectors_of_turn(int64_t pixels) {
-  constexpr int64_t kTurn = int64_t(16) << 10, kTogether = Pixels<T>::kTogether;
-  return std::max<int64_t>(1, kTurn / (pixels * kLanes * int64_t(sizeof(T))) / kTogether) * kTogether;
+  constexpr int64_t kTurn = int64_t(16) << 10, kAtOnce = Pixels<T>::kAtOnce;
+  return std::max<int64_t>(1, kTurn / (pixels * kLanes * int64_t(sizeof(T))) / kAtOnce) * kAtOnce;
 }
 
 // Rows of outputs. One object a thread.
@@ -97,6 +97,17 @@ class WindowRows {
       if (pieces_.back().size() > 1) most = std::max(most, l.count + 2 * kMostTaps);
     }
     sums_.resize(2 * most * kTogether * kLanes);
+  }
+
+  // Whether whole lines of outputs are stored at once, as what goes past the caches must be. Where a line is two
+  // vectors, windows have both, and blocks one.
+  bool fills_lines() const {
+    const auto by_windows = [](const std::vector<Piece>& pieces) {
+      return std::all_of(pieces.begin(), pieces.end(),
+                         [](const Piece& p) { return p.taps <= kWindowTaps && may_stream(p.taps); });
+    };
+    return kLineVectors<T> == Pixels<T>::kAtOnce &&
+           (kTogether == Pixels<T>::kAtOnce || std::all_of(pieces_.begin(), pieces_.end(), by_windows));
   }
 
   // Pairs of rows of the longest of the lattices.

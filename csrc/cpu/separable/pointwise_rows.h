@@ -138,7 +138,8 @@ __attribute__((noinline)) void make_tile(Factors x, Weights weights, Start start
       put_last(out + (V - 1) * kLanes, sum[r][V - 1]);
     }
   };
-  if constexpr (V % kLineVectors<Out> == 0)
+  // By AVX2 it shows no gain (fp32, xcep-147, dlab-33-d6 and kb-86).
+  if constexpr (RKL_LANES == 16 && V % kLineVectors<Out> == 0)
     if (streams) {
       constexpr int kVectors = kLineVectors<Out>;
 #pragma GCC unroll 16

@@ -162,7 +162,7 @@ constexpr int kLineVectors = int(kLine) / (kLanes * int(sizeof(T)));
 
 // Before others may read what was written past the caches.
 inline void end_stream() {
-#if RKL_LANES == 16
+#if RKL_LANES >= 8
   _mm_sfence();
 #endif
 }
@@ -177,7 +177,14 @@ inline void stream(T* p, const Vec (&v)[kLineVectors<T>]) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_inserti64x4(lower, (__m256i)packed(v[1], T{}), 1));
   }
 #else
-  for (int i = 0; i < kLineVectors<T>; ++i) store(p + i * kLanes, v[i]);
+  for (int i = 0; i < kLineVectors<T>; ++i) {
+#if RKL_LANES == 8
+    if constexpr (sizeof(T) == 4)
+      _mm256_stream_ps(p + i * kLanes, (__m256)v[i]);
+    else
+#endif
+      store(p + i * kLanes, v[i]);
+  }
 #endif
 }
 
