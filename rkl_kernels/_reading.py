@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import random
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ from .errors import told
 from .fold import is_norm
 from .layers import is_altered
 
+_alone = threading.RLock()
+"""One thread reads at a time: torch.fx puts methods of its own into ``nn.Module`` meanwhile, and takes them out again
+in good order only if no other thread does the same."""
+
 
 def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> torch.fx.Graph | str:
     """The graph of ``module``'s forward in inference, or one line that says why there is none.
@@ -39,9 +44,12 @@ def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> to
         closed: modules below it that are called as they are, not looked into.
         taken: gets the layers whose tensors the forward takes by themselves, to write to them perhaps.
     """
-    why = _why_not_called_with_an_image(module)
-    if why:
-        return why
+    with _alone:
+        return _why_not_called_with_an_image(module) or _read(module, closed, taken)
+
+
+def _read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> torch.fx.Graph | str:
+    """The graph of a module that is called with one tensor, or why there is none."""
     before, random_before = state(module), _random_state()
     graphs = []
     with _same_random_numbers():
@@ -93,6 +101,7 @@ class _Tracer(torch.fx.Tracer):
     def __init__(self, closed: set[nn.Module], taken: set[nn.Module]) -> None:
         super().__init__()
         self.closed = closed
+        self.thread = threading.get_ident()
         self.surroundings = _surroundings()
         self.layers: dict[nn.Module, list[Any]] = {}
         self.made: list[weakref.ref[torch.fx.Proxy]] = []
@@ -109,6 +118,8 @@ class _Tracer(torch.fx.Tracer):
         return super().trace(root, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:  # torch.fx catches the calls of every thread
+            return forward(*args, **kwargs)
         if m in self.layers and not same(state(m), self.layers[m]):
             self.refuse("it changes a layer for a call, which a graph does not hold")
         return super().call_module(m, forward, args, kwargs)

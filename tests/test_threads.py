@@ -12,9 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, cases, examples
+from chains import X as IMAGE
+from chains import chain
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import rkl_kernels as rk
 from rkl_kernels._checks import ArgumentError, ArgumentTypeError
@@ -49,6 +51,39 @@ def test_settings_are_undone_after_an_error():
     except KeyError:
         pass
     assert rk.explain("trelu", X).backend == "cpu"
+
+
+def called(model: nn.Module, done: threading.Event) -> int:
+    """Calls a model until another thread is done; how often. Each call gives the same."""
+    calls = 0
+    with torch.no_grad():
+        expected = model(IMAGE)
+        while not done.is_set() or not calls:
+            assert torch.equal(model(IMAGE), expected)
+            calls += 1
+    return calls
+
+
+def test_models_are_called_while_another_is_fused():
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        calls = pool.submit(called, chain(nn.ReLU()), done)
+        try:
+            for _ in range(20):
+                assert rk.fuse_for_inference(chain(nn.ReLU())).fusion_report.fused
+        finally:
+            done.set()
+        assert calls.result() > 0
+
+
+def test_models_are_fused_at_once():
+    """And torch's own methods are in their places afterwards, which torch.fx replaces while it reads."""
+    methods = nn.Module.__call__, nn.Module.__getattr__
+    models = [nn.Sequential(chain(nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Tanh())) for _ in range(20)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        reports = {str(fused.fusion_report) for fused in pool.map(rk.fuse_for_inference, models)}
+    assert (nn.Module.__call__, nn.Module.__getattr__) == methods
+    assert reports == {"chains fused: 1, of 4 layers"}
 
 
 def results(case: Case) -> list[Tensor]:
