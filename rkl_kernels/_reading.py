@@ -186,7 +186,10 @@ def _why_not_called_with_an_image(module: nn.Module) -> str | None:
     """A further argument may be None or a flag, and a stand-in for one would decide for the other."""
     if torch.nn.modules.module._has_any_global_hook():
         return "hooks are registered for all modules"
-    parameters = list(inspect.signature(module.forward).parameters.values())
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except ValueError:
+        return "its forward is a built-in, which does not say what it takes"
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if len(parameters) == 1 and parameters[0].kind in kinds and parameters[0].default is inspect.Parameter.empty:
         return None

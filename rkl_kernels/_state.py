@@ -32,7 +32,7 @@ def _inside(value: Any, seen: set[int]) -> Iterator[Any]:
     if id(value) in seen:
         return
     if issubclass(kind, Tensor):
-        yield from (value._version, _memory(value))
+        yield from (0 if value.is_inference() else value._version, _memory(value))  # the former count no writes
         return
     for part in _parts(value, kind):
         seen.add(id(value))

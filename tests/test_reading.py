@@ -190,6 +190,15 @@ def renormed(self, x):
     return self.straight(x)
 
 
+def making_a_tensor(self, x):
+    return self.straight(x) + torch.ones(1)
+
+
+def making_a_tensor_once(self, x):
+    y = self.straight(x)
+    return y + self.deep.setdefault("one", torch.ones(1))
+
+
 ELSEWHERE = []
 
 
@@ -225,6 +234,8 @@ WAYS = {
     casting_by_itself: "autocast",
     asking_for_autocast: "depends on autocast",
     by_choice: "backend",
+    making_a_tensor: "makes a tensor of its own",
+    making_a_tensor_once: "changes the module",
     clamping: "takes its tensors",
     renormed: "takes its tensors",
 }
@@ -284,6 +295,16 @@ class WithSizes(nn.Module):
 
 def test_a_module_that_takes_no_tensor():
     plain = WithSizes().eval()
+    fused = rk.fuse_for_inference(plain)
+    assert len(fused.fusion_report.fused) == 1
+    assert_same(fused, plain)
+
+
+def test_a_forward_that_is_none_of_pythons():
+    """``torch.relu`` does not say what it takes."""
+    activation = Sizes()
+    activation.forward = torch.relu
+    plain = nn.Sequential(chain(nn.ReLU()), activation).eval()
     fused = rk.fuse_for_inference(plain)
     assert len(fused.fusion_report.fused) == 1
     assert_same(fused, plain)
