@@ -6,6 +6,7 @@ import copy
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,7 +19,8 @@ def copied(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    twin = copy.deepcopy(model, memo)
+    with torch.no_grad():  # TorchScript copies parameters by a call that autograd would record
+        twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         if "forward" in vars(module):
             vars(module)["forward"] = _of_copy(vars(module)["forward"], memo)

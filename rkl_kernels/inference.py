@@ -83,7 +83,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     """
     check_module(model)
     with torch.inference_mode(False):  # its tensors do not count the writes that tell of a forward that changes them
-        whole = copied(model).eval().requires_grad_(False)
+        whole = copied(model)
+        whole.eval()  # some models' own train() returns nothing
+        for parameter in whole.parameters():
+            parameter.requires_grad = False  # TorchScript's modules have no requires_grad_()
         convert(whole)
         fuser = _Fuser(whole)
         fused = fuser.fuse()

@@ -243,3 +243,25 @@ def test_a_forward_set_on_the_model_is_the_copys_own():
     for key, value in plain.state_dict().items():
         assert torch.equal(value, before[key]), key
     torch.testing.assert_close(fused(X), nn.Sequential(*plain).eval()(X) * 2)
+
+
+class SilentlyTrained(nn.Sequential):
+    """As many models have it, a ``train`` that returns nothing."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda layer: torch.jit.trace(layer, X)], ids=["script", "trace"]
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_models_that_answer_otherwise_when_they_are_switched(compiled):
+    """TorchScript's modules have no ``requires_grad_`` and copy their parameters under autograd's eyes."""
+    plain = SilentlyTrained(compiled(nn.Conv2d(6, 6, 1)), chain(nn.ReLU()))
+    fused = rk.fuse_for_inference(plain)
+    assert fused.fusion_report.fused == [("1.0", "1.1", "1.2", "1.3")]
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+    plain.eval()
+    torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
