@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import _checks, reference
 from ._checks import Activation, IntPair, Padding, PaddingMode
+from ._surroundings import recorded, unrecorded
 from ._trelu import trelu
 from .depthwise import depthwise_conv2d
 from .separable import separable_conv2d
@@ -100,8 +101,8 @@ class DepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        if _is_conv_replaced(self) or self.groups != self.in_channels:  # to pad another way, say
-            return super().forward(input)
+        if _is_conv_replaced(self) or self.groups != self.in_channels or _is_for_others(input, self):
+            return super().forward(input)  # which pads another way, say, or refuses the image
         image, padding = padded(input, self)
         return depthwise_conv2d(image, self.weight, self.bias, self.stride, padding, self.dilation)
 
@@ -212,9 +213,20 @@ def _is_conv_replaced(conv: nn.Conv2d) -> bool:
     return "_conv_forward" in vars(conv) or inner is not _INNER_FORWARD or nn.Conv2d.forward is not _CONV_FORWARD
 
 
+def _is_for_others(x: Any, conv: nn.Conv2d) -> bool:
+    """Whether an image has other channels than a layer is for. The function would take the layer's filters for several
+    a channel."""
+    if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+        return False
+    if recorded():  # sizes are tensors then
+        with unrecorded():
+            return x.shape[-3] != conv.groups
+    return x.shape[-3] != conv.groups
+
+
 def _has_one_filter(module: nn.Module) -> bool:
     """Whether a module is a depthwise layer of one filter a channel, and nothing more."""
-    return _is_plain(module, DepthwiseConv2d) and module.out_channels == module.in_channels
+    return _is_plain(module, DepthwiseConv2d) and module.out_channels == module.in_channels == module.groups
 
 
 def is_pointwise(module: nn.Module) -> bool:

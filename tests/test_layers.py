@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -76,6 +78,10 @@ def _prune(pair):
         prune.l1_unstructured(step, "weight", amount=0.4)
 
 
+def _make_dense(pair):
+    pair.depthwise.groups, pair.depthwise.weight = 1, nn.Parameter(torch.randn(4, 4, 3, 3))
+
+
 def _wrap(pair):
     pair.pointwise, pair.depthwise = Added(pair.pointwise), Added(pair.depthwise)
 
@@ -83,6 +89,7 @@ def _wrap(pair):
 ALTERED = {
     "pruned": _prune,
     "wrapped": _wrap,
+    "made dense": _make_dense,
     "other steps": lambda pair: (
         setattr(pair, "depthwise", rk.DepthwiseConv2d(4, 3, padding=1, multiplier=2)),
         setattr(pair, "pointwise", nn.Conv2d(8, 4, 1, stride=2)),
@@ -132,6 +139,22 @@ def test_several_filters_a_channel():
     assert explained.operations == 2 * 9 * theirs(x).numel()
     with rk.use_backend("cpu"), pytest.raises(RuntimeError, match="one filter a channel"):
         ours(x)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 7, 6), (4, 7, 6), (2, 16, 7, 6), (2, 24, 7, 6)], ids=str)
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_an_image_of_other_channels_is_refused(shape, multiplier):
+    """As PyTorch refuses it: a layer's filters are those of its own channels, and not several of each of fewer."""
+    theirs = nn.Conv2d(8, 8 * multiplier, 3, padding=1, groups=8)
+    converted = copy.deepcopy(theirs)
+    rk.convert(converted)
+    x = torch.randn(shape)
+    fused = rk.fuse_for_inference(nn.Sequential(theirs, nn.BatchNorm2d(8 * multiplier), nn.ReLU()))
+    for layer in (theirs, converted, rk.DepthwiseConv2d(8, 3, padding=1, multiplier=multiplier), fused):
+        for call in (layer, torch.compile(layer, backend="eager")):
+            with pytest.raises(RuntimeError, match="to have 8 channels, but got"):
+                call(x)
+        assert torch.jit.trace(layer, torch.randn(2, 8, 7, 6))(torch.randn(1, 8, 5, 9)).shape[-1] == 9
 
 
 def test_refused_settings():
