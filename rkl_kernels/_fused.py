@@ -66,10 +66,14 @@ class FusedSequential(nn.Sequential):
     made: Made | None = None
 
     def forward(self, input: Any) -> Any:
-        return self.steps[0](input) if isinstance(input, Tensor) and self._is_as_made() else super().forward(input)
+        # Strict export finds no steps among the registered modules; the other kind puts tensors of its own into these.
+        if torch.compiler.is_exporting() or not isinstance(input, Tensor) or not self._is_as_made():
+            return super().forward(input)
+        return self.steps[0](input)
 
     def _is_as_made(self) -> bool:
-        return self.made is not None and self.made.is_left()
+        """Not so for a replica of ``nn.DataParallel``: its layers are on another device than the steps that it shares."""
+        return self.made is not None and self.made.modules[0] is self and self.made.is_left()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedSequential:
         as_made = self._is_as_made()
@@ -80,7 +84,7 @@ class FusedSequential(nn.Sequential):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"made": self._is_as_made()}
+        return super().__getstate__() | {"made": self._is_as_made()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, or of one that was saved, whose tensors lie elsewhere and count anew."""

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from chains import Flagged, X
 from torch import nn
 
 import rkl_kernels as rk
@@ -40,6 +41,13 @@ def test_exported_program_for_any_batch(strict):
     for batch in (2, 7):
         x = example(batch)
         torch.testing.assert_close(program.module()(x), net(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_fused_copy_that_keeps_the_models_code(strict):
+    fused = rk.fuse_for_inference(Flagged().eval())
+    program = torch.export.export(fused, (X,), strict=strict)
+    torch.testing.assert_close(program.module()(X), fused(X))
 
 
 def test_saved_program_needs_the_import_and_nothing_else(tmp_path):

@@ -165,7 +165,15 @@ def never_counted(model):
         return copy.deepcopy(model).to(torch.float64).to(torch.float32)
 
 
-@pytest.mark.parametrize("came_by", [lambda model: model, copy.deepcopy, saved_and_loaded, never_counted])
+def saved_when_compiled(model):
+    """By ``nn.Module.compile``, what a copy or a file does not hold."""
+    model.body.compile(backend="eager")
+    return saved_and_loaded(model)
+
+
+@pytest.mark.parametrize(
+    "came_by", [lambda model: model, copy.deepcopy, saved_and_loaded, saved_when_compiled, never_counted]
+)
 def test_a_copy_of_a_copy_is_as_fused(came_by):
     plain = Flagged().eval()
     with torch.no_grad():
@@ -179,6 +187,16 @@ def test_a_copy_of_a_copy_is_as_fused(came_by):
     came = came_by(rk.fuse_for_inference(plain))
     assert runs_its_steps(came)
     torch.testing.assert_close(came(X), plain(X), rtol=1e-4, atol=1e-4)
+
+
+def test_a_replica_calls_its_own_layers():
+    """``nn.DataParallel``'s, whose layers are on another device than the steps."""
+    fused = rk.fuse_for_inference(Flagged().eval())
+    body = fused.body._replicate_for_data_parallel()
+    body[0] = copy.deepcopy(body[0])  # as on the other device
+    body[0].weight.data.mul_(2)
+    torch.testing.assert_close(body(X), nn.Sequential(*body)(X))
+    assert runs_its_steps(fused)
 
 
 def scaled(layer: nn.Module) -> None:
