@@ -72,7 +72,7 @@ class FusedSequential(nn.Sequential):
         return self.steps[0](input)
 
     def _is_as_made(self) -> bool:
-        """Not so for a replica of ``nn.DataParallel``: its layers are on another device than the steps that it shares."""
+        """Not so for a replica of ``nn.DataParallel``, whose layers are on another device than the steps it shares."""
         return self.made is not None and self.made.modules[0] is self and self.made.is_left()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedSequential:
