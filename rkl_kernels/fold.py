@@ -151,7 +151,7 @@ class _Reader:
     def activation(self) -> Activation | None:
         step = self._next()
         name = _ACTIVATIONS.get(type(step))
-        if name is None or is_altered(step) or getattr(step, "approximate", "none") != "none":
+        if name is None or is_altered(step) or not _has_usual_settings(step):
             return None
         self.at += 1
         return name
@@ -169,6 +169,12 @@ class _Reader:
             return 0, []
         last = self.steps[self.at - 1][0]
         return last + 1, [step for number, step in self.steps[self.at :] if number == last]
+
+
+def _has_usual_settings(activation: nn.Module) -> bool:
+    """Whether gelu has its erf form, and relu6 its own bounds."""
+    bounds = getattr(activation, "min_val", 0), getattr(activation, "max_val", 6)
+    return getattr(activation, "approximate", "none") == "none" and bounds == (0, 6)
 
 
 def _steps(module: nn.Module) -> list[Any]:
@@ -214,6 +220,7 @@ def _depthwise(conv: nn.Conv2d, affine: Affine | None) -> DepthwiseConv2d:
     layer = DepthwiseConv2d(
         conv.in_channels, conv.kernel_size, conv.stride, dilation=conv.dilation, device="meta", **as_it_is
     )
+    layer._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice  # PyTorch's, of when it was made
     return _with(layer, weight, bias)
 
 

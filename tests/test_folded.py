@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chains import assert_same, chain
 from torch import nn
 
+import rkl_kernels as rk
 from rkl_kernels.folded import ActivatedConv2d, activate_in_place
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
@@ -52,3 +54,10 @@ def test_nan_and_infinity_pass_as_they_do_in_pytorch(activation, kernel):
         torch.testing.assert_close(
             layer(x), activate_in_place(nn.Conv2d.forward(layer, x), activation), equal_nan=True, rtol=1e-5, atol=1e-6
         )
+
+
+def test_padding_that_was_set_later():
+    """PyTorch pads by other modes as much as when the layer was made."""
+    plain = chain(nn.ReLU(), padding_mode="reflect")
+    plain[0].padding = (2, 2)
+    assert_same(rk.fuse_for_inference(plain), plain)

@@ -212,8 +212,14 @@ def own_forward(model):
     model[2].forward = lambda x: x * 2
 
 
+def other_bounds(model):
+    model[2] = nn.ReLU6()
+    model[2].max_val = 0.5
+
+
 ALTERED = {
     "a hook": hook,
+    "relu6 of other bounds": other_bounds,
     "a forward of its own": own_forward,
     "pruned depthwise": lambda model: prune.l1_unstructured(model[0], "weight", amount=0.5),
     "pruned pointwise": lambda model: prune.l1_unstructured(model[3], "weight", amount=0.5),
