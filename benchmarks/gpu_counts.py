@@ -78,14 +78,13 @@ def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) ->
 def wide_microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) -> list[float] | None:
     """By memory and instructions, of a wide filter in fp32; None where another family serves. Rows of padding, which
     are left out, are counted in, and so are the outputs and taps that fill up a thread's 32 sums."""
-    if shape.kernel <= 8 or plan(shape, result, FP32)[0] != GENERAL:
+    family, _, _, parts, blocks, threads, *_ = plan(shape, result, FP32)
+    if shape.kernel <= 8 or family != GENERAL:
         return None
     case = shape.case("depthwise", device="cuda")
-    rows, channels = case.batch * case.out_height, -(-case.channels // 32) * 32
-    if result == 2:
-        steps = channels * rows * case.out_width * -(-shape.kernel // 16) * -(-shape.kernel // 2)
-    else:
-        steps = channels // 4 * rows * -(-case.out_width // 8) * shape.kernel**2
+    # Of all threads: a tap of each output's, or a pixel of the gradient's for 32 channels of each block of a part.
+    pixels = case.batch * case.out_height * case.out_width
+    steps = blocks // parts * 32 * pixels if result == 2 else blocks * threads * shape.kernel**2
     loop = loops[WIDE[result][1]]
     a_step = 32 * loop["instructions"] / loop["multiply_adds"]  # instructions for 32 multiply-adds of each thread
     instructions = a_step * steps / 32  # of warps

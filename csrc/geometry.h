@@ -7,6 +7,8 @@ namespace rkl {
 
 enum class Dtype : int { f32 = 0, bf16, f16 };
 
+constexpr int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }  // bytes of an element
+
 // Call f with a value of the element type as argument: by_type<Bf16, F16>(dtype, [&](auto zero) { using T =
 // decltype(zero); ... }). The 16-bit types are those of the processor that asks.
 template <class Bf16, class F16, class F>

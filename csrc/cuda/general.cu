@@ -1,7 +1,5 @@
 // Depthwise convolution and its data gradient for every kernel size, stride, dilation and layout: what the fast paths
 // leave over. Neighbours in memory are neighbours in a warp, the caches do the rest.
-#include <algorithm>
-
 #include "cuda/activation.cuh"
 #include "cuda/depthwise.h"
 #include "cuda/device.h"

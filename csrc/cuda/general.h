@@ -18,7 +18,6 @@ enum Kernel {
   kSliding,  // NHWC at horizontal stride 1: neighbours share them, in a window that slides along the row
 };
 
-constexpr int size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 constexpr int vector_of(int size) { return 16 / size; }
 // Outputs of a thread beside each other.
 constexpr int outputs_of(int size) { return kSums / vector_of(size); }

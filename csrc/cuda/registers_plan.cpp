@@ -126,7 +126,7 @@ bool serves(Result result, const Conv2d& g, int kernel, int size) {
 // kernel: the compiled filter's size.
 MaybePlan plan_registers(Result result, const Conv2d& g, Dtype dtype, const Device& device) {
   using namespace registers;
-  const int size = dtype == Dtype::f32 ? 4 : 2, kernel = compiled_kernel(g, dtype);
+  const int size = size_of(dtype), kernel = compiled_kernel(g, dtype);
   if (!serves(result, g, kernel, size)) return std::nullopt;
   Plan plan;
   plan.family = Family::registers;
@@ -137,10 +137,15 @@ MaybePlan plan_registers(Result result, const Conv2d& g, Dtype dtype, const Devi
         tiled, columns, channels, kernel, flight - 1 + kBeginning, int64_t(device.multiprocessors) * blocks_each};
   };
   const int stride = g.stride_h, flight = int(ceil_div(kernel, stride));
-  const auto across = [&](const Conv2d& made) { return is_narrow(made, kernel) ? kNarrow : kAcross; };
+  // Of the output, or of the data gradient where that is a convolution too.
+  const auto cut_convolution = [&](const Conv2d& made) {
+    cut_outputs(cut(made, is_narrow(made, kernel) ? kNarrow : kAcross, channels_of(kernel, size), flight,
+                    blocks_of(kernel, stride, size)),
+                plan);
+  };
   switch (result) {
     case Result::output:
-      cut_outputs(cut(g, across(g), channels_of(kernel, size), flight, blocks_of(kernel, stride, size)), plan);
+      cut_convolution(g);
       break;
     case Result::data_grad:
       if (stride == 2)
@@ -148,9 +153,7 @@ MaybePlan plan_registers(Result result, const Conv2d& g, Dtype dtype, const Devi
                         (kernel + 1) / 2, data_grad_blocks_of(kernel)),
                     plan);
       else
-        cut_outputs(cut(data_grad_as_convolution(g), across(data_grad_as_convolution(g)), channels_of(kernel, size),
-                        kernel, blocks_of(kernel, 1, size)),
-                    plan);
+        cut_convolution(data_grad_as_convolution(g));
       break;
     case Result::filter_grad:
       cut_gradients(cut(g, kAcross, filter_grad_channels_of(kernel, stride, size), flight,

@@ -43,8 +43,6 @@ struct LineAllocator {
 template <class T>
 using LineVector = std::vector<T, LineAllocator<T>>;
 
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
 // The element so many elements after p.
 inline void* at(void* p, int64_t element, Dtype dtype) { return static_cast<char*>(p) + element * size_of(dtype); }
 inline const void* at(const void* p, int64_t element, Dtype dtype) { return at(const_cast<void*>(p), element, dtype); }
