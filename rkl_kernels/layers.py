@@ -218,10 +218,11 @@ def _is_for_others(x: Any, conv: nn.Conv2d) -> bool:
     a channel."""
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
         return False
-    if recorded():  # sizes are tensors then
+    channels = x.shape[-3]
+    if type(channels) is not int and recorded():  # a tensor then; asked second, as it takes longest
         with unrecorded():
-            return x.shape[-3] != conv.groups
-    return x.shape[-3] != conv.groups
+            channels = x.shape[-3]
+    return channels != conv.groups
 
 
 def _has_one_filter(module: nn.Module) -> bool:
