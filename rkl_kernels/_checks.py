@@ -84,9 +84,9 @@ def pair(name: str, value: IntPair, least: int) -> list[int]:
         if type(first) is type(second) is int and least <= first <= LARGEST and least <= second <= LARGEST:
             return [first, second]
     given: list[Any] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if len(given) not in (1, 2) or not all(hasattr(type(v), "__index__") for v in given):
+    values = [_integer(v) for v in given]
+    if len(values) not in (1, 2) or None in values:
         raise ArgumentTypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    values: list[Any] = [v if isinstance(v, torch.SymInt) else operator.index(v) for v in given]
     if min(values) < least:
         raise ArgumentError(f"{name} must be at least {least}, got {value!r}")
     if max(values) > LARGEST:
@@ -96,14 +96,33 @@ def pair(name: str, value: IntPair, least: int) -> list[int]:
 
 def count(name: str, value: int, least: int) -> int:
     """One integer of at least ``least``."""
-    if not hasattr(type(value), "__index__"):
+    if _integer(value) is None:
         raise ArgumentTypeError(f"{name} must be an int, got {value!r}")
     return pair(name, value, least)[0]
 
 
-def unchecked(*window: Any) -> list[Any]:
-    """Stride, padding and dilation for a call that C++'s guard looks at: an int as a pair, anything else as it is."""
-    return [(value, value) if type(value) is int else value for value in window]
+def _integer(value: Any) -> Any:
+    """As an int, or one that a compiler stands for; None for anything else, an array of several among it."""
+    try:
+        return value if isinstance(value, torch.SymInt) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def unchecked(*window: Any) -> list[tuple[int, int]] | None:
+    """Stride, padding and dilation as pairs, whose values C++'s guard looks at.
+
+    None where one is neither an int nor a pair of ints: PyTorch's conversion takes a set or a fraction for numbers.
+    """
+    pairs = []
+    for value in window:
+        if type(value) is int:
+            pairs.append((value, value))
+        elif type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+            pairs.append(value)
+        else:
+            return None
+    return pairs
 
 
 def activation(name: str, value: str | None) -> int:

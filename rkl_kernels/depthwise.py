@@ -62,9 +62,10 @@ def depthwise_conv2d(
         tensors = x, weight, bias
         return handle_torch_function(depthwise_conv2d, tensors, *tensors, stride, padding, dilation)
     # The common case first: between two layers of a network Python is in no cache, and the rules below take longest.
-    if is_plain(x, weight, bias) and is_served(x, weight) and type(padding) is not str:
+    plain = is_plain(x, weight, bias) and is_served(x, weight)
+    if plain and (pairs := _checks.unchecked(stride, padding, dilation)):
         try:
-            return rkl.depthwise_conv2d.plain(x, weight, bias, *_checks.unchecked(stride, padding, dilation))
+            return rkl.depthwise_conv2d.plain(x, weight, bias, *pairs)
         except RuntimeError:
             pass  # refused by C++'s own guard, or out of memory: made again below, where the error gets its words
     x, weight, bias = autocast(x, weight, bias)

@@ -34,9 +34,9 @@ class ActivatedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         image, padding = padded(input, self)
-        if not (_is_inference(image, self) and is_built(image) and type(padding) is not str):
-            return activate_in_place(super().forward(input), self.activation)
         window = _checks.unchecked(self.stride, padding, self.dilation)
+        if not (window and _is_inference(image, self) and is_built(image)):
+            return activate_in_place(super().forward(input), self.activation)
         code = _checks.activation("activation", self.activation)
         return rkl.conv2d_activated(image, self.weight, self.bias, *window, self.groups, code)
 
@@ -54,9 +54,9 @@ class ActivatedDepthwiseConv2d(DepthwiseConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         image, padding = padded(input, self)
-        if not (_is_inference(image, self) and is_served(image, self.weight) and type(padding) is not str):
-            return activate_in_place(super().forward(input), self.activation)
         window = _checks.unchecked(self.stride, padding, self.dilation)
+        if not (window and _is_inference(image, self) and is_served(image, self.weight)):
+            return activate_in_place(super().forward(input), self.activation)
         code = _checks.activation("activation", self.activation)
         return rkl.depthwise_conv2d_activated(image, self.weight, self.bias, *window, code)
 

@@ -75,9 +75,10 @@ def separable_conv2d(
     outside = activation is not None and activation not in INVERTIBLE and _wants_gradient(tensors)
     fused = 0 if outside else outer
     # The common case first, as in depthwise_conv2d.
-    if is_plain(*tensors) and is_served(x, depthwise_weight) and type(padding) is not str:
+    plain = is_plain(*tensors) and is_served(x, depthwise_weight)
+    if plain and (pairs := _checks.unchecked(stride, padding, dilation)):
         try:
-            y = rkl.separable_conv2d.plain(*tensors, *_checks.unchecked(stride, padding, dilation), inner, fused)
+            y = rkl.separable_conv2d.plain(*tensors, *pairs, inner, fused)
         except RuntimeError:
             pass
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +46,24 @@ def test_depthwise(backend, args, window, kind, message):
         with pytest.raises(Exception) as theirs:  # noqa: PT011
             F.conv2d(*args, **window, groups=4)
         assert isinstance(caught.value, theirs.type)
+
+
+NO_PAIRS = [{1, 2}, {1: 1, 2: 2}, np.array([1, 2]), (Fraction(5, 2), 1), [1, 1.5], iter((1, 2))]
+
+
+@pytest.mark.parametrize("value", NO_PAIRS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_no_pairs(name, value):
+    """In a plain call, too, whose numbers PyTorch would convert: a set in any order, a fraction to less."""
+    message = f"{name} must be .*an int or a pair of ints, got "
+    with pytest.raises(TypeError, match=message):
+        rk.depthwise_conv2d(X, W, **{name: value})
+    with pytest.raises(TypeError, match=message):
+        rk.separable_conv2d(X, W, P, **{name: value})
+    layer = rk.DepthwiseConv2d(4, 3)
+    setattr(layer, name, value)
+    with pytest.raises(TypeError, match=message):
+        layer(X)
 
 
 @pytest.mark.parametrize(
