@@ -72,6 +72,17 @@ def intercepted(*tensors: Tensor | None) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, tensors))
 
 
+_DEFAULTS = (Tensor.__torch_function__.__func__, Parameter.__torch_function__)  # type: ignore[attr-defined]
+
+
+def overrides_functions(*tensors: Any) -> bool:
+    """Whether a tensor's class has a ``__torch_function__`` of its own, which may know ``F.conv2d``, and not ours."""
+    if _PLAIN.issuperset(map(type, tensors)):
+        return False
+    handlers = [type(tensor).__torch_function__ for tensor in tensors if issubclass(type(tensor), Tensor)]
+    return any(getattr(handler, "__func__", handler) not in _DEFAULTS for handler in handlers)
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a call on these has nothing around it: no compiler, transform, mode, autocast or forward-mode AD."""
     around = watched() or torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0

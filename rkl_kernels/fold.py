@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._checks import Activation
 from ._convert import is_depthwise
+from ._surroundings import overrides_functions
 from .folded import ActivatedConv2d, ActivatedDepthwiseConv2d
 from .layers import DepthwiseConv2d, SeparableConv2d, TReLU, is_altered, is_pointwise
 
@@ -76,6 +77,8 @@ def why_not_first(module: nn.Conv2d) -> str | None:
         return f"it has {module.out_channels // module.in_channels} filters a channel"
     if module.weight.is_meta:
         return "its weight has no values on the meta device"
+    if overrides_functions(module.weight, module.bias):
+        return f"{type(module.weight).__qualname__}, its weight's class, has a __torch_function__ of its own"
     return None
 
 
@@ -113,7 +116,7 @@ def fold_norm(modules: Sequence[nn.Module]) -> Fused | None:
         modules: in the order of their calls, in inference mode, each the only reader of the one before.
     """
     first = modules[0]
-    if type(first) is not nn.Conv2d or is_altered(first) or first.weight.is_meta:
+    if type(first) is not nn.Conv2d or is_altered(first) or not _is_readable(first):
         return None
     reader = _Reader(modules[1:])
     affine = reader.affine()
@@ -158,7 +161,7 @@ class _Reader:
 
     def pointwise(self) -> nn.Conv2d | None:
         step = self._next()
-        if not isinstance(step, nn.Conv2d) or not is_pointwise(step) or step.weight.is_meta:
+        if not isinstance(step, nn.Conv2d) or not is_pointwise(step) or not _is_readable(step):
             return None
         self.at += 1
         return step
@@ -169,6 +172,12 @@ class _Reader:
             return 0, []
         last = self.steps[self.at - 1][0]
         return last + 1, [step for number, step in self.steps[self.at :] if number == last]
+
+
+def _is_readable(module: nn.Module) -> bool:
+    """Whether the values of a module's tensors are there, and are what its call takes them for."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return not overrides_functions(*tensors) and not any(tensor.is_meta for tensor in tensors)
 
 
 def _has_usual_settings(activation: nn.Module) -> bool:
@@ -192,7 +201,7 @@ def _steps(module: nn.Module) -> list[Any]:
 
 def _affine(norm: Any) -> Affine | None:
     """None where the norm takes its statistics from the batch, or where they do not give finite numbers."""
-    if norm.running_mean is None or norm.running_var is None or norm.training or norm.running_mean.is_meta:
+    if norm.running_mean is None or norm.running_var is None or norm.training or not _is_readable(norm):
         return None
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import _checks, reference
 from ._checks import Activation, IntPair, Padding, PaddingMode
-from ._surroundings import recorded, unrecorded
+from ._surroundings import overrides_functions, recorded, unrecorded
 from ._trelu import trelu
 from .depthwise import depthwise_conv2d
 from .separable import separable_conv2d
@@ -101,10 +101,12 @@ class DepthwiseConv2d(nn.Conv2d):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        if _is_conv_replaced(self) or self.groups != self.in_channels or _is_for_others(input, self):
+        weight, bias = self.weight, self.bias
+        replaced = _is_conv_replaced(self) or overrides_functions(input, weight, bias)
+        if replaced or self.groups != self.in_channels or _is_for_others(input, self):
             return super().forward(input)  # which pads another way, say, or refuses the image
         image, padding = padded(input, self)
-        return depthwise_conv2d(image, self.weight, self.bias, self.stride, padding, self.dilation)
+        return depthwise_conv2d(image, weight, bias, self.stride, padding, self.dilation)
 
 
 class SeparableConv2d(nn.Module):
@@ -171,22 +173,14 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         depthwise, pointwise = self.depthwise, self.pointwise
-        if _has_any_global_hook() or not (_has_one_filter(depthwise) and is_pointwise(pointwise)):
+        single = not _has_any_global_hook() and _has_one_filter(depthwise) and is_pointwise(pointwise)
+        weights: list[Any] = [depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias] if single else []
+        if not single or overrides_functions(input, *weights):
             depthwise_out = activated(depthwise(input), self.inner_activation)
             return activated(pointwise(depthwise_out), self.activation)
         image, padding = padded(input, depthwise)
-        return separable_conv2d(
-            image,
-            depthwise.weight,
-            pointwise.weight,
-            depthwise.bias,
-            pointwise.bias,
-            depthwise.stride,
-            padding,
-            depthwise.dilation,
-            self.inner_activation,
-            self.activation,
-        )
+        settings: list[Any] = [depthwise.stride, padding, depthwise.dilation, self.inner_activation, self.activation]
+        return separable_conv2d(image, *weights, *settings)
 
     def extra_repr(self) -> str:
         return f"inner_activation={self.inner_activation}, activation={self.activation}"

@@ -126,6 +126,37 @@ def test_separable_layer_does_what_its_steps_do_by_now(name):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
+class Halved(torch.Tensor):
+    """Half of a filter, of which PyTorch's convolution alone is told, as classes of quantized weights do it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not nn.functional.conv2d:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*(2 * a.as_subclass(torch.Tensor) if isinstance(a, Halved) else a for a in args))
+
+    def __deepcopy__(self, memo):
+        return nn.Parameter(self.detach().clone())
+
+
+@pytest.mark.parametrize("step", ["depthwise", "pointwise"])
+def test_a_class_of_filters_that_acts_on_pytorchs_convolution(step):
+    pair = rk.SeparableConv2d(8, 4, 3, padding=1, inner_activation="relu", activation="relu6")
+    conv = getattr(pair, step)
+    apart = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    apart[0 if step == "depthwise" else 3].weight = conv.weight
+    x = torch.randn(2, 8, 7, 6)
+    expected, of_apart = pair(x), apart.eval()(x)
+    conv.weight = nn.Parameter(conv.weight.detach().div(2).as_subclass(Halved))
+    apart[0 if step == "depthwise" else 3].weight = conv.weight
+    torch.testing.assert_close(pair(x), expected)
+    fused = rk.fuse_for_inference(apart)
+    torch.testing.assert_close(fused(x), of_apart)
+    rk.convert(apart)
+    torch.testing.assert_close(apart(x), of_apart)
+
+
 def test_several_filters_a_channel():
     theirs = nn.Conv2d(4, 12, 3, padding=1, groups=4)
     ours = rk.DepthwiseConv2d(4, 3, padding=1, multiplier=3)
