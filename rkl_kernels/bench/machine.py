@@ -14,11 +14,14 @@ import rkl_kernels as rk
 
 
 def _cpu_name() -> str:
+    """The processor's name. On x86 its family and model follow: a virtual machine may call several kinds alike."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        cpuinfo = ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", cpuinfo, re.MULTILINE))
+    name = facts.get("model name", "").strip() or platform.processor() or platform.machine()
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
 def held_to() -> str | None:
