@@ -26,6 +26,10 @@ const Machine& machine();
 // Not where its pages are new, which is_resident tells: the system has just written those, so that they are in a cache.
 inline bool exceeds_caches(int64_t output) { return machine().l3_bytes && output >= machine().l3_bytes / 2; }
 
+// Whether an image of so many bytes is better asked for into the nearest cache as well: it comes late, where two
+// layers' images, read and written, leave the third-level cache little room (benchmarks/NOTES.md).
+inline bool comes_from_far(int64_t image) { return machine().l3_bytes && image >= machine().l3_bytes / 4; }
+
 // Whether rows of so many bytes from p on are whole lines of memory, as what is written past the caches must be.
 inline bool in_whole_lines(const void* p, int64_t row_bytes) {
   return row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(p) % kLine == 0;

@@ -27,12 +27,19 @@ class Window {
   using P = Pixels<T>;
   static constexpr int M = (K + S - 1) / S;  // outputs that a column may belong to
   static constexpr int kUnits = (H + P::kRows - 1) / P::kRows;
+  static constexpr bool kMayLook = kLooksAhead<T>;
+  // Rows of the image that the rows of outputs before did not read; not more than there are.
+  static constexpr int kNewest = H ? std::min(R * S, (kUnits + (R - 1) * S) * P::kRows) : R;
 
  public:
   static __attribute__((noinline)) void run(const Job<T>& job) {
     Window window(job);
     for (int64_t v = 0; v < job.vectors; v += V) {
-      window.slide(std::make_integer_sequence<int, M>());
+      constexpr std::make_integer_sequence<int, M> phases;
+      if (kMayLook && job.ahead)
+        window.template slide<kMayLook>(phases);
+      else
+        window.template slide<false>(phases);
       window.next();
     }
   }
@@ -52,7 +59,9 @@ class Window {
         read_(given.read.from),
         written_(given.written.from),
         read_step_((given.read.in_columns ? 1 : V) * given.read.step),
-        written_step_((given.written.in_columns ? 1 : V) * given.written.step) {
+        written_step_((given.written.in_columns ? 1 : V) * given.written.step),
+        newest_(given.rows + (given.units + (R - 1) * given.shift) * P::kRows - kNewest),
+        ahead_(given.ahead) {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) out_[r] = given.out[r];
   }
@@ -132,6 +141,11 @@ class Window {
     }
   }
 
+  RKL_INLINE void look_ahead() const {
+#pragma GCC unroll 4
+    for (int r = 0; r < kNewest; ++r) __builtin_prefetch(newest_[r] + column_ + ahead_, 0, 3);
+  }
+
   template <int place>
   RKL_INLINE void begin(int64_t output) {
 #pragma GCC unroll 2
@@ -156,12 +170,13 @@ class Window {
   }
 
   // Output i begins; the columns are visited that lie under its first S taps; output i - (M - 1) is complete.
-  template <int phase, int... J>
+  template <bool looks_ahead, int phase, int... J>
   RKL_INLINE void step(int64_t i, std::integer_sequence<int, J...>) {
     begin<phase>(i);
     const int64_t c = (K == 1 ? job.step : S) * i - left_;
     const auto visit = [&](auto j) {
       if (exists(c + j, inputs_)) column<phase, j>();
+      if (looks_ahead) look_ahead();
       column_ += pitch_;
     };
     (visit(std::integral_constant<int, J>()), ...);
@@ -177,7 +192,7 @@ class Window {
     to_ += out_pitch_;
   }
 
-  template <int... phase>
+  template <bool looks_ahead, int... phase>
   RKL_INLINE void slide(std::integer_sequence<int, phase...>) {
     if constexpr (H > 0 && kHoldsWeights)
 #pragma GCC unroll 2
@@ -190,7 +205,7 @@ class Window {
     ((phase ? begin<phase>(i - M + phase) : void()), ...);
     column_ = at_ + ((K == 1 ? job.step : S) * i - job.left) * job.pitch;
     to_ = vector_ + (i - (M - 1)) * job.out_pitch;
-    while (((i < last ? (step<phase>(i++, columns), true) : false) && ...)) {
+    while (((i < last ? (step<looks_ahead, phase>(i++, columns), true) : false) && ...)) {
     }
   }
 
@@ -205,6 +220,8 @@ class Window {
   int64_t column_, to_;  // elements to the next column, and to the output that is complete next
   const char *read_, *written_;
   const int64_t read_step_, written_step_;
+  const T* const* const newest_;
+  const int64_t ahead_;
   Vec held[V][H && kHoldsWeights ? kUnits * K : 1];
   Vec sum[R][M][V];
 };

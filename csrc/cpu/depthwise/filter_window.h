@@ -23,6 +23,7 @@ struct FilterJob {
   int64_t vectors, sums_vector;                    // how many; floats from one vector's sums to the next's
   int64_t first, last, count, inputs, step, left;  // as a window's
   Prefetch read, beside;
+  int64_t ahead;  // as elements_ahead(), of the last row; 0 where nothing comes from far
 };
 
 // K taps of a row, outputs S columns apart, Q rows of the filter, V vectors.
@@ -30,12 +31,17 @@ template <class T, int K, int S, int Q, int V>
 class FilterWindow {
   using P = Pixels<T>;
   static constexpr int M = (K + S - 1) / S;
+  static constexpr bool kMayLook = kLooksAhead<T>;
 
  public:
   static __attribute__((noinline)) void run(const FilterJob<T>& given) {
     FilterWindow window(given);
     for (int64_t v = 0; v < given.vectors; v += V) {
-      window.slide(std::make_integer_sequence<int, M>());
+      constexpr std::make_integer_sequence<int, M> phases;
+      if (kMayLook && given.ahead)
+        window.template slide<kMayLook>(phases);
+      else
+        window.template slide<false>(phases);
       window.next();
     }
   }
@@ -86,12 +92,13 @@ class FilterWindow {
   }
 
   // Output i comes in; the columns are visited that lie under its first S taps.
-  template <int phase, int... J>
+  template <bool looks_ahead, int phase, int... J>
   RKL_INLINE void step(int64_t i, std::integer_sequence<int, J...>) {
     take<phase>(i);
     const int64_t c = S * i - left_;
     const auto visit = [&](auto j) {
       if (S == 1 || exists(c + j, inputs_)) column<phase, j>();
+      if (looks_ahead) __builtin_prefetch(job.rows[Q - 1].row[0] + column_ + job.ahead, 0, 3);
       column_ += pitch_;
     };
     (visit(std::integral_constant<int, J>()), ...);
@@ -99,7 +106,7 @@ class FilterWindow {
     if (beside_step_) ask<P::kRows, false>(job.beside, beside_, beside_step_);
   }
 
-  template <int... phase>
+  template <bool looks_ahead, int... phase>
   RKL_INLINE void slide(std::integer_sequence<int, phase...>) {
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
@@ -113,7 +120,7 @@ class FilterWindow {
     output_ = at_ + job.grad_at + (i - M + 1) * job.grad_pitch;
     ((phase ? take<phase>(i - M + phase) : void()), ...);
     column_ = at_ + job.at + ((K == 1 ? job.step : S) * i - job.left) * job.pitch;
-    while (((i < last ? (step<phase>(i++, columns), true) : false) && ...)) {
+    while (((i < last ? (step<looks_ahead, phase>(i++, columns), true) : false) && ...)) {
     }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q)
@@ -267,16 +274,17 @@ class FilterRows {
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
         job.beside = {beside + (linear ? 0 : job.grad_at * size), linear ? vector : job.grad_pitch * size,
                       down.pitch * grad.row * size, !linear};
+        const int64_t ahead = in.is_far ? elements_ahead<T>(l.inputs, job.pitch) : 0;
         for (int64_t i = 0; wants_bias_ && i < vectors; ++i)
           add_bias(job, i, int(rows), sums + Lanes::at(v + i, taps_, taps_ + 1));
-        const int64_t steps = run(job, pieces_[h], int(here), of_vector);
+        const int64_t steps = run(job, pieces_[h], int(here), of_vector, ahead);
         if (linear) read += steps * vectors * vector, beside += steps * vectors * vector;
       }
     }
   }
 
   // `together`: vectors that a window takes at once.
-  int64_t run(FilterJob<T>& job, const std::vector<Piece>& pieces, int together, int64_t sums) {
+  int64_t run(FilterJob<T>& job, const std::vector<Piece>& pieces, int together, int64_t sums, int64_t ahead) {
     int64_t taken = 0;
     for (const auto& [first, taps, steps] : pieces) {
       const FilterCode<T>& code = filter_code<T>(taps, job.step);
@@ -286,8 +294,10 @@ class FilterRows {
       for (size_t q = 0; q < rows_.size();) {
         job.rows = rows_.data() + q;
         const bool many = q + code.rows <= rows_.size();
+        const size_t next = q + (many ? code.rows : 1);
+        job.ahead = next == rows_.size() ? ahead : 0;
         (many ? code.many : code.one)[together - 1](job);
-        q += many ? code.rows : 1;
+        q = next;
         // What is asked for is asked for once.
         taken = std::max(taken, steps.last - steps.first);
         job.read = job.beside = {reinterpret_cast<const char*>(rows_.data()), 0, 0, false};

@@ -46,8 +46,9 @@ class NhwcFilterRows : public FilterRows<T> {
       : FilterRows<T>(forward, g, lanes, wants_bias, std::max(g.in_w, g.out_w) * g.channels), g_(g) {}
 
   void correlate_rows(const T* in, const T* grad, float* sums, const Tile& tile) {
-    this->add(nhwc_image(in, tile.image, g_.in_h, g_.in_w, g_.channels),
-              nhwc_image(grad, tile.image, g_.out_h, g_.out_w, g_.channels), sums, tile);
+    auto from = nhwc_image(in, tile.image, g_.in_h, g_.in_w, g_.channels);
+    from.is_far = comes_from_far(g_.batch * g_.in_h * g_.in_w * g_.channels * int64_t(sizeof(T)));
+    this->add(from, nhwc_image(grad, tile.image, g_.out_h, g_.out_w, g_.channels), sums, tile);
   }
 
  private:
@@ -72,6 +73,7 @@ class NhwcRows {
       : gather_(gather),
         channels_(lanes.channels),
         streams_(exceeds_caches(g.batch * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)))),
+        is_far_(comes_from_far(g.batch * gather.in_h * gather.in_w * channels_ * int64_t(sizeof(T)))),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels) {}
 
   ~NhwcRows() {  // of a thread: once behind all its tiles
@@ -81,7 +83,8 @@ class NhwcRows {
   int64_t height() const { return by_class ? rows_.steps() : rows_.pairs(); }
 
   void convolve_rows(const T* in, T* out, const Tile& tile) {
-    const auto from = nhwc_image(in, tile.image, gather_.in_h, gather_.in_w, channels_);
+    auto from = nhwc_image(in, tile.image, gather_.in_h, gather_.in_w, channels_);
+    from.is_far = is_far_;
     auto to = nhwc_image(out, tile.image, gather_.out_h, gather_.out_w, channels_);
     // Asked once a thread, of the middle of its first image: the memory's first page holds the allocator's own numbers.
     if (!asked_)
@@ -100,6 +103,7 @@ class NhwcRows {
   const Gather& gather_;
   const int64_t channels_;
   bool streams_, asked_ = false;
+  const bool is_far_;
   WindowRows<T> rows_;
 };
 

@@ -13,6 +13,7 @@ struct Image {
   T* first;
   int64_t row, pixel;
   bool streams = false;  // what is written goes past the caches; its vectors are whole lines then
+  bool is_far = false;   // what is read comes from beyond a core's own caches, and late
 };
 
 // A row outside the image, of so many elements. Made when one is read: of images of one row it is as large as they are.
@@ -229,6 +230,7 @@ class WindowRows {
       if (asks)
         job.read = {read + read_at, linear ? vector : l.step * job.pitch * size,
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
+      if (asks && in.is_far) job.ahead = elements_ahead<T>(l.inputs, job.pitch);
       if (asks && !out.streams)
         job.written = {written + written_at, linear ? vector : job.out_pitch * size, down.pitch * out.row * size,
                        !linear};
