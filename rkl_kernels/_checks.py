@@ -118,8 +118,8 @@ def unchecked(*window: Any) -> list[tuple[int, int]] | None:
     for value in window:
         if type(value) is int:
             pairs.append((value, value))
-        elif type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-            pairs.append(value)
+        elif type(value) in (tuple, list) and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+            pairs.append((value[0], value[1]))
         else:
             return None
     return pairs
