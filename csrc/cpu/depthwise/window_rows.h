@@ -230,7 +230,8 @@ class WindowRows {
       if (asks)
         job.read = {read + read_at, linear ? vector : l.step * job.pitch * size,
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
-      if (asks && in.is_far) job.ahead = elements_ahead<T>(l.inputs, job.pitch);
+      if (asks && in.is_far && job.units)  // not of a phase without taps, which reads no row
+        job.ahead = elements_ahead<T>(l.inputs, job.pitch);
       if (asks && !out.streams)
         job.written = {written + written_at, linear ? vector : job.out_pitch * size, down.pitch * out.row * size,
                        !linear};
