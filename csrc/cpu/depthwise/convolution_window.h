@@ -27,7 +27,6 @@ class Window {
   using P = Pixels<T>;
   static constexpr int M = (K + S - 1) / S;  // outputs that a column may belong to
   static constexpr int kUnits = (H + P::kRows - 1) / P::kRows;
-  static constexpr bool kMayLook = kLooksAhead<T>;
   // Rows of the image that the rows of outputs before did not read; not more than there are.
   static constexpr int kNewest = H ? std::min(R * S, (kUnits + (R - 1) * S) * P::kRows) : R;
 
@@ -36,8 +35,8 @@ class Window {
     Window window(job);
     for (int64_t v = 0; v < job.vectors; v += V) {
       constexpr std::make_integer_sequence<int, M> phases;
-      if (kMayLook && job.ahead)
-        window.template slide<kMayLook>(phases);
+      if (P::kLooksAhead && job.ahead)
+        window.template slide<P::kLooksAhead>(phases);
       else
         window.template slide<false>(phases);
       window.next();

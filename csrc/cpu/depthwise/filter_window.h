@@ -31,15 +31,14 @@ template <class T, int K, int S, int Q, int V>
 class FilterWindow {
   using P = Pixels<T>;
   static constexpr int M = (K + S - 1) / S;
-  static constexpr bool kMayLook = kLooksAhead<T>;
 
  public:
   static __attribute__((noinline)) void run(const FilterJob<T>& given) {
     FilterWindow window(given);
     for (int64_t v = 0; v < given.vectors; v += V) {
       constexpr std::make_integer_sequence<int, M> phases;
-      if (kMayLook && given.ahead)
-        window.template slide<kMayLook>(phases);
+      if (P::kLooksAhead && given.ahead)
+        window.template slide<P::kLooksAhead>(phases);
       else
         window.template slide<false>(phases);
       window.next();

@@ -21,14 +21,9 @@ RKL_INLINE void ask(const Prefetch& p, const char*& at, int64_t step) {
   at += step;
 }
 
-// Whether windows look ahead where pixels come from far: they ask for those of the newest rows into the nearest cache,
-// too. Where a vector is a line, that is fp32 by AVX-512, so that each line is asked for once. (bf16 took 1.03 times as
-// long with it.)
-template <class T>
-constexpr bool kLooksAhead = kLineVectors<T> == 1;
-
-// Elements from a column to the one that is asked for: in the vector after next or, of wide rows, further on. That is
-// 30 to 60 steps, as a line from the third-level cache takes longer than the instructions that are in flight at once.
+// How far windows look ahead where pixels come from far: elements from a column to the one that is asked for, in the
+// vector after next or, of wide rows, further on. That is 30 to 60 steps, as a line from the third-level cache takes
+// longer than the instructions that are in flight at once.
 template <class T>
 int64_t elements_ahead(int64_t columns, int64_t pitch) {
   constexpr int64_t kNarrow = 64, kColumns = 32;

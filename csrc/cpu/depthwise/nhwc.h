@@ -6,8 +6,9 @@
 namespace rkl::cpu::RKL_ISA {
 
 template <class T>
-Image<T> nhwc_image(T* images, int64_t image, int64_t height, int64_t width, int64_t channels) {
-  return {images + image * height * width * channels, width * channels, channels};
+Image<T> nhwc_image(T* images, int64_t count, int64_t image, int64_t height, int64_t width, int64_t channels) {
+  const int64_t size = height * width * channels;
+  return {images + image * size, width * channels, channels, comes_from_far(count * size * int64_t(sizeof(T)))};
 }
 
 // The images as the kernels take them: where pixels of a row can be channels, as many as fill whole vectors (3 x 1 of 8
@@ -46,9 +47,8 @@ class NhwcFilterRows : public FilterRows<T> {
       : FilterRows<T>(forward, g, lanes, wants_bias, std::max(g.in_w, g.out_w) * g.channels), g_(g) {}
 
   void correlate_rows(const T* in, const T* grad, float* sums, const Tile& tile) {
-    auto from = nhwc_image(in, tile.image, g_.in_h, g_.in_w, g_.channels);
-    from.is_far = comes_from_far(g_.batch * g_.in_h * g_.in_w * g_.channels * int64_t(sizeof(T)));
-    this->add(from, nhwc_image(grad, tile.image, g_.out_h, g_.out_w, g_.channels), sums, tile);
+    this->add(nhwc_image(in, g_.batch, tile.image, g_.in_h, g_.in_w, g_.channels),
+              nhwc_image(grad, g_.batch, tile.image, g_.out_h, g_.out_w, g_.channels), sums, tile);
   }
 
  private:
@@ -71,9 +71,9 @@ class NhwcRows {
 
   NhwcRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, const Finish& finish)
       : gather_(gather),
+        images_(g.batch),
         channels_(lanes.channels),
-        streams_(exceeds_caches(g.batch * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)))),
-        is_far_(comes_from_far(g.batch * gather.in_h * gather.in_w * channels_ * int64_t(sizeof(T)))),
+        streams_(exceeds_caches(images_ * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)))),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels) {}
 
   ~NhwcRows() {  // of a thread: once behind all its tiles
@@ -83,9 +83,8 @@ class NhwcRows {
   int64_t height() const { return by_class ? rows_.steps() : rows_.pairs(); }
 
   void convolve_rows(const T* in, T* out, const Tile& tile) {
-    auto from = nhwc_image(in, tile.image, gather_.in_h, gather_.in_w, channels_);
-    from.is_far = is_far_;
-    auto to = nhwc_image(out, tile.image, gather_.out_h, gather_.out_w, channels_);
+    const auto from = nhwc_image(in, images_, tile.image, gather_.in_h, gather_.in_w, channels_);
+    auto to = nhwc_image(out, images_, tile.image, gather_.out_h, gather_.out_w, channels_);
     // Asked once a thread, of the middle of its first image: the memory's first page holds the allocator's own numbers.
     if (!asked_)
       streams_ = streams_ && rows_.fills_lines() && in_whole_lines(out, channels_ * int64_t(sizeof(T))) &&
@@ -101,9 +100,8 @@ class NhwcRows {
 
  private:
   const Gather& gather_;
-  const int64_t channels_;
+  const int64_t images_, channels_;
   bool streams_, asked_ = false;
-  const bool is_far_;
   WindowRows<T> rows_;
 };
 

@@ -16,10 +16,12 @@ constexpr int kRegisters = 16;
 
 // An operand is kLanes channels of kRows pixels; its weights are kLanes words. V operands and V vectors of outputs that
 // are neighbours are loaded and stored together: 32 channels of 16 bits are one line of memory. kAtOnce: vectors that a
-// window takes where there are so many.
+// window takes where there are so many. kLooksAhead: where pixels come from far, windows ask for those of the newest
+// rows into the nearest cache, too. A vector is a line then, so that each line is asked for once.
 template <class T>
 struct Pixels {
   static constexpr int kRows = 1, kTogether = 1, kAtOnce = kRegisters == 16 ? 2 : 1;
+  static constexpr bool kLooksAhead = kLineVectors<T> == 1;
   template <int V>
   static RKL_INLINE void load(const T* const* rows, int64_t at, Vec (&x)[V]) {
 #pragma GCC unroll 2
@@ -52,6 +54,7 @@ struct Pixels {
 template <>
 struct Pixels<bf16> {
   static constexpr int kRows = 2, kTogether = 2, kAtOnce = 2;
+  static constexpr bool kLooksAhead = false;  // arithmetic hides the way: with it they took 1.03 times as long
   template <int V>
   static RKL_INLINE void load(const bf16* const* rows, int64_t at, Vec (&x)[V]) {
     if constexpr (V == 1) {

@@ -12,8 +12,8 @@ template <class T>
 struct Image {
   T* first;
   int64_t row, pixel;
-  bool streams = false;  // what is written goes past the caches; its vectors are whole lines then
   bool is_far = false;   // what is read comes from beyond a core's own caches, and late
+  bool streams = false;  // what is written goes past the caches; its vectors are whole lines then
 };
 
 // A row outside the image, of so many elements. Made when one is read: of images of one row it is as large as they are.
