@@ -42,7 +42,7 @@ def attempt(title: str, work: Callable[[], Any]) -> Any:
     """``work()``, or None and its error in print: one failure must not cost the rest of the run."""
     try:
         return work()
-    except Exception:
+    except Exception:  # whatever it is: it is told, and the rest is measured
         print(f"-- failed: {title}", traceback.format_exc(), sep="\n", flush=True)
         return None
 
