@@ -63,12 +63,16 @@ def products_of(loop: list[str]) -> int:
     return sum(text.startswith(("vfmadd", "vdpbf16ps")) for text in loop)
 
 
+def loops_of(isa: str, name: str) -> list[list[str]]:
+    instructions = next(body for f, body in functions().items() if f"::{isa}::{name}::run(" in f)
+    jumps = [(at, int(jump[1], 16)) for at, text in instructions if (jump := re.match(r"j\w+\s+([0-9a-f]+)", text))]
+    return [[text for at, text in instructions if to <= at <= end] for end, to in jumps if to < end]
+
+
 def hot_loop(isa: str, name: str, products: int, looks_ahead: bool) -> list[str]:
     """The instructions of the function's shortest loop of so many multiply-adds that asks the nearest cache for pixels
     ahead, or does not."""
-    instructions = next(body for f, body in functions().items() if f"::{isa}::{name}::run(" in f)
-    jumps = [(at, int(jump[1], 16)) for at, text in instructions if (jump := re.match(r"j\w+\s+([0-9a-f]+)", text))]
-    loops = [[text for at, text in instructions if to <= at <= end] for end, to in jumps if to < end]
+    loops = loops_of(isa, name)
     alike = [
         loop
         for loop in loops
@@ -93,3 +97,12 @@ def test_sums_and_weights_stay_in_registers(isa: str, name: str, products: int, 
     loop = hot_loop(isa, name, products, looks_ahead)
     spilled = [text for text in loop if re.search("[yz]mm", text) and re.search(r"\(%r[sb]p", text)]
     assert not spilled
+
+
+@pytest.mark.parametrize("taps", [4, 5, 6, 7])
+@pytest.mark.parametrize("outputs", [4, 7, 8])
+def test_sums_of_a_block_stay_in_registers(taps: int, outputs: int) -> None:
+    """Two vectors' sums and weights, and two pixels, are up to 32 registers: a row's loop reads none of them again."""
+    loops = loops_of("avx512", f"Block<float, {taps}, 1, {outputs}, 2>")
+    row = min((loop for loop in loops if products_of(loop) == taps * outputs * 2), key=len)
+    assert not [text for text in row if re.search(r"\(%r[sb]p[^)]*\).*zmm", text)]

@@ -11,6 +11,7 @@ template <class T, int K, int S, int B, int V>
 class Block {
   using P = Pixels<T>;
   static constexpr int kColumns = (B - 1) * S + K;
+  static constexpr int kLines = std::max(1, V / kLineVectors<T>);  // of memory, that an output is
 
  public:
   // Both rows of a block before the next one: what they share, most of the pixels and the weights, is in the nearest
@@ -57,6 +58,13 @@ class Block {
     if (here.written.in_columns) here.written.from = job.written.from + r * job.written.row + beside;
   }
 
+  template <bool to_write>
+  static RKL_INLINE void ask(const Prefetch& p, int b, int row) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kLines; ++line)
+      __builtin_prefetch(p.from + b * p.step + row * p.row + line * kLine, to_write, 2);
+  }
+
   template <bool edge>
   static RKL_INLINE void make(const Job<T>& job, int64_t o) {
     const int64_t c = S * o - job.left, at = job.at + c * job.pitch;
@@ -65,8 +73,7 @@ class Block {
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
 #pragma GCC unroll 4
-      for (int row = 0; row < S * S; ++row)
-        __builtin_prefetch(job.read.from + b * job.read.step + row * job.read.row, 0, 2);
+      for (int row = 0; row < S * S; ++row) ask<false>(job.read, b, row);
     }
     Vec sum[B][V];
 #pragma GCC unroll 8
@@ -79,7 +86,7 @@ class Block {
     const int64_t count = edge ? std::min<int64_t>(B, job.count - o) : B;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b) {
-      __builtin_prefetch(job.written.from + b * job.written.step, 1, 2);
+      ask<true>(job.written, b, 0);
       if (b >= count) continue;
       if (!job.sums[0]) {
         P::store(job.out[0] + (o + b) * job.out_pitch, sum[b], job.streams);

@@ -262,7 +262,7 @@ struct RowCode {
 template <class T, int K, int S, int B>
 constexpr Code<T> block_code() {
   Code<T> code{&Block<T, K, S, B, 1>::run};
-  if constexpr (Pixels<T>::kTogether == 2 || (B == 4 && kRegisters == 32)) code.two = &Block<T, K, S, B, 2>::run;
+  if constexpr (Pixels<T>::kTogether == 2 || kRegisters == 32) code.two = &Block<T, K, S, B, 2>::run;
   return code;
 }
 

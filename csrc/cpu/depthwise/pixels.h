@@ -27,10 +27,10 @@ struct Pixels {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) x[v] = in_register(RKL_ISA::load(rows[0] + at + v * kLanes));
   }
-  // streamed: past the caches, where the vectors are a line.
+  // streamed: past the caches, where the vectors are whole lines.
   template <int V>
   static RKL_INLINE void store(T* to, const Vec (&y)[V], bool streamed) {
-    if constexpr (V == kLineVectors<T>)
+    if constexpr (V % kLineVectors<T> == 0)
       if (streamed) return stream(to, y);
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) RKL_ISA::store(to + v * kLanes, y[v]);

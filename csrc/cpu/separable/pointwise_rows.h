@@ -141,15 +141,8 @@ __attribute__((noinline)) void make_tile(Factors x, Weights weights, Start start
   // By AVX2 it shows no gain (fp32, xcep-147, dlab-33-d6 and kb-86).
   if constexpr (RKL_LANES == 16 && V % kLineVectors<Out> == 0)
     if (streams) {
-      constexpr int kVectors = kLineVectors<Out>;
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r, out += out_row)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v += kVectors) {
-          Vec line[kVectors];
-          for (int i = 0; i < kVectors; ++i) line[i] = sum[r][v + i];
-          stream(out + v * kLanes, line);
-        }
+      for (int r = 0; r < R; ++r, out += out_row) stream(out, sum[r]);
       return;
     }
   if (last == kLanes)

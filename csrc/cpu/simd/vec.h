@@ -167,25 +167,28 @@ inline void end_stream() {
 #endif
 }
 
-template <class T>
-inline void stream(T* p, const Vec (&v)[kLineVectors<T>]) {
+template <class T, int V>
+inline void stream(T* p, const Vec (&v)[V]) {
+  static_assert(V % kLineVectors<T> == 0);
+#pragma GCC unroll 8
+  for (int i = 0; i < V; ++i) {
 #if RKL_LANES == 16
-  if constexpr (sizeof(T) == 4) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v[0]);
-  } else {
-    const __m512i lower = _mm512_castsi256_si512((__m256i)packed(v[0], T{}));
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_inserti64x4(lower, (__m256i)packed(v[1], T{}), 1));
-  }
+    if constexpr (sizeof(T) == 4) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p + i * kLanes), (__m512i)v[i]);
+    } else if (i % 2 == 0) {
+      const __m512i lower = _mm512_castsi256_si512((__m256i)packed(v[i], T{}));
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p + i * kLanes),
+                          _mm512_inserti64x4(lower, (__m256i)packed(v[i + 1], T{}), 1));
+    }
 #else
-  for (int i = 0; i < kLineVectors<T>; ++i) {
 #if RKL_LANES == 8
     if constexpr (sizeof(T) == 4)
       _mm256_stream_ps(p + i * kLanes, (__m256)v[i]);
     else
 #endif
       store(p + i * kLanes, v[i]);
-  }
 #endif
+  }
 }
 
 // ---- fewer than kLanes elements, where a row ends
