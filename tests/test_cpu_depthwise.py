@@ -61,6 +61,10 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (3, 3, 1, 1, (5, 5), 1, 2, 1),  # planes of one pixel
     (1, 156, 6, 60, (3, 3), 2, 1, 1),  # vectors in turns of several, and one that overlaps
     (2, 156, 8, 12, (3, 3), 1, 1, 1),
+    (1, 64, 4, 70, (3, 3), 1, 1, 1),  # pixels a multiple of 256 bytes apart: past the caches by parts of a row
+    (2, 128, 5, 40, (3, 3), 1, 0, 1),
+    (1, 128, 7, 71, (3, 3), 1, 2, 2),
+    (1, 256, 5, 134, (3, 3), 2, 1, 1),
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
 

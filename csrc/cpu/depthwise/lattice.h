@@ -49,4 +49,30 @@ inline std::vector<Lattice> lattices_of(const std::vector<Axis>& axes, int64_t i
   return lattices;
 }
 
+// The same outputs, in so many parts that follow each other.
+inline std::vector<Lattice> in_parts(const std::vector<Lattice>& lattices, int64_t parts) {
+  std::vector<Lattice> all;
+  for (int64_t i = 0; i < parts; ++i)
+    for (Lattice l : lattices) {
+      const int64_t from = l.count * i / parts;
+      l.count = l.count * (i + 1) / parts - from;
+      if (!l.count) continue;
+      l.first += l.pitch * from;
+      l.left -= l.step * from;
+      all.push_back(l);
+    }
+  return all;
+}
+
+// The first and the last step of a window of `taps` taps from the lattice's t0-th on.
+struct Steps {
+  int64_t first, last, left;
+  int64_t most;  // outputs that a column may belong to
+  Steps(const Lattice& l, int t0, int taps) : left(l.left - t0), most(taps == 1 ? 1 : ceil_div(taps, l.step)) {
+    first = left <= 0 ? 0 : taps == 1 ? ceil_div(left, l.step) : left / l.step;
+    const int64_t reached = l.inputs + left <= 0 ? 0 : ceil_div(l.inputs + left, l.step);
+    last = std::max(first, std::min(reached, l.count + most - 1));
+  }
+};
+
 }  // namespace rkl::cpu

@@ -74,7 +74,8 @@ class NhwcRows {
         images_(g.batch),
         channels_(lanes.channels),
         streams_(exceeds_caches(images_ * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)))),
-        rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels) {}
+        rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels,
+              streams_ ? channels_ * int64_t(sizeof(T)) : 0) {}
 
   ~NhwcRows() {  // of a thread: once behind all its tiles
     if (streams_) end_stream();

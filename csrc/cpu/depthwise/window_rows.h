@@ -31,17 +31,6 @@ class ZeroRow {
   LineVector<T> zeros_;
 };
 
-// The first and the last step of a window of `taps` taps from the lattice's t0-th on.
-struct Steps {
-  int64_t first, last, left;
-  int64_t most;  // outputs that a column may belong to
-  Steps(const Lattice& l, int t0, int taps) : left(l.left - t0), most(taps == 1 ? 1 : ceil_div(taps, l.step)) {
-    first = left <= 0 ? 0 : taps == 1 ? ceil_div(left, l.step) : left / l.step;
-    const int64_t reached = l.inputs + left <= 0 ? 0 : ceil_div(l.inputs + left, l.step);
-    last = std::max(first, std::min(reached, l.count + most - 1));
-  }
-};
-
 // So many of a lattice's taps, from the first-th on: what a window takes at once.
 struct Piece {
   int first, taps;
@@ -58,6 +47,34 @@ inline std::vector<Piece> pieces_of(const Lattice& l) {
   return pieces;
 }
 
+// A row's lattice.
+struct Across {
+  Lattice lattice;
+  std::vector<Piece> pieces;
+};
+
+inline std::vector<Across> row_of(const std::vector<Lattice>& lattices) {
+  std::vector<Across> row;
+  for (const Lattice& l : lattices) row.push_back({l, pieces_of(l)});
+  return row;
+}
+
+// Parts in which a row of outputs goes past the caches where neighbours lie `pitch` bytes apart: all channels of a part
+// are written before the next part. Memory takes lines that follow each other at 256 bytes, at 512 and at their
+// multiples at two thirds and a third of its rate (Zen 5: 128 channels in fp32 took 2.1 times as long by whole rows).
+// Vectors of 16 bits come slowly enough for the first; blocks write some lines of a pixel's neighbours anyway.
+template <class T>
+int64_t parts_of_row(const std::vector<Lattice>& lattices, int64_t pitch) {
+  constexpr int64_t kVectors = kLineVectors<T>;
+  int64_t longest = 0;
+  for (const Lattice& l : lattices) {
+    if (l.taps > kWindowTaps) return 1;
+    longest = std::max(longest, l.count);
+  }
+  if (pitch % (256 * kVectors)) return 1;
+  return longest / (pitch % 512 ? 32 : 16 * kVectors);
+}
+
 // Vectors of so many pixels that one call makes before another one reads the same pixels: what both find in the nearest
 // cache, half of it. (A call each vector: gradients of 3 x 3 at stride 2 of 4 px took 1.7 times as long.)
 template <class T>
@@ -72,18 +89,15 @@ class WindowRows {
   static constexpr int kRows = Pixels<T>::kRows, kTogether = Pixels<T>::kTogether;
 
  public:
-  // weights, bias: packed for the gather.
+  // weights, bias: packed for the gather. streamed_pitch: bytes between neighbours of outputs that may go past the
+  // caches; 0 of others.
   WindowRows(const Gather& gather, const Lanes& lanes, const float* weights, const float* bias, Activation act,
-             int64_t image_row)
+             int64_t image_row, int64_t streamed_pitch = 0)
       : lanes_(lanes),
         bias_(bias),
         act_(act),
         down_(by_origin(lattices_of(gather.vertical, gather.in_h))),
-        across_(lattices_of(gather.horizontal, gather.in_w)),
         pairs_(pairs_of(down_)),
-        turn_(by_origin(across_).size() == across_.size()
-                  ? lanes.vectors()
-                  : vectors_of_turn<T>((gather.vertical[0].taps() + 1) * gather.in_w)),
         phases_across_(int(gather.horizontal.size())),
         zeros_(image_row) {
     for (const Axis& down : gather.vertical)
@@ -92,23 +106,28 @@ class WindowRows {
         tables_.push_back({weights, size});
         weights += size * lanes.vectors();
       }
+    const std::vector<Lattice> across = lattices_of(gather.horizontal, gather.in_w);
+    turn_ = by_origin(across).size() == across.size()
+                ? lanes.vectors()
+                : vectors_of_turn<T>((gather.vertical[0].taps() + 1) * gather.in_w);
+    row_ = row_of(across);
+    if (const int64_t parts = streamed_pitch ? parts_of_row<T>(across, streamed_pitch) : 1; parts > 1)
+      row_in_parts_ = row_of(in_parts(across, parts));
     int64_t most = 0;
-    for (const Lattice& l : across_) {
-      pieces_.push_back(pieces_of(l));
-      if (pieces_.back().size() > 1) most = std::max(most, l.count + 2 * kMostTaps);
-    }
+    for (const auto& [l, pieces] : row_)
+      if (pieces.size() > 1) most = std::max(most, l.count + 2 * kMostTaps);
     sums_.resize(2 * most * kTogether * kLanes);
   }
 
   // Whether whole lines of outputs are stored at once, as what goes past the caches must be. Where a line is two
   // vectors, windows have both, and blocks one.
   bool fills_lines() const {
-    const auto by_windows = [](const std::vector<Piece>& pieces) {
-      return std::all_of(pieces.begin(), pieces.end(),
+    const auto by_windows = [](const Across& across) {
+      return std::all_of(across.pieces.begin(), across.pieces.end(),
                          [](const Piece& p) { return p.taps <= kWindowTaps && may_stream(p.taps); });
     };
     return kLineVectors<T> == Pixels<T>::kAtOnce &&
-           (kTogether == Pixels<T>::kAtOnce || std::all_of(pieces_.begin(), pieces_.end(), by_windows));
+           (kTogether == Pixels<T>::kAtOnce || std::all_of(row_.begin(), row_.end(), by_windows));
   }
 
   // Pairs of rows of the longest of the lattices.
@@ -222,30 +241,30 @@ class WindowRows {
     const char* written =
         reinterpret_cast<const char*>(out.first + (down.first + down.pitch * (together + 2 * i)) * out.row);
     int64_t taken = 0;  // steps
-    const auto make = [&](size_t h, int64_t v, int64_t vectors) {
-      const Lattice& l = across_[h];
+    const auto make = [&](const Across& across, int64_t v, int64_t vectors) {
+      const Lattice& l = across.lattice;
       Job<T> job = job_of(base, in, out, down, l, j, rows, v, vectors);
-      const int64_t read_at = linear ? taken * vector : job.at * size;
+      const int64_t read_at = linear ? taken * vector : (job.at + std::max<int64_t>(0, -l.left) * job.pitch) * size;
       const int64_t written_at = linear ? taken * vector : (l.first * out.pixel + lanes_.at(v)) * size;
       if (asks)
         job.read = {read + read_at, linear ? vector : l.step * job.pitch * size,
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
       if (asks && in.is_far && job.units)  // not of a phase without taps, which reads no row
-        job.ahead = elements_ahead<T>(l.inputs, job.pitch);
+        job.ahead = elements_ahead<T>(std::min(l.count, l.inputs), job.pitch);
       if (asks && !out.streams)
         job.written = {written + written_at, linear ? vector : job.out_pitch * size, down.pitch * out.row * size,
                        !linear};
-      taken += run(job, pieces_[h], down, rows);
+      taken += run(job, across.pieces, down, rows);
     };
     // One call makes all vectors of a turn where one window makes all of a row, up to the last one, which may overlap
     // its neighbour.
     const int64_t whole = std::min(last, lanes_.channels / kLanes);
     for (int64_t start = first; start < last; start += turn_)
-      for (size_t h = 0; h < across_.size(); ++h)
+      for (const Across& across : out.streams && !row_in_parts_.empty() ? row_in_parts_ : row_)
         for (int64_t v = start, vectors; v < std::min(start + turn_, last); v += vectors) {
           const int64_t run = std::min(start + turn_, whole) - v;
-          vectors = pieces_[h].size() == 1 && run > 0 ? run : vectors_together<T>(lanes_, v);
-          make(h, v, vectors);
+          vectors = across.pieces.size() == 1 && run > 0 ? run : vectors_together<T>(lanes_, v);
+          make(across, v, vectors);
         }
   }
 
@@ -358,13 +377,12 @@ class WindowRows {
   const float* bias_;
   const Activation act_;
   const std::vector<std::vector<Lattice>> down_;  // by class
-  const std::vector<Lattice> across_;
+  std::vector<Across> row_, row_in_parts_;
   const int64_t pairs_;
-  const int64_t turn_;
+  int64_t turn_;
   const int phases_across_;
   ZeroRow<T> zeros_;
-  std::vector<Table> tables_;               // (phase down, phase across)
-  std::vector<std::vector<Piece>> pieces_;  // of each lattice across
+  std::vector<Table> tables_;  // (phase down, phase across)
   std::vector<const T*> rows_;
   LineVector<float> sums_;
   LineVector<T> outputs_;
