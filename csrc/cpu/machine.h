@@ -23,8 +23,11 @@ const Machine& machine();
 // Whether an output of so many bytes is better written past the caches: where a layer's image and output do not both
 // fit, the next layer finds nothing of what was written first, and a line that is not read before it is written saves a
 // third of the traffic (benchmarks/NOTES.md).
+// One thread alone waits for lines to come more than memory is busy, so that it gains from half of that size on.
 // Not where its pages are new, which is_resident tells: the system has just written those, so that they are in a cache.
-inline bool exceeds_caches(int64_t output) { return machine().l3_bytes && output >= machine().l3_bytes / 2; }
+inline bool exceeds_caches(int64_t output, int64_t threads) {
+  return machine().l3_bytes && output >= machine().l3_bytes / (threads == 1 ? 4 : 2);
+}
 
 // Whether an image of so many bytes is better asked for into the nearest cache as well: it comes late, where two
 // layers' images, read and written, leave the third-level cache little room (benchmarks/NOTES.md).

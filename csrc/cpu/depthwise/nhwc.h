@@ -73,7 +73,8 @@ class NhwcRows {
       : gather_(gather),
         images_(g.batch),
         channels_(lanes.channels),
-        streams_(exceeds_caches(images_ * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)))),
+        streams_(exceeds_caches(images_ * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)),
+                                torch::stable::get_num_threads())),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels,
               streams_ ? channels_ * int64_t(sizeof(T)) : 0) {}
 

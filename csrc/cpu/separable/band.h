@@ -116,8 +116,8 @@ Scratch packed(const PointwiseFilter& filter, Dtype dtype);
 // Whether outputs of so many rows go past the caches: not where an activation reads them again.
 inline bool streams_rows(const void* out, int64_t rows, int64_t outputs, Activation act, Dtype dtype) {
   const int64_t row = outputs * size_of(dtype);
-  return act == Activation::none && exceeds_caches(rows * row) && in_whole_lines(out, row) &&
-         is_resident(at(out, rows / 2 * outputs, dtype));
+  return act == Activation::none && exceeds_caches(rows * row, torch::stable::get_num_threads()) &&
+         in_whole_lines(out, row) && is_resident(at(out, rows / 2 * outputs, dtype));
 }
 
 }  // namespace rkl::cpu
