@@ -65,6 +65,11 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (2, 128, 5, 40, (3, 3), 1, 0, 1),
     (1, 128, 7, 71, (3, 3), 1, 2, 2),
     (1, 256, 5, 134, (3, 3), 2, 1, 1),
+    (1, 256, 9, 160, (3, 3), 1, 1, 1),  # rows of more than the second-level cache: by strips of columns
+    (1, 200, 9, 150, (3, 7), 1, (1, 3), 1),
+    (1, 256, 7, 290, (3, 3), 2, 1, 1),
+    (1, 256, 8, 151, (3, 3), 1, 2, 2),
+    (1, 256, 5, 140, (3, 9), 1, (1, 4), 1),
 ]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
 

@@ -19,6 +19,9 @@ struct Lattice {
   int64_t step, left;
   int phase;  // of the axes: which of the filter's taps these are
   int taps;
+
+  // Where the first input lies that the outputs read.
+  int64_t column() const { return origin + unit * std::max<int64_t>(0, -left); }
 };
 
 // Output i of the axis reads step * i + offset + distance * t. With q = distance / gcd(step, distance), the outputs
@@ -49,19 +52,18 @@ inline std::vector<Lattice> lattices_of(const std::vector<Axis>& axes, int64_t i
   return lattices;
 }
 
-// The same outputs, in so many parts that follow each other.
-inline std::vector<Lattice> in_parts(const std::vector<Lattice>& lattices, int64_t parts) {
-  std::vector<Lattice> all;
-  for (int64_t i = 0; i < parts; ++i)
-    for (Lattice l : lattices) {
-      const int64_t from = l.count * i / parts;
-      l.count = l.count * (i + 1) / parts - from;
-      if (!l.count) continue;
-      l.first += l.pitch * from;
-      l.left -= l.step * from;
-      all.push_back(l);
-    }
-  return all;
+// The i-th of so many parts of the outputs, which follow each other.
+inline std::vector<Lattice> part_of(const std::vector<Lattice>& lattices, int64_t i, int64_t parts) {
+  std::vector<Lattice> part;
+  for (Lattice l : lattices) {
+    const int64_t from = l.count * i / parts;
+    l.count = l.count * (i + 1) / parts - from;
+    if (!l.count) continue;
+    l.first += l.pitch * from;
+    l.left -= l.step * from;
+    part.push_back(l);
+  }
+  return part;
 }
 
 // The first and the last step of a window of `taps` taps from the lattice's t0-th on.

@@ -8,16 +8,17 @@ namespace rkl::cpu::RKL_ISA {
 // Multiply-adds a thread takes at least: some microseconds, what waking it costs.
 constexpr int64_t kTaskWork = int64_t(1) << 18;
 
-// What a task works on: a band of rows of one image (or one group of images that share a vector), some vectors of it.
+// What a task works on: a band of rows of one image (or one group of images that share a vector), some vectors of it, a
+// strip of its columns.
 struct Tile {
-  int64_t image, first_vector, last_vector, first_row, last_row;
+  int64_t image, first_vector, last_vector, first_row, last_row, strip;
 };
 
-// The tasks of one pass: images x groups of vectors x bands of rows.
+// The tasks of one pass: images x groups of vectors in strips of columns x bands of rows.
 struct Tiling {
-  int64_t images, vectors, group, rows, band;
+  int64_t images, vectors, group, rows, band, strips = 1;
 
-  int64_t groups() const { return ceil_div(vectors, group); }
+  int64_t groups() const { return ceil_div(vectors, group) * strips; }
   int64_t bands() const { return ceil_div(rows, band); }
   int64_t units() const { return images * bands(); }
 
@@ -29,9 +30,9 @@ struct Tiling {
 
   // Band `unit % bands` of an image with `height` rows, which need not be the `rows` that the bands were made for.
   Tile tile(int64_t unit, int64_t g, int64_t height) const {
-    const int64_t b = unit % bands();
-    return {unit / bands(), g * group, std::min(vectors, (g + 1) * group), height * b / bands(),
-            height * (b + 1) / bands()};
+    const int64_t b = unit % bands(), first = g / strips * group;
+    return {unit / bands(), first, std::min(vectors, first + group), height * b / bands(), height * (b + 1) / bands(),
+            g % strips};
   }
 };
 

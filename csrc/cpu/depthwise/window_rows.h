@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/depthwise/convolution_window.h"
 #include "cpu/depthwise/pack.h"
+#include "cpu/depthwise/strips.h"
 #include "cpu/kernels.h"
 #include "cpu/simd/elementwise.h"
 
@@ -31,50 +32,6 @@ class ZeroRow {
   LineVector<T> zeros_;
 };
 
-// So many of a lattice's taps, from the first-th on: what a window takes at once.
-struct Piece {
-  int first, taps;
-  Steps steps;
-};
-
-inline std::vector<Piece> pieces_of(const Lattice& l) {
-  std::vector<Piece> pieces;
-  const int most = l.step > 2 ? 1 : kMostTaps, count = (l.taps + most - 1) / most;
-  for (int i = 0; i < count; ++i) {
-    const int first = l.taps * i / count, taps = l.taps * (i + 1) / count - first;
-    pieces.push_back({first, taps, Steps(l, first, taps)});
-  }
-  return pieces;
-}
-
-// A row's lattice.
-struct Across {
-  Lattice lattice;
-  std::vector<Piece> pieces;
-};
-
-inline std::vector<Across> row_of(const std::vector<Lattice>& lattices) {
-  std::vector<Across> row;
-  for (const Lattice& l : lattices) row.push_back({l, pieces_of(l)});
-  return row;
-}
-
-// Parts in which a row of outputs goes past the caches where neighbours lie `pitch` bytes apart: all channels of a part
-// are written before the next part. Memory takes lines that follow each other at 256 bytes, at 512 and at their
-// multiples at two thirds and a third of its rate (Zen 5: 128 channels in fp32 took 2.1 times as long by whole rows).
-// Vectors of 16 bits come slowly enough for the first; blocks write some lines of a pixel's neighbours anyway.
-template <class T>
-int64_t parts_of_row(const std::vector<Lattice>& lattices, int64_t pitch) {
-  constexpr int64_t kVectors = kLineVectors<T>;
-  int64_t longest = 0;
-  for (const Lattice& l : lattices) {
-    if (l.taps > kWindowTaps) return 1;
-    longest = std::max(longest, l.count);
-  }
-  if (pitch % (256 * kVectors)) return 1;
-  return longest / (pitch % 512 ? 32 : 16 * kVectors);
-}
-
 // Vectors of so many pixels that one call makes before another one reads the same pixels: what both find in the nearest
 // cache, half of it. (A call each vector: gradients of 3 x 3 at stride 2 of 4 px took 1.7 times as long.)
 template <class T>
@@ -89,10 +46,10 @@ class WindowRows {
   static constexpr int kRows = Pixels<T>::kRows, kTogether = Pixels<T>::kTogether;
 
  public:
-  // weights, bias: packed for the gather. streamed_pitch: bytes between neighbours of outputs that may go past the
-  // caches; 0 of others.
+  // weights, bias: packed for the gather. strips: of a row's columns. streamed_pitch: bytes between neighbours of
+  // outputs that may go past the caches; 0 of others.
   WindowRows(const Gather& gather, const Lanes& lanes, const float* weights, const float* bias, Activation act,
-             int64_t image_row, int64_t streamed_pitch = 0)
+             int64_t image_row, int64_t strips = 1, int64_t streamed_pitch = 0)
       : lanes_(lanes),
         bias_(bias),
         act_(act),
@@ -110,12 +67,16 @@ class WindowRows {
     turn_ = by_origin(across).size() == across.size()
                 ? lanes.vectors()
                 : vectors_of_turn<T>((gather.vertical[0].taps() + 1) * gather.in_w);
-    row_ = row_of(across);
-    if (const int64_t parts = streamed_pitch ? parts_of_row<T>(across, streamed_pitch) : 1; parts > 1)
-      row_in_parts_ = row_of(in_parts(across, parts));
     int64_t most = 0;
-    for (const auto& [l, pieces] : row_)
-      if (pieces.size() > 1) most = std::max(most, l.count + 2 * kMostTaps);
+    for (int64_t i = 0; i < strips; ++i) {
+      const std::vector<Lattice> strip = part_of(across, i, strips);
+      strips_.push_back({row_of(strip), {}, i ? strip[0].column() : 0, i ? strip[0].first : 0});
+      for (const auto& [l, pieces] : strips_[i].row)
+        if (pieces.size() > 1) most = std::max(most, l.count + 2 * kMostTaps);
+      const int64_t parts = streamed_pitch ? parts_of_row<T>(strip, streamed_pitch) : 1;
+      for (int64_t part = 0; parts > 1 && part < parts; ++part)
+        for (Across& across : row_of(part_of(strip, part, parts))) strips_[i].in_parts.push_back(std::move(across));
+    }
     sums_.resize(2 * most * kTogether * kLanes);
   }
 
@@ -127,7 +88,7 @@ class WindowRows {
                          [](const Piece& p) { return p.taps <= kWindowTaps && may_stream(p.taps); });
     };
     return kLineVectors<T> == Pixels<T>::kAtOnce &&
-           (kTogether == Pixels<T>::kAtOnce || std::all_of(row_.begin(), row_.end(), by_windows));
+           (kTogether == Pixels<T>::kAtOnce || std::all_of(strips_[0].row.begin(), strips_[0].row.end(), by_windows));
   }
 
   // Pairs of rows of the longest of the lattices.
@@ -139,13 +100,15 @@ class WindowRows {
   // The `pair`-th rows of every lattice, of vectors [first, last). in, out: of row 0 and, unless the images are in
   // place, of the vector. asks: whether memory has to be asked for ahead.
   void make(const Image<const T>& in, const Image<T>& out, int64_t pair, int64_t first, int64_t last, bool asks) {
-    for (const auto& lattices : down_) make_class(lattices, in, out, pair, first, last, asks);
+    for (const auto& lattices : down_) make_class(lattices, in, out, pair, first, last, asks, strips_[0]);
   }
 
-  // The same rows class by class: what has to stay in the cache are then a window's rows of one class, not of all.
+  // A strip of the same rows, class by class: what has to stay in the cache are then a window's rows of one class, not
+  // of all.
   int64_t steps() const { return int64_t(down_.size()) * pairs_; }
-  void make_step(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last, bool asks) {
-    make_class(down_[step / pairs_], in, out, step % pairs_, first, last, asks);
+  void make_step(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last, bool asks,
+                 int64_t strip) {
+    make_class(down_[step / pairs_], in, out, step % pairs_, first, last, asks, strips_[strip]);
   }
 
  private:
@@ -173,10 +136,10 @@ class WindowRows {
   }
 
   void make_class(const std::vector<Lattice>& lattices, const Image<const T>& in, const Image<T>& out, int64_t pair,
-                  int64_t first, int64_t last, bool asks) {
+                  int64_t first, int64_t last, bool asks, const Strip& strip) {
     const int64_t j = pair / kRows * 2 * kRows + pair % kRows;
     for (const Lattice& down : lattices)
-      if (j < down.count) rows_of(in, out, down, j, j + kRows < down.count ? 2 : 1, first, last, asks);
+      if (j < down.count) rows_of(in, out, down, j, j + kRows < down.count ? 2 : 1, first, last, asks, strip);
   }
 
   // The image's rows for rows j and j + kRows of the lattice's outputs.
@@ -227,7 +190,7 @@ class WindowRows {
   }
 
   void rows_of(const Image<const T>& in, const Image<T>& out, const Lattice& down, int64_t j, int rows, int64_t first,
-               int64_t last, bool asks) {
+               int64_t last, bool asks, const Strip& strip) {
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
     Job<T> base{};
@@ -244,8 +207,10 @@ class WindowRows {
     const auto make = [&](const Across& across, int64_t v, int64_t vectors) {
       const Lattice& l = across.lattice;
       Job<T> job = job_of(base, in, out, down, l, j, rows, v, vectors);
-      const int64_t read_at = linear ? taken * vector : (job.at + std::max<int64_t>(0, -l.left) * job.pitch) * size;
-      const int64_t written_at = linear ? taken * vector : (l.first * out.pixel + lanes_.at(v)) * size;
+      const int64_t read_at =
+          linear ? taken * vector + strip.read * in.pixel * size : (l.column() * in.pixel + lanes_.at(v)) * size;
+      const int64_t written_at =
+          linear ? taken * vector + strip.written * out.pixel * size : (l.first * out.pixel + lanes_.at(v)) * size;
       if (asks)
         job.read = {read + read_at, linear ? vector : l.step * job.pitch * size,
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
@@ -260,7 +225,7 @@ class WindowRows {
     // its neighbour.
     const int64_t whole = std::min(last, lanes_.channels / kLanes);
     for (int64_t start = first; start < last; start += turn_)
-      for (const Across& across : out.streams && !row_in_parts_.empty() ? row_in_parts_ : row_)
+      for (const Across& across : out.streams && !strip.in_parts.empty() ? strip.in_parts : strip.row)
         for (int64_t v = start, vectors; v < std::min(start + turn_, last); v += vectors) {
           const int64_t run = std::min(start + turn_, whole) - v;
           vectors = across.pieces.size() == 1 && run > 0 ? run : vectors_together<T>(lanes_, v);
@@ -377,7 +342,7 @@ class WindowRows {
   const float* bias_;
   const Activation act_;
   const std::vector<std::vector<Lattice>> down_;  // by class
-  std::vector<Across> row_, row_in_parts_;
+  std::vector<Strip> strips_;
   const int64_t pairs_;
   int64_t turn_;
   const int phases_across_;

@@ -1,0 +1,58 @@
+// A row of outputs in strips of columns, lattices, and pieces of their taps: what one window makes.
+#pragma once
+#include "cpu/depthwise/convolution_window.h"
+
+namespace rkl::cpu::RKL_ISA {
+
+// So many of a lattice's taps, from the first-th on: what a window takes at once.
+struct Piece {
+  int first, taps;
+  Steps steps;
+};
+
+inline std::vector<Piece> pieces_of(const Lattice& l) {
+  std::vector<Piece> pieces;
+  const int most = l.step > 2 ? 1 : kMostTaps, count = (l.taps + most - 1) / most;
+  for (int i = 0; i < count; ++i) {
+    const int first = l.taps * i / count, taps = l.taps * (i + 1) / count - first;
+    pieces.push_back({first, taps, Steps(l, first, taps)});
+  }
+  return pieces;
+}
+
+// A row's lattice.
+struct Across {
+  Lattice lattice;
+  std::vector<Piece> pieces;
+};
+
+inline std::vector<Across> row_of(const std::vector<Lattice>& lattices) {
+  std::vector<Across> row;
+  for (const Lattice& l : lattices) row.push_back({l, pieces_of(l)});
+  return row;
+}
+
+// Some columns of a row of outputs, whole and in the parts in which they go past the caches (none: whole, too), and
+// where the pixels and the outputs of a strip that is not the first begin.
+struct Strip {
+  std::vector<Across> row, in_parts;
+  int64_t read, written;
+};
+
+// Parts in which a row of outputs goes past the caches where neighbours lie `pitch` bytes apart: all channels of a part
+// are written before the next part. Memory takes lines that follow each other at 256 bytes, at 512 and at their
+// multiples at two thirds and a third of its rate (Zen 5: 128 channels in fp32 took 2.1 times as long by whole rows).
+// Vectors of 16 bits come slowly enough for the first; blocks write some lines of a pixel's neighbours anyway.
+template <class T>
+int64_t parts_of_row(const std::vector<Lattice>& lattices, int64_t pitch) {
+  constexpr int64_t kVectors = kLineVectors<T>;
+  int64_t longest = 0;
+  for (const Lattice& l : lattices) {
+    if (l.taps > kWindowTaps) return 1;
+    longest = std::max(longest, l.count);
+  }
+  if (pitch % (256 * kVectors)) return 1;
+  return longest / (pitch % 512 ? 32 : 16 * kVectors);
+}
+
+}  // namespace rkl::cpu::RKL_ISA
