@@ -41,20 +41,16 @@ Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t 
   return {g.batch, vectors, even, pairs, ceil_div(pairs, wanted), strips};
 }
 
-// Whether outputs of so many pixels go past the caches, if their memory allows it.
-inline bool may_go_past_caches(int64_t pixels, int64_t pixel_bytes) {
-  return pixel_bytes % kLine == 0 && exceeds_caches(pixels * pixel_bytes, torch::stable::get_num_threads());
-}
-
 // Strips of columns so narrow that what is in flight stays in a core's second-level cache: the rows that two pairs of
 // rows of outputs span, those asked for and, where they do not go past the caches, those of the outputs. Not narrower
-// than 64 columns. (128 channels of 256 px in bf16, 3 x 7: 1.3 to 1.9 times as fast in two strips, Zen 5.)
+// than 64 columns. (128 channels of 256 px in bf16, 3 x 7: 1.3 to 1.9 times as fast in two strips, Zen 5.) By the shape
+// alone, as all tasks: a thread alone writes past the caches sooner.
 template <class T>
 int64_t strips_of(const Conv2d& g) {
   const int64_t rows = 4 * Pixels<T>::kRows, read = g.kernel_h - 1 + rows * g.stride_h;
-  const int64_t pixel = g.channels * int64_t(sizeof(T));
-  const int64_t written = may_go_past_caches(g.batch * g.out_h * g.out_w, pixel) ? 0 : rows;
-  const int64_t bytes = (read * g.in_w + written * g.out_w) * pixel;
+  const int64_t pixel = g.channels * int64_t(sizeof(T)), written = g.out_w * pixel;
+  const bool streams = pixel % kLine == 0 && exceeds_caches(g.batch * g.out_h * written, 2);
+  const int64_t bytes = read * g.in_w * pixel + (streams ? 0 : rows * written);
   return std::clamp<int64_t>(ceil_div(bytes, cache_share()), 1, std::max<int64_t>(1, g.out_w / 64));
 }
 
@@ -91,7 +87,8 @@ class NhwcRows {
       : gather_(gather),
         images_(g.batch),
         channels_(lanes.channels),
-        streams_(may_go_past_caches(images_ * gather.out_h * gather.out_w, channels_ * int64_t(sizeof(T)))),
+        streams_(
+            exceeds_caches(images_ * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)), finish.threads)),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels,
               by_class ? strips_of<T>(g) : 1, streams_ ? channels_ * int64_t(sizeof(T)) : 0) {}
 

@@ -33,6 +33,7 @@ struct Finish {
   const float* weights;
   const float* bias;
   Activation act;
+  int64_t threads = torch::stable::get_num_threads();  // of the call: its workers may be told another number
 };
 
 // Of filters (C, taps), or of a bias (C, 1), a vector of channels as (tap, lane) in fp32. By transpositions: an element
