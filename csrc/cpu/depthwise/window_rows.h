@@ -70,7 +70,8 @@ class WindowRows {
     int64_t most = 0;
     for (int64_t i = 0; i < strips; ++i) {
       const std::vector<Lattice> strip = part_of(across, i, strips);
-      strips_.push_back({row_of(strip), {}, i ? strip[0].column() : 0, i ? strip[0].first : 0});
+      strips_.push_back({row_of(strip), {}, 0, 0});
+      if (i && !strip.empty()) strips_[i].read = strip[0].column(), strips_[i].written = strip[0].first;
       for (const auto& [l, pieces] : strips_[i].row)
         if (pieces.size() > 1) most = std::max(most, l.count + 2 * kMostTaps);
       const int64_t parts = streamed_pitch ? parts_of_row<T>(strip, streamed_pitch) : 1;
