@@ -21,7 +21,7 @@ struct Lattice {
   int taps;
 
   // Where the first input lies that the outputs read.
-  int64_t column() const { return origin + unit * std::max<int64_t>(0, -left); }
+  int64_t first_input() const { return origin + unit * std::max<int64_t>(0, -left); }
 };
 
 // Output i of the axis reads step * i + offset + distance * t. With q = distance / gcd(step, distance), the outputs

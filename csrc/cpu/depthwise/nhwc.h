@@ -41,16 +41,22 @@ Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t 
   return {g.batch, vectors, even, pairs, ceil_div(pairs, wanted), strips};
 }
 
+// Whether outputs of so many pixels may go past the caches: whole lines, stored at once.
+template <class T>
+bool may_go_past_caches(int64_t pixels, int64_t channels, int64_t threads) {
+  const int64_t pixel = channels * int64_t(sizeof(T));
+  return kLineVectors<T> == Pixels<T>::kAtOnce && pixel % kLine == 0 && exceeds_caches(pixels * pixel, threads);
+}
+
 // Strips of columns so narrow that what is in flight stays in a core's second-level cache: the rows that two pairs of
 // rows of outputs span, those asked for and, where they do not go past the caches, those of the outputs. Not narrower
 // than 64 columns. (128 channels of 256 px in bf16, 3 x 7: 1.3 to 1.9 times as fast in two strips, Zen 5.) By the shape
-// alone, as all tasks: a thread alone writes past the caches sooner.
+// alone, as all tasks, so by the size for several threads.
 template <class T>
 int64_t strips_of(const Conv2d& g) {
   const int64_t rows = 4 * Pixels<T>::kRows, read = g.kernel_h - 1 + rows * g.stride_h;
-  const int64_t pixel = g.channels * int64_t(sizeof(T)), written = g.out_w * pixel;
-  const bool streams = pixel % kLine == 0 && exceeds_caches(g.batch * g.out_h * written, 2);
-  const int64_t bytes = read * g.in_w * pixel + (streams ? 0 : rows * written);
+  const int64_t written = may_go_past_caches<T>(g.batch * g.out_h * g.out_w, g.channels, 2) ? 0 : rows;
+  const int64_t bytes = (read * g.in_w + written * g.out_w) * g.channels * int64_t(sizeof(T));
   return std::clamp<int64_t>(ceil_div(bytes, cache_share()), 1, std::max<int64_t>(1, g.out_w / 64));
 }
 
@@ -87,8 +93,7 @@ class NhwcRows {
       : gather_(gather),
         images_(g.batch),
         channels_(lanes.channels),
-        streams_(
-            exceeds_caches(images_ * gather.out_h * gather.out_w * channels_ * int64_t(sizeof(T)), finish.threads)),
+        streams_(may_go_past_caches<T>(images_ * gather.out_h * gather.out_w, channels_, finish.threads)),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels,
               by_class ? strips_of<T>(g) : 1, streams_ ? channels_ * int64_t(sizeof(T)) : 0) {}
 
@@ -103,7 +108,7 @@ class NhwcRows {
     auto to = nhwc_image(out, images_, tile.image, gather_.out_h, gather_.out_w, channels_);
     // Asked once a thread, of the middle of its first image: the memory's first page holds the allocator's own numbers.
     if (!asked_)
-      streams_ = streams_ && rows_.fills_lines() && in_whole_lines(out, channels_ * int64_t(sizeof(T))) &&
+      streams_ = streams_ && rows_.stores_all_at_once() && in_whole_lines(out, channels_ * int64_t(sizeof(T))) &&
                  is_resident(to.first + to.row * gather_.out_h / 2);
     asked_ = true;
     to.streams = streams_;

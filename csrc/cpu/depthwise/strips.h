@@ -46,13 +46,25 @@ struct Strip {
 template <class T>
 int64_t parts_of_row(const std::vector<Lattice>& lattices, int64_t pitch) {
   constexpr int64_t kVectors = kLineVectors<T>;
+  if (pitch % (256 * kVectors)) return 1;
   int64_t longest = 0;
   for (const Lattice& l : lattices) {
     if (l.taps > kWindowTaps) return 1;
     longest = std::max(longest, l.count);
   }
-  if (pitch % (256 * kVectors)) return 1;
   return longest / (pitch % 512 ? 32 : 16 * kVectors);
+}
+
+// The i-th strip of a row. streamed_pitch: as `pitch` above; 0 of outputs that do not go past the caches.
+template <class T>
+Strip strip_of(const std::vector<Lattice>& row, int64_t i, int64_t strips, int64_t streamed_pitch) {
+  const std::vector<Lattice> own = part_of(row, i, strips);
+  Strip strip{row_of(own), {}, 0, 0};
+  if (i && !own.empty()) strip.read = own[0].first_input(), strip.written = own[0].first;
+  const int64_t parts = streamed_pitch ? parts_of_row<T>(own, streamed_pitch) : 1;
+  for (int64_t part = 0; parts > 1 && part < parts; ++part)
+    for (const Lattice& l : part_of(own, part, parts)) strip.in_parts.push_back({l, pieces_of(l)});
+  return strip;
 }
 
 }  // namespace rkl::cpu::RKL_ISA

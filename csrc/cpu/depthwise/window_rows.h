@@ -69,27 +69,20 @@ class WindowRows {
                 : vectors_of_turn<T>((gather.vertical[0].taps() + 1) * gather.in_w);
     int64_t most = 0;
     for (int64_t i = 0; i < strips; ++i) {
-      const std::vector<Lattice> strip = part_of(across, i, strips);
-      strips_.push_back({row_of(strip), {}, 0, 0});
-      if (i && !strip.empty()) strips_[i].read = strip[0].column(), strips_[i].written = strip[0].first;
+      strips_.push_back(strip_of<T>(across, i, strips, streamed_pitch));
       for (const auto& [l, pieces] : strips_[i].row)
         if (pieces.size() > 1) most = std::max(most, l.count + 2 * kMostTaps);
-      const int64_t parts = streamed_pitch ? parts_of_row<T>(strip, streamed_pitch) : 1;
-      for (int64_t part = 0; parts > 1 && part < parts; ++part)
-        for (Across& across : row_of(part_of(strip, part, parts))) strips_[i].in_parts.push_back(std::move(across));
     }
     sums_.resize(2 * most * kTogether * kLanes);
   }
 
-  // Whether whole lines of outputs are stored at once, as what goes past the caches must be. Where a line is two
-  // vectors, windows have both, and blocks one.
-  bool fills_lines() const {
+  // Whether every kernel that serves stores as many vectors at once as windows do. Of 16 registers blocks have one.
+  bool stores_all_at_once() const {
     const auto by_windows = [](const Across& across) {
       return std::all_of(across.pieces.begin(), across.pieces.end(),
                          [](const Piece& p) { return p.taps <= kWindowTaps && may_stream(p.taps); });
     };
-    return kLineVectors<T> == Pixels<T>::kAtOnce &&
-           (kTogether == Pixels<T>::kAtOnce || std::all_of(strips_[0].row.begin(), strips_[0].row.end(), by_windows));
+    return kTogether == Pixels<T>::kAtOnce || std::all_of(strips_[0].row.begin(), strips_[0].row.end(), by_windows);
   }
 
   // Pairs of rows of the longest of the lattices.
@@ -209,14 +202,14 @@ class WindowRows {
       const Lattice& l = across.lattice;
       Job<T> job = job_of(base, in, out, down, l, j, rows, v, vectors);
       const int64_t read_at =
-          linear ? taken * vector + strip.read * in.pixel * size : (l.column() * in.pixel + lanes_.at(v)) * size;
+          linear ? taken * vector + strip.read * in.pixel * size : (l.first_input() * in.pixel + lanes_.at(v)) * size;
       const int64_t written_at =
           linear ? taken * vector + strip.written * out.pixel * size : (l.first * out.pixel + lanes_.at(v)) * size;
       if (asks)
         job.read = {read + read_at, linear ? vector : l.step * job.pitch * size,
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
       if (asks && in.is_far && job.units)  // not of a phase without taps, which reads no row
-        job.ahead = elements_ahead<T>(std::min(l.count, l.inputs), job.pitch);
+        job.ahead = elements_ahead<T>(std::min(l.step * l.count, l.inputs), job.pitch);
       if (asks && !out.streams)
         job.written = {written + written_at, linear ? vector : job.out_pitch * size, down.pitch * out.row * size,
                        !linear};
