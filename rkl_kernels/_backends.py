@@ -170,6 +170,7 @@ def refusal(
     dtype: torch.dtype,
     differentiated: bool = False,
     multiplied: bool = False,
+    layout: torch.layout = torch.strided,
 ) -> str | None:
     """Why ``backend`` cannot serve ``operator`` on such tensors; None where it can. ``multiplied``: several filters a
     channel."""
@@ -185,6 +186,8 @@ def refusal(
         return f"it serves float32, bfloat16 and float16, got {dtype}"
     if device.type != served:
         return f"it serves {served} tensors, got {device}"
+    if layout != torch.strided:  # oneDNN's own, say, which PyTorch's convolution takes
+        return f"it serves strided tensors, got {layout}"
     if multiplied:
         return "it serves one filter a channel"
     if differentiated:
@@ -199,17 +202,17 @@ def refusal(
 
 def choose(operator: str, x: Tensor, multiplied: bool = False) -> str:
     """The backend that serves ``operator`` on tensors like ``x``, here and now."""
-    return _chosen(_forced.value, operator, x.device, x.dtype, differentiated(), multiplied)
+    return _chosen(_forced.value, operator, x.device, x.dtype, differentiated(), multiplied, x.layout)
 
 
 # Settled once a compilation: nothing that it depends on changes while the process lives.
 @settled_while_compiled
-def _chosen(forced: str, operator: str, device: torch.device, dtype: torch.dtype, *how: bool) -> str:
+def _chosen(forced: str, operator: str, device: torch.device, dtype: torch.dtype, *how: Any) -> str:
     return _decision(forced, operator, device, dtype, *how)
 
 
 @lru_cache(maxsize=1024)
-def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dtype, *how: bool) -> str:
+def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dtype, *how: Any) -> str:
     if forced != "auto":
         reason = refusal(forced, operator, device, dtype, *how)
         if reason:

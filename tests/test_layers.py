@@ -172,6 +172,23 @@ def test_several_filters_a_channel():
         ours(x)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+def test_images_in_onednns_own_layout():
+    """What ``to_mkldnn`` makes, which PyTorch's convolution takes beside filters of the common layout."""
+    chain = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    model, x = nn.Sequential(*chain).eval(), torch.randn(2, 8, 7, 6)
+    converted, pair = copy.deepcopy(model), rk.SeparableConv2d(8, 4, 3, padding=1, inner_activation="relu")
+    rk.convert(converted)
+    with torch.no_grad():
+        for layer in (model[0], converted[0], rk.fuse_for_inference(model), pair):
+            found = layer(x.to_mkldnn())
+            assert found.layout == torch._mkldnn
+            torch.testing.assert_close(found.to_dense(), layer(x))
+    assert rk.explain("depthwise_conv2d", x.to_mkldnn(), converted[0].weight).backend == "reference"
+    with rk.use_backend("cpu"), pytest.raises(RuntimeError, match=r"serves strided tensors, got torch\._mkldnn"):
+        converted[0](x.to_mkldnn())
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 7, 6), (4, 7, 6), (2, 16, 7, 6), (2, 24, 7, 6)], ids=str)
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_an_image_of_other_channels_is_refused(shape, multiplier):
