@@ -1,5 +1,5 @@
 """Depthwise convolution, norm, activation, pointwise convolution, norm, activation: one layer for inference; and any
-other convolution with the norm after it.
+other convolution with the norm after it. A ``SeparableConv2d`` counts as its steps.
 
 A norm with running statistics is a scale and a shift of each channel. They go into the filter and the bias of the
 convolution before it, computed in float64 and rounded once.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ._checks import Activation
 from ._convert import is_depthwise
 from ._surroundings import overrides_functions
 from .folded import ActivatedConv2d, ActivatedDepthwiseConv2d
-from .layers import DepthwiseConv2d, SeparableConv2d, TReLU, is_altered, is_pointwise
+from .layers import DepthwiseConv2d, SeparableConv2d, TReLU, is_altered, is_pointwise, is_single
 
 # By name, so that neither library is imported to ask.
 _NORMS = {
@@ -71,6 +71,8 @@ def why_not_first(module: nn.Conv2d) -> str | None:
     """Why a depthwise convolution cannot begin a fused layer; None where it can."""
     if is_altered(module):
         return "it has hooks (pruning and weight norm are such), or a forward of its own"
+    if type(module) is ActivatedDepthwiseConv2d:
+        return "it is fused with its activation already"
     if type(module) not in (nn.Conv2d, DepthwiseConv2d):
         return f"{type(module).__qualname__} is a subclass of nn.Conv2d and may compute something else"
     if module.out_channels != module.in_channels:
@@ -88,10 +90,10 @@ def fuse(modules: Sequence[nn.Module]) -> Fused | None:
     Args:
         modules: in the order of their calls, in inference mode, each the only reader of the one before.
     """
-    first = modules[0]
-    if not isinstance(first, nn.Conv2d) or not is_depthwise(first) or why_not_first(first):
+    reader = _Reader(modules)
+    first = reader.depthwise()
+    if first is None:
         return None
-    reader = _Reader(modules[1:])
     of_depthwise = reader.affine()
     inner = reader.activation()
     pointwise = reader.pointwise()
@@ -115,27 +117,27 @@ def fold_norm(modules: Sequence[nn.Module]) -> Fused | None:
     Args:
         modules: in the order of their calls, in inference mode, each the only reader of the one before.
     """
-    first = modules[0]
-    if type(first) is not nn.Conv2d or is_altered(first) or not _is_readable(first):
-        return None
-    reader = _Reader(modules[1:])
-    affine = reader.affine()
-    if affine is None:
+    reader = _Reader(modules)
+    first = reader.dense()
+    affine = reader.affine() if first else None
+    if first is None or affine is None:
         return None
     layer = _with(copy.deepcopy(first), *_folded(first, affine))
     return _fused(_activated(ActivatedConv2d, layer, reader.activation()), reader)
 
 
 def _fused(layer: nn.Module | None, reader: _Reader) -> Fused | None:
-    """The layer with what is left of the last module read. None where it is too large for its type, in 16 bits."""
-    if layer is None or not all(torch.isfinite(p).all() for p in layer.parameters()):
-        return None
+    """The layer with what is left of the last module read. None where it is too large for its type, in 16 bits, or does
+    what one module did."""
     served, rest = reader.served()
-    return Fused(nn.Sequential(layer, *rest) if rest else layer, 1 + served)
+    if layer is None or served == 1 or not all(torch.isfinite(p).all() for p in layer.parameters()):
+        return None
+    return Fused(nn.Sequential(layer, *rest) if rest else layer, served)
 
 
 class _Reader:
-    """Goes along what modules do in inference: an affine map, nothing at all, or the module itself."""
+    """Goes along what modules do in inference: an affine map, nothing at all, the steps of a separable convolution, or
+    the module itself."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.steps = [(number, step) for number, module in enumerate(modules) for step in _steps(module)]
@@ -143,6 +145,20 @@ class _Reader:
 
     def _next(self) -> Any:
         return self.steps[self.at][1] if self.at < len(self.steps) else None
+
+    def depthwise(self) -> nn.Conv2d | None:
+        step = self._next()
+        if not isinstance(step, nn.Conv2d) or not is_depthwise(step) or why_not_first(step):
+            return None
+        self.at += 1
+        return step
+
+    def dense(self) -> nn.Conv2d | None:
+        step = self._next()
+        if type(step) is not nn.Conv2d or is_altered(step) or not _is_readable(step):
+            return None
+        self.at += 1
+        return step
 
     def affine(self) -> Affine | None:
         step = self._next()
@@ -152,24 +168,16 @@ class _Reader:
         return step
 
     def activation(self) -> Activation | None:
-        step = self._next()
-        name = _ACTIVATIONS.get(type(step))
-        if name is None or is_altered(step) or not _has_usual_settings(step):
-            return None
-        self.at += 1
+        name = _activation(self._next())
+        self.at += name is not None
         return name
 
     def pointwise(self) -> nn.Conv2d | None:
         step = self._next()
-        if not isinstance(step, nn.Conv2d) or not is_pointwise(step) or not _is_readable(step):
-            return None
-        self.at += 1
-        return step
+        return self.dense() if isinstance(step, nn.Conv2d) and is_pointwise(step) else None
 
     def served(self) -> tuple[int, list[nn.Module]]:
         """How many modules are read, the last perhaps in part, and what is left of that one."""
-        if self.at == 0:
-            return 0, []
         last = self.steps[self.at - 1][0]
         return last + 1, [step for number, step in self.steps[self.at :] if number == last]
 
@@ -180,6 +188,14 @@ def _is_readable(module: nn.Module) -> bool:
     return not overrides_functions(*tensors) and not any(tensor.is_meta for tensor in tensors)
 
 
+def _activation(step: Any) -> Activation | None:
+    """The name of what activates: a layer, or a separable convolution's own, which goes by its name."""
+    if isinstance(step, str):
+        return cast(Activation, step)
+    name = _ACTIVATIONS.get(type(step))
+    return None if name is None or is_altered(step) or not _has_usual_settings(step) else name
+
+
 def _has_usual_settings(activation: nn.Module) -> bool:
     """Whether gelu has its erf form, and relu6 its own bounds."""
     bounds = getattr(activation, "min_val", 0), getattr(activation, "max_val", 6)
@@ -187,9 +203,13 @@ def _has_usual_settings(activation: nn.Module) -> bool:
 
 
 def _steps(module: nn.Module) -> list[Any]:
-    """What a module does in inference. Of a norm with an activation inside, both."""
+    """What a module does in inference. Of a norm with an activation inside, both; of a separable convolution, its two
+    convolutions and the names of their activations."""
     if is_altered(module):
         return [module]
+    if type(module) is SeparableConv2d and is_single(module) and _is_readable(module):
+        parts = module.depthwise, module.inner_activation, module.pointwise, module.activation
+        return [part for part in parts if part is not None]
     if type(module) in _NOTHING and not module.training:
         return []
     affine = _affine(module) if is_norm(module) else None

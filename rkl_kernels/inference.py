@@ -16,7 +16,7 @@ from . import _reading, fold
 from ._convert import check_module, convert, is_depthwise
 from ._copying import copied
 from ._fused import Entry, FusedGraph, FusedSequential, Made, tie
-from .layers import has_own_forward, is_altered
+from .layers import SeparableConv2d, has_own_forward, is_altered, is_single
 
 
 @dataclass
@@ -49,8 +49,9 @@ class Fusion:
 
 def fuse_for_inference(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, its chains of depthwise convolution, batch norm, activation, pointwise
-    convolution, batch norm and activation fused into one operator each, the norms folded into the filters. So are the
-    norms after its other convolutions. A model without depthwise convolutions is copied as it is.
+    convolution, batch norm and activation fused into one operator each, the norms folded into the filters. The
+    steps of an ``rk.SeparableConv2d`` begin such a chain too. The norms after other convolutions are folded likewise.
+    A model without depthwise convolutions is copied as it is.
 
     Equivalent to ``model.eval()`` in what a call returns, up to rounding; it has no gradients but the input's. The
     model itself is not touched, nor called with data, nor is random state. The copy is for calls alone: to train, to
@@ -127,8 +128,9 @@ class _Fuser:
                 self._swap(sequential)
         tie(fused)
         done = {name for chain in self.report.fused for name in chain}
+        single = {m.depthwise for m in self.names if isinstance(m, SeparableConv2d) and is_single(m)}
         for module in depthwise:
-            if self.names[module] not in done:
+            if self.names[module] not in done and module not in single:
                 self.report.left.setdefault(self.names[module], self._why_not_read(self.names[module]))
         return fused
 
@@ -186,14 +188,15 @@ class _Fuser:
     def _fuse_from(self, module: nn.Module, node: torch.fx.Node, parts: dict[str, Any]) -> None:
         """Put a fused layer in the place of ``node`` and the nodes after it, where it begins a chain."""
         nodes = _chain(node)
-        modules = list(takewhile(lambda m: m not in self.taken, (module.get_submodule(str(n.target)) for n in nodes)))
+        called = (module.get_submodule(str(n.target)) for n in nodes)
+        modules = list(takewhile(lambda m: self.taken.isdisjoint(m.modules()), called))
         first = modules[0] if modules else None
-        if not isinstance(first, nn.Conv2d):
+        if not isinstance(first, nn.Conv2d | SeparableConv2d):
             return
-        depthwise = is_depthwise(first)
+        depthwise = isinstance(first, SeparableConv2d) or is_depthwise(first)
         fused = fold.fuse(modules) if depthwise else fold.fold_norm(modules)
         if fused is None:
-            if depthwise:
+            if depthwise and isinstance(first, nn.Conv2d):
                 self.report.left[self.names[first]] = fold.why_not_first(first) or _why_not_fused(node, modules)
             return
         nodes = nodes[: fused.modules]

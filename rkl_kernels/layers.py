@@ -172,8 +172,7 @@ class SeparableConv2d(nn.Module):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        depthwise, pointwise = self.depthwise, self.pointwise
-        single = not _has_any_global_hook() and _has_one_filter(depthwise) and is_pointwise(pointwise)
+        depthwise, pointwise, single = self.depthwise, self.pointwise, is_single(self)
         weights: list[Any] = [depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias] if single else []
         if not single or overrides_functions(input, *weights):
             depthwise_out = activated(depthwise(input), self.inner_activation)
@@ -230,6 +229,11 @@ def is_pointwise(module: nn.Module) -> bool:
         return False
     window: Any = module.kernel_size, module.stride, module.groups
     return window == ((1, 1), (1, 1), 1) and module.padding in ((0, 0), "same", "valid")
+
+
+def is_single(separable: SeparableConv2d) -> bool:
+    """Whether both steps are what their classes say, so that one operator does them."""
+    return not _has_any_global_hook() and _has_one_filter(separable.depthwise) and is_pointwise(separable.pointwise)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

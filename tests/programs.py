@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import rkl_kernels as rk
+
 CHANNELS = 6
 NORMS = (nn.BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, lambda c: nn.BatchNorm2d(c, track_running_stats=False))
 ACTIVATIONS = (nn.ReLU, lambda: nn.ReLU(inplace=True), nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Identity)
@@ -91,9 +93,16 @@ def _depthwise(rng: random.Random) -> nn.Conv2d:
     return kind(CHANNELS, CHANNELS, size, 1, padding, groups=CHANNELS, bias=rng.random() < 0.5, padding_mode=mode)
 
 
+def _separable(rng: random.Random) -> rk.SeparableConv2d:
+    inner, outer = rng.choice((None, "relu6", "silu")), rng.choice((None, None, "trelu"))
+    bias = rng.random() < 0.5
+    return rk.SeparableConv2d(CHANNELS, CHANNELS, 3, 1, 1, bias=bias, inner_activation=inner, activation=outer)
+
+
 def _part(rng: random.Random) -> nn.Sequential:
-    layers: list[nn.Module] = [_depthwise(rng)]
-    for pointwise in (False, True):
+    separable = rng.random() < 0.25
+    layers: list[nn.Module] = [_separable(rng) if separable else _depthwise(rng)]
+    for pointwise in (False, True)[separable:]:
         if pointwise and rng.random() < 0.8:
             layers.append(nn.Conv2d(CHANNELS, CHANNELS, 1, bias=rng.random() < 0.5))
         if rng.random() < 0.7:
