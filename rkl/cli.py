@@ -77,7 +77,7 @@ class Evaluate:
             print(f"plot: {run.folder / 'plots' / 'early_exit.png'}")
             return
         data = load_data(run.config).to(run.device)
-        check_classes(run, data.classes)
+        check_classes(run.folder, run.facts, data.classes)
         split = getattr(data, self.split)
         if not len(split):
             raise ValueError(f"split must have images, got {self.split!r} of a run with val_fraction 0")

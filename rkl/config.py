@@ -279,8 +279,16 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """What a field's value must keep; a comparison with nan holds for none."""
 
-MAY_CHANGE = {"out", "data_root", "download", "compile", "on_nan"}
-"""Fields that a resumed run may set anew: they say where, how fast, and what to do where it fails; not what is run."""
+_MAY_CHANGE = {"out", "data_root", "download", "compile", "on_nan"}
+"""Fields that say where, how fast, and what to do where a run fails; not what is run."""
+
+
+def is_other_run(key: str, then: object, now: object) -> bool:
+    """Whether a run that began with ``then`` under ``key`` is another one with ``now``. Images may lie in another
+    folder: their classes are looked at."""
+    moved = key == "data" and all(isinstance(data, str) and data.startswith("folder:") for data in (then, now))
+    return then != now and key not in _MAY_CHANGE and not moved
+
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Table I.

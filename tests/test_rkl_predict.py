@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,26 @@ def test_a_renamed_class_is_no_silent_zero(run: Path, folder: Path, capsys: pyte
     finally:
         (folder / "hound").rename(folder / "dog")
     assert "data must have the classes the run was trained on, got 'hound' for 'dog'" in capsys.readouterr().err
+
+
+def test_images_in_another_folder(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A run goes on with them where its classes are the same, and not where they would mean something else."""
+    begun, moved = shutil.copytree(run, tmp_path / "run"), shutil.copytree(folder, tmp_path / "moved")
+    (begun / "metrics.json").unlink()  # as where the run was stopped before its test
+    command = ["train", "--resume", "--out", str(begun), "--data", f"folder:{moved}"]
+    (moved / "dog").rename(moved / "hound")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "data must have the classes the run was trained on, got 'hound' for 'dog'" in capsys.readouterr().err
+    assert not (begun / "metrics.json").exists()
+    (moved / "hound").rename(moved / "dog")
+    main(command)
+    assert (begun / "metrics.json").exists()
+    main(["evaluate", str(begun)])
+    assert f"folder:{moved}" in "".join(capsys.readouterr().out.split())  # in lines as wide as the terminal
+    with pytest.raises(SystemExit):
+        main([*command[:-1], "digits"])
+    assert "a resumed run must keep its settings, got data 'digits'" in capsys.readouterr().err
 
 
 def test_outputs_that_are_not_finite_are_said(run: Path, folder: Path) -> None:

@@ -298,6 +298,21 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatc
     assert torch.equal(tensors["a"], torch.ones(2))
 
 
+def test_a_checkpoint_saved_while_it_is_loaded(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a run that trains meanwhile: the newer one is loaded, and not refused as damaged."""
+    tensors, facts = checkpoint.load(run / "checkpoints", "last")
+    checkpoint.save(tmp_path, "last", tensors, facts)
+    whole = checkpoint.load_file
+
+    def late(file: Path) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(checkpoint, "load_file", whole)
+        checkpoint.save(tmp_path, "last", tensors, facts | {"epoch": facts["epoch"] + 1})
+        return whole(file)
+
+    monkeypatch.setattr(checkpoint, "load_file", late)
+    assert checkpoint.load(tmp_path, "last")[1]["epoch"] == facts["epoch"] + 1
+
+
 def test_the_module_runs_and_only_debug_shows_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rkl", "evaluate", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -50,7 +50,7 @@ def evaluate_early_exit(
     plot, file = run.folder / "plots" / "early_exit.png", run.folder / "early_exit.json"
     check_writable(plot, file)
     model, data = run.model.deploy(exits=True), load_data(run.config).to(run.device)
-    check_classes(run, data.classes)
+    check_classes(run.folder, run.facts, data.classes)
     if not len(data.val):
         raise RunError(f"{run.folder}: early exit needs validation images to calibrate on, got val_fraction 0")
     costs = exit_costs(model, example_image(run))

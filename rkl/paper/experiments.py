@@ -28,7 +28,7 @@ import torch
 
 from rkl_kernels.errors import told
 
-from ..config import MAY_CHANGE, Config, from_plain, read_plain, read_yaml, to_plain
+from ..config import Config, from_plain, is_other_run, read_plain, read_yaml, to_plain
 from ..training.files import RunError, UnwritableError, write_text
 from ..training.train import load_data, train
 from .compute import at_macs, cut_to_macs, macs
@@ -200,7 +200,7 @@ def _finished(config: Config) -> bool:
         return False
     then, now = to_plain(read_yaml(config.out / "config.yaml")), to_plain(config)
     for key in now:
-        if then.get(key) != now[key] and key not in MAY_CHANGE:
+        if is_other_run(key, then.get(key), now[key]):
             raise RunError(
                 f"{config.out}: holds a run with {key} {then.get(key)!r}, want {now[key]!r}; give another out"
             )

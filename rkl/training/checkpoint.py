@@ -19,7 +19,7 @@ from typing_extensions import Required, TypedDict
 
 from rkl_kernels.errors import first_line
 
-from ..config import MAY_CHANGE, Config, read_yaml, to_plain
+from ..config import Config, is_other_run, read_yaml, to_plain
 from ..network.build import build_model
 from ..slimming import pruning
 from .files import RunError, read_json, replacing, understood, write_text
@@ -74,12 +74,32 @@ def digest(facts: dict[str, Any], file: Path) -> str:
 
 
 def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of the checkpoint ``name``.
+    """Tensors and facts of the checkpoint ``name``, the newest of a run that saves one meanwhile.
 
     Raises:
         RunError: there is none, or it is not, bit for bit, what was saved.
     """
     record = folder / f"{name}.json"
+    while True:
+        before = _version(record)
+        try:
+            return _load(folder, record)
+        except RunError:
+            if _version(record) == before:
+                raise
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    """What is another for each content of a file that is written as a whole; None where it cannot be asked."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _load(folder: Path, record: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """:func:`load` of the files as they are."""
     try:
         facts = read_json(record, "a checkpoint's JSON record")
         with understood(record, "a checkpoint's JSON record"):
@@ -152,7 +172,7 @@ def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str 
         then, plan = facts["config"], facts["plan"]
         shape = len(facts["classes"]), facts["channels"], facts["image_size"]
     for key, value in to_plain(config).items():
-        if then.get(key, value) != value and key not in MAY_CHANGE:
+        if is_other_run(key, then.get(key, value), value):
             got = f"got {key} {then[key]!r} for {value!r} in {file.name}"
             raise RunError(f"{source}: must be a checkpoint of this run's model, {got}")
     # Without memory, until its shapes are known to be those of the tensors.
@@ -171,12 +191,13 @@ def example_image(run: Run) -> Tensor:
     return torch.zeros(1, run.facts["channels"], *2 * [run.facts["image_size"]], device=run.device)
 
 
-def check_classes(run: Run, classes: list[str]) -> None:
-    """Raise RunError unless data have the run's own classes, in its order, which is what its outputs mean."""
-    for number, (ours, theirs) in enumerate(zip_longest(run.facts["classes"], classes)):
+def check_classes(folder: Path, facts: dict[str, Any], classes: list[str]) -> None:
+    """Raise RunError unless data have the own classes of the run in ``folder``, in its order, which is what its outputs
+    mean."""
+    for number, (ours, theirs) in enumerate(zip_longest(facts["classes"], classes)):
         if ours != theirs:
             raise RunError(
-                f"{run.folder}: data must have the classes the run was trained on, got {theirs!r} for {ours!r}, "
+                f"{folder}: data must have the classes the run was trained on, got {theirs!r} for {ours!r}, "
                 f"number {number + 1}"
             )
 

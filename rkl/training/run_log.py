@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from ..config import MAY_CHANGE, Config, read_plain, read_yaml, to_plain
+from ..config import Config, is_other_run, read_plain, read_yaml, to_plain
 from .files import AGAIN, RunError, UnwritableError, held, read_lines, write_text
 
 FIRST_CHECKPOINT = re.compile(r"\.?((best|last)-000[01]\.safetensors|(best|last)\.json)(\.partial)?")
@@ -51,7 +51,7 @@ class RunLog:
         if self.has_checkpoint:
             then, now = to_plain(read_yaml(self.file)), to_plain(config)
             for key in now:
-                if then[key] != now[key] and key not in MAY_CHANGE:
+                if is_other_run(key, then[key], now[key]):
                     raise RunError(
                         f"{self.file}: a resumed run must keep its settings, got {key} {now[key]!r} for {then[key]!r}"
                     )

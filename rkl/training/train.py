@@ -69,6 +69,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         data = data.to(fabric.device)
         learner = Learner(config, data, fabric, start, resumed)
         facts = learner.restore(log.checkpoints) if resumed else first_facts(config, data)
+        checkpoint.check_classes(config.out, facts, data.classes)
     if finished(config, facts) and is_tested(config, facts):  # the test images are looked at once
         return reported(config, fabric)
     if not resumed and config.cut_epochs and not isinstance(learner.model, ResNet):
