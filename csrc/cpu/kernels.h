@@ -60,9 +60,11 @@ struct Kernels {
 
   // y = act(x * weight + bias); bias may be null.
   void (*depthwise)(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y);
-  // The same in two parts, for whoever applies one filter to many bands.
+  // The same in two parts, for whoever applies one filter to many bands. image_bytes: of the images that a band's are a
+  // part of.
   PackedFilter (*pack_filter)(const Conv2d& g, const void* weight, const void* bias);
-  void (*depthwise_packed)(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act, void* y);
+  void (*depthwise_packed)(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act,
+                           int64_t image_bytes, void* y);
   // The gradients of x, weight and bias; each may be null where it is not wanted.
   void (*depthwise_backward)(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
                              void* dweight, void* dbias);

@@ -29,9 +29,22 @@ inline bool exceeds_caches(int64_t output, int64_t threads) {
   return machine().l3_bytes && output >= machine().l3_bytes / (threads == 1 ? 4 : 2);
 }
 
-// Whether an image of so many bytes is better asked for into the nearest cache as well: it comes late, where two
-// layers' images, read and written, leave the third-level cache little room (benchmarks/NOTES.md).
-inline bool comes_from_far(int64_t image) { return machine().l3_bytes && image >= machine().l3_bytes / 4; }
+// How far from a core images lie that a layer has just written.
+enum class Distance {
+  held,    // in the core's own caches
+  near,    // the hardware fetches them in time for windows, which take as long to ask as to multiply. Blocks ask
+  beyond,  // what comes next is asked for, into the second-level cache
+  far,     // and into the nearest one as well: it comes late
+};
+
+// Of images of so many bytes among all that a pass reads and writes. From a quarter of the third-level cache on two
+// layers' images leave it little room; a pass that takes less than that in all finds them soon enough
+// (benchmarks/NOTES.md).
+inline Distance distance_of(int64_t images, int64_t all) {
+  const int64_t share = machine().l3_bytes / 4;
+  if (share && images >= share) return Distance::far;
+  return all < share ? Distance::near : Distance::beyond;
+}
 
 // Whether rows of so many bytes from p on are whole lines of memory, as what is written past the caches must be.
 inline bool in_whole_lines(const void* p, int64_t row_bytes) {

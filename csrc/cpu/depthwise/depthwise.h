@@ -93,17 +93,18 @@ PackedFilter pack_filter(const Conv2d& given, const void* weight, const void* bi
 }
 
 template <class T>
-void depthwise_packed(const Conv2d& given, const void* x, const PackedFilter& filter, Activation act, void* y) {
+void depthwise_packed(const Conv2d& given, const void* x, const PackedFilter& filter, Activation act,
+                      int64_t image_bytes, void* y) {
   with_rows<T, true>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
     using Rows = std::remove_pointer_t<decltype(rows)>;
-    const Finish finish{filter.weights.data(), filter.bias.data(), act};
+    const Finish finish{filter.weights.data(), filter.bias.data(), act, image_bytes};
     convolve_all<Rows>(g, lanes, static_cast<const T*>(x), finish, static_cast<T*>(y));
   });
 }
 
 template <class T>
 void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y) {
-  depthwise_packed<T>(g, x, pack_filter<T>(g, weight, bias), act, y);
+  depthwise_packed<T>(g, x, pack_filter<T>(g, weight, bias), act, 0, y);
 }
 
 template <class T>

@@ -273,7 +273,9 @@ class FilterRows {
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
         job.beside = {beside + (linear ? 0 : job.grad_at * size), linear ? vector : job.grad_pitch * size,
                       down.pitch * grad.row * size, !linear};
-        const int64_t ahead = in.is_far ? elements_ahead<T>(l.inputs, job.pitch) : 0;
+        if (in.distance < Distance::beyond) job.read.step = 0;
+        if (grad.distance < Distance::beyond) job.beside.step = 0;
+        const int64_t ahead = in.distance == Distance::far ? elements_ahead<T>(l.inputs, job.pitch) : 0;
         for (int64_t i = 0; wants_bias_ && i < vectors; ++i)
           add_bias(job, i, int(rows), sums + Lanes::at(v + i, taps_, taps_ + 1));
         const int64_t steps = run(job, pieces_[h], int(here), of_vector, ahead);
@@ -299,11 +301,14 @@ class FilterRows {
         q = next;
         // What is asked for is asked for once.
         taken = std::max(taken, steps.last - steps.first);
-        job.read = job.beside = {reinterpret_cast<const char*>(rows_.data()), 0, 0, false};
+        job.read = job.beside = nothing();
       }
     }
     return taken;
   }
+
+  // To ask for: a line that is at hand.
+  Prefetch nothing() const { return {reinterpret_cast<const char*>(rows_.data()), 0, 0, false}; }
 
   static void add_bias(const FilterJob<T>& job, int64_t v, int rows, float* sums) {
     Vec total{};

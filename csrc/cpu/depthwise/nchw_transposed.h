@@ -186,8 +186,7 @@ class PlaneRows : PlaneScratch<T> {
     this->image_out_.resize(begin, end, this->gather_.out_w, this->channels(tile));
     const Image<const T> from = this->whole(this->image_in_.read(), tile);
     const Image<T> to = this->whole(this->image_out_.image(), tile);
-    for (int64_t pair = first; pair < last; ++pair)
-      rows_.make(from, to, pair, tile.first_vector, tile.last_vector, false);
+    for (int64_t pair = first; pair < last; ++pair) rows_.make(from, to, pair, tile.first_vector, tile.last_vector);
     this->image_out_.empty_into(this->planes(out, tile, this->gather_.out_h * this->gather_.out_w), this->gather_.out_w,
                                 begin, end);
   }

@@ -6,9 +6,19 @@
 namespace rkl::cpu::RKL_ISA {
 
 template <class T>
-Image<T> nhwc_image(T* images, int64_t count, int64_t image, int64_t height, int64_t width, int64_t channels) {
-  const int64_t size = height * width * channels;
-  return {images + image * size, width * channels, channels, comes_from_far(count * size * int64_t(sizeof(T)))};
+Image<T> nhwc_image(T* images, Distance distance, int64_t image, int64_t height, int64_t width, int64_t channels) {
+  return {images + image * height * width * channels, width * channels, channels, distance};
+}
+
+template <class T>
+int64_t bytes_of(const Conv2d& g, int64_t height, int64_t width) {
+  return g.batch * height * width * g.channels * int64_t(sizeof(T));
+}
+
+// What a pass for both gradients reads and writes.
+template <class T>
+int64_t bytes_of_gradients(const Conv2d& g) {
+  return 2 * bytes_of<T>(g, g.in_h, g.in_w) + bytes_of<T>(g, g.out_h, g.out_w);
 }
 
 // The images as the kernels take them: where pixels of a row can be channels, as many as fill whole vectors (3 x 1 of 8
@@ -64,15 +74,19 @@ template <class T>
 class NhwcFilterRows : public FilterRows<T> {
  public:
   NhwcFilterRows(const Gather& forward, const Conv2d& g, const Lanes& lanes, bool wants_bias)
-      : FilterRows<T>(forward, g, lanes, wants_bias, std::max(g.in_w, g.out_w) * g.channels), g_(g) {}
+      : FilterRows<T>(forward, g, lanes, wants_bias, std::max(g.in_w, g.out_w) * g.channels),
+        g_(g),
+        in_(distance_of(bytes_of<T>(g, g.in_h, g.in_w), bytes_of_gradients<T>(g))),
+        grad_(distance_of(bytes_of<T>(g, g.out_h, g.out_w), bytes_of_gradients<T>(g))) {}
 
   void correlate_rows(const T* in, const T* grad, float* sums, const Tile& tile) {
-    this->add(nhwc_image(in, g_.batch, tile.image, g_.in_h, g_.in_w, g_.channels),
-              nhwc_image(grad, g_.batch, tile.image, g_.out_h, g_.out_w, g_.channels), sums, tile);
+    this->add(nhwc_image(in, in_, tile.image, g_.in_h, g_.in_w, g_.channels),
+              nhwc_image(grad, grad_, tile.image, g_.out_h, g_.out_w, g_.channels), sums, tile);
   }
 
  private:
   const Conv2d& g_;
+  const Distance in_, grad_;
 };
 
 // by_class: the rows of a dilation's lattices apart, so that fewer have to stay in the cache. Not beside a filter's
@@ -95,7 +109,12 @@ class NhwcRows {
         channels_(lanes.channels),
         streams_(may_go_past_caches<T>(images_ * gather.out_h * gather.out_w, channels_, finish.threads)),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels,
-              by_class ? strips_of<T>(g) : 1, streams_ ? channels_ * int64_t(sizeof(T)) : 0) {}
+              by_class ? strips_of<T>(g) : 1, streams_ ? channels_ * int64_t(sizeof(T)) : 0) {
+    const int64_t in = bytes_of<T>(g, gather.in_h, gather.in_w), out = bytes_of<T>(g, gather.out_h, gather.out_w);
+    const int64_t read = std::max(in, finish.image_bytes), all = by_class ? read + out : bytes_of_gradients<T>(g);
+    in_ = distance_of(read, all);
+    out_ = finish.image_bytes ? Distance::held : distance_of(out, all);
+  }
 
   ~NhwcRows() {  // of a thread: once behind all its tiles
     if (streams_) end_stream();
@@ -104,8 +123,8 @@ class NhwcRows {
   int64_t height() const { return by_class ? rows_.steps() : rows_.pairs(); }
 
   void convolve_rows(const T* in, T* out, const Tile& tile) {
-    const auto from = nhwc_image(in, images_, tile.image, gather_.in_h, gather_.in_w, channels_);
-    auto to = nhwc_image(out, images_, tile.image, gather_.out_h, gather_.out_w, channels_);
+    const auto from = nhwc_image(in, in_, tile.image, gather_.in_h, gather_.in_w, channels_);
+    auto to = nhwc_image(out, out_, tile.image, gather_.out_h, gather_.out_w, channels_);
     // Asked once a thread, of the middle of its first image: the memory's first page holds the allocator's own numbers.
     if (!asked_)
       streams_ = streams_ && rows_.stores_all_at_once() && in_whole_lines(out, channels_ * int64_t(sizeof(T))) &&
@@ -114,14 +133,15 @@ class NhwcRows {
     to.streams = streams_;
     for (int64_t row = tile.first_row; row < tile.last_row; ++row)
       if (by_class)
-        rows_.make_step(from, to, row, tile.first_vector, tile.last_vector, true, tile.strip);
+        rows_.make_step(from, to, row, tile.first_vector, tile.last_vector, tile.strip);
       else
-        rows_.make(from, to, row, tile.first_vector, tile.last_vector, true);
+        rows_.make(from, to, row, tile.first_vector, tile.last_vector);
   }
 
  private:
   const Gather& gather_;
   const int64_t images_, channels_;
+  Distance in_, out_;
   bool streams_, asked_ = false;
   WindowRows<T> rows_;
 };

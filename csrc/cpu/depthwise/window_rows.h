@@ -13,7 +13,7 @@ template <class T>
 struct Image {
   T* first;
   int64_t row, pixel;
-  bool is_far = false;   // what is read comes from beyond a core's own caches, and late
+  Distance distance = Distance::held;
   bool streams = false;  // what is written goes past the caches; its vectors are whole lines then
 };
 
@@ -92,17 +92,17 @@ class WindowRows {
   int64_t rows_before(int64_t pair) const { return pair / kRows * 2 * kRows * down_[0][0].pitch; }
 
   // The `pair`-th rows of every lattice, of vectors [first, last). in, out: of row 0 and, unless the images are in
-  // place, of the vector. asks: whether memory has to be asked for ahead.
-  void make(const Image<const T>& in, const Image<T>& out, int64_t pair, int64_t first, int64_t last, bool asks) {
-    for (const auto& lattices : down_) make_class(lattices, in, out, pair, first, last, asks, strips_[0]);
+  // place, of the vector.
+  void make(const Image<const T>& in, const Image<T>& out, int64_t pair, int64_t first, int64_t last) {
+    for (const auto& lattices : down_) make_class(lattices, in, out, pair, first, last, strips_[0]);
   }
 
   // A strip of the same rows, class by class: what has to stay in the cache are then a window's rows of one class, not
   // of all.
   int64_t steps() const { return int64_t(down_.size()) * pairs_; }
-  void make_step(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last, bool asks,
+  void make_step(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last,
                  int64_t strip) {
-    make_class(down_[step / pairs_], in, out, step % pairs_, first, last, asks, strips_[strip]);
+    make_class(down_[step / pairs_], in, out, step % pairs_, first, last, strips_[strip]);
   }
 
  private:
@@ -130,10 +130,10 @@ class WindowRows {
   }
 
   void make_class(const std::vector<Lattice>& lattices, const Image<const T>& in, const Image<T>& out, int64_t pair,
-                  int64_t first, int64_t last, bool asks, const Strip& strip) {
+                  int64_t first, int64_t last, const Strip& strip) {
     const int64_t j = pair / kRows * 2 * kRows + pair % kRows;
     for (const Lattice& down : lattices)
-      if (j < down.count) rows_of(in, out, down, j, j + kRows < down.count ? 2 : 1, first, last, asks, strip);
+      if (j < down.count) rows_of(in, out, down, j, j + kRows < down.count ? 2 : 1, first, last, strip);
   }
 
   // The image's rows for rows j and j + kRows of the lattice's outputs.
@@ -184,7 +184,7 @@ class WindowRows {
   }
 
   void rows_of(const Image<const T>& in, const Image<T>& out, const Lattice& down, int64_t j, int rows, int64_t first,
-               int64_t last, bool asks, const Strip& strip) {
+               int64_t last, const Strip& strip) {
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
     Job<T> base{};
@@ -205,12 +205,14 @@ class WindowRows {
           linear ? taken * vector + strip.read * in.pixel * size : (l.first_input() * in.pixel + lanes_.at(v)) * size;
       const int64_t written_at =
           linear ? taken * vector + strip.written * out.pixel * size : (l.first * out.pixel + lanes_.at(v)) * size;
-      if (asks)
+      // Blocks ask for what is near, too: 5 x 5 of 240 channels of 14 px in bf16 took 1.3 times as long without.
+      const Distance asks_from = l.taps > kWindowTaps ? Distance::near : Distance::beyond;
+      if (in.distance >= asks_from)
         job.read = {read + read_at, linear ? vector : l.step * job.pitch * size,
                     down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
-      if (asks && in.is_far && job.units)  // not of a phase without taps, which reads no row
+      if (in.distance == Distance::far && job.units)  // not of a phase without taps, which reads no row
         job.ahead = elements_ahead<T>(std::min(l.step * l.count, l.inputs), job.pitch);
-      if (asks && !out.streams)
+      if (out.distance >= asks_from && !out.streams)
         job.written = {written + written_at, linear ? vector : job.out_pitch * size, down.pitch * out.row * size,
                        !linear};
       taken += run(job, across.pieces, down, rows);

@@ -75,6 +75,7 @@ class BandImages {
         channels_(channels),
         height_(height),
         width_(width),
+        bytes_(s.g.nhwc ? s.g.batch * height * width * channels * size_of(s.dtype) : 0),
         nhwc_(s.g.nhwc),
         dtype_(s.dtype) {}
 
@@ -85,6 +86,9 @@ class BandImages {
                                      rows.rows * width_);
     return own;
   }
+
+  // Of what read() reads from, where that is no memory of a band's own.
+  int64_t bytes() const { return bytes_; }
 
   // Where rows are to be made; written(rows, own) when they are.
   void* made_at(const ImageRows& rows, void* own) const {
@@ -105,7 +109,7 @@ class BandImages {
   }
 
   void* images_;
-  int64_t channels_, height_, width_;
+  int64_t channels_, height_, width_, bytes_;
   bool nhwc_;
   Dtype dtype_;
 };

@@ -18,7 +18,7 @@ void separable_bands(const Separable& s, void* y) {
     const Scratch hidden(bands.most_pixels() * c * size), own(own_size);
     for (int64_t i = begin; i < end; ++i) {
       const Band band = bands[i];
-      k.depthwise_packed(band.g, in.read(band.in, own.as()), depthwise, s.inner, hidden.as());
+      k.depthwise_packed(band.g, in.read(band.in, own.as()), depthwise, s.inner, in.bytes(), hidden.as());
       k.pointwise_rows({hidden.as(), out.made_at(band.out, own.as()), band.pixels, c, s.c_out, s.outer, streams}, 0,
                        filter.blocks(), pointwise.as<float>());
       out.written(band.out, own.as());
@@ -93,7 +93,8 @@ class BandsBackward {
     }
     if (wanted_.pointwise_bias) k.add_column_sums(dz, bias_sums_.data() + task * c_out, n, c_out);
     if (makes_depthwise())
-      k.depthwise_packed(band.g, x_.read(band.in, own), depthwise_, Activation::none, work.depthwise_out.as());
+      k.depthwise_packed(band.g, x_.read(band.in, own), depthwise_, Activation::none, x_.bytes(),
+                         work.depthwise_out.as());
     if (wanted_.pointwise) {
       const void* hidden = work.depthwise_out.as();
       if (inner()) {

@@ -33,6 +33,7 @@ struct Finish {
   const float* weights;
   const float* bias;
   Activation act;
+  int64_t image_bytes = 0;  // of the images that a band's are a part of, where its outputs stay in a core's cache
   int64_t threads = torch::stable::get_num_threads();  // of the call: its workers may be told another number
 };
 
