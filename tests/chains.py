@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import rkl_kernels as rk
+
 X = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(1))
 
 
@@ -25,6 +27,11 @@ def chain(*inner: nn.Module, norm=nn.BatchNorm2d, outer: tuple[nn.Module, ...] =
     settings = {"padding": 1, "bias": False} | settings
     first = nn.Conv2d(6, 6, 3, groups=6, **settings), norm(6), *inner
     return fill(nn.Sequential(*first, nn.Conv2d(6, 4, 1, bias=settings["bias"]), *outer)).eval()
+
+
+def layers(model: nn.Module) -> list[type[nn.Module]]:
+    """The package's layers in a model, and the norms that are left."""
+    return [type(m) for m in model.modules() if isinstance(m, (rk.SeparableConv2d, rk.DepthwiseConv2d, nn.BatchNorm2d))]
 
 
 def assert_same(fused: nn.Module, plain: nn.Module, x: torch.Tensor = X) -> None:

@@ -11,16 +11,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from chains import X, assert_same, chain, fill
+from chains import X, assert_same, chain, fill, layers
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import rkl_kernels as rk
 from benchmarks import model_matrix
-
-
-def layers(model: nn.Module) -> list[type[nn.Module]]:
-    return [type(m) for m in model.modules() if isinstance(m, (rk.SeparableConv2d, rk.DepthwiseConv2d, nn.BatchNorm2d))]
 
 
 @pytest.mark.parametrize("inner", [(), (nn.ReLU6,), (nn.SiLU,), (nn.GELU,), (rk.TReLU,), (nn.Dropout, nn.ReLU)])

@@ -301,14 +301,11 @@ class FilterRows {
         q = next;
         // What is asked for is asked for once.
         taken = std::max(taken, steps.last - steps.first);
-        job.read = job.beside = nothing();
+        job.read = job.beside = nothing(rows_.data());
       }
     }
     return taken;
   }
-
-  // To ask for: a line that is at hand.
-  Prefetch nothing() const { return {reinterpret_cast<const char*>(rows_.data()), 0, 0, false}; }
 
   static void add_bias(const FilterJob<T>& job, int64_t v, int rows, float* sums) {
     Vec total{};

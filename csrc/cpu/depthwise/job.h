@@ -13,6 +13,9 @@ struct Prefetch {
   bool in_columns;    // a vector's steps go down its own columns, beside the last vector's; else all go on in one line
 };
 
+// To ask for nothing. Blocks ask all the same: for a line that is at hand.
+inline Prefetch nothing(const void* at_hand) { return {static_cast<const char*>(at_hand), 0, 0, false}; }
+
 // A line of each of so many rows, at `at`, which goes on to the next step's.
 template <int rows, bool to_write>
 RKL_INLINE void ask(const Prefetch& p, const char*& at, int64_t step) {

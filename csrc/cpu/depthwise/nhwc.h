@@ -105,9 +105,8 @@ class NhwcRows {
 
   NhwcRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, const Finish& finish)
       : gather_(gather),
-        images_(g.batch),
         channels_(lanes.channels),
-        streams_(may_go_past_caches<T>(images_ * gather.out_h * gather.out_w, channels_, finish.threads)),
+        streams_(may_go_past_caches<T>(g.batch * gather.out_h * gather.out_w, channels_, finish.threads)),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels,
               by_class ? strips_of<T>(g) : 1, streams_ ? channels_ * int64_t(sizeof(T)) : 0) {
     const int64_t in = bytes_of<T>(g, gather.in_h, gather.in_w), out = bytes_of<T>(g, gather.out_h, gather.out_w);
@@ -140,7 +139,7 @@ class NhwcRows {
 
  private:
   const Gather& gather_;
-  const int64_t images_, channels_;
+  const int64_t channels_;
   Distance in_, out_;
   bool streams_, asked_ = false;
   WindowRows<T> rows_;

@@ -179,7 +179,7 @@ class WindowRows {
     job.out_pitch = across.pitch * out.pixel;
     job.count = across.count, job.inputs = across.inputs, job.step = across.step;
     job.vectors = vectors;
-    job.read = job.written = nothing();
+    job.read = job.written = nothing(rows_.data());
     return job;
   }
 
@@ -262,14 +262,11 @@ class WindowRows {
       if (!p) taken = steps * job.vectors;
       job.weights += piece.taps * kLanes;
       job.start_step = output;
-      job.read = job.written = nothing();
+      job.read = job.written = nothing(rows_.data());
       for (int r = 0; r < 2; ++r) job.start[r] = scratch[r];
     }
     return taken;
   }
-
-  // To ask for: a line that is at hand.
-  Prefetch nothing() const { return {reinterpret_cast<const char*>(rows_.data()), 0, 0, false}; }
 
   // As many vectors two by two as there are, the last one alone. A vector's steps: how often it asks for memory.
   static void call(const Code<T>& code, int64_t steps, const Job<T>& given) {
