@@ -21,6 +21,9 @@ Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 NAMES: tuple[Backend, ...] = get_args(Backend)
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU: what the CUDA kernels are compiled for, and what Triton asks for."""
+
 # Triton reads the variable when it is imported, and so do the kernels: then they run on the CPU, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -91,7 +94,7 @@ def _cuda_status() -> Status:
         return Status(False, problem)
     if not torch.cuda.is_available():
         return Status(False, "built, but torch sees no GPU here")
-    return Status(True, "CUDA C++ kernels")
+    return _old_gpus() or Status(True, "CUDA C++ kernels")
 
 
 def _triton_status() -> Status:
@@ -101,7 +104,23 @@ def _triton_status() -> Status:
         return Status(False, "this installation has no Triton kernels")
     if not INTERPRETED and not torch.cuda.is_available():
         return Status(False, "torch sees no GPU here; TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly")
-    return Status(True, "Triton kernels, interpreted on CPU tensors" if INTERPRETED else "Triton kernels on the GPU")
+    if INTERPRETED:
+        return Status(True, "Triton kernels, interpreted on CPU tensors")
+    return _old_gpus() or Status(True, "Triton kernels on the GPU")
+
+
+def _old_gpus() -> Status | None:
+    """What is said of a machine all of whose GPUs are too old; None where one is not."""
+    refusals = [_age_refusal(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    return Status(False, str(refusals[0])) if refusals and all(refusals) else None
+
+
+def _age_refusal(gpu: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(gpu)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    least, got = (".".join(map(str, version)) for version in (LEAST_CAPABILITY, capability))
+    return f"it serves GPUs of compute capability {least} and newer, got {got}"
 
 
 _STATUS: dict[str, Callable[[], Status]] = {
@@ -186,6 +205,8 @@ def refusal(
         return f"it serves float32, bfloat16 and float16, got {dtype}"
     if device.type != served:
         return f"it serves {served} tensors, got {device}"
+    if served == "cuda" and (old := _age_refusal(device)):
+        return old
     if layout != torch.strided:  # oneDNN's own, say, which PyTorch's convolution takes
         return f"it serves strided tensors, got {layout}"
     if multiplied:
@@ -234,7 +255,12 @@ def is_served(x: Tensor | None, weight: Tensor | None) -> bool:
 
 def is_built(x: Tensor) -> bool:
     """Whether the compiled kernels of an image's device, which serve its type, may be called for it."""
-    return _forced.value == "auto" and x.device.type in _BUILT and x.dtype in KERNEL_TYPES
+    return _forced.value == "auto" and x.dtype in KERNEL_TYPES and _is_built_for(x.device)
+
+
+@lru_cache(maxsize=64)
+def _is_built_for(device: torch.device) -> bool:
+    return device.type in _BUILT and (device.type != "cuda" or _age_refusal(device) is None)
 
 
 def namespace_for(operator: str, x: Tensor, multiplied: bool = False) -> Any:
