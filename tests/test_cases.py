@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from cases import Case, cases, examples
 from hypothesis import given
@@ -12,10 +14,17 @@ import rkl_kernels as rk
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@lru_cache
+def is_rounded_by_parts(dtype: torch.dtype) -> bool:
+    """Whether the library makes a pointwise filter's gradient, as a sum of parts that it rounds to the type each
+    (docs/operators.md)."""
+    tensors = (torch.zeros(shape, dtype=dtype) for shape in ((8, 64, 32, 32), (64, 1, 3, 3), (64, 64, 1, 1)))
+    return "the library makes the pointwise filter's gradient" in rk.explain("separable_conv2d", *tensors).reason
+
+
 def rules(case: Case) -> Rules:
-    """A pointwise filter's gradient is a sum of parts that the library rounds to bf16 each (README.md)."""
-    bf16 = case.dtype == torch.bfloat16
-    return Rules(case.dtype, flushes=bf16 and BF16, parts=bf16)
+    flushes = case.dtype == torch.bfloat16 and BF16
+    return Rules(case.dtype, flushes=flushes, parts=is_rounded_by_parts(case.dtype))
 
 
 def check_on_cpu(case: Case) -> None:

@@ -13,6 +13,12 @@ from torch.utils.checkpoint import checkpoint
 import rkl_kernels as rk
 
 
+def assert_close(ours, theirs):
+    """Each tensor by its own size: of these sums some are a hundred times as large as others."""
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
 def penalty(function, *leaves):
     """Gradients of a gradient penalty, which is what wants them."""
     y = function(*leaves)
@@ -29,7 +35,7 @@ def test_separable(inner, activation, biased):
     with rk.use_backend("cpu"):
         ours = penalty(lambda *t: rk.separable_conv2d(*t, **settings), *leaves)
     theirs = penalty(lambda *t: rk.reference.separable_conv2d(*t, **settings), *leaves)
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * max(t.abs().max().item() for t in theirs))
+    assert_close(ours, theirs)
 
 
 def test_third_derivative():
@@ -42,7 +48,7 @@ def test_third_derivative():
             y = g.square().sum()
         return g
 
-    torch.testing.assert_close(third(rk), third(rk.reference), rtol=1e-3, atol=1e-2)
+    assert_close([third(rk)], [third(rk.reference)])
 
 
 def test_a_converted_model_keeps_it():
@@ -54,7 +60,7 @@ def test_a_converted_model_keeps_it():
     for model in (converted, plain):
         grads = torch.autograd.grad(model(x).pow(2).sum(), list(model.parameters()), create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in grads), list(model.parameters())))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+    assert_close(*results)
 
 
 def test_a_second_backward_in_autocast_of_a_forward_outside():
@@ -87,7 +93,7 @@ def test_under_hooks_on_saved_tensors(around):
         with torch.autograd.graph.save_on_cpu():
             call = partial(library.separable_conv2d, inner_activation="silu")
             results.append(penalty(partial(around, call), *leaves))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3 * max(t.abs().max().item() for t in results[1]))
+    assert_close(*results)
 
 
 def test_tensors_that_depend_on_each_other():
@@ -100,5 +106,5 @@ def test_tensors_that_depend_on_each_other():
             filters = x[0, :, None, :3, :3] * 1, x.mean((0, 2, 3)).expand(4, 3)[..., None, None]
             return library.separable_conv2d(x, *filters, inner_activation="trelu")
 
-        results.append(penalty(call, x)[0])
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3 * results[1].abs().max().item())
+        results.append(penalty(call, x))
+    assert_close(*results)
