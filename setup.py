@@ -82,7 +82,7 @@ def find_toolkit(torch_cuda: str | None) -> tuple[Path | None, str]:
     nvcc = " and ".join(f"{version} ({home})" for home, version in found.items()) or "nowhere to be found"
     return None, (
         f"torch is built for CUDA {torch_cuda} and nvcc is {nvcc}; point CUDA_HOME to a CUDA {major} toolkit, or "
-        f"pip install 'cuda-toolkit[nvcc,cccl]=={major}.*' and build with --no-build-isolation"
+        f"pip install 'cuda-toolkit[nvcc,cccl]=={major}.*' 'setuptools>=77' ninja and build with --no-build-isolation"
     )
 
 
