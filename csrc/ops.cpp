@@ -31,7 +31,8 @@ struct CpuConv : TransposedFormats<CpuConv> {
   }
   static void forward(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                       Dtype dtype, const Tensor&) {
-    cpu::kernels(dtype).depthwise(g, x, weight, bias, act, y);
+    const cpu::Kernels& k = cpu::kernels(dtype);
+    k.depthwise_packed(g, x, k.pack_filter(g, weight, bias), act, 0, y);
   }
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor&) {

@@ -40,6 +40,19 @@ def test_large_strides_are_served():
         torch.testing.assert_close(ours, F.conv2d(X, W, stride=stride, groups=4))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_large_strides_take_no_memory_for_them(layout):
+    """A table for each pixel of a stride of both dimensions had 14 GB here."""
+    x = torch.randn(1, 16, 8, 8).to(memory_format=layout)
+    results = []
+    for convolve in (rk.depthwise_conv2d, lambda *call, **window: F.conv2d(*call, **window, groups=16)):
+        leaves = [t.clone().requires_grad_() for t in (x, W.repeat(4, 1, 1, 1))]
+        y = convolve(*leaves, stride=30000, padding=29998)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_no_channels():
     x, w, p = X[:, :0], W[:0], torch.randn(6, 0, 1, 1)
     with pytest.raises(RuntimeError):

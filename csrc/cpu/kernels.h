@@ -44,11 +44,13 @@ struct PointwiseShare {
   int64_t sums_block;  // floats from one block's to the next's
   bool fresh;          // whether the sums begin here, with zeros
   int64_t piece;       // pixels at once
-  float* scratch;      // of scratch_size() floats
+  float* scratch;      // of scratch_size(piece, outputs) floats
 
   // A line of memory more than there is: rows a power of 2 apart would share few of the cache's sets.
   static int64_t packed_row(int64_t columns) { return ceil_div(columns, 16) * 16 + 16; }
-  int64_t scratch_size() const { return piece * (packed_row(outputs) + PointwiseFilter::kOutputs); }
+  static int64_t scratch_size(int64_t piece, int64_t outputs) {
+    return piece * (packed_row(outputs) + PointwiseFilter::kOutputs);
+  }
 };
 
 // The kernels for elements of one type, as compiled for one instruction set.
@@ -58,10 +60,8 @@ struct Kernels {
   void (*trelu)(const void* x, void* y, int64_t n);
   void (*trelu_backward)(const void* grad, const void* y, void* dx, int64_t n);
 
-  // y = act(x * weight + bias); bias may be null.
-  void (*depthwise)(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y);
-  // The same in two parts, for whoever applies one filter to many bands. image_bytes: of the images that a band's are a
-  // part of.
+  // y = act(x * weight + bias), in two parts for whoever applies one filter to many bands; bias may be null.
+  // image_bytes: of the images that a band's are a part of, else 0.
   PackedFilter (*pack_filter)(const Conv2d& g, const void* weight, const void* bias);
   void (*depthwise_packed)(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act,
                            int64_t image_bytes, void* y);
@@ -89,7 +89,6 @@ struct Kernels {
   // next's.
   void (*planes_to_rows)(const void* planes, int64_t plane, void* rows, int64_t row, int64_t channels, int64_t pixels);
   void (*rows_to_planes)(const void* rows, int64_t row, void* planes, int64_t plane, int64_t channels, int64_t pixels);
-  void (*round)(const double* in, void* out, int64_t n);
   // The sum of `count` shares of n values each, `stride` floats apart, in fp64. block: floats from
   // PointwiseFilter::kOutputs values to the next as many.
   void (*sum_shares)(const float* shares, int64_t count, int64_t stride, int64_t block, void* out, int64_t n);

@@ -103,11 +103,6 @@ void depthwise_packed(const Conv2d& given, const void* x, const PackedFilter& fi
 }
 
 template <class T>
-void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y) {
-  depthwise_packed<T>(g, x, pack_filter<T>(g, weight, bias), act, 0, y);
-}
-
-template <class T>
 void depthwise_backward(const Conv2d& given, const void* grad, const void* x, const void* weight, void* dx,
                         void* dweight, void* dbias) {
   with_rows<T, false>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {

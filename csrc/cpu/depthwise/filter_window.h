@@ -46,18 +46,7 @@ class FilterWindow {
   }
 
  private:
-  RKL_INLINE explicit FilterWindow(const FilterJob<T>& given)
-      : job(given),
-        pitch_(K == 1 ? given.step * given.pitch : given.pitch),
-        inputs_(given.inputs),
-        left_(given.left),
-        count_(given.count),
-        at_(0),
-        sums_(given.sums),
-        read_(given.read.from),
-        beside_(given.beside.from),
-        read_step_((given.read.in_columns ? 1 : V) * given.read.step),
-        beside_step_((given.beside.in_columns ? 1 : V) * given.beside.step) {}
+  RKL_INLINE explicit FilterWindow(const FilterJob<T>& given) : job(given) {}
 
   RKL_INLINE void next() {
     at_ += V * kLanes;
@@ -133,12 +122,13 @@ class FilterWindow {
   }
 
   const FilterJob<T>& job;
-  const int64_t pitch_;  // from a column that is visited to the next
-  const int64_t inputs_, left_, count_;
-  int64_t at_, sums_;        // of the vector
-  int64_t column_, output_;  // elements to the next column, and to the next output
-  const char *read_, *beside_;
-  const int64_t read_step_, beside_step_;
+  const int64_t pitch_ = K == 1 ? job.step * job.pitch : job.pitch;  // from a column that is visited to the next
+  const int64_t inputs_ = job.inputs, left_ = job.left, count_ = job.count;
+  int64_t at_ = 0, sums_ = job.sums;  // of the vector
+  int64_t column_, output_;           // elements to the next column, and to the next output
+  const char *read_ = job.read.from, *beside_ = job.beside.from;
+  const int64_t read_step_ = (job.read.in_columns ? 1 : V) * job.read.step;
+  const int64_t beside_step_ = (job.beside.in_columns ? 1 : V) * job.beside.step;
   Vec sum[Q][K][V], grad[M][V];
 };
 
@@ -184,12 +174,11 @@ class FilterRows {
       : lanes_(lanes),
         wants_bias_(wants_bias),
         down_(lattices_of(forward.vertical, forward.in_h)),
-        across_(lattices_of(forward.horizontal, forward.in_w)),
         turn_(vectors_of_turn<T>((g.kernel_h + 1) * forward.in_w)),
         kernel_w_(g.kernel_w),
         taps_(g.kernel_h * g.kernel_w),
         zeros_(image_row) {
-    for (const Lattice& l : across_) pieces_.push_back(pieces_of(l));
+    for (const Lattice& l : lattices_of(forward.horizontal, forward.in_w)) across_.emplace_back(l);
   }
 
   // Pairs of rows of the longest of the lattices.
@@ -264,8 +253,7 @@ class FilterRows {
       vectors = std::max(here, std::min(turn_, whole - v) / here * here);
       const int64_t at = lanes_.at(v), of_vector = Lanes::at(v, 0, taps_ + 1);
       job.vectors = vectors;
-      for (size_t h = 0; h < across_.size(); ++h) {
-        const Lattice& l = across_[h];
+      for (const auto& [l, pieces] : across_) {
         job.pitch = l.unit * in.pixel, job.grad_pitch = l.pitch * grad.pixel;
         job.at = l.origin * in.pixel + at, job.grad_at = l.first * grad.pixel + at;
         job.count = l.count, job.inputs = l.inputs, job.step = l.step;
@@ -278,7 +266,7 @@ class FilterRows {
         const int64_t ahead = in.distance == Distance::far ? elements_ahead<T>(l.inputs, job.pitch) : 0;
         for (int64_t i = 0; wants_bias_ && i < vectors; ++i)
           add_bias(job, i, int(rows), sums + Lanes::at(v + i, taps_, taps_ + 1));
-        const int64_t steps = run(job, pieces_[h], int(here), of_vector, ahead);
+        const int64_t steps = run(job, pieces, int(here), of_vector, ahead);
         if (linear) read += steps * vectors * vector, beside += steps * vectors * vector;
       }
     }
@@ -287,11 +275,11 @@ class FilterRows {
   // `together`: vectors that a window takes at once.
   int64_t run(FilterJob<T>& job, const std::vector<Piece>& pieces, int together, int64_t sums, int64_t ahead) {
     int64_t taken = 0;
-    for (const auto& [first, taps, steps] : pieces) {
-      const FilterCode<T>& code = filter_code<T>(taps, job.step);
-      job.first = steps.first, job.last = steps.last, job.left = steps.left;
-      job.sums = sums + first * kLanes;
-      if (steps.last == steps.first) continue;
+    for (const Piece& p : pieces) {
+      const FilterCode<T>& code = filter_code<T>(p.taps, job.step);
+      job.first = p.first, job.last = p.last, job.left = p.left;
+      job.sums = sums + p.first_tap * kLanes;
+      if (p.last == p.first) continue;
       for (size_t q = 0; q < rows_.size();) {
         job.rows = rows_.data() + q;
         const bool many = q + code.rows <= rows_.size();
@@ -300,7 +288,7 @@ class FilterRows {
         (many ? code.many : code.one)[together - 1](job);
         q = next;
         // What is asked for is asked for once.
-        taken = std::max(taken, steps.last - steps.first);
+        taken = std::max(taken, p.last - p.first);
         job.read = job.beside = nothing(rows_.data());
       }
     }
@@ -317,11 +305,11 @@ class FilterRows {
 
   const Lanes lanes_;
   const bool wants_bias_;
-  const std::vector<Lattice> down_, across_;
+  const std::vector<Lattice> down_;
   const int64_t turn_;
   const int kernel_w_, taps_;
   ZeroRow<T> zeros_;
-  std::vector<std::vector<Piece>> pieces_;  // of each lattice across
+  std::vector<Across> across_;
   std::vector<FilterRow<T>> rows_;
 };
 

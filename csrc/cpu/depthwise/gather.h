@@ -1,6 +1,7 @@
 // Which input pixels an output pixel reads: one description for the convolution and for its data gradient, so that both
 // run through the same kernels. Every pixel of the output gathers; nothing is ever scattered.
 #pragma once
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
@@ -8,15 +9,12 @@
 
 namespace rkl::cpu {
 
-// One dimension. Outputs first, first + phases, first + 2 * phases, ... use the same taps: the i-th of them reads input
-// i * step + offset[t] through the filter's tap[t], where that lies inside the image. Offsets ascend.
+// One dimension. Outputs phase, phase + phases, phase + 2 * phases, ... use the same taps: the i-th of them reads input
+// i * step + offset + t * distance through the filter's tap + t * apart, where that lies inside the image.
 struct Axis {
-  int64_t first = 0, count = 0;
-  int step = 1;
-  std::vector<int> tap;
-  std::vector<int64_t> offset;
-
-  int taps() const { return int(tap.size()); }
+  int64_t count = 0;
+  int step = 1, taps = 0, tap = 0, apart = 1;
+  int64_t offset = 0, distance = 1;
 };
 
 struct Gather {
@@ -33,31 +31,21 @@ inline int64_t pixels_as_channels(const Conv2d& g, int64_t whole) {
 }
 
 inline Axis forward_axis(int64_t out, int kernel, int stride, int padding, int dilation) {
-  Axis axis;
-  axis.count = out;
-  axis.step = stride;
-  for (int k = 0; k < kernel; ++k) {
-    axis.tap.push_back(k);
-    axis.offset.push_back(int64_t(k) * dilation - padding);
-  }
-  return axis;
+  return {out, stride, kernel, 0, 1, -int64_t(padding), dilation};
 }
 
 // Input pixel i was read by output (i + padding - k * dilation) / stride where that is whole: which taps k those are
 // depends on i modulo the stride alone. So a stride of 2 makes 2 dense convolutions, each with about half of the taps.
 inline std::vector<Axis> gradient_axes(int64_t in, int kernel, int stride, int padding, int dilation) {
-  std::vector<Axis> axes;
-  for (int64_t phase = 0; phase < stride; ++phase) {
-    Axis axis;
-    axis.first = phase;
-    axis.count = phase < in ? ceil_div(in - phase, stride) : 0;
+  const int shared = std::gcd(stride, dilation);
+  std::vector<Axis> axes(std::min<int64_t>(stride, in), {0, 1, 0, 0, -stride / shared, 0, dilation / shared});
+  for (int64_t phase = 0; phase < int64_t(axes.size()); ++phase) {
+    Axis& axis = axes[phase];
+    axis.count = ceil_div(in - phase, stride);
     for (int k = kernel - 1; k >= 0; --k) {
       const int64_t from = phase + padding - int64_t(k) * dilation;
-      if (from % stride) continue;
-      axis.tap.push_back(k);
-      axis.offset.push_back(from / stride);
+      if (from % stride == 0 && !axis.taps++) axis.tap = k, axis.offset = from / stride;
     }
-    axes.push_back(axis);
   }
   return axes;
 }

@@ -28,16 +28,15 @@ struct Lattice {
 // q * j + r read inputs a whole number of distances apart.
 inline void add_lattices(const Axis& axis, int phase, int64_t phases, int64_t distance, int64_t in,
                          std::vector<Lattice>& lattices) {
-  const int taps = axis.taps();
-  const int64_t first_offset = taps ? axis.offset[0] : 0;
+  const int taps = axis.taps;
   const int64_t q = distance / std::gcd<int64_t>(axis.step, distance);
   for (int64_t r = 0; r < std::min(q, axis.count); ++r) {
-    const int64_t from = axis.step * r + first_offset;
+    const int64_t from = axis.step * r + axis.offset;
     const int64_t origin = ((from % distance) + distance) % distance;
     const int64_t count = ceil_div(axis.count - r, q), step = axis.step * q / distance;
     const int64_t left = (origin - from) / distance, read = step * (count - 1) + taps - left;
     const int64_t inputs = taps ? std::max<int64_t>(0, std::min(ceil_div(in - origin, distance), read)) : 0;
-    lattices.push_back({axis.first + phases * r, phases * q, count, origin, distance, inputs, step, left, phase, taps});
+    lattices.push_back({phase + phases * r, phases * q, count, origin, distance, inputs, step, left, phase, taps});
   }
 }
 
@@ -45,7 +44,7 @@ inline std::vector<Lattice> lattices_of(const std::vector<Axis>& axes, int64_t i
   // One for all phases, those with a tap or none too: all lattices have one pitch, and bands of rows hold whole pairs.
   int64_t distance = 1;
   for (const Axis& axis : axes)
-    if (axis.taps() > 1) distance = axis.offset[1] - axis.offset[0];
+    if (axis.taps > 1) distance = axis.distance;
   std::vector<Lattice> lattices;
   for (size_t phase = 0; phase < axes.size(); ++phase)
     add_lattices(axes[phase], int(phase), int64_t(axes.size()), distance, in, lattices);
@@ -66,12 +65,14 @@ inline std::vector<Lattice> part_of(const std::vector<Lattice>& lattices, int64_
   return part;
 }
 
-// The first and the last step of a window of `taps` taps from the lattice's t0-th on.
-struct Steps {
-  int64_t first, last, left;
+// So many of a lattice's taps, from the first-th on, which a window takes at once, from its first step to its last.
+struct Piece {
+  int first_tap, taps;
+  int64_t left, first, last;
   int64_t most;  // outputs that a column may belong to
-  Steps(const Lattice& l, int t0, int taps) : left(l.left - t0), most(taps == 1 ? 1 : ceil_div(taps, l.step)) {
-    first = left <= 0 ? 0 : taps == 1 ? ceil_div(left, l.step) : left / l.step;
+  Piece(const Lattice& l, int t0, int count)
+      : first_tap(t0), taps(count), left(l.left - t0), most(count <= 1 ? 1 : ceil_div(count, l.step)) {
+    first = left <= 0 ? 0 : taps <= 1 ? ceil_div(left, l.step) : left / l.step;
     const int64_t reached = l.inputs + left <= 0 ? 0 : ceil_div(l.inputs + left, l.step);
     last = std::max(first, std::min(reached, l.count + most - 1));
   }

@@ -128,9 +128,9 @@ class PlaneScratch {
     const int64_t phases = int64_t(gather_.vertical.size());
     int64_t first = gather_.in_h, last = 0;
     for (const Axis& axis : gather_.vertical) {
-      if (!axis.taps()) continue;
-      first = std::min(first, begin / phases * axis.step + axis.offset.front());
-      last = std::max(last, (end - 1) / phases * axis.step + axis.offset.back() + 1);
+      if (!axis.taps) continue;
+      first = std::min(first, begin / phases * axis.step + axis.offset);
+      last = std::max(last, (end - 1) / phases * axis.step + axis.offset + (axis.taps - 1) * axis.distance + 1);
     }
     first = std::max<int64_t>(first, 0);
     last = std::max(first, std::min(last, gather_.in_h));

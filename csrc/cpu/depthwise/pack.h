@@ -14,7 +14,7 @@ int operands(int taps) {
 // Floats of a vector's weights for one phase down and one across: (operand, tap, lane).
 template <class T>
 int64_t table_size(const Axis& down, const Axis& across) {
-  return int64_t(operands<T>(down.taps())) * across.taps() * kLanes;
+  return int64_t(operands<T>(down.taps)) * across.taps * kLanes;
 }
 
 // Vectors that go together from v on: two if both are whole and overlap no other.
@@ -42,13 +42,13 @@ LineVector<float> pack_weights(const T* filter, const Gather& gather, const Conv
     for (const Axis& down : gather.vertical)
       for (const Axis& across : gather.horizontal) {
         const auto weight = [&](int64_t i, int a, int t) {
-          const int64_t tap = a < down.taps() ? down.tap[a] * g.kernel_w + across.tap[t] : 0;
-          return a < down.taps() ? read<Vec>(&by_tap[i * taps + tap * kLanes]) : Vec{};
+          const int64_t tap = (down.tap + a * down.apart) * g.kernel_w + across.tap + t * across.apart;
+          return a < down.taps ? read<Vec>(&by_tap[i * taps + tap * kLanes]) : Vec{};
         };
         const int64_t vector = table_size<Operand>(down, across);
         float* to = phase + v * vector;
-        for (int a = 0; a < down.taps(); a += kRows)
-          for (int t = 0; t < across.taps(); ++t, to += kLanes) {
+        for (int a = 0; a < down.taps; a += kRows)
+          for (int t = 0; t < across.taps; ++t, to += kLanes) {
             Vec here[kTogether] = {};
             for (int64_t i = 0; i < count; ++i) here[i] = Pixels<Operand>::weight(weight(i, a, t), weight(i, a + 1, t));
             if (count == kTogether) Pixels<Operand>::cross(here);

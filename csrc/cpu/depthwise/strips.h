@@ -4,33 +4,19 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// So many of a lattice's taps, from the first-th on: what a window takes at once.
-struct Piece {
-  int first, taps;
-  Steps steps;
-};
-
-inline std::vector<Piece> pieces_of(const Lattice& l) {
-  std::vector<Piece> pieces;
-  const int most = l.step > 2 ? 1 : kMostTaps, count = (l.taps + most - 1) / most;
-  for (int i = 0; i < count; ++i) {
-    const int first = l.taps * i / count, taps = l.taps * (i + 1) / count - first;
-    pieces.push_back({first, taps, Steps(l, first, taps)});
-  }
-  return pieces;
-}
-
-// A row's lattice.
+// A row's lattice in pieces: one of no taps where it has none, as a gradient's may, whose outputs are the bias.
 struct Across {
   Lattice lattice;
   std::vector<Piece> pieces;
-};
 
-inline std::vector<Across> row_of(const std::vector<Lattice>& lattices) {
-  std::vector<Across> row;
-  for (const Lattice& l : lattices) row.push_back({l, pieces_of(l)});
-  return row;
-}
+  explicit Across(const Lattice& l) : lattice(l) {
+    const int most = l.step > 2 ? 1 : kMostTaps, count = std::max(1, (l.taps + most - 1) / most);
+    for (int i = 0; i < count; ++i) {
+      const int first = l.taps * i / count;
+      pieces.emplace_back(l, first, l.taps * (i + 1) / count - first);
+    }
+  }
+};
 
 // Some columns of a row of outputs, whole and in the parts in which they go past the caches (none: whole, too), and
 // where the pixels and the outputs of a strip that is not the first begin.
@@ -59,11 +45,11 @@ int64_t parts_of_row(const std::vector<Lattice>& lattices, int64_t pitch) {
 template <class T>
 Strip strip_of(const std::vector<Lattice>& row, int64_t i, int64_t strips, int64_t streamed_pitch) {
   const std::vector<Lattice> own = part_of(row, i, strips);
-  Strip strip{row_of(own), {}, 0, 0};
+  Strip strip{{own.begin(), own.end()}, {}, 0, 0};
   if (i && !own.empty()) strip.read = own[0].first_input(), strip.written = own[0].first;
   const int64_t parts = streamed_pitch ? parts_of_row<T>(own, streamed_pitch) : 1;
   for (int64_t part = 0; parts > 1 && part < parts; ++part)
-    for (const Lattice& l : part_of(own, part, parts)) strip.in_parts.push_back({l, pieces_of(l)});
+    for (const Lattice& l : part_of(own, part, parts)) strip.in_parts.emplace_back(l);
   return strip;
 }
 

@@ -64,9 +64,8 @@ class WindowRows {
         weights += size * lanes.vectors();
       }
     const std::vector<Lattice> across = lattices_of(gather.horizontal, gather.in_w);
-    turn_ = by_origin(across).size() == across.size()
-                ? lanes.vectors()
-                : vectors_of_turn<T>((gather.vertical[0].taps() + 1) * gather.in_w);
+    turn_ = by_origin(across).size() == across.size() ? lanes.vectors()
+                                                      : vectors_of_turn<T>((gather.vertical[0].taps + 1) * gather.in_w);
     int64_t most = 0;
     for (int64_t i = 0; i < strips; ++i) {
       strips_.push_back(strip_of<T>(across, i, strips, streamed_pitch));
@@ -242,22 +241,22 @@ class WindowRows {
   // Every piece of a row's taps, the sums of all but the last kept in scratch. The first one's steps.
   int64_t run_pieces(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down, int rows) {
     int64_t taken = 0;
-    if (pieces.empty()) fill(job, 0, job.count, rows);  // a phase without taps
     for (size_t p = 0; p < pieces.size(); ++p) {
       const Piece& piece = pieces[p];
-      job.first = piece.steps.first, job.left = piece.steps.left;
+      // From the first output on, whether a tap reaches it or not.
+      job.first = std::min(piece.first, piece.most - 1), job.left = piece.left;
       const int64_t output = job.vectors * kLanes;
       float* scratch[2] = {sums_.data() + kMostTaps * output, sums_.data() + sums_.size() / 2 + kMostTaps * output};
       for (int r = 0; r < 2; ++r) job.sums[r] = p + 1 < pieces.size() ? scratch[r] : nullptr;
-      const bool alone = pieces.size() == 1 && down.step == (piece.taps == 1 ? 1 : job.step);
-      const RowCode<T>& code = row_code<T>(piece.taps, job.step);
-      int64_t steps = std::max<int64_t>(0, job.count + piece.steps.most - 1 - job.first);
+      const bool alone = pieces.size() == 1 && piece.taps && down.step == (piece.taps == 1 ? 1 : job.step);
+      const RowCode<T>& code = row_code<T>(std::max(1, piece.taps), job.step);
+      int64_t steps = job.count + piece.most - 1 - job.first;
       if (code.in_blocks()) {
-        steps = ceil_div(job.count, block_width(job.count)) * block_width(job.count);
-        call(code.block(job.count), steps, job);
+        const int width = block_width(job.count);
+        steps = ceil_div(job.count, width) * width;
+        call(code.blocks[width], steps, job);
       } else {
         call(code.window(rows, alone ? down.taps : 0), steps, job);
-        fill(job, 0, std::min(job.count, job.first - (piece.steps.most - 1)), rows);
       }
       if (!p) taken = steps * job.vectors;
       job.weights += piece.taps * kLanes;
@@ -283,22 +282,6 @@ class WindowRows {
     for (Prefetch* p : {&job.read, &job.written})
       p->from += p->in_columns ? pairs * kLanes * int64_t(sizeof(T)) : steps * pairs * p->step;
     code.one(job);
-  }
-
-  // Outputs that no tap reaches.
-  static void fill(const Job<T>& job, int64_t first, int64_t last, int rows) {
-    for (int64_t o = first; o < last; ++o)
-      for (int r = 0; r < rows; ++r)
-        for (int64_t v = 0; v < job.vectors; v += kTogether)
-          v + kTogether <= job.vectors ? fill_output<kTogether>(job, o, r, v) : fill_output<1>(job, o, r, v);
-  }
-
-  template <int V>
-  static void fill_output(const Job<T>& job, int64_t o, int r, int64_t v) {
-    Vec sums[V];
-    for (int i = 0; i < V; ++i) sums[i] = read<Vec>(job.start[r] + o * job.start_step + (v + i) * kLanes);
-    if (!job.sums[r]) return Pixels<T>::store(job.out[r] + o * job.out_pitch + v * kLanes, sums, job.streams);
-    for (int i = 0; i < V; ++i) store(job.sums[r] + (o * job.vectors + v + i) * kLanes, sums[i]);
   }
 
   // Has the outputs made in scratch, where finish() still finds them in a cache.

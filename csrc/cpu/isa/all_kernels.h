@@ -13,7 +13,6 @@ constexpr Kernels kernels_of() {
   return {Pixels<T>::kTogether * kLanes,
           trelu<T>,
           trelu_backward<T>,
-          depthwise<T>,
           pack_filter<T>,
           depthwise_packed<T>,
           depthwise_backward<T>,
@@ -26,7 +25,6 @@ constexpr Kernels kernels_of() {
           add_column_sums<T>,
           planes_to_rows<T>,
           rows_to_planes<T>,
-          round<T>,
           sum_shares<T>};
 }
 

@@ -26,107 +26,57 @@ void separable_bands(const Separable& s, void* y) {
   });
 }
 
-namespace {
-
-class BandsBackward {
- public:
-  BandsBackward(const Separable& s, const void* grad, const void* y, const Gradients& wanted)
-      : s_(s),
-        activated_(y),
-        wanted_(wanted),
-        bands_(s.g, band_pixels(s.g, s.c_out, s.dtype)),
-        grad_(grad, s.c_out, s.g.out_h, s.g.out_w, s),
-        y_(y, s.c_out, s.g.out_h, s.g.out_w, s),
-        x_(s.x, s.g.channels, s.g.in_h, s.g.in_w, s),
-        depthwise_out_(wanted.depthwise_out, s.g.channels, s.g.out_h, s.g.out_w, s),
-        depthwise_(kernels(s.dtype).pack_filter(bands_.depthwise(), s.depthwise, s.depthwise_bias)),
-        filter_{s.pointwise, nullptr, s.g.channels, s.c_out, true},
-        pointwise_(wanted.depthwise_out ? packed(filter_, s.dtype) : Scratch()),
-        streams_(s.g.nhwc && wanted.depthwise_out &&
-                 streams_rows(wanted.depthwise_out, s.g.batch * s.g.out_h * s.g.out_w, s.g.channels, s.inner, s.dtype)),
-        sums_({std::min(shares(s), bands_.count()), 1}, s.g.channels, wanted.pointwise ? s.c_out : 0, s.dtype),
-        bias_sums_(wanted.pointwise_bias ? sums_.tasks() * s.c_out : 0) {}
-
-  void operator()() {
-    torch::stable::parallel_for(0, sums_.tasks(), 1, [&](int64_t begin, int64_t end) {
-      const Workspace work(*this);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = bands_.count() * task / sums_.tasks(), last = bands_.count() * (task + 1) / sums_.tasks();
-        for (int64_t i = first; i < last; ++i) add_band(bands_[i], task, i == first, work);
-      }
-    });
-    if (wanted_.pointwise) sums_.round_into(wanted_.pointwise);
-    if (wanted_.pointwise_bias) round_bias(bias_sums_, s_.c_out, wanted_.pointwise_bias, s_.dtype);
-  }
-
- private:
-  static int64_t shares(const Separable& s) {
-    return plan_shares(s.g.batch * s.g.out_h * s.g.out_w, s.g.channels, s.c_out).pixels;
-  }
-  bool inner() const { return s_.inner != Activation::none; }
-  bool makes_depthwise() const { return wanted_.pointwise || (wanted_.depthwise_out && inner()); }
-
-  // A band's rows. own: of one image's after the other.
-  struct Workspace {
-    explicit Workspace(const BandsBackward& b)
-        : dz(b.activated_ || !b.s_.g.nhwc ? b.rows(b.s_.c_out) : 0),
-          depthwise_out(b.makes_depthwise() ? b.rows(b.s_.g.channels) : 0),
-          hidden(b.wanted_.pointwise && b.inner() ? b.rows(b.s_.g.channels) : 0),
-          own(b.s_.g.nhwc ? 0 : b.own_size()),
-          factors(b.sums_.scratch()) {}
-    const Scratch dz, depthwise_out, hidden, own, factors;
-  };
-  int64_t rows(int64_t channels) const { return bands_.most_pixels() * channels * size_of(s_.dtype); }
-  int64_t own_size() const {
-    return std::max(rows(std::max(s_.g.channels, s_.c_out)), bands_.most_read() * s_.g.channels * size_of(s_.dtype));
-  }
-
-  void add_band(const Band& band, int64_t task, bool first, const Workspace& work) {
-    const int64_t n = band.pixels, c = s_.g.channels, c_out = s_.c_out;
-    const Kernels& k = kernels(s_.dtype);
-    void* const own = work.own.as();
-    const void* dz = grad_.read(band.out, work.dz.as());
-    if (activated_) {
-      const void* y = y_.read(band.out, own);
-      k.activation_backward(dz, y, s_.outer, true, work.dz.as(), n * c_out);
-      dz = work.dz.as();
-    }
-    if (wanted_.pointwise_bias) k.add_column_sums(dz, bias_sums_.data() + task * c_out, n, c_out);
-    if (makes_depthwise())
-      k.depthwise_packed(band.g, x_.read(band.in, own), depthwise_, Activation::none, x_.bytes(),
-                         work.depthwise_out.as());
-    if (wanted_.pointwise) {
-      const void* hidden = work.depthwise_out.as();
-      if (inner()) {
-        k.epilogue(hidden, nullptr, s_.inner, work.hidden.as(), n, c);
-        hidden = work.hidden.as();
-      }
-      sums_.add(task, first, dz, hidden, n, work.factors);
-    }
-    if (!wanted_.depthwise_out) return;
-    void* out = depthwise_out_.made_at(band.out, own);
-    k.pointwise_rows({dz, out, n, c_out, c, Activation::none, streams_}, 0, filter_.blocks(), pointwise_.as<float>());
-    if (inner()) k.activation_backward(out, work.depthwise_out.as(), s_.inner, false, out, n * c);
-    depthwise_out_.written(band.out, own);
-  }
-
-  const Separable& s_;
-  const bool activated_;
-  const Gradients wanted_;
-  const Bands bands_;
-  const BandImages grad_, y_, x_, depthwise_out_;
-  const PackedFilter depthwise_;
-  const PointwiseFilter filter_;  // as the gradient's, from outputs to channels
-  const Scratch pointwise_;
-  const bool streams_;
-  const FilterSums sums_;
-  std::vector<double> bias_sums_;  // (task, C')
-};
-
-}  // namespace
-
 void pointwise_backward_bands(const Separable& s, const void* grad, const void* y, const Gradients& wanted) {
-  BandsBackward(s, grad, y, wanted)();
+  const Conv2d& g = s.g;
+  const Kernels& k = kernels(s.dtype);
+  const int64_t c = g.channels, c_out = s.c_out, size = size_of(s.dtype), all = g.batch * g.out_h * g.out_w;
+  const bool activates = s.inner != Activation::none;
+  const bool makes_depthwise = wanted.pointwise || (wanted.depthwise_out && activates);
+  const Bands bands(g, band_pixels(g, c_out, s.dtype));
+  const BandImages grads(grad, c_out, g.out_h, g.out_w, s), outputs(y, c_out, g.out_h, g.out_w, s),
+      in(s.x, c, g.in_h, g.in_w, s), depthwise_out(wanted.depthwise_out, c, g.out_h, g.out_w, s);
+  const PackedFilter depthwise = k.pack_filter(bands.depthwise(), s.depthwise, s.depthwise_bias);
+  const PointwiseFilter filter{s.pointwise, nullptr, c, c_out, true};  // from outputs to channels
+  const Scratch pointwise = wanted.depthwise_out ? packed(filter, s.dtype) : Scratch();
+  const bool streams = g.nhwc && wanted.depthwise_out && streams_rows(wanted.depthwise_out, all, c, s.inner, s.dtype);
+  const int64_t tasks = std::min(plan_shares(all, c, c_out).pixels, bands.count());
+  const FilterSums sums({tasks, 1}, c, wanted.pointwise ? c_out : 0, s.dtype);
+  std::vector<double> bias_sums(wanted.pointwise_bias ? tasks * c_out : 0);  // (task, C')
+  const auto rows = [&](bool needed, int64_t channels) { return needed ? bands.most_pixels() * channels * size : 0; };
+  const int64_t own_size = std::max(rows(!g.nhwc, std::max(c, c_out)), g.nhwc ? 0 : bands.most_read() * c * size);
+
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    // A band's rows. own: of one image's after the other.
+    const Scratch dz_rows(rows(y || !g.nhwc, c_out)), depthwise_rows(rows(makes_depthwise, c)),
+        hidden_rows(rows(wanted.pointwise && activates, c)), own_rows(own_size), factors = sums.scratch();
+    void* const own = own_rows.as();
+    const auto add = [&](const Band& band, int64_t task, bool first) {
+      const int64_t n = band.pixels;
+      const void* dz = grads.read(band.out, dz_rows.as());
+      if (y) {
+        k.activation_backward(dz, outputs.read(band.out, own), s.outer, true, dz_rows.as(), n * c_out);
+        dz = dz_rows.as();
+      }
+      if (wanted.pointwise_bias) k.add_column_sums(dz, bias_sums.data() + task * c_out, n, c_out);
+      if (makes_depthwise)
+        k.depthwise_packed(band.g, in.read(band.in, own), depthwise, Activation::none, in.bytes(), depthwise_rows.as());
+      if (wanted.pointwise) {
+        if (activates) k.epilogue(depthwise_rows.as(), nullptr, s.inner, hidden_rows.as(), n, c);
+        sums.add(task, first, dz, activates ? hidden_rows.as() : depthwise_rows.as(), n, factors);
+      }
+      if (!wanted.depthwise_out) return;
+      void* out = depthwise_out.made_at(band.out, own);
+      k.pointwise_rows({dz, out, n, c_out, c, Activation::none, streams}, 0, filter.blocks(), pointwise.as<float>());
+      if (activates) k.activation_backward(out, depthwise_rows.as(), s.inner, false, out, n * c);
+      depthwise_out.written(band.out, own);
+    };
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = bands.count() * task / tasks, last = bands.count() * (task + 1) / tasks;
+      for (int64_t i = first; i < last; ++i) add(bands[i], task, i == first);
+    }
+  });
+  if (wanted.pointwise) sums.round_into(wanted.pointwise);
+  if (wanted.pointwise_bias) round_bias(bias_sums, c_out, wanted.pointwise_bias, s.dtype);
 }
 
 }  // namespace rkl::cpu

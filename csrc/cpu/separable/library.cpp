@@ -10,10 +10,10 @@ extern "C" __attribute__((weak)) int omp_get_max_threads();
 namespace rkl::cpu {
 namespace {
 
+// False where torch has no such library.
 bool ask(const char* name) {
   StableIValue answer = 0;
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", &answer, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<bool>(answer);
+  return !torch_call_dispatcher(name, "", &answer, TORCH_ABI_VERSION) && torch::stable::detail::to<bool>(answer);
 }
 
 }  // namespace

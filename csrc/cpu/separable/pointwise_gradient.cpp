@@ -1,5 +1,5 @@
-// The gradient of a pointwise step's filter: a sum over all pixels, in parts that the shapes alone decide, so that it
-// is the same for any number of threads.
+// The gradients of a pointwise step's filter and bias: sums over all pixels, in parts that the shapes alone decide, so
+// that they are the same for any number of threads.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -67,7 +67,7 @@ void by_pixels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
       kernels(dtype).widen(share.const_data_ptr(), shares.as<float>() + i * size, size);
     }
   });
-  round_shares(shares.as<float>(), parts, c_out, c, dense_shares(c_out, c), out, dtype);
+  round_shares(shares.as<float>(), parts, c_out, c, {size, c, PointwiseFilter::kOutputs}, out, dtype);
 }
 
 // By the library: large filters of few pixels, shared out by output channels, as writing another share would take
@@ -105,16 +105,23 @@ void by_tasks(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
 
 void filter_gradient(const Tensor& dz, const Tensor& hidden, FilterGradient how, void* out) {
   const Dtype dtype = dtype_of(dz, "dz");
-  const int64_t c = hidden.size(1), c_out = dz.size(1);
   if (how == FilterGradient::tasks) return by_tasks(dz, hidden, out, dtype);
-  if (factor_type(dtype) != dtype) {
-    const Scratch wide(c_out * c * sizeof(float));
-    filter_gradient(torch::stable::to(dz, ScalarType::Float), torch::stable::to(hidden, ScalarType::Float), how,
-                    wide.as());
-    return round_shares(wide.as<float>(), 1, c_out, c, dense_shares(c_out, c), out, dtype);
-  }
   const auto by = how == FilterGradient::channels ? by_channels : by_pixels;
   by(dz, hidden, out, dtype);
+}
+
+void channel_sums(const void* image, void* out, int64_t pixels, int64_t channels, Dtype dtype) {
+  // In parts of as many pixels as lie in a core's own cache.
+  const int64_t part = std::max<int64_t>(64, (int64_t(1) << 16) / channels);
+  const int64_t parts = ceil_div(pixels, part), tasks = std::min<int64_t>(parts, 2 * kTasks);
+  std::vector<double> sums(tasks * channels);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      for (int64_t i = parts * task / tasks; i < parts * (task + 1) / tasks; ++i)
+        kernels(dtype).add_column_sums(at(image, i * part * channels, dtype), sums.data() + task * channels,
+                                       std::min(part, pixels - i * part), channels);
+  });
+  round_bias(sums, channels, out, dtype);
 }
 
 }  // namespace rkl::cpu

@@ -97,19 +97,15 @@ struct Factors {
   int64_t row, step, count;
   Factors from_row(int64_t i) const { return {first + i * row, row, step, count}; }
 };
-struct Weights {
+// Rows of floats: weights or channels by factor; what sums begin with, the bias or the sums of other factors, by row.
+struct FloatRows {
   const float* first;
-  int64_t step;
-};
-// What sums begin with: the bias, or the sums of other factors.
-struct Start {
-  const float* first;
-  int64_t row;
+  int64_t row;  // floats from one row's to the next's
 };
 
 // R rows of a strip of V vectors, `last` outputs of the last vector.
 template <int R, int V, class T, class Out>
-__attribute__((noinline)) void make_tile(Factors x, Weights weights, Start start, Out* out, int64_t out_row,
+__attribute__((noinline)) void make_tile(Factors x, FloatRows weights, FloatRows start, Out* out, int64_t out_row,
                                          int64_t last, bool streams) {
   Vec sum[R][V];
 #pragma GCC unroll 16
@@ -127,17 +123,9 @@ __attribute__((noinline)) void make_tile(Factors x, Weights weights, Start start
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = Pixels<T>::add(sum[r][v], factor, weight[v]);
     }
-    weights.first += weights.step;
+    weights.first += weights.row;
     x.first += x.step;
   } while (--left > 0);
-  const auto put = [&](auto&& put_last) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r, out += out_row) {
-#pragma GCC unroll 4
-      for (int v = 0; v + 1 < V; ++v) store(out + v * kLanes, sum[r][v]);
-      put_last(out + (V - 1) * kLanes, sum[r][V - 1]);
-    }
-  };
   // By AVX2 it shows no gain (fp32, xcep-147, dlab-33-d6 and kb-86).
   if constexpr (RKL_LANES == 16 && V % kLineVectors<Out> == 0)
     if (streams) {
@@ -145,10 +133,12 @@ __attribute__((noinline)) void make_tile(Factors x, Weights weights, Start start
       for (int r = 0; r < R; ++r, out += out_row) stream(out, sum[r]);
       return;
     }
-  if (last == kLanes)
-    put([](Out* p, Vec v) { store(p, v); });
-  else
-    put([&](Out* p, Vec v) { store_some(p, v, last); });
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r, out += out_row) {
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < V; ++v) store(out + v * kLanes, sum[r][v]);
+    store_up_to(out + (V - 1) * kLanes, sum[r][V - 1], last);
+  }
 }
 
 // Factors whose weights for a strip stay in a core's cache.
@@ -157,14 +147,14 @@ constexpr int64_t kMostFactors = 1024;
 // All rows of a strip, tile by tile, and done(tile, its rows) behind each. The last tile overlaps the one before it,
 // unless the rows fill none.
 template <int V, class T, class Out, class Done>
-void make_tiles(int64_t rows, const Factors& x, const Weights& weights, const Start& start, Out* out, int64_t out_row,
-                int64_t last, bool streams, Done&& done) {
+void make_tiles(int64_t rows, const Factors& x, const FloatRows& weights, const FloatRows& start, Out* out,
+                int64_t out_row, int64_t last, bool streams, Done&& done) {
   constexpr int kRows = kTileRows<V>;
   const int64_t height = rows < kRows ? 1 : kRows;
   for (int64_t next = 0; next < rows; next += height) {
     const int64_t row = std::min(next, rows - height);
     const Factors factors = x.from_row(row);
-    const Start here{start.first + row * start.row, start.row};
+    const FloatRows here{start.first + row * start.row, start.row};
     Out* to = out + row * out_row;
     height == 1 ? make_tile<1, V, T>(factors, weights, here, to, out_row, last, streams)
                 : make_tile<kRows, V, T>(factors, weights, here, to, out_row, last, streams);
@@ -181,11 +171,11 @@ void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_
   const float* weights = packed + first * (factors + 1) * kLanes;
   const int64_t columns = std::min<int64_t>(kWidth, p.outputs - first * kLanes), last = columns - kWidth + kLanes;
   const int64_t pieces = ceil_div(factors, kMostFactors);
-  Start start{weights, 0};
+  FloatRows start{weights, 0};
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t from = factors * piece / pieces, count = factors * (piece + 1) / pieces - from;
     const Factors x{in + from, factors, 1, count};
-    const Weights w{weights + (from + 1) * kWidth, kWidth};
+    const FloatRows w{weights + (from + 1) * kWidth, kWidth};
     if (piece + 1 < pieces) {
       float* to = sums + piece % 2 * p.rows * kWidth;
       make_tiles<V, Operand<T>>(p.rows, x, w, start, to, kWidth, kLanes, false, [](float*, int64_t) {});

@@ -5,12 +5,6 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// Some columns of rows of pixels as factors: (factor, column).
-struct FactorRows {
-  const float* first;
-  int64_t row;  // floats from one factor's to the next's
-};
-
 // Whether factors are read as they lie: in whole vectors, and not a power of 2 apart, where they would share few of the
 // cache's sets.
 template <class T>
@@ -18,8 +12,9 @@ bool lie_well(int64_t row, int64_t columns) {
   return sizeof(T) == 4 && columns % kLanes == 0 && row % 256;
 }
 
+// Some columns of rows of pixels as factors: (factor, column).
 template <class T>
-FactorRows copied(const T* from, int64_t row, int64_t pixels, int64_t columns, float* copy, int64_t copy_row) {
+FloatRows copied(const T* from, int64_t row, int64_t pixels, int64_t columns, float* copy, int64_t copy_row) {
   float* to = copy;
   for (int64_t p = 0; p < pixels; p += kChannelsOfFactor<T>, from += kChannelsOfFactor<T> * row, to += copy_row)
     for (int64_t i = 0; i < columns; i += kLanes) store(to + i, load_factors(from + i, row, pixels - p, columns - i));
@@ -29,7 +24,7 @@ FactorRows copied(const T* from, int64_t row, int64_t pixels, int64_t columns, f
 // A strip of the sums. Each tile's are made from zero and added to what there is: one chain of additions over all
 // pixels would round as often. The last tile overlaps the one before it, whose rows count once.
 template <int V, class T>
-void add_strip(const Factors& dz, int64_t outputs, const Weights& hidden, float* sums, bool fresh) {
+void add_strip(const Factors& dz, int64_t outputs, const FloatRows& hidden, float* sums, bool fresh) {
   constexpr int64_t kRows = kTileRows<V>, kWidth = V * kLanes;
   const float zeros[kWidth] = {};
   alignas(kLine) float tile[kRows * kWidth];
@@ -63,18 +58,18 @@ void add_pointwise_share(const PointwiseShare& p) {
     const int64_t pixels = std::min(p.piece, p.pixels - first);
     const T* dz = static_cast<const T*>(p.dz) + first * p.dz_row;
     const T* hidden = static_cast<const T*>(p.hidden) + first * p.hidden_row;
-    FactorRows left{reinterpret_cast<const float*>(dz), p.dz_row};
+    FloatRows left{reinterpret_cast<const float*>(dz), p.dz_row};
     if (!lie_well<T>(p.dz_row, p.outputs))
       left = copied(dz, p.dz_row, pixels, p.outputs, p.scratch, PointwiseShare::packed_row(p.outputs));
     for_strips(0, ceil_div(p.channels, kLanes), [&](int64_t v, auto strip) {
       // A copy of more than a strip's channels: their rows would lie on as many pages.
       const int64_t column = v * kLanes, columns = std::min<int64_t>(strip() * kLanes, p.channels - column);
       float* const sums = p.sums + column / kBlock * p.sums_block + column % kBlock;
-      FactorRows right{reinterpret_cast<const float*>(hidden + column), p.hidden_row};
+      FloatRows right{reinterpret_cast<const float*>(hidden + column), p.hidden_row};
       if (p.hidden_row > kStrip * kLanes || !lie_well<T>(p.hidden_row, columns))
         right = copied(hidden + column, p.hidden_row, pixels, columns, copy, strip() * kLanes);
-      add_strip<strip(), Operand<T>>({left.first, 1, left.row, factors_of<T>(pixels)}, p.outputs,
-                                     {right.first, right.row}, sums, p.fresh && !first);
+      add_strip<strip(), Operand<T>>({left.first, 1, left.row, factors_of<T>(pixels)}, p.outputs, right, sums,
+                                     p.fresh && !first);
     });
   }
 }

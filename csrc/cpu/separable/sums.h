@@ -24,11 +24,6 @@ void add_column_sums(const void* matrix, double* sums, int64_t rows, int64_t col
 }
 
 template <class T>
-void round(const double* in, void* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) static_cast<T*>(out)[i] = T(float(in[i]));
-}
-
-template <class T>
 void sum_shares(const float* shares, int64_t count, int64_t stride, int64_t block, void* out, int64_t n) {
   constexpr int64_t kBlock = PointwiseFilter::kOutputs;
   for_vectors(n, [&](int64_t i, int64_t some) {

@@ -21,11 +21,6 @@ inline void round_shares(const float* shares, int64_t count, int64_t rows, int64
   });
 }
 
-// Shares that are dense matrices.
-inline ShareStrides dense_shares(int64_t rows, int64_t columns) {
-  return {rows * columns, columns, PointwiseFilter::kOutputs};
-}
-
 // The pointwise filter's gradient, in tasks of a part of the pixels and a part of the filter each.
 class FilterSums {
  public:
@@ -42,18 +37,20 @@ class FilterSums {
   int64_t pixels(int64_t task) const { return task / shares_.filter; }
 
   // Memory of a worker's own, for `add`.
-  Scratch scratch() const { return Scratch(share(part(0)).scratch_size() * int64_t(sizeof(float))); }
+  Scratch scratch() const { return Scratch(PointwiseShare::scratch_size(piece_, c_out_) * int64_t(sizeof(float))); }
 
-  // A task's share of some of its pixels, or its first: of whole rows of dz and of the depthwise output.
+  // A task's share of some of its pixels, or its first: of whole rows of dz and of the depthwise output. By whole
+  // blocks of outputs or channels, so that no two tasks write to one.
   void add(int64_t task, bool first, const void* dz, const void* hidden, int64_t pixels, const Scratch& scratch) const {
-    const Part here = part(task);
-    PointwiseShare sums = share(here);
-    sums.dz = at(dz, here.output, dtype_);
-    sums.hidden = at(hidden, here.channel, dtype_);
-    sums.pixels = pixels;
-    sums.fresh = first;
-    sums.scratch = scratch.as<float>();
-    if (here.outputs && here.channels) kernels(dtype_).add_pointwise_share(sums);
+    const int64_t longer = std::max(c_, c_out_), most = ceil_div(ceil_div(longer, kBlock), shares_.filter) * kBlock;
+    const int64_t begin = task % shares_.filter * most, count = std::min(most, longer - begin);
+    if (count <= 0) return;
+    const bool outputs = c_out_ >= c_;
+    const int64_t output = outputs ? begin : 0, channel = outputs ? 0 : begin;
+    float* const sums = sums_.as<float>() + this->pixels(task) * share_size() + channel * c_out_ + output * kBlock;
+    kernels(dtype_).add_pointwise_share({at(dz, output, dtype_), at(hidden, channel, dtype_), c_out_, c_, pixels,
+                                         outputs ? count : c_out_, outputs ? c_ : count, sums, c_out_ * kBlock, first,
+                                         piece_, scratch.as<float>()});
   }
 
   void round_into(void* out) const {
@@ -62,25 +59,8 @@ class FilterSums {
   }
 
  private:
-  struct Part {
-    int64_t pixels, output, outputs, channel, channels;
-  };
-
   static constexpr int64_t kBlock = PointwiseFilter::kOutputs;
   int64_t share_size() const { return ceil_div(c_, kBlock) * kBlock * c_out_; }
-
-  // Of whole blocks, so that no two tasks write to one.
-  Part part(int64_t task) const {
-    const int64_t longer = std::max(c_, c_out_), most = ceil_div(ceil_div(longer, kBlock), shares_.filter) * kBlock;
-    const int64_t first = std::min(task % shares_.filter * most, longer), count = std::min(most, longer - first);
-    return c_out_ >= c_ ? Part{pixels(task), first, count, 0, c_} : Part{pixels(task), 0, c_out_, first, count};
-  }
-
-  PointwiseShare share(const Part& part) const {
-    const int64_t first = part.pixels * share_size() + part.channel * c_out_ + part.output * kBlock;
-    return {nullptr,         nullptr, c_out_, c_,     0, part.outputs, part.channels, sums_.as<float>() + first,
-            c_out_ * kBlock, false,   piece_, nullptr};
-  }
 
   const Shares shares_;
   const int64_t c_, c_out_;
@@ -93,7 +73,8 @@ class FilterSums {
 inline void round_bias(const std::vector<double>& sums, int64_t channels, void* out, Dtype dtype) {
   std::vector<double> total(channels);
   for (size_t i = 0; i < sums.size(); ++i) total[i % channels] += sums[i];
-  kernels(dtype).round(total.data(), out, channels);
+  const std::vector<float> rounded(total.begin(), total.end());
+  kernels(dtype).sum_shares(rounded.data(), 1, 0, PointwiseFilter::kOutputs, out, channels);
 }
 
 }  // namespace rkl::cpu

@@ -4,34 +4,26 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// Alternate lanes of two vectors, from their lower and their upper halves.
-#if RKL_LANES == 16
-#define RKL_LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define RKL_UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif RKL_LANES == 8
-#define RKL_LOWER 0, 8, 1, 9, 2, 10, 3, 11
-#define RKL_UPPER 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define RKL_LOWER 0, 4, 1, 5
-#define RKL_UPPER 2, 6, 3, 7
-#endif
+// Alternate lanes of two vectors, from their lower halves (0) or their upper ones (1).
+template <int half, int... I>
+inline Vec zip(Vec a, Vec b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-inline Vec zip_lower(Vec a, Vec b) { return __builtin_shufflevector(a, b, RKL_LOWER); }
-inline Vec zip_upper(Vec a, Vec b) { return __builtin_shufflevector(a, b, RKL_UPPER); }
+  return __builtin_shufflevector(a, b, ((half * kLanes + I) / 2 + I % 2 * kLanes)...);
 #else
-inline Vec zip_lower(Vec a, Vec b) { return __builtin_shuffle(a, b, VecInt{RKL_LOWER}); }
-inline Vec zip_upper(Vec a, Vec b) { return __builtin_shuffle(a, b, VecInt{RKL_UPPER}); }
+  return __builtin_shuffle(a, b, VecInt{((half * kLanes + I) / 2 + I % 2 * kLanes)...});
 #endif
+}
 
 // kLanes vectors as the rows of a matrix, transposed: each round moves one bit of a lane's number into the row's.
 inline void transpose(Vec (&rows)[kLanes]) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes;
 #pragma GCC unroll 4
   for (int round = 1; round < kLanes; round *= 2) {
     Vec next[kLanes];
 #pragma GCC unroll 8
     for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = zip_lower(rows[i], rows[i + kLanes / 2]);
-      next[2 * i + 1] = zip_upper(rows[i], rows[i + kLanes / 2]);
+      next[2 * i] = zip<0>(rows[i], rows[i + kLanes / 2], lanes);
+      next[2 * i + 1] = zip<1>(rows[i], rows[i + kLanes / 2], lanes);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
