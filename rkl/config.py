@@ -218,9 +218,9 @@ class Config(MachineSettings, PruningSettings, TrainingSettings, ModelSettings, 
         """The weight of the L1 term in an epoch, from 0, of so many steps. It prepares the cuts, so it acts until the
         last one, and by default not at all where there is none.
 
-        By default it takes a gamma that nothing holds from 1, where it starts, to 0 by the last cut; what the loss
-        needs stays, so that the gammas spread and the cuts can rank them. A fixed lambda cannot: the way is lambda *
-        learning rate * steps / (1 - momentum), and 1e-5 moved a gamma by 0.004 where 1e-2 emptied the network.
+        By default it takes a gamma that nothing holds from 1, where it starts, to 0 by the last cut, so that the gammas
+        spread and the cuts can rank them; a gamma's way is lambda * learning rate * steps / (1 - momentum). It is
+        MOST_L1 at most: in a short run that way asks for more than the loss's own gradients hold against.
         """
         if not self.cut_epochs:
             return self.loss.l1 or 0.0
@@ -229,13 +229,18 @@ class Config(MachineSettings, PruningSettings, TrainingSettings, ModelSettings, 
         if self.loss.l1 is not None:
             return self.loss.l1
         way = steps * sum(self.learning_rate(e + 0.5) for e in range(self.cut_epochs[-1])) / (1 - self.momentum)
-        return 1.0 / way
+        return min(1.0 / way, MOST_L1)
 
     def block_options(self, defaults: BlockOptions) -> BlockOptions:
         """The model's blocks, with what was left open taken from ``defaults``."""
         chosen = {f.name: getattr(self, f.name) for f in fields(BlockOptions)}
         return replace(defaults, **{name: value for name, value in chosen.items() if value is not None})
 
+
+MOST_L1 = 1e-3
+"""Of lambda, by default: Network Slimming's order. 50 epochs on digits end at 96.7% with it, at 95.8% without the term,
+and at 68.0% with the 0.167 that takes a gamma to 0 in so few steps (`rkl train --width 16`, with `--loss.l1 0`, with
+`--loss.l1 0.167`)."""
 
 CUTS = {"resnet-kl": (0.08, 0.16, 0.24)}
 """Shares of the epochs after which a model is cut by default: after 4, 8 and 12 of 50."""

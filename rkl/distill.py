@@ -24,7 +24,7 @@ class LossWeights:
         beta: weight of feature distillation.
         legacy_features: the norm over the whole batch, as "Be Your Own Teacher" has it; it grows with the batch.
         l1: lambda of the L1 penalty on gamma (table I), until the last cut; by default what takes a gamma that nothing
-            holds to 0 by then, and none where nothing is cut.
+            holds to 0 by then, 0.001 at most, and none where nothing is cut.
         smoothing: label smoothing, in every head's cross entropy with the labels.
 
     Raises:

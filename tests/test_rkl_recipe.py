@@ -18,7 +18,7 @@ from torch import nn
 
 import rkl_kernels as rk
 from rkl.cli import COMMANDS, EXAMPLES, Experiments, Predict, main
-from rkl.config import Config
+from rkl.config import MOST_L1, Config
 from rkl.data import class_weights
 from rkl.distill import gamma_l1, gammas, training_losses
 from rkl.network.blocks import MultiScaleDepthwise
@@ -150,25 +150,17 @@ def test_every_process_has_a_batch_to_evaluate() -> None:
         check_splits(replace(TINY, devices=13), data)
 
 
-def spread_before_the_cut(tmp_path: Path, l1: float | None) -> float:
-    """How far the backbone's gammas are apart when the cut comes: standard deviation over mean."""
+def gammas_before_the_cut(tmp_path: Path, l1: float | None, **settings: object) -> torch.Tensor:
+    """The backbone's gammas when the cut comes."""
     config = Config(
-        tmp_path / str(l1),
-        width=8,
-        image_size=8,
-        epochs=4,
-        batch_size=16,
-        lr=0.05,
-        prune_at=(0.75,),
-        loss=replace(TINY.loss, l1=l1),
+        tmp_path / str(l1), width=8, image_size=8, prune_at=(0.75,), loss=replace(TINY.loss, l1=l1), **settings
     )
     found = []
     cut = trainer.cut
 
     def watching(config: Config, learner: Learner, *rest: object) -> dict:
         blocks = [block.branch for stage in learner.model.stages for block in stage]
-        values = torch.cat([gamma.detach() for block in blocks for gamma in gammas(block)])
-        found.append(float(values.std() / values.mean()))
+        found.append(torch.cat([gamma.detach() for block in blocks for gamma in gammas(block)]))
         return cut(config, learner, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -177,15 +169,26 @@ def spread_before_the_cut(tmp_path: Path, l1: float | None) -> float:
     return found[0]
 
 
-def test_l1_spreads_the_gammas_before_the_cut(tmp_path: Path) -> None:
-    assert spread_before_the_cut(tmp_path, None) > 1.5 * spread_before_the_cut(tmp_path, 1e-5)
+def test_l1_spreads_the_gammas_where_it_has_the_way(tmp_path: Path) -> None:
+    spreads = []
+    for l1 in (0.01, 1e-5):  # ways of 1 and of 0.001
+        values = gammas_before_the_cut(tmp_path, l1, epochs=4, batch_size=16, lr=0.05)
+        spreads.append(float(values.std() / values.mean()))
+    assert spreads[0] > 1.5 * spreads[1]
+
+
+def test_l1_leaves_a_short_run_its_network(tmp_path: Path) -> None:
+    """In 24 steps of this rate a gamma gets to 0 by a lambda of 1, against which no loss holds it."""
+    assert gammas_before_the_cut(tmp_path, None, epochs=8, batch_size=256, lr=0.01).mean() > 0.9
 
 
 def test_l1_acts_until_the_last_cut_and_only_for_cuts() -> None:
     kl = Config(epochs=50)
     assert kl.cut_epochs == [4, 8, 12]
     way = 12 * 100 * kl.lr / (1 - kl.momentum)
-    assert [kl.l1_at(epoch, 100) * way for epoch in (0, 11, 12)] == pytest.approx([1.0, 1.0, 0.0])
+    assert kl.l1_at(0, 100) == MOST_L1 < 1 / way  # few steps: not more than the loss can hold against
+    way = 12 * 1000 * kl.lr / (1 - kl.momentum)
+    assert [kl.l1_at(epoch, 1000) * way for epoch in (0, 11, 12)] == pytest.approx([1.0, 1.0, 0.0])
     plain = Config(model="resnet")
     assert (plain.cut_epochs, plain.l1_at(0, 100)) == ([], 0.0)
     assert replace(plain, loss=replace(plain.loss, l1=0.1)).l1_at(49, 100) == 0.1
