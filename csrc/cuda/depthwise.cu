@@ -58,13 +58,13 @@ void launch(Result result, const FilterGrad& a, const Plan& plan, Dtype dtype, c
 
 void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                Dtype dtype, cudaStream_t stream) {
-  const Plan plan = plan_forward(g, dtype, aligned_16(x, weight, y), current_device());
+  const Plan plan = plan_forward(g, dtype, aligned_16(x, y), current_device());
   launch(Result::output, Convolution{g, x, weight, bias, y, act}, plan, dtype, stream);
 }
 
-BackwardPlan plan_depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight,
-                                     const void* dx, const void* dweight, const void* dbias, Dtype dtype) {
-  return plan_backward(g, dtype, aligned_16(grad, x, weight, dx), dx, dweight || dbias, current_device());
+BackwardPlan plan_depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* dx,
+                                     const void* dweight, const void* dbias, Dtype dtype) {
+  return plan_backward(g, dtype, aligned_16(grad, x, dx), dx, dweight || dbias, current_device());
 }
 
 void depthwise_backward(const BackwardPlan& plan, const Conv2d& g, const void* grad, const void* x, const void* weight,

@@ -49,8 +49,8 @@ void depthwise(const Conv2d& g, const void* x, const void* weight, const void* b
                Dtype dtype, cudaStream_t stream);
 // The gradients of image, filter and bias; each may be null where it is not wanted, and so may be what only the others
 // are made of. The plan is plan_depthwise_backward's for the same call; workspace: so many floats as the plan tells.
-BackwardPlan plan_depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* weight,
-                                     const void* dx, const void* dweight, const void* dbias, Dtype dtype);
+BackwardPlan plan_depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* dx,
+                                     const void* dweight, const void* dbias, Dtype dtype);
 void depthwise_backward(const BackwardPlan& plan, const Conv2d& g, const void* grad, const void* x, const void* weight,
                         void* dx, void* dweight, void* dbias, float* workspace, Dtype dtype, cudaStream_t stream);
 

@@ -70,7 +70,7 @@ struct CudaConv : TransposedFormats<CudaConv> {
   static void backward(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx, void* dweight,
                        void* dbias, Dtype dtype, const Tensor& like) {
     const OnDeviceOf device(like);
-    const cuda::BackwardPlan plan = cuda::plan_depthwise_backward(g, grad, x, weight, dx, dweight, dbias, dtype);
+    const cuda::BackwardPlan plan = cuda::plan_depthwise_backward(g, grad, x, dx, dweight, dbias, dtype);
     const Tensor sums = workspace(like, plan.workspace(g));
     cuda::depthwise_backward(plan, g, grad, x, weight, dx, dweight, dbias, floats(sums), dtype, device.stream);
   }

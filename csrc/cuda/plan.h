@@ -58,7 +58,8 @@ struct BackwardPlan {
   }
 };
 
-// aligned: whether all tensors begin at multiples of 16 bytes, which most kernels' loads need.
+// aligned: whether all images begin at multiples of 16 bytes, which most kernels' loads need. Filters and biases are
+// read element by element: a view into one buffer of all parameters may begin anywhere.
 // The plan of one result; nothing for both_grads where no family makes both in one pass.
 std::optional<Plan> plan_result(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device);
 // Whether an NCHW separable convolution takes its images where they lie, where a family of planes makes the depthwise

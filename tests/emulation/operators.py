@@ -104,7 +104,7 @@ class Operators:
         dx = self._image(x, *x.shape[1:], nhwc=nhwc) if mask[0] else None
         dw = self.gpu.empty(*weight.shape, dtype=x.dtype) if mask[1] else None
         db = self.gpu.empty(x.shape[1], dtype=x.dtype) if mask[2] else None
-        plan = self._call("plan_depthwise_backward", g, grad, x, weight, dx, dw, db, number)
+        plan = self._call("plan_depthwise_backward", g, grad, x, dx, dw, db, number)
         workspace = self.gpu.empty(plan.workspace(g))
         self._call("depthwise_backward", plan, g, grad, x, weight, dx, dw, db, workspace, number, 0)
         return tuple(nothing if t is None else t for t in (dx, dw, db))

@@ -130,6 +130,43 @@ def test_unaligned_views_take_the_general_kernel(gpu: Gpu) -> None:
     assert set(gpu.traffic()) == {"any_scalar", "any_filter_grad", "add_parts"}
 
 
+# One case a family and layout.
+PARAMETERS_ANYWHERE = [
+    Case(channels=24),
+    Case(channels=24, kernel=(7, 7), padding=(3, 3)),
+    Case(channels=24, stride=(2, 2)),
+    Case(channels=24, padding=(2, 2), dilation=(2, 2)),
+    Case(channels=24, kernel=(2, 4)),
+    Case(channels=24, kernel=(13, 13), padding=(6, 6)),
+    Case(channels=8, nhwc=False),
+    Case(channels=8, stride=(2, 2), nhwc=False),
+    Case(channels=8, kernel=(13, 13), padding=(6, 6), size=(12, 16), nhwc=False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", PARAMETERS_ANYWHERE, ids=str)
+def test_parameters_may_begin_anywhere(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+    """As views into one buffer of all parameters do: the kernels are those of aligned ones, and so are the bits."""
+
+    def results(offset: int) -> tuple[list[torch.Tensor], dict[str, int]]:
+        gpu.kernels.reset()
+        run = Run(gpu, case, dtype)
+        for name in ("weight", "bias"):
+            aligned = getattr(run, name)
+            moved = gpu.empty(aligned.numel() + offset, dtype=dtype)[offset:].view(aligned.shape).copy_(aligned)
+            assert moved.data_ptr() % 16 == offset * dtype.itemsize
+            setattr(run, name, moved)
+        assert_right(run, "y")
+        made = [run.forward(), run.input_grad(), *run.weight_grad(), *run.both_grads()]
+        return [t.clone() for t in made], {name: traffic.launches for name, traffic in gpu.traffic().items()}
+
+    aligned, kernels = results(0)
+    moved, launched = results(1)
+    assert launched == kernels
+    assert all(map(torch.equal, moved, aligned))
+
+
 # Bytes of the sectors that blocks touch over the bytes that cannot be avoided, with the bound that forward, input
 # gradient and filter gradient must keep. What exceeds 1, by count: the filter, read by each block; the halo of a large
 # plane's chunks; and the parts' sums, written and read again: at least 256 outputs a part, so 8 (k^2 + 1) bytes beside

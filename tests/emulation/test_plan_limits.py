@@ -106,6 +106,6 @@ def test_a_grid_that_no_gpu_takes_is_refused_by_name(gpu: Gpu) -> None:
     """A block for each 2 x 16 taps and channel: 2^32 and some, which would wrap to as many as there are channels."""
     gpu.kernels.schedule.first_blocks = 0
     g, f32 = geometry(gpu, 2**20, (2, 65552), (2, 65552), nhwc=False), gpu.dtype(torch.float32)
-    plan = gpu.kernels.plan_depthwise_backward(g, 0, 0, 0, 0, 16, 0, f32)
+    plan = gpu.kernels.plan_depthwise_backward(g, 0, 0, 0, 16, 0, f32)
     with pytest.raises(RuntimeError, match=r"any_filter_grad: a grid must have .* blocks, got 4296015872 x 1; split"):
         gpu.kernels.depthwise_backward(plan, g, 0, 0, 0, 0, 16, 0, 0, f32, 0)
