@@ -37,7 +37,8 @@ void transpose(const void* from, void* to, bool to_nhwc, int64_t images, int64_t
                cudaStream_t stream);
 
 // Separable convolution in one kernel, over NHWC images; the biases may be null. The plan is plan_separable's: nothing
-// where no kernel serves, and the unfused steps are to run.
+// where no kernel serves, and the unfused steps are to run. aligned: whether x begins at a multiple of 16 bytes, as the
+// pointwise filter must.
 MaybePlan plan_separable(const Conv2d& g, int64_t c_out, Activation inner, Activation act, Dtype dtype, bool aligned,
                          const Device& device);
 void fused_separable(const Plan& plan, const Conv2d& g, int64_t c_out, const void* x, const void* depthwise,

@@ -76,18 +76,24 @@ struct CudaConv : TransposedFormats<CudaConv> {
   }
 };
 
+// A filter that begins at a multiple of 16 bytes, as the kernels of pointwise steps load it: a copy where it does not,
+// as a view into one buffer of all parameters may not.
+Tensor aligned(const Tensor& filter) {
+  return cuda::aligned_16(filter.const_data_ptr()) ? filter : torch::stable::clone(filter);
+}
+
 // out = act(image * filter + bias) over NHWC images in one kernel; nothing where it does not serve. filter: (C', C).
 std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias,
                                        Activation act, Dtype dtype) {
   const OnDeviceOf device(image);
   const int64_t n = image.size(0), c = image.size(1), h = image.size(2), w = image.size(3), outputs = filter.size(0);
-  const Tensor filter_in = as_contiguous(filter);
-  const void *from = image.const_data_ptr(), *by = filter_in.const_data_ptr();
+  const void* from = image.const_data_ptr();
   const cuda::Device& facts = cuda::current_device();
-  if (!cuda::serves_pointwise(c, outputs, act, dtype, cuda::aligned_16(from, by), facts)) return std::nullopt;
+  if (!cuda::serves_pointwise(c, outputs, act, dtype, cuda::aligned_16(from), facts)) return std::nullopt;
+  const Tensor by = aligned(as_contiguous(filter));
   Tensor out = empty_image(image, n, outputs, h, w, true);
-  cuda::pointwise(from, by, data_or_null(bias), act, out.mutable_data_ptr(), n * h * w, c, outputs, dtype, facts,
-                  device.stream);
+  cuda::pointwise(from, by.const_data_ptr(), data_or_null(bias), act, out.mutable_data_ptr(), n * h * w, c, outputs,
+                  dtype, facts, device.stream);
   return out;
 }
 
@@ -164,12 +170,13 @@ struct CudaSeparable : CudaConv {
     const Conv2d& g = call.g;
     if (!g.nhwc) return std::nullopt;
     const OnDeviceOf device(call.x);
-    const void *x = call.x.const_data_ptr(), *pointwise = call.pointwise.const_data_ptr();
+    const void* x = call.x.const_data_ptr();
     const cuda::MaybePlan plan = cuda::plan_separable(g, call.c_out, call.inner_act, call.act, call.dtype,
-                                                      cuda::aligned_16(x, pointwise), cuda::current_device());
+                                                      cuda::aligned_16(x), cuda::current_device());
     if (!plan) return std::nullopt;
+    const Tensor pointwise = aligned(call.pointwise);
     Tensor y = empty_image(call.x, g.batch, call.c_out, g.out_h, g.out_w, true);
-    cuda::fused_separable(*plan, g, call.c_out, x, call.depthwise.const_data_ptr(), pointwise,
+    cuda::fused_separable(*plan, g, call.c_out, x, call.depthwise.const_data_ptr(), pointwise.const_data_ptr(),
                           data_or_null(call.depthwise_bias), data_or_null(pointwise_bias), call.inner_act, call.act,
                           y.mutable_data_ptr(), call.dtype, device.stream);
     return y;

@@ -98,6 +98,26 @@ def test_separable_activations(backend, device, inner, activation):
     check(separable(3, inner, activation), shapes, device, torch.float32, 1e-5, backend)
 
 
+@pytest.mark.parametrize("dilation", [1, 2], ids=["in one kernel", "step by step"])
+def test_parameters_in_one_buffer_have_the_kernels_of_others(backend, device, dilation):
+    """Other kernels would round elsewhere, and give other bits."""
+    if backend != "cuda":
+        pytest.skip("a library's product may go by its arguments' addresses")
+    x = torch.randn(3, 32, 14, 14, device=device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    shapes = (32, 1, 3, 3), (48, 32, 1, 1), (32,), (48,)
+    numbers = [torch.randn(torch.Size(shape).numel(), device=device, dtype=x.dtype) for shape in shapes]
+    buffer = torch.cat([x.new_zeros(1), *numbers])
+    views = buffer[1:].split([n.numel() for n in numbers])
+    assert all(view.data_ptr() % 16 == 2 for view in views)
+
+    def result(parameters):
+        tensors = (p.view(shape) for p, shape in zip(parameters, shapes, strict=True))
+        return rk.separable_conv2d(x, *tensors, padding=dilation, dilation=dilation, activation="relu6")
+
+    with rk.use_backend(backend), torch.no_grad():
+        assert torch.equal(result(views), result(numbers))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 17, 5, 9), (1 << 20,), (7,)], ids=str)
 def test_trelu(backend, device, dtype, shape):
