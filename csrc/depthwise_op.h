@@ -19,7 +19,7 @@ inline Activation activation_of(int64_t number) {
 template <class Kernels>
 Tensor depthwise_output(const Conv2d& g, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         Activation act, Dtype dtype) {
-  if (Kernels::left_to_pytorch(g, dtype)) {
+  if (Kernels::left_to_pytorch(g, dtype, bias || act != Activation::none)) {
     const std::vector<int64_t> stride{g.stride_h, g.stride_w}, padding{g.padding_h, g.padding_w},
         dilation{g.dilation_h, g.dilation_w}, none{0, 0};
     const Tensor y = Kernels::in_format(
@@ -41,7 +41,8 @@ Tensor depthwise_output(const Conv2d& g, const Tensor& x, const Tensor& weight, 
 //   static backward(Conv2d, grad, x, weight, dx or null, dweight or null, dbias or null, dtype, like)
 // over dense memory; `like` is a tensor on the device; and
 //   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like), over dense rows
-//   static left_to_pytorch(Conv2d, dtype) -> bool: whether PyTorch's own convolution makes the output sooner
+//   static left_to_pytorch(Conv2d, dtype, finished) -> bool: whether PyTorch's own convolution makes the output sooner;
+//     finished: with a bias or an activation
 //   static transposes(Conv2d, dtype, of_filter) -> bool: whether NCHW images are computed as NHWC ones; of_filter: for
 //     the filter's gradient too
 //   static dense(x, nhwc), in_format(x, nhwc), as tensor_args.h has them.

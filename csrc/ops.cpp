@@ -21,7 +21,7 @@ struct CpuTRelu {
 };
 
 struct CpuConv : TransposedFormats<CpuConv> {
-  static bool left_to_pytorch(const Conv2d& g, Dtype dtype) { return cpu::left_to_pytorch(g, dtype); }
+  static bool left_to_pytorch(const Conv2d& g, Dtype dtype, bool) { return cpu::left_to_pytorch(g, dtype); }
   static constexpr bool transposes(const Conv2d&, Dtype, bool) { return false; }
   static Tensor transposed_image(const Tensor& x, bool nhwc) {
     const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);

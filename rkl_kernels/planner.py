@@ -243,7 +243,7 @@ def _cuda_kernels(
     def family(result: int, layout: torch.memory_format) -> str:  # result: Result's number in csrc/cuda/plan.h
         nhwc = layout == torch.channels_last
         dtype = KERNEL_TYPES.index(x.dtype)
-        numbers = torch.ops.rkl.cuda_depthwise_plan(geometry, nhwc, dtype, result, _facts_of(x))
+        numbers = torch.ops.rkl.cuda_depthwise_plan(geometry, nhwc, dtype, result, _facts_of(x), bias is not None)
         if not numbers:
             return ""
         transposed = "transposed to NHWC, " if not nhwc and numbers[0] in _NHWC_FAMILIES else ""

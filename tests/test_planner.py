@@ -98,12 +98,14 @@ def explain_as_cuda(
     return rk.explain("separable_conv2d", x.contiguous(memory_format=layout), *weights, stride=stride, padding=1)
 
 
-def explain_depthwise_as_cuda(monkeypatch, kernel: int, nhwc: bool = True, **window: int) -> str:
+def explain_depthwise_as_cuda(
+    monkeypatch, kernel: int, nhwc: bool = True, size: int = 30, bias: bool = False, **window: int
+) -> str:
     monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x, multiplied: "cuda")
     layout = torch.channels_last if nhwc else torch.contiguous_format
-    x = torch.empty(8, 64, 32, 30, dtype=torch.bfloat16, device="meta").contiguous(memory_format=layout)
+    x = torch.empty(8, 64, 32, size, dtype=torch.bfloat16, device="meta").contiguous(memory_format=layout)
     weight = torch.empty(64, 1, kernel, kernel, dtype=torch.bfloat16, device="meta")
-    told = rk.explain("depthwise_conv2d", x, weight, **window)
+    told = rk.explain("depthwise_conv2d", x, weight, x.new_empty(64) if bias else None, **window)
     assert told.kernels in str(told)
     return told.kernels
 
@@ -111,8 +113,8 @@ def explain_depthwise_as_cuda(monkeypatch, kernel: int, nhwc: bool = True, **win
 def test_explanation_names_each_depthwise_kernel(monkeypatch):
     asked = []
 
-    def plan(geometry, nhwc, dtype, result, device):
-        asked.append((geometry, nhwc, dtype, result))
+    def plan(geometry, nhwc, dtype, result, device, with_bias):
+        asked.append((geometry, nhwc, dtype, result, with_bias))
         return ([1, 5], [1, 5], [4, 3], [])[result]
 
     monkeypatch.setattr(torch.ops.rkl, "cuda_depthwise_plan", plan, raising=False)
@@ -121,7 +123,7 @@ def test_explanation_names_each_depthwise_kernel(monkeypatch):
     assert "image's gradient: rows" in told
     assert "filter's gradient: the tensor cores" in told
     geometry = [8, 64, 32, 30, 32, 30, 5, 5, 1, 1, 2, 2, 1, 1]
-    assert asked == [(geometry, True, 1, result) for result in range(4)]
+    assert asked == [(geometry, True, 1, result, False) for result in range(4)]
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
@@ -161,6 +163,13 @@ def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
     """Without a GPU too: that these are not served needs none."""
     told = explain_as_cuda(monkeypatch, kernel, dtype, torch.channels_last)
     assert "serves 16-bit images, k = 3, 5 or 7" in told.reason
+
+
+@needs_cuda_extension
+def test_what_a_bias_keeps_from_pytorch(monkeypatch):
+    narrow = {"size": 8, "stride": 2, "padding": 1}
+    assert explain_depthwise_as_cuda(monkeypatch, 3, **narrow).startswith("output: PyTorch's own convolution;")
+    assert explain_depthwise_as_cuda(monkeypatch, 3, bias=True, **narrow).startswith("output: rows on the tensor cores")
 
 
 @needs_cuda_extension

@@ -48,7 +48,9 @@ float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()
 
 // Kernels of the convolutions, as DepthwiseOps takes them.
 struct CudaConv : TransposedFormats<CudaConv> {
-  static bool left_to_pytorch(const Conv2d& g, Dtype dtype) { return cuda::left_to_pytorch(g, dtype); }
+  static bool left_to_pytorch(const Conv2d& g, Dtype dtype, bool finished) {
+    return cuda::left_to_pytorch(g, dtype, finished);
+  }
   static bool transposes(const Conv2d& g, Dtype dtype, bool of_filter) { return cuda::transposes(g, dtype, of_filter); }
   static Tensor transposed_image(const Tensor& x, bool nhwc) {
     const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
@@ -236,11 +238,11 @@ constexpr int64_t kPyTorch = 5;
 // threads, shared, steps; of NHWC's kernels where images are transposed. All tensors begin at multiples of 16 bytes.
 // Nothing where no family makes the result, which may be so of Result::both_grads.
 std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, int64_t dtype, int64_t result,
-                                    std::vector<int64_t> device) {
+                                    std::vector<int64_t> device, bool with_bias) {
   Conv2d g = conv2d_of(geometry, nhwc);
   const cuda::Result wanted = cuda::Result(result);
   g.nhwc = nhwc || cuda::transposes(g, Dtype(dtype), wanted != cuda::Result::output);
-  if (wanted == cuda::Result::output && cuda::left_to_pytorch(g, Dtype(dtype))) return {kPyTorch};
+  if (wanted == cuda::Result::output && cuda::left_to_pytorch(g, Dtype(dtype), with_bias)) return {kPyTorch};
   return numbers_of(cuda::plan_result(wanted, g, Dtype(dtype), true, device_of(device)));
 }
 
@@ -259,7 +261,9 @@ std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, bool nhwc, in
 }  // namespace rkl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rkl, m) {
-  m.def("cuda_depthwise_plan(int[] geometry, bool nhwc, int dtype, int result, int[] device=[]) -> int[]");
+  m.def(
+      "cuda_depthwise_plan(int[] geometry, bool nhwc, int dtype, int result, int[] device=[], bool with_bias=False) "
+      "-> int[]");
   m.def(
       "cuda_separable_plan(int[] geometry, bool nhwc, int c_out, int inner_activation, int activation, int dtype, "
       "int[] device=[]) -> int[]");

@@ -79,11 +79,13 @@ bool takes_planes(const Conv2d& g, Dtype dtype, bool backward) {
 
 // Stride 2 to maps of 4 columns and less leaves three quarters of a strip's pixels idle, and a register kernel waits
 // for its loads: 42 and 56 us (8 and 4 px, bf16, H200), where cuDNN takes 29 and 32. In fp32 cuDNN may take TF32.
-bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
+// What is finished is not left to it: PyTorch rounds cuDNN's sums before it adds a bias in a pass of its own, and
+// before an activation. In fp16 a sum may be an infinity there that the bias would have brought back.
+bool left_to_pytorch(const Conv2d& g, Dtype dtype, bool finished) {
   constexpr int64_t kNarrow = 4;
   const bool halves = g.stride_h == 2 && g.stride_w == 2 && g.dilation_h == 1 && g.dilation_w == 1;
-  return dtype != Dtype::f32 && g.nhwc && halves && g.kernel_h == 3 && g.kernel_w == 3 && g.out_w <= kNarrow &&
-         g.channels % 8 == 0;
+  return !finished && dtype != Dtype::f32 && g.nhwc && halves && g.kernel_h == 3 && g.kernel_w == 3 &&
+         g.out_w <= kNarrow && g.channels % 8 == 0;
 }
 
 // To transpose takes two or three passes over memory more. NCHW's general kernels take 5 times what NHWC's take and

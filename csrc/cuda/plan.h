@@ -65,8 +65,9 @@ std::optional<Plan> plan_result(Result result, const Conv2d& g, Dtype dtype, boo
 // Whether an NCHW separable convolution takes its images where they lie, where a family of planes makes the depthwise
 // step, on any GPU; else transposing them is paid back by NHWC's faster kernels.
 bool takes_planes(const Conv2d& g, Dtype dtype, bool backward);
-// Whether PyTorch's own convolution, here cuDNN's, makes the output sooner than these kernels.
-bool left_to_pytorch(const Conv2d& g, Dtype dtype);
+// Whether PyTorch's own convolution, here cuDNN's, makes the output sooner than these kernels. finished: with a bias or
+// an activation.
+bool left_to_pytorch(const Conv2d& g, Dtype dtype, bool finished);
 // Whether NCHW images are transposed into NHWC for a depthwise convolution, and its results back. of_filter: for the
 // filter's gradient too. The same on any GPU.
 bool transposes(const Conv2d& g, Dtype dtype, bool of_filter);

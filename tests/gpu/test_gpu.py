@@ -71,6 +71,16 @@ def test_depthwise_kernel_31(backend, device):
     check(depthwise(31), ((2, 8, 32, 32), (8, 1, 31, 31), (8,)), device, torch.bfloat16, 2e-2, backend)
 
 
+def test_a_sum_beyond_fp16_that_the_bias_brings_back(backend, device):
+    """Of 9, 6 and 4 taps: 90,000, 60,000 and 40,000 before the bias. One rounding leaves it finite, two do not."""
+    x = torch.full((2, 8, 5, 5), 1e4, device=device, dtype=torch.half).contiguous(memory_format=torch.channels_last)
+    weight, bias = x.new_ones(8, 1, 3, 3), x.new_full((8,), -4e4)
+    with rk.use_backend(backend):
+        y = rk.depthwise_conv2d(x, weight, bias, 2, 1)
+    rows = torch.tensor([[0, 2, 0], [2, 5, 2], [0, 2, 0]], device=device, dtype=torch.half) * 1e4
+    assert torch.equal(y, rows.expand(2, 8, 3, 3))
+
+
 @pytest.mark.parametrize(("k", "names"), [
     (3, "gradients of image and filter in one pass: rows"), (7, "gradients of image and filter: rows"),
     (31, "gradients of image and filter: the tensor cores"),
