@@ -69,12 +69,14 @@ struct Cut {
 template <class V>
 Cut cut(const Conv2d& g, bool flat) {
   Cut c{};
-  c.align = flat && g.in_w % 8 == 0 && g.out_w % 8 == 0 ? 8 : 1;
+  c.align = flat && !g.nhwc && g.in_w % 8 == 0 && g.out_w % 8 == 0 ? 8 : 1;
   c.pieces_down = int(ceil_div(g.kernel_h, V::kRows));
   c.pieces = c.pieces_down * int(ceil_div(g.kernel_w, V::kColumns));
+  // Tiles as wide as fit; 8 columns always do. Each turn makes them narrower, since it visits all of them: with one
+  // tile more at a time, those of a long row would stay as wide for thousands of turns.
   int most = kMostColumns + 1;
-  for (c.across = int(ceil_div(g.out_w, kTileColumns)); most > kMostColumns; ++c.across) {
-    c.width = int(round_up(ceil_div(g.out_w, c.across), 8));
+  for (int64_t width = kTileColumns; most > kMostColumns; width = c.width - 8) {
+    c.width = int(round_up(ceil_div(g.out_w, ceil_div(g.out_w, width)), 8));
     most = 0;
     for (int x = 0; x < g.out_w; x += c.width)
       for (int first = 0; first < g.kernel_w; first += V::kColumns) {

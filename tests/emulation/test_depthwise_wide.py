@@ -9,6 +9,7 @@ import torch
 
 from .conftest import ORDERS, Gpu
 from .depthwise_cases import Case, Run, assert_right, moved_over_unavoidable
+from .test_plan_limits import geometry, plans
 
 # The tensor cores' path: maps of several images to a tile and of several tiles each, tiles of every number of columns,
 # rows that begin at any address, paddings that are a multiple of 8 or not, wide, none; filters not square, even, and
@@ -24,6 +25,7 @@ WIDE = [
         ((31, 31), (15, 15), 3, (9, 17)),
         ((31, 31), (30, 30), 1, (3, 4)),
         ((14, 25), (7, 12), 1, (10, 66)),
+        ((3, 29), (1, 14), 1, (4, 96)),
         ((3, 33), (4, 24), 1, (6, 9)),
         ((35, 16), (17, 3), 2, (8, 40)),
     )
@@ -47,6 +49,46 @@ def test_what_wide_filters_leave_to_the_general_kernel(gpu: Gpu) -> None:
     ):
         assert_right(Run(gpu, case, dtype), "y", "dw")
     assert not [name for name in gpu.traffic() if "toeplitz" in name]
+
+
+def cut(width: int, taps: int, align: int) -> tuple[int, int]:
+    """Columns of the gradient's tiles, by trying one tile more until those of the image, at most 64, fit; and these."""
+    tiles, piece = -(-width // 32), 16 if taps <= 16 else 32
+    while True:
+        tile = -(-width // tiles // 8) * 8
+        most = 0
+        for x in range(0, width, tile):
+            for first in range(0, taps, piece):
+                begin = x - taps // 2 + first
+                left, right = max(begin, 0) // align * align, min(begin + tile - 1 + piece, width)
+                most = max(most, -(-(right - left) // 32) * 32)
+        if most <= 64:
+            return tile, most
+        tiles += 1
+
+
+def shared_for_gradient(gpu: Gpu, width: int, taps: int, nhwc: bool) -> int:
+    """Of one row's filter gradient, in elements."""
+    g = geometry(gpu, 16, (1, width), (1, taps), (0, taps // 2), nhwc=nhwc)
+    plan = plans(gpu, torch.bfloat16, g)["filter_grad"]
+    assert plan.family.name == "toeplitz"
+    return plan.shared // 2
+
+
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("taps", [9, 13, 21, 27, 29, 31])
+def test_gradient_tiles_are_as_wide_as_fit(gpu: Gpu, taps: int, nhwc: bool) -> None:
+    """NCHW's columns are copied in vectors of 8, so that a tile of 32 may meet too many, and is 24 wide instead."""
+    channels = 16 if nhwc else 8
+    for width in (8, 40, 96, 100, 128, 1000, 2056):
+        tile, most = cut(width, taps, align=1 if nhwc or width % 8 else 8)
+        assert shared_for_gradient(gpu, width, taps, nhwc) == channels * (2 * most + 16 + tile + 16) + 32
+
+
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+def test_a_long_row_is_cut_as_a_short_one(gpu: Gpu, nhwc: bool) -> None:
+    """With a tile more at each try, one of 10,000,000 columns took minutes."""
+    assert shared_for_gradient(gpu, 10_000_000, 21, nhwc) == shared_for_gradient(gpu, 1000, 21, nhwc)
 
 
 # One case a kernel, several tiles or images each.
