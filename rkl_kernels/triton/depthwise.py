@@ -205,7 +205,9 @@ def by_tap(weight: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, window: tuple[int, ...],
               activation: int = 0) -> None:  # fmt: skip
-    stride, padding, dilation = window[:2], window[2:4], window[4:]
+    stride, padding = window[:2], window[2:4]
+    # The window has programs for each row of a dilation; one tap is not apart from others, whatever its dilation.
+    dilation = [d if taps > 1 else 1 for d, taps in zip(window[4:], weight.shape[2:], strict=True)]
     if moving.serves(weight.shape[2:], stride, dilation):
         moving.launch(x, by_tap(weight), bias, y, stride[0], padding, dilation, activation)
     else:

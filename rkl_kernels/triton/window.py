@@ -20,6 +20,8 @@ from .launch import aligned, alignment, block, is_wide, run, span
 
 MOST_TAPS = 7
 """Of a row and of a column: more sums than these in flight do not fit into a thread's registers."""
+MOST_APART = 65535
+"""Rows of a dilation: their programs are along the grid's third axis, of which CUDA takes no more."""
 HELD_TAPS = tl.constexpr(9)
 """So many taps stay in registers; those of larger filters are read again for each row, from the cache."""
 
@@ -120,9 +122,9 @@ def _window_kernel(
 
 
 def serves(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Filters up to 7 x 7, at stride 1 with any dilation and at stride 2 without."""
+    """Filters up to 7 x 7, at stride 1 with any dilation that a grid takes and at stride 2 without."""
     plain = stride[0] == stride[1] and (stride[0] == 1 or (stride[0] == 2 and max(dilation) == 1))
-    return plain and max(kernel) <= MOST_TAPS
+    return plain and max(kernel) <= MOST_TAPS and dilation[0] <= MOST_APART
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: int, padding: Sequence[int],

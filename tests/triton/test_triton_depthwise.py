@@ -6,7 +6,7 @@ from bounds import TYPES, assert_near, copies, image, magnitudes
 
 import rkl_kernels as rk
 from rkl_kernels.triton import depthwise as kernels
-from rkl_kernels.triton import tiles
+from rkl_kernels.triton import launch, tiles
 
 # (N, C, H, W), (kh, kw), stride, padding, dilation, layout
 CASES = {
@@ -79,6 +79,23 @@ def test_tiles_of_a_gpu(case, monkeypatch):
     monkeypatch.setattr(tiles, "HERE", tiles.GPU)
     monkeypatch.setattr(tiles, "PROGRAMS", 6)
     check(*case, torch.float32)
+
+
+@pytest.mark.parametrize("kernel", [(1, 3), (3, 3)])
+def test_rows_further_apart_than_a_grid_has_programs(monkeypatch, kernel):
+    """One tap's dilation means nothing; that of three is left to the gather, whose programs are along one axis."""
+    grids = []
+
+    def run(kernel, grid, *args, **constants):
+        assert max(grid[1:]) <= 65535
+        grids.append(grid)
+        launch.run(kernel, grid, *args, **constants)
+
+    for module in (kernels, kernels.moving):
+        monkeypatch.setattr(module, "run", run)
+    far = 70000
+    check((1, 2, 4, 5), kernel, 1, (far * (kernel[0] // 2), 1), (far, 1), "NHWC", torch.float32)
+    assert len(grids) == 3
 
 
 def test_vectors_of_eight_channels():
