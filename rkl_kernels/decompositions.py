@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
+from ._surroundings import differentiated
 
 aten = torch.ops.aten
 
@@ -71,7 +72,7 @@ def separable_conv2d_backward(
     the pointwise step."""
     inner = _checks.activation_name(inner_activation)
     if y is not None:
-        grad = _times_derivative(_checks.activation_name(activation), grad, y, y)
+        grad = times_derivative(_checks.activation_name(activation), grad, y, y)
     with _as_they_are(x):
         depthwise_out = reference.depthwise_conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation)
     wants_depthwise_out = mask[0] or mask[1] or mask[3]
@@ -81,7 +82,7 @@ def separable_conv2d_backward(
     )  # fmt: skip
     of_image = tuple(x.new_empty(0) for _ in range(3))
     if wants_depthwise_out:
-        of_depthwise_out = _times_derivative(
+        of_depthwise_out = times_derivative(
             inner, of_inner, depthwise_out, reference.trelu(depthwise_out) if inner == "trelu" else depthwise_out
         )
         wanted = [mask[0], mask[1], mask[3]]
@@ -101,7 +102,7 @@ def _as_they_are(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if available and torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _times_derivative(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def times_derivative(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """``grad`` times the activation's derivative. ``x``: its input, ``y``: its output. relu, relu6 and trelu may be
     given the output for both."""
     if name == "relu":
@@ -111,6 +112,8 @@ def _times_derivative(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> T
     if name == "trelu":
         return trelu_backward(grad, y)
     if name == "silu":
+        if not torch.is_grad_enabled() and not differentiated():
+            return aten.silu_backward(grad, x)
         gate = torch.sigmoid(x)  # written out, since silu_backward has no gradient of its own
         return grad * gate * (1 + x * (1 - gate))
     return aten.gelu_backward(grad, x) if name == "gelu" else grad

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import decompositions
+from . import _checks, decompositions
 from ._operator import Formula
 from ._surroundings import differentiated
-from .decompositions import separable_conv2d_backward
+from .decompositions import separable_conv2d_backward, times_derivative
+
+INVERTIBLE = ("relu", "relu6", "trelu")
+"""Activations whose gradient can be told from their output, so that no pre-activation need be kept."""
 
 
 def formulas(ops: Any) -> dict[str, Formula]:
@@ -107,17 +110,24 @@ def _depthwise(ops: Any) -> dict[str, Formula]:
 
 
 def _separable(ops: Any) -> dict[str, Formula]:
-    """The depthwise output is made again in backward: one activation less is kept. Differentiated again, the gradient
-    is PyTorch's own of the reference."""
+    """The depthwise output is made again in backward: one activation less is kept. So is the pre-activation where the
+    last activation's gradient needs it. Differentiated again, the gradient is PyTorch's own of the reference."""
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-        *tensors, _, ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation = inputs
-        ctx.save_for_backward(output if ctx.activation else None, *tensors)
+        *tensors, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation = inputs
+        name = _checks.activation_name(ctx.activation)
+        ctx.again = name if name not in INVERTIBLE else None
+        ctx.save_for_backward(bias if ctx.again else None, output if name in INVERTIBLE else None, *tensors)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         mask = list(ctx.needs_input_grad[:5])
-        settings = ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation
-        grads = _served(ops, "separable_conv2d_backward")(grad, *ctx.saved_tensors, *settings, mask)
+        bias, y, *tensors = ctx.saved_tensors
+        settings = ctx.stride, ctx.padding, ctx.dilation, ctx.inner
+        last = ctx.activation
+        if ctx.again:
+            z = _served(ops, "separable_conv2d")(*tensors, bias, *settings, 0)
+            grad, last = times_derivative(ctx.again, grad, z, z), 0
+        grads = _served(ops, "separable_conv2d_backward")(grad, y, *tensors, *settings, last, mask)
         return *_none_where_unwanted(mask, grads), *[None] * 5
 
     def setup_again(ctx: Any, inputs: Any, output: Any) -> None:

@@ -10,11 +10,9 @@ from . import _checks, reference
 from ._autocast import autocast
 from ._backends import is_served, namespace_for
 from ._checks import Activation, IntPair, Padding
-from ._surroundings import is_plain
+from ._surroundings import is_plain, recorded
+from .gradients import INVERTIBLE
 from .ops import rkl
-
-INVERTIBLE = ("relu", "relu6", "trelu")
-"""Activations whose gradient can be told from their output, so that no pre-activation need be kept."""
 
 
 def separable_conv2d(
@@ -71,8 +69,10 @@ def separable_conv2d(
         return handle_torch_function(separable_conv2d, tensors, *tensors, *rest)
     inner = _checks.activation("inner_activation", inner_activation)
     outer = _checks.activation("activation", activation)
-    # Backward needs the pre-activation of silu and gelu: there the activation stands outside, and autograd keeps it.
-    outside = activation is not None and activation not in INVERTIBLE and _wants_gradient(tensors)
+    # Backward needs the pre-activation of silu and gelu. The activation stands outside there and autograd keeps it, or
+    # backward makes it again: after torch.jit.trace, whose graph is to be the same in every grad mode, and wherever
+    # nobody could tell here that a gradient will be wanted.
+    outside = activation not in (None, *INVERTIBLE) and not recorded() and _wants_gradient(tensors)
     fused = 0 if outside else outer
     # The common case first, as in depthwise_conv2d.
     plain = is_plain(*tensors) and is_served(x, depthwise_weight)

@@ -29,7 +29,7 @@ from exactness import SMALLEST, UNIT_ROUNDOFF
 from torch import Tensor
 
 from rkl_kernels import reference
-from rkl_kernels.separable import INVERTIBLE
+from rkl_kernels.gradients import INVERTIBLE
 
 FREE = 1e200
 """An error that allows anything, and stays a number when it is multiplied on."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rkl_kernels as rk
+from rkl_kernels import _checks
 
 
 def assert_close(ours, theirs):
@@ -35,6 +36,22 @@ def test_separable(inner, activation, biased):
     with rk.use_backend("cpu"):
         ours = penalty(lambda *t: rk.separable_conv2d(*t, **settings), *leaves)
     theirs = penalty(lambda *t: rk.reference.separable_conv2d(*t, **settings), *leaves)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("activation", ["relu6", "silu", "gelu"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_operator_itself(activation, biased):
+    """What graphs and torch.vmap call: every activation is within, and is differentiated there."""
+    shapes = (2, 3, 6, 5), (3, 1, 3, 3), (4, 3, 1, 1), *(((3,), (4,)) if biased else ())
+    leaves = [(torch.randn(shape) / 2).requires_grad_() for shape in shapes]
+
+    def operator(x, w, p, b=None, c=None):
+        code = _checks.activation("activation", activation)
+        return torch.ops.rkl.separable_conv2d(x, w, p, b, c, [1, 1], [1, 1], [1, 1], 0, code)
+
+    ours = penalty(operator, *leaves)
+    theirs = penalty(lambda *t: rk.reference.separable_conv2d(*t, padding=1, activation=activation), *leaves)
     assert_close(ours, theirs)
 
 

@@ -43,6 +43,20 @@ def test_exported_program_for_any_batch(strict):
         torch.testing.assert_close(program.module()(x), net(x))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_gradient_of_an_exported_program(activation, fused, mode):
+    """Of a program that was exported without gradients, too, and of a fused copy, whose filters have none."""
+    net = nn.Sequential(rk.SeparableConv2d(4, 6, 3, activation=activation))
+    net = rk.fuse_for_inference(net) if fused else net
+    with mode():
+        program = torch.export.export(net, (example(2),)).module()
+    x = example(2).requires_grad_()
+    ours, theirs = (torch.autograd.grad(function(x).square().sum(), x) for function in (program, net))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_fused_copy_that_keeps_the_models_code(strict):
     fused = rk.fuse_for_inference(Flagged().eval())

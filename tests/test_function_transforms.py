@@ -23,6 +23,10 @@ CALLS = {
     "separable": lambda library, x: library.separable_conv2d(
         x, W, P, B, padding=1, inner_activation="relu6", activation="trelu"
     ),
+    "separable silu": lambda library, x: library.separable_conv2d(
+        x, W, P, B, inner_activation="gelu", activation="silu"
+    ),
+    "separable gelu": lambda library, x: library.separable_conv2d(x, W, P, B, padding=1, activation="gelu"),
 }
 TRANSFORMS = {
     "grad": lambda f: grad(lambda x: f(x).square().sum())(X),
@@ -173,7 +177,7 @@ def tangent_of_backward(call, library, dual):
         return fwad.unpack_dual(backward(fwad.make_dual(weights, tangent))).tangent
 
 
-@pytest.mark.parametrize("call", [CALLS["trelu"], CALLS["separable"]], ids=["trelu", "separable"])
+@pytest.mark.parametrize("call", [CALLS[name] for name in ("trelu", "separable", "separable gelu")])  # silu has none
 @pytest.mark.parametrize("dual", [True, False])
 def test_forward_mode_of_a_backward(call, dual):
     ours, theirs = (tangent_of_backward(call, library, dual) for library in (rk, rk.reference))

@@ -141,6 +141,19 @@ def test_jit_trace_is_the_same_in_every_grad_mode():
     assert any("rkl" in kind for kind in graphs[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_traced_activation_that_keeps_its_input(activation, mode):
+    """torch.jit.trace compares its graph with one that it makes without gradients."""
+    layer = rk.SeparableConv2d(3, 4, 3, activation=activation)
+    with mode():
+        traced = torch.jit.trace(layer, X)
+    inputs = [X.clone().requires_grad_(), *layer.parameters()]
+    ours, theirs = (torch.autograd.grad(function(inputs[0]).square().sum(), inputs) for function in (traced, layer))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
 def test_make_fx_sees_the_operators():
     traced = make_fx(Net())(X)
     kinds = [node.target for node in traced.graph.nodes]
