@@ -95,6 +95,13 @@ def is_leaf(module: nn.Module) -> bool:
     return known or torch.fx.Tracer().is_leaf_module(module, "")
 
 
+def has_own_call(module: nn.Module) -> bool:
+    """Whether a call of a module begins in code of the model's own, before PyTorch's: a graph begins in forward."""
+    classes = type(module).__mro__
+    calls = (vars(kind).get("__call__") for kind in classes[: classes.index(nn.Module)])
+    return any(call and call.__module__.partition(".")[0] != "torch" for call in calls)  # torch.fx gives graphs one
+
+
 class _Tracer(torch.fx.Tracer):
     """Looks into every module that is not PyTorch's own, altered, or closed."""
 

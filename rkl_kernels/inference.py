@@ -120,6 +120,8 @@ class _Fuser:
         self._read(self.whole, set())
         if self.whole not in self.graphs:  # a layer, or a container without a forward
             self.closed.setdefault(self.whole, "it is called as it is")
+        elif _reading.has_own_call(self.whole):  # of a module below, its own code is among what was read
+            self.closed.setdefault(self.whole, "its class has a __call__ of its own")
         fused = self.whole
         if self.whole not in self.closed:
             fused = self._fused(self.whole) or self.whole

@@ -277,6 +277,37 @@ def test_what_depends_on_gradients_is_left():
             torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
 
 
+class Scaling:
+    """Does something before PyTorch's own call, and after it."""
+
+    def __call__(self, x):
+        return super().__call__(x / 255) + 1
+
+
+class ScalingBlock(Scaling, Block):
+    pass
+
+
+class ScalingChain(Scaling, nn.Sequential):
+    pass
+
+
+def test_a_call_of_its_own():
+    block = ScalingBlock(Block.straight).eval()
+    kept = rk.fuse_for_inference(block)
+    assert type(kept) is ScalingBlock
+    assert kept.fusion_report.left["dw"] == "in the model: its class has a __call__ of its own"
+    assert kept.fusion_report.fused == [("tail.0", "tail.1", "tail.2", "tail.3")]
+    assert_same(kept, block)
+    steps = ScalingChain(*chain(nn.ReLU())).eval()
+    assert_same(rk.fuse_for_inference(steps), steps)
+    inner = nn.Sequential(steps, nn.Conv2d(4, 6, 1), block)
+    fused = rk.fuse_for_inference(inner)
+    assert len(fused.fusion_report.fused) == 3
+    assert_same(fused, inner)
+    assert_same(rk.fuse_for_inference(torch.fx.symbolic_trace(inner)), inner)
+
+
 class Sizes(nn.Module):
     """Takes a size, no tensor: PyTorch's C++ must not take its stand-in for one."""
 
