@@ -8,7 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import _checks, reference
 from ._backends import is_built, namespace_for
-from ._surroundings import is_plain, watched
+from ._surroundings import intercepted, is_plain, watched
 from .ops import rkl
 
 
@@ -52,8 +52,8 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
     if not inplace:
         return operators.trelu(x)
     # A compiler finds out by itself where a copy can be spared. A mode that keeps what operators return, selective
-    # checkpointing, would take one that returns nothing for done, and not write again.
-    if watched() or torch._C._len_torch_dispatch_stack() > 0 or x.is_neg():
+    # checkpointing, would take one that returns nothing for done, and not write again. DTensor has a rule for copies.
+    if watched() or intercepted(x) or x.is_neg():
         return x.copy_(operators.trelu(x))
     if x.is_inference() and not torch.is_inference_mode_enabled():  # autograd would not be told of the write
         raise RuntimeError("x must not be an inference tensor, written outside of inference mode; clone it first")

@@ -141,6 +141,7 @@ def placements(function):
     return [y.placements, *(t.grad.placements for t in (x, w, p) if t.grad is not None)]
 for call in (
     lambda library, x, w, p: library.trelu(x),
+    lambda library, x, w, p: library.trelu(x * 1, inplace=True),
     lambda library, x, w, p: library.depthwise_conv2d(x, w, padding=1),
     lambda library, x, w, p: library.separable_conv2d(x, w, p, activation="trelu", inner_activation="relu"),
 ):
