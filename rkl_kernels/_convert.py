@@ -18,6 +18,9 @@ from .layers import DepthwiseConv2d, TReLU, has_own_forward
 _WAS = "_rkl_was"
 """The attribute of a swapped module that holds the class it had."""
 
+_NESTED = "_rkl_use_nested_tensor"
+"""The attribute of an ``nn.TransformerEncoder`` with swapped modules that holds its ``use_nested_tensor`` before."""
+
 
 @dataclass
 class Conversion:
@@ -144,10 +147,17 @@ def _why_left(conv: nn.Conv2d) -> str | None:
 
 def _tell_transformers(model: nn.Module, swapped: set[nn.Module]) -> None:
     """An ``nn.TransformerEncoderLayer`` notes when it is made that its activation is relu, which its fast path for
-    inference then computes by itself."""
-    for layer in model.modules():
-        if isinstance(layer, nn.TransformerEncoderLayer) and layer.activation in swapped:
-            layer.activation_relu_or_gelu = int(type(layer.activation) is nn.ReLU)
+    inference then computes by itself. An ``nn.TransformerEncoder`` notes that its layers take nested tensors, which
+    T-ReLU does not."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and module.activation in swapped:
+            module.activation_relu_or_gelu = int(type(module.activation) is nn.ReLU)
+        elif isinstance(module, nn.TransformerEncoder):
+            noted, has_swapped = vars(module), any(isinstance(m, TReLU) and _WAS in vars(m) for m in module.modules())
+            if has_swapped and _NESTED not in noted:
+                noted[_NESTED], module.use_nested_tensor = module.use_nested_tensor, False
+            elif not has_swapped and _NESTED in noted:
+                module.use_nested_tensor = noted.pop(_NESTED)
 
 
 def _swap(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -348,6 +348,27 @@ def test_a_transformer_computes_the_replaced_activation_in_inference_too():
         torch.testing.assert_close(model(x), plain)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_stack_of_transformer_layers_takes_a_padding_mask_in_inference():
+    """PyTorch's stack makes nested tensors of such a call, which T-ReLU does not take."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, nn.ReLU(), batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        plain = model(x, src_key_padding_mask=mask)
+    for _ in range(2):
+        rk.convert(model, activation="trelu")
+    want = model(x, src_key_padding_mask=mask)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask), want)
+    rk.restore(model.layers[0])
+    assert not model.use_nested_tensor
+    rk.restore(model)
+    assert model.use_nested_tensor
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask), plain)
+
+
 def test_converted_layers_take_pytorchs_keyword():
     x = torch.randn(2, 8, 9, 9)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU())
