@@ -254,8 +254,9 @@ def is_served(x: Tensor | None, weight: Tensor | None) -> bool:
 
 
 def is_built(x: Tensor) -> bool:
-    """Whether the compiled kernels of an image's device, which serve its type, may be called for it."""
-    return _forced.value == "auto" and x.dtype in KERNEL_TYPES and _is_built_for(x.device)
+    """Whether the compiled kernels of an image's device, which serve its type and layout, may be called for it."""
+    is_any = _forced.value == "auto" and x.dtype in KERNEL_TYPES and _is_built_for(x.device)
+    return is_any and x.layout == torch.strided
 
 
 @lru_cache(maxsize=64)

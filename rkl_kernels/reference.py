@@ -26,7 +26,10 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
         >>> rk.reference.trelu(torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64))
         tensor([-0.7616,  0.0000,  2.0000], dtype=torch.float64)
     """
-    y = torch.where(x > 0, x, torch.tanh(x))
+    if issubclass(type(x), Tensor) and x.layout == torch._mkldnn:  # type: ignore[attr-defined]  # has no torch.where
+        y = trelu(x.to_dense()).to_mkldnn()
+    else:
+        y = torch.where(x > 0, x, torch.tanh(x))
     return x.copy_(y) if inplace else y
 
 

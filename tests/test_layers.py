@@ -189,6 +189,33 @@ def test_images_in_onednns_own_layout():
         converted[0](x.to_mkldnn())
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), rk.TReLU(), rk.TReLU(inplace=True)], ids=str)
+def test_activations_and_fused_copies_in_onednns_own_layout(activation):
+    """Of a fused copy, the layer with the norm in its filter, depthwise and not, and the separable one."""
+    first, dense = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 3)
+    x = torch.randn(2, 8, 7, 6)
+    for convolutions in ((first,), (dense,), (first, nn.Conv2d(8, 8, 1))):
+        last = nn.Conv2d(8, 8, 3, groups=8)  # a model without depthwise layers is not fused
+        model = nn.Sequential(*convolutions, nn.BatchNorm2d(8), activation, last).eval()
+        fused = rk.fuse_for_inference(model)
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                found = fused(x.to_mkldnn())
+                assert found.layout == torch._mkldnn
+                torch.testing.assert_close(found.to_dense(), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize(
+    "layer", [rk.TReLU(), rk.SeparableConv2d(8, 4, 3, activation="trelu")], ids=lambda layer: type(layer).__name__
+)
+def test_gradient_in_onednns_own_layout(layer):
+    x = torch.randn(2, 8, 7, 6, requires_grad=True)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), x) for y in (layer(x.to_mkldnn()).to_dense(), layer(x)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 7, 6), (4, 7, 6), (2, 16, 7, 6), (2, 24, 7, 6)], ids=str)
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_an_image_of_other_channels_is_refused(shape, multiplier):
