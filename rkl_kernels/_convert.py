@@ -136,7 +136,7 @@ def check_module(model: object) -> None:
 def _why_left(conv: nn.Conv2d) -> str | None:
     """Why a depthwise convolution stays as it is; None where it can be swapped."""
     if has_own_forward(conv):
-        return "its forward was replaced on the object"
+        return "its forward, or what that calls, was replaced"
     kind: Any = parametrize.type_before_parametrizations(conv)
     if kind is not nn.Conv2d:
         return f"{kind.__module__}.{kind.__qualname__} is a subclass of nn.Conv2d and may compute something else"

@@ -192,18 +192,20 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a method that a layer's call goes through was replaced, on the object or in a convolution's class."""
+    """Whether what a layer's call goes through was replaced, on the object or below a convolution."""
     return "forward" in vars(module) or (isinstance(module, nn.Conv2d) and _is_conv_replaced(module))
 
 
-_CONV_FORWARD, _INNER_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward
-"""PyTorch's own methods, as they were when this module was imported."""
+_CONV_FORWARD, _INNER_FORWARD, _CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forward, F.conv2d
+"""PyTorch's own methods and the function below them, as they were when this module was imported."""
 
 
 def _is_conv_replaced(conv: nn.Conv2d) -> bool:
-    """Whether a method that PyTorch's layer would call was replaced: on the object, in a subclass, or in PyTorch's."""
-    inner = type(conv)._conv_forward
-    return "_conv_forward" in vars(conv) or inner is not _INNER_FORWARD or nn.Conv2d.forward is not _CONV_FORWARD
+    """Whether what PyTorch's layer would call was replaced: a method on the object, in a subclass, or in PyTorch's own,
+    or ``F.conv2d``, as programs do that emulate number formats or count."""
+    inner, forward = type(conv)._conv_forward, nn.Conv2d.forward
+    is_own = "_conv_forward" in vars(conv) or inner is not _INNER_FORWARD or forward is not _CONV_FORWARD
+    return is_own or F.conv2d is not _CONV2D
 
 
 def _is_for_others(x: Any, conv: nn.Conv2d) -> bool:

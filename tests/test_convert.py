@@ -224,7 +224,7 @@ def test_what_is_left_and_why():
     assert list(report.left) == ["multiplied", "subclass", "own"]
     assert "2 filters a channel" in report.left["multiplied"]
     assert "Same is a subclass of nn.Conv2d" in report.left["subclass"]
-    assert "left own: its forward was replaced on the object" in str(report)
+    assert "left own: its forward, or what that calls, was replaced" in str(report)
 
 
 def test_activations_on_request():
@@ -266,7 +266,7 @@ def test_a_replaced_method_is_what_counts():
     before, after = (nn.Conv2d(8, 8, 3, padding=1, groups=8) for _ in range(2))
     circular(before)
     want = before(x)
-    assert rk.convert(before).left == {"": "its forward was replaced on the object"}
+    assert rk.convert(before).left == {"": "its forward, or what that calls, was replaced"}
     assert torch.equal(before(x), want)
     rk.convert(after)
     circular(after)
@@ -279,13 +279,15 @@ def test_a_replaced_method_is_what_counts():
         assert not torch.allclose(both(x), plain)
 
 
-@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
-def test_a_method_replaced_in_pytorchs_class_is_what_counts(monkeypatch, name):
-    model, plain = pair(), pair()
+@pytest.mark.parametrize(("owner", "name"), [(nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (F, "conv2d")])
+def test_what_is_replaced_in_pytorch_is_what_counts(monkeypatch, owner, name):
+    model, plain, both = pair(), pair(), rk.SeparableConv2d(8, 4, 3)
     rk.convert(model)
-    inner = getattr(nn.Conv2d, name)
-    monkeypatch.setattr(nn.Conv2d, name, lambda self, *args: inner(self, *args) * 2)
+    inner, x = getattr(owner, name), torch.randn(1, 8, 5, 5)
+    alone = both(x)
+    monkeypatch.setattr(owner, name, lambda *args, **settings: inner(*args, **settings) * 2)
     assert_alike(model, plain)
+    assert not torch.allclose(both(x), alone)
     assert rk.fuse_for_inference(plain).fusion_report.fused == []
 
 
