@@ -88,6 +88,7 @@ def fake_gpu(monkeypatch):
     """The choice of backend takes the branch of a GPU with both backends, the first of which lacks an operator."""
     available = {"cuda": True, "triton": True, "reference": True, "cpu": True}
     monkeypatch.setattr(backends, "status", lambda name: backends.Status(available[name], "as if"))
+    monkeypatch.setattr(backends, "_age_refusal", lambda gpu: None)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # of others' operators, PyTorch calls what it says
 
     def as_if(name: str, key: str) -> bool:
