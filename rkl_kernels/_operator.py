@@ -49,9 +49,7 @@ class Operator:
             with below_autocast() if torch._C._is_any_autocast_enabled() else nullcontext():
                 return self.plain(*args)
         except RuntimeError as error:
-            # Every error of an extension comes as RuntimeError; this one has a type that programs look for.
-            if str(error).startswith("CUDA out of memory"):
-                raise torch.OutOfMemoryError(*error.args) from None
+            reword(error)
             raise
 
     def plain(self, *args: Any) -> Any:
@@ -100,6 +98,18 @@ class DepthwiseOperator(Operator):
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any) -> Any:
         return convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), x.shape[1])
+
+
+def reword(error: RuntimeError, rules: Callable[[], Any] = lambda: None) -> None:
+    """Raise what is better than the error of a plain call: the words of the rules for its arguments, where these refuse
+    them, or the type that programs look for where a GPU has no memory. (Every error of an extension comes as
+    RuntimeError.)"""
+    try:
+        rules()
+    except Exception as refusal:
+        raise refusal from None
+    if str(error).startswith("CUDA out of memory"):
+        raise torch.OutOfMemoryError(*error.args) from None
 
 
 def _is_many(value: Any) -> bool:

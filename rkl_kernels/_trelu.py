@@ -8,6 +8,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from . import _checks, reference
 from ._backends import is_built, namespace_for
+from ._operator import reword
 from ._surroundings import intercepted, is_plain, watched
 from .ops import rkl
 
@@ -43,8 +44,9 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
     if not inplace and type(x) is Tensor and is_plain(x) and is_built(x):  # the common case, without the rules below
         try:
             return rkl.trelu.plain(x)
-        except RuntimeError:
-            pass  # out of memory, say: made again below, where the error gets its words
+        except RuntimeError as error:
+            reword(error)
+            raise
     _checks.floating("x", x)
     operators = namespace_for("trelu", x)
     if operators is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -9,6 +11,7 @@ from . import _checks, reference
 from ._autocast import autocast
 from ._backends import is_served, namespace_for
 from ._checks import IntPair, Padding
+from ._operator import reword
 from ._surroundings import is_plain
 from .ops import rkl
 
@@ -66,8 +69,9 @@ def depthwise_conv2d(
     if plain and (pairs := _checks.unchecked(stride, padding, dilation)):
         try:
             return rkl.depthwise_conv2d.plain(x, weight, bias, *pairs)
-        except RuntimeError:
-            pass  # refused by C++'s own guard, or out of memory: made again below, where the error gets its words
+        except RuntimeError as error:
+            reword(error, partial(_checks.depthwise, x, weight, bias, stride, padding, dilation))
+            raise
     x, weight, bias = autocast(x, weight, bias)
     window = _checks.depthwise(x, weight, bias, stride, padding, dilation)
     operators = namespace_for("depthwise_conv2d", x, window.multiplied)

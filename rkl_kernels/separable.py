@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -10,6 +12,7 @@ from . import _checks, reference
 from ._autocast import autocast
 from ._backends import is_served, namespace_for
 from ._checks import Activation, IntPair, Padding
+from ._operator import reword
 from ._surroundings import is_plain, recorded
 from .gradients import INVERTIBLE
 from .ops import rkl
@@ -79,10 +82,10 @@ def separable_conv2d(
     if plain and (pairs := _checks.unchecked(stride, padding, dilation)):
         try:
             y = rkl.separable_conv2d.plain(*tensors, *pairs, inner, fused)
-        except RuntimeError:
-            pass
-        else:
-            return reference.activate(y, activation) if outside else y
+        except RuntimeError as error:
+            reword(error, partial(_checks.separable, *tensors, stride, padding, dilation))
+            raise
+        return reference.activate(y, activation) if outside else y
     x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias = autocast(*tensors)
     weights = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
     window = _checks.separable(x, *weights, stride, padding, dilation)

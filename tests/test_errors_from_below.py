@@ -47,6 +47,47 @@ def test_no_memory_on_a_gpu_has_the_type_that_programs_catch():
         Operator(registered)(torch.zeros(1))
 
 
+class HookError(RuntimeError):
+    """An error of a program's own."""
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        rk.trelu,
+        lambda x: rk.trelu(x * 1, inplace=True),
+        lambda x: rk.depthwise_conv2d(x, torch.ones(4, 1, 3, 3)),
+        lambda x: rk.separable_conv2d(x, torch.ones(4, 1, 3, 3), torch.ones(2, 4, 1, 1)),
+    ],
+)
+def test_errors_of_a_programs_own_hooks(function):
+    """They come as they are, and the call is made once."""
+    hooked = []
+
+    def pack(tensor):
+        hooked.append(tensor)
+        raise HookError("not this one") from KeyError("why")
+
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, pytest.raises(HookError, match="not this one") as caught:
+        function(x)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert len(hooked) == 1
+
+
+def test_a_refusal_is_one_error():
+    """The rules say better what C++'s own guard refused; that is not shown beside it."""
+    x = torch.randn(1, 4, 5, 5)
+    for function in (
+        lambda: rk.depthwise_conv2d(x, torch.ones(4, 1, 7, 7)),
+        lambda: rk.separable_conv2d(x, torch.ones(4, 1, 7, 7), torch.ones(2, 4, 1, 1)),
+    ):
+        with pytest.raises(ValueError, match="must fit into the padded image") as caught:
+            function()
+        assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
 def test_other_errors_stay_as_they_are():
     def registered(*args):
         raise RuntimeError("x must be so") from KeyError("why")
