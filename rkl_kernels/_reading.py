@@ -1,7 +1,8 @@
 """What a module's forward does, read once with stand-ins for tensors: a ``torch.fx`` graph, or why there is none.
 
 A graph is taken only where it is the whole truth about a call in inference: the forward decides nothing on data, leaves
-no trace, draws no random numbers, and does the same with gradients, autocast and the choice of a backend on and off.
+no trace, draws no random numbers, and does the same with gradients, autocast and the choice of a backend on and off,
+compiled or exported.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> t
     before, random_before = state(module), _random_state()
     graphs = []
     with _same_random_numbers():
-        for surroundings in (torch.enable_grad, torch.inference_mode, _cast_and_by_reference):
+        for surroundings in (torch.enable_grad, torch.inference_mode, _cast_and_by_reference, _as_exported):
             with surroundings():
                 graph = _traced(module, closed, taken)
             if isinstance(graph, str):
@@ -67,6 +68,8 @@ def _read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> t
         return "its forward depends on whether gradients are recorded"
     if str(graphs[0]) != str(graphs[2]):
         return "its forward depends on autocast or the backend"
+    if str(graphs[0]) != str(graphs[3]):
+        return "its forward depends on whether it is compiled, traced or exported"
     return graphs[0]
 
 
@@ -222,6 +225,30 @@ def _cast_and_by_reference() -> Iterator[None]:
     finally:
         for kind, enabled in zip(kinds, before, strict=True):
             torch.set_autocast_enabled(kind, enabled)
+
+
+QUESTIONS = (
+    (torch.compiler, "is_compiling"),
+    (torch.compiler, "is_dynamo_compiling"),
+    (torch.compiler, "is_exporting"),
+    (torch.jit, "is_tracing"),
+    (torch.onnx, "is_in_onnx_export"),
+)
+"""What a forward may ask of what it is called for: PyTorch's functions, which have no other way to be told."""
+
+
+@contextmanager
+def _as_exported() -> Iterator[None]:
+    """The answers of a compiler or an exporter, to this thread alone."""
+    reader, before = threading.get_ident(), [getattr(module, name) for module, name in QUESTIONS]
+    for (module, name), function in zip(QUESTIONS, before, strict=True):
+        setattr(module, name, lambda function=function: threading.get_ident() == reader or function())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for (module, name), function in zip(QUESTIONS, before, strict=True):
+            setattr(module, name, function)
 
 
 def _is_any_alive(made: list[weakref.ref[torch.fx.Proxy]]) -> bool:

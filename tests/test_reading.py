@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from chains import Flagged, X, assert_same, chain
 from torch import nn
 
 import rkl_kernels as rk
+from rkl_kernels._reading import QUESTIONS
 
 
 class Block(nn.Module):
@@ -275,6 +277,20 @@ def test_what_depends_on_gradients_is_left():
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():
             torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("module", "name"), QUESTIONS)
+def test_what_depends_on_what_it_is_called_for_is_left(module, name):
+    """A graph would hold what the model does in a plain call, in an exported program too."""
+    before = getattr(module, name)
+    plain = Block(lambda self, x: self.straight(x) * (2 if getattr(module, name)() else 1)).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert "whether it is compiled, traced or exported" in fused.fusion_report.left["dw"]
+    assert getattr(module, name) is before
+    assert_same(fused, plain)
+    for export in (partial(torch.jit.trace, check_trace=False), lambda *args: torch.export.export(*args).module()):
+        torch.testing.assert_close(export(fused, (X,))(X), export(plain, (X,))(X), rtol=1e-4, atol=1e-4)
 
 
 class Scaling:
