@@ -51,5 +51,9 @@ class _Loader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # Others ask a module's loader for its source and its data (pkgutil.get_data, say), which this one has not.
+        module.__loader__ = self.loader
+        if module.__spec__:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         self.watch.loaded()

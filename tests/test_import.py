@@ -57,6 +57,19 @@ def test_it_is_asked_when_somebody_asks_us():
     assert "is_available" in run("import rkl_kernels; rkl_kernels.backends(); print(*asked)")
 
 
+def test_a_module_that_was_waited_for_keeps_its_own_loader():
+    code = """
+import rkl_kernels, pkgutil, importlib.util
+import torch.distributed.tensor, torch.utils.flop_counter
+for module in (torch.distributed.tensor, torch.utils.flop_counter):
+    spec = module.__spec__
+    same = importlib.util.find_spec(module.__name__).loader is spec.loader is module.__loader__
+    print(same, spec.loader.get_data(module.__file__) == open(module.__file__, "rb").read())
+print(pkgutil.get_data("torch.distributed.tensor", "__init__.py") is not None)
+"""
+    assert run(code) == ["True"] * 5
+
+
 def test_flops_are_counted_whichever_is_imported_first():
     count = """
 from torch.utils.flop_counter import FlopCounterMode
