@@ -26,14 +26,17 @@ def settled_while_compiled(function: F) -> F:
 _DIFFERENTIAL = ("Grad", "Jvp")
 
 
-@settled_while_compiled  # torch.compile guards on both stacks itself
 def differentiated() -> bool:
     """Whether ``torch.func`` (grad, vjp, jvp and what is made of them) or forward-mode AD differentiates the call.
 
     Both see through PyTorch's own operators only. Reverse mode, ``backward()``, is no part of this.
     """
-    if forward_ad._current_level >= 0:
-        return True
+    # The level is read where torch.compile sees it, which guards on it then.
+    return forward_ad._current_level >= 0 or _is_transformed()
+
+
+@settled_while_compiled  # torch.compile guards on the stack itself
+def _is_transformed() -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
     return any(level.key().name in _DIFFERENTIAL for level in torch._C._functorch.get_interpreter_stack() or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -71,6 +72,17 @@ def test_function_transforms_within(transform):
         for lib in (rk, rk.reference)
     ]  # fmt: skip
     torch.testing.assert_close(*results)
+
+
+def test_forward_mode_after_a_plain_call():
+    """The graph of a plain call has no tangents, and is not taken for a dual number."""
+    compiled = torch.compile(rk.trelu, backend="aot_eager")
+    x = torch.randn(5)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), rk.reference.trelu(x))
+        with fwad.dual_level():
+            ours, theirs = (fwad.unpack_dual(f(fwad.make_dual(x, x + 1))) for f in (compiled, rk.reference.trelu))
+            torch.testing.assert_close(ours.tangent, theirs.tangent)
 
 
 def test_direct_in_place_operator_compiles():
