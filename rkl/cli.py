@@ -48,7 +48,7 @@ class Evaluate:
     """`cpu` or `cuda`; the GPU where there is one."""
 
     def __call__(self) -> None:
-        from .training.checkpoint import check_classes, open_run
+        from .training.checkpoint import check_data, open_run
 
         if self.split not in ("test", "val"):
             raise ValueError(f"split must be 'test' or 'val', got {self.split!r}")
@@ -77,7 +77,7 @@ class Evaluate:
             print(f"plot: {run.folder / 'plots' / 'early_exit.png'}")
             return
         data = load_data(run.config).to(run.device)
-        check_classes(run.folder, run.facts, data.classes)
+        check_data(run.folder, run.facts, data)
         split = getattr(data, self.split)
         if not len(split):
             raise ValueError(f"split must have images, got {self.split!r} of a run with val_fraction 0")

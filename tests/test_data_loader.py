@@ -32,6 +32,16 @@ def test_the_seed_moves_validation_but_not_test():
     assert torch.equal(first.test.images, other.test.images)
 
 
+def test_the_fingerprint_is_of_the_images_that_a_run_uses():
+    """Not of the size they are scaled to, as that rounds, nor of the validation split, which the seed decides."""
+    first = load("digits").fingerprint
+    assert set(first) == {"train", "test"}
+    assert load("digits", seed=1, image_size=8, val_fraction=0.3).fingerprint == first
+    fewer = load("digits", train_size=100).fingerprint
+    assert fewer["train"] != first["train"]
+    assert fewer["test"] == first["test"]
+
+
 def test_no_augmentation_gives_the_normalised_split_in_order(split):
     got = [(x, y) for x, y in batches(split, 16, num_classes=4, shuffle=False)]
     assert [len(y) for _, y in got] == [16, 16, 16, 2]

@@ -23,7 +23,9 @@ from rkl.deploy import predict as prediction
 from rkl.network.model import ResNetKL
 from rkl.slimming.early_exit import early_exit, operate
 from rkl.training import train as trainer
+from rkl.training.checkpoint import load as load_checkpoint
 from rkl.training.checkpoint import open_run
+from rkl.training.checkpoint import save as save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,6 +196,28 @@ def test_images_in_another_folder(run: Path, folder: Path, tmp_path: Path, capsy
     with pytest.raises(SystemExit):
         main([*command[:-1], "digits"])
     assert "a resumed run must keep its settings, got data 'digits'" in capsys.readouterr().err
+
+
+def test_one_more_image_is_noticed(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It changes which images are cut out for the test, so those may have been trained on."""
+    begun, other = shutil.copytree(run, tmp_path / "run"), shutil.copytree(folder, tmp_path / "more")
+    shutil.copy(other / "dog" / "0.png", other / "dog" / "00.png")
+    config = begun / "config.yaml"
+    config.write_text(config.read_text().replace(str(folder), str(other)))
+    for command in (
+        ["evaluate", str(begun)],
+        ["evaluate", str(begun), "--early-exit"],
+        ["prune", str(begun), "--out", str(tmp_path / "slim"), "--target-macs", "0.7"],
+        ["train", "--resume", "--out", str(begun)],
+    ):
+        with pytest.raises(SystemExit):
+            main(command)
+        said = capsys.readouterr().err
+        assert "data must be the images the run was trained on, got others for train and test in folder:" in said
+    tensors, facts = load_checkpoint(begun / "checkpoints", "last")
+    del facts["fingerprint"]  # as in a checkpoint that was saved before there was one
+    save_checkpoint(begun / "checkpoints", "last", tensors, facts)
+    main(["evaluate", str(begun)])
 
 
 def test_outputs_that_are_not_finite_are_said(run: Path, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set: train and val are cut from the training images, test is apart and the same for every seed."""
+    """A named data set: train and val are cut from the training images, test is apart and the same for every seed.
+
+    Attributes:
+        fingerprint: what tells whether a later load finds the same images: a SHA-256 for each part that was read.
+    """
 
     name: str
     classes: list[str]
@@ -60,6 +65,7 @@ class Dataset:
     train: Split
     val: Split
     test: Split
+    fingerprint: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -68,6 +74,14 @@ class Dataset:
     def to(self, device: torch.device | str) -> Dataset:
         """The data set with its splits on a device."""
         return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+
+
+def fingerprint(split: Split) -> str:
+    """SHA-256 of a split's labels and pixels, in their order: by its place an image comes into a part of it."""
+    sha = hashlib.sha256(repr(tuple(split.images.shape)).encode())
+    for values in (split.labels, split.images):
+        sha.update(values.reshape(-1).numpy().data)
+    return sha.hexdigest()
 
 
 def class_weights(split: Split, num_classes: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from rkl_kernels.errors import told
 
 from . import formats
-from .dataset import DataError, Dataset, Split, assemble, long_tailed, resized, stratified, subset
+from .dataset import DataError, Dataset, Split, assemble, fingerprint, long_tailed, resized, stratified, subset
 
 DEFAULT_ROOT = Path.home() / ".cache" / "rkl" / "data"
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
@@ -135,9 +135,13 @@ def load(
         if name.endswith("-lt"):
             train = long_tailed(train, len(classes), imbalance)
     train, test = subset(train, train_size, "train_size"), subset(test, test_size, "test_size")
+    # Of the images before they are scaled: another machine may round that otherwise.
+    parts = {"train": train, "val": val, "test": test}
+    seen = {part: fingerprint(split) for part, split in parts.items() if split is not None}
     if image_size is not None:
         train, test = (Split(resized(part.images, image_size), part.labels) for part in (train, test))
-    return assemble(name, classes, train, test, val=val, flip=flip, val_fraction=val_fraction, seed=seed)
+    data = assemble(name, classes, train, test, val=val, flip=flip, val_fraction=val_fraction, seed=seed)
+    return replace(data, fingerprint=seen)
 
 
 def _digits() -> tuple[Split, Split, list[str]]:

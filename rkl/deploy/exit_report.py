@@ -24,7 +24,7 @@ from ..slimming.early_exit import (
     operate,
 )
 from ..training import metrics, report
-from ..training.checkpoint import Run, check_classes, example_image
+from ..training.checkpoint import Run, check_data, example_image
 from ..training.evaluation import evaluation_batches
 from ..training.files import RunError, check_writable, save_figure, write_text
 from ..training.train import load_data
@@ -50,7 +50,7 @@ def evaluate_early_exit(
     plot, file = run.folder / "plots" / "early_exit.png", run.folder / "early_exit.json"
     check_writable(plot, file)
     model, data = run.model.deploy(exits=True), load_data(run.config).to(run.device)
-    check_classes(run.folder, run.facts, data.classes)
+    check_data(run.folder, run.facts, data)
     if not len(data.val):
         raise RunError(f"{run.folder}: early exit needs validation images to calibrate on, got val_fraction 0")
     costs = exit_costs(model, example_image(run))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..network.model import ResNet
 from ..slimming import pruning
 from ..training import metrics
-from ..training.checkpoint import Run, check_classes, example_image
+from ..training.checkpoint import Run, check_data, example_image
 from ..training.guard import check_cuttable
 from ..training.train import load_data, train
 
@@ -88,7 +88,7 @@ def prune_run(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     image = example_image(run)
     check_cuttable(run.model, image, f"run must be of another network than {run.config.model}", run.folder)
-    check_classes(run.folder, run.facts, load_data(run.config).classes)
+    check_data(run.folder, run.facts, load_data(run.config))
     with torch.random.fork_rng():
         if target_macs is not None:
             model = cut_to_macs(run.model, image, target_macs)

@@ -20,11 +20,12 @@ from typing_extensions import Required, TypedDict
 from rkl_kernels.errors import first_line
 
 from ..config import Config, is_other_run, read_yaml, to_plain
+from ..data import Dataset
 from ..network.build import build_model
 from ..slimming import pruning
 from .files import RunError, read_json, replacing, understood, write_text
 
-__all__ = ["Run", "RunError", "check_classes", "example_image", "load", "open_run", "save", "start_from"]
+__all__ = ["Run", "RunError", "check_data", "example_image", "load", "open_run", "save", "start_from"]
 
 
 class Facts(TypedDict, total=False):
@@ -36,6 +37,7 @@ class Facts(TypedDict, total=False):
     image_size: Annotated[int, Field(ge=8, le=2**14)]
     mean: list[FiniteFloat]
     std: list[FiniteFloat]
+    fingerprint: dict[str, str]
     epoch: Required[Annotated[int, Field(ge=0)]]
     cuts: list[dict[str, Any]]
     plan: dict[str, Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]]
@@ -191,15 +193,23 @@ def example_image(run: Run) -> Tensor:
     return torch.zeros(1, run.facts["channels"], *2 * [run.facts["image_size"]], device=run.device)
 
 
-def check_classes(folder: Path, facts: dict[str, Any], classes: list[str]) -> None:
+def check_data(folder: Path, facts: dict[str, Any], data: Dataset) -> None:
     """Raise RunError unless data have the own classes of the run in ``folder``, in its order, which is what its outputs
-    mean."""
-    for number, (ours, theirs) in enumerate(zip_longest(facts["classes"], classes)):
+    mean, and its images: one more changes which ones are cut out for a test, and those may have been trained on.
+    Checkpoints without a fingerprint of them are believed."""
+    for number, (ours, theirs) in enumerate(zip_longest(facts["classes"], data.classes)):
         if ours != theirs:
             raise RunError(
                 f"{folder}: data must have the classes the run was trained on, got {theirs!r} for {ours!r}, "
                 f"number {number + 1}"
             )
+    then = facts.get("fingerprint", data.fingerprint)
+    others = [part for part in ("train", "val", "test") if then.get(part) != data.fingerprint.get(part)]
+    if others:
+        raise RunError(
+            f"{folder}: data must be the images the run was trained on, got others for {' and '.join(others)} in "
+            f"{data.name}; put those back, or train another run"
+        )
 
 
 def start_from(model: nn.Module, folder: Path, width: int, channels: int, classes: list[str]) -> nn.Module:

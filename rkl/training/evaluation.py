@@ -80,3 +80,16 @@ def size_of(model: nn.Module, example: Tensor) -> dict[str, float]:
         "latency_ms": metrics.measure_latency(deployed, example),
         "latency_batch": len(example),
     }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held: on the GPU where there is one, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,7 +22,7 @@ from ..distill import gamma_l1, training_losses
 from ..network.model import Exits, ResNet, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
-from .evaluation import collect, evaluate, evaluation_batches, precision_on, size_of
+from .evaluation import collect, device_name, evaluate, evaluation_batches, peak_memory, precision_on, size_of
 from .files import RunError, read_json, write_text
 from .guard import StepGuard, check_cuttable, check_finite, check_splits, in_one_line
 from .learner import Learner, make_fabric
@@ -69,7 +69,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         data = data.to(fabric.device)
         learner = Learner(config, data, fabric, start, resumed)
         facts = learner.restore(log.checkpoints) if resumed else first_facts(config, data)
-        checkpoint.check_classes(config.out, facts, data.classes)
+        checkpoint.check_data(config.out, facts, data)
     if finished(config, facts) and is_tested(config, facts):  # the test images are looked at once
         return reported(config, fabric)
     if not resumed and config.cut_epochs and not isinstance(learner.model, ResNet):
@@ -121,6 +121,7 @@ def first_facts(config: Config, data: Dataset) -> dict[str, Any]:
         "image_size": data.image_size,
         "mean": list(data.mean),
         "std": list(data.std),
+        "fingerprint": data.fingerprint,
         "epoch": 0,
         "cuts": [],
         "best": None,
@@ -384,16 +385,3 @@ def calibrated(model: nn.Module, data: Dataset, config: Config) -> list[float] |
     exits, labels = collect(model, data.val, data, config)
     costs = early_exit.exit_costs(model.eval(), next(evaluation_batches(data.val, data, 1))[0])
     return early_exit.keeping_accuracy(exits, labels, costs).thresholds
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held: on the GPU where there is one, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
