@@ -18,7 +18,7 @@ from torch import nn
 
 import rkl_kernels as rk
 from rkl.cli import COMMANDS, EXAMPLES, Experiments, Predict, main
-from rkl.config import MOST_L1, Config
+from rkl.config import MOST_L1, Config, to_plain
 from rkl.data import class_weights
 from rkl.distill import gamma_l1, gammas, training_losses
 from rkl.network.blocks import MultiScaleDepthwise
@@ -223,7 +223,8 @@ def test_the_gradient_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
     add_l1_gradient(learner.model, 0.5, learner.scaler.scale(torch.ones(())))
     assert torch.allclose(learner.model.stem.norm.weight.grad - before, torch.full((4,), 0.5 * 8.0))
     learner.step(0.01, 0.0)
-    checkpoint.save(tmp_path, "last", learner.tensors(), learner.facts() | {"epoch": 1})
+    facts = learner.facts() | {"epoch": 1, "config": to_plain(learner.config)}
+    checkpoint.save(tmp_path, "last", learner.tensors(), facts)
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     other = learner_of(replace(TINY, out=tmp_path), plugins=precision)
     other.restore(tmp_path)

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from test_rkl_train import QUICK, comparable, fails, tiny, train_interrupted
 
 from rkl.cli import main
@@ -106,6 +107,21 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytes
     main(["train", "--resume", "--out", str(config.out), "--on-nan", "skip"])
     assert json.loads((config.out / "metrics.json").read_text())["epochs"] == config.epochs
     assert checkpoint.open_run(config.out).config.lr == 0.04
+
+
+@pytest.mark.parametrize(("key", "value"), [("lr", 0.5), ("seed", 7), ("val_fraction", 0.3)])
+def test_settings_that_were_edited_in_the_runs_own_file_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, key: str, value: float
+) -> None:
+    """A bare --resume takes them from there; a run that trained on with them could not be opened."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "metrics.json").unlink()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {key: value}))
+    before = contents(folder)
+    said = fails(["train", "--resume", "--out", str(folder)], capsys)
+    assert f"got {key} {config[key]} for {value} in config.yaml; put {config[key]} back there" in said
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("resume", [False, True])

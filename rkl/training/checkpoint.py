@@ -171,12 +171,8 @@ def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str 
     source = folder / "checkpoints" / f"{checkpoint}.json"
     tensors, facts = load(folder / "checkpoints", checkpoint)
     with understood(source, "a whole run's checkpoint"):
-        then, plan = facts["config"], facts["plan"]
-        shape = len(facts["classes"]), facts["channels"], facts["image_size"]
-    for key, value in to_plain(config).items():
-        if is_other_run(key, then.get(key, value), value):
-            got = f"got {key} {then[key]!r} for {value!r} in {file.name}"
-            raise RunError(f"{source}: must be a checkpoint of this run's model, {got}")
+        plan, shape = facts["plan"], (len(facts["classes"]), facts["channels"], facts["image_size"])
+    check_settings(config, facts, source)
     # Without memory, until its shapes are known to be those of the tensors.
     try:
         with torch.device("meta"):
@@ -186,6 +182,17 @@ def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str 
     prefix = "ema." if any(key.startswith("ema.") for key in tensors) else "model."
     restore_model(model, part(tensors, prefix), plan, source, assign=True)
     return Run(folder, config, model.eval().to(device), facts)
+
+
+def check_settings(config: Config, facts: dict[str, Any], source: Path) -> None:
+    """Raise RunError unless the checkpoint at ``source`` is of a run with the settings of ``config``, which may have
+    been read from a file that was changed since."""
+    with understood(source, "a whole run's checkpoint"):
+        then = facts["config"]
+    for key, value in to_plain(config).items():
+        if is_other_run(key, then.get(key, value), value):
+            got = f"got {key} {then[key]!r} for {value!r} in config.yaml; put {then[key]!r} back there"
+            raise RunError(f"{source}: must be a checkpoint of this run's model, {got}")
 
 
 def example_image(run: Run) -> Tensor:

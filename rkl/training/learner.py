@@ -151,6 +151,7 @@ class Learner:
         """Put the last checkpoint's tensors where :meth:`tensors` took them from; the checkpoint's facts."""
         tensors, facts = checkpoint.load(folder, "last")
         source = folder / "last.json"
+        checkpoint.check_settings(self.config, facts, source)
         checkpoint.restore_model(self.model, checkpoint.part(tensors, "model."), facts["plan"], source)
         # The plan exchanged parameters for narrower ones; the optimiser, which has no state yet, takes those.
         fresh = parameter_groups(self.model, self.config.weight_decay, self.config.decay)
