@@ -47,6 +47,9 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("config.yaml", "lr: 0.1\n"),
         ("log.jsonl", "hours: 3\n"),
         ("metrics.json", "{}"),
+        ("report.md", "my own notes"),
+        ("plots/curves.png", "my own plot"),
+        ("plots/confusion.png", "my own plot"),
     ],
 )
 def test_files_of_others_are_left_and_named(

@@ -22,6 +22,9 @@ from .files import AGAIN, RunError, UnwritableError, held, read_lines, write_tex
 FIRST_CHECKPOINT = re.compile(r"\.?((best|last)-000[01]\.safetensors|(best|last)\.json)(\.partial)?")
 """The files of a checkpoint that was being written when its run had no whole epoch yet."""
 
+LAST_FILES = ("metrics.json", "report.md", "plots/curves.png", "plots/confusion.png")
+"""What a run writes when all its epochs are done."""
+
 EVENTS = re.compile(r"events\.out\.tfevents.*")
 
 
@@ -81,8 +84,7 @@ class RunLog:
 
     def _not_left_over(self) -> Iterator[str]:
         """Names of what is in the folder under a run's names, and is not what a run without a whole epoch leaves."""
-        if (self.folder / "metrics.json").exists():
-            yield "metrics.json"
+        yield from (file for file in LAST_FILES if (self.folder / file).exists())
         if self.file.exists() and not _is_whole(self.file):
             yield self.file.name
         try:
