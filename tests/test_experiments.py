@@ -76,6 +76,14 @@ def test_finished_cells_are_not_trained_again(finished):
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")}
 
 
+def test_no_two_data_sets_share_a_folder(tmp_path):
+    names = ["folder:d/猫", "folder:d/犬", "folder:d", "folder:data_1", "folder:data-1", "folder:Data-1", "cifar10"]
+    plans = [experiment("table5", "smoke", tmp_path, data=name) for name in names]
+    assert len({plan.folder("ResNet", 0) for plan in plans}) == len({plan.record for plan in plans}) == len(names)
+    assert plans[-1].folder("ResNet", 0) == tmp_path / "runs" / "cifar10" / "resnet" / "seed-0"
+    assert all(name.isascii() for plan in plans for name in plan.folder("ResNet", 0).relative_to(tmp_path).parts)
+
+
 def test_other_settings_do_not_mix_into_a_folder(finished):
     with pytest.raises(RunError, match=r"holds a run with image_size 16, want 20; give another out"):
         experiments.run(experiment("table5", "smoke", finished[0], data="digits", image_size=20))

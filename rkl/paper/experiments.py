@@ -8,6 +8,7 @@ on where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -49,7 +50,7 @@ class Experiment:
 
     def folder(self, row: str, seed: int) -> Path:
         """Of one cell's run."""
-        return self.out / "runs" / slug(self.data) / slug(row) / f"seed-{seed}"
+        return self.out / "runs" / data_slug(self.data) / slug(row) / f"seed-{seed}"
 
     def config(self, row: str, seed: int) -> Config:
         """Of one cell: the scale's settings, then the caller's, then the row's own, as wide as its compute asks for."""
@@ -80,7 +81,7 @@ class Experiment:
 
     @property
     def record(self) -> Path:
-        return self.out / f"{self.table}-{slug(self.data)}.json"
+        return self.out / f"{self.table}-{data_slug(self.data)}.json"
 
 
 IMAGES_OF_A_CLASS = 4
@@ -90,6 +91,12 @@ IMAGES_OF_A_CLASS = 4
 def slug(name: str) -> str:
     """A name as a folder's: lower case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def data_slug(name: str) -> str:
+    """A data set's name as a folder's, another for each: what the slug loses of a path is told apart by a hash."""
+    plain = slug(name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def experiment(

@@ -13,7 +13,7 @@ from ..training.files import check_writable, write_text
 from ..training.report import exit_names, markdown_table
 from . import figures
 from .comparison import Estimate, Judged, f1_ceiling, holm, impossible, smallest_decidable
-from .experiments import slug
+from .experiments import data_slug
 from .latency import Latency, measure
 from .records import Results, Run, load_results, published
 from .rows import FACTORS, TABLES, Factor
@@ -54,7 +54,7 @@ def _reading() -> str:
 
 
 def _section(results: Results, latencies: dict[str, Latency], others: dict[str, Any], folder: Path) -> list[str]:
-    name = f"{results.table}-{slug(results.data)}"
+    name = f"{results.table}-{data_slug(results.data)}"
     plots = folder / "plots"
     figures.accuracy_curves(results, plots / f"{name}-curves.png")
     figures.accuracy_against_cost(results, latencies, plots / f"{name}-cost.png")
