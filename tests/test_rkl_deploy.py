@@ -142,10 +142,25 @@ def test_cut_to_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(lambda m: 10 * metrics.count_parameters(m) / whole, monkeypatch)
     assert metrics.count_parameters(prune.cut_to_latency(model, image, 6.0).deploy()) <= 0.6 * whole
     pretend(lambda m: 5.0, monkeypatch)
-    with pytest.raises(ValueError, match="makes the model faster"):
-        prune.cut_to_latency(model, image, 6.0)
     with pytest.raises(ValueError, match="within reach"):
         prune.cut_to_latency(model, image, 4.0)
+    pretend(lambda m: 7.0 if metrics.count_parameters(m) == whole else 5.0, monkeypatch)
+    monkeypatch.setattr(metrics, "measure_latencies", lambda models, images: [5.0, 5.0])
+    with pytest.raises(ValueError, match="makes the model faster"):
+        prune.cut_to_latency(model, image, 6.0)
+
+
+def test_a_latency_that_the_model_has_needs_no_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut of nothing is faster than the model in every other measurement, and not accepted for it."""
+    model, image = ResNet(3, 18, 8, 1, 8).eval(), torch.zeros(1, 1, 8, 8)
+    pretend(lambda m: 5.0, monkeypatch)
+    monkeypatch.setattr(metrics, "measure_latencies", lambda models, images: [5.0, 4.9])
+    with pytest.raises(ValueError, match=r"target_latency_ms must be below the model's own 5\.00 ms, got 6\.0"):
+        prune.cut_to_latency(model, image, 6.0)
+    measured = iter([6.1])
+    monkeypatch.setattr(metrics, "measure_latency", lambda model, images: next(measured, 5.9))
+    with pytest.raises(ValueError, match=r"must need a cut, got 6\.0, which the model meets in some measurements"):
+        prune.cut_to_latency(model, image, 6.0)
 
 
 def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

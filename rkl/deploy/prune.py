@@ -37,16 +37,25 @@ def cut_to_latency(model: nn.Module, image: Tensor, milliseconds: float) -> nn.M
     """A copy that takes at most ``milliseconds`` for 16 images, deployed, cut no further than that needs.
 
     Raises:
-        ValueError: no cut gets there, or the one that does is no faster than the model itself.
+        ValueError: the model is there already, no cut gets there, or the one that does is no faster than the model.
     """
     if not 0 < milliseconds < math.inf:
         raise ValueError(f"target_latency_ms must be above 0 and finite, got {milliseconds}")
     images = image.expand(LATENCY_BATCH, -1, -1, -1).contiguous()
 
+    own = metrics.measure_latency(_deployed(model), images)
+    if own <= milliseconds:
+        raise ValueError(f"target_latency_ms must be below the model's own {own:.2f} ms, got {milliseconds}")
+
     def fast_enough(slim: nn.Module) -> bool:
         return metrics.measure_latency(_deployed(slim), images) <= milliseconds
 
     slim = _smallest_cut(model, image, fast_enough, f"target_latency_ms {milliseconds}")
+    if metrics.count_parameters(slim) == metrics.count_parameters(model):  # the target is within the clock's noise
+        raise ValueError(
+            f"target_latency_ms must need a cut, got {milliseconds}, which the model meets in some measurements; "
+            "lower it"
+        )
     before, after = metrics.measure_latencies([_deployed(model), _deployed(slim)], images)
     if after >= before:
         raise ValueError(
