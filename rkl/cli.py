@@ -155,7 +155,7 @@ class Experiments:
     jobs: int | None = None
     """Runs at once; by default one a GPU or, without one, one a core."""
     config: Path | None = None
-    """YAML file of settings that take the place of the scale's, for every row."""
+    """YAML file of settings that take the place of the scale's, for every row whose network has them."""
 
     def __call__(self) -> None:
         from .paper import experiments, tables

@@ -16,6 +16,7 @@ import yaml
 from rkl.cli import main
 from rkl.config import Config, to_plain
 from rkl.distill import LossWeights
+from rkl.network.build import check_options
 from rkl.network.model import ResNetKL
 from rkl.paper import experiments, latency, records, tables
 from rkl.paper.comparison import estimate
@@ -82,6 +83,14 @@ def test_no_two_data_sets_share_a_folder(tmp_path):
     assert len({plan.folder("ResNet", 0) for plan in plans}) == len({plan.record for plan in plans}) == len(names)
     assert plans[-1].folder("ResNet", 0) == tmp_path / "runs" / "cifar10" / "resnet" / "seed-0"
     assert all(name.isascii() for plan in plans for name in plan.folder("ResNet", 0).relative_to(tmp_path).parts)
+
+
+def test_settings_of_our_networks_are_not_given_to_baselines(tmp_path):
+    plan = experiment("table2", "smoke", tmp_path, data="digits", depth=34, gate="legacy", width=16, image_size=16)
+    ours, theirs = (plan.config(row, 0) for row in ("ResNet-KL", "VGG"))
+    assert (ours.depth, ours.gate, ours.width) == (34, "legacy", 16)
+    assert (theirs.depth, theirs.gate, theirs.width) == (18, None, 16)
+    check_options(theirs)
 
 
 def test_other_settings_do_not_mix_into_a_folder(finished):

@@ -198,6 +198,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "two.yaml").write_text("devices: 2\n")
     (tmp_path / "own.yaml").write_text("epochs: 1\ndata: digits\n")
     experiments = ["experiments", "table5", "--data", "digits", "--scale", "smoke", "--out", str(tmp_path / "r")]
+    mobilenet = ["train", "--out", str(tmp_path / "r"), "--model", "mobilenet"]
     for arguments, expected in [
         (["evaluate", str(tmp_path)], "must be the folder of a run"),
         (["predict", str(run), str(tmp_path / "none.png")], "none.png: no such file"),
@@ -222,6 +223,10 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         (["train", "--out", str(run), "--resume", "--epochs", "9"], "must keep its settings, got"),
         (["train", "--out", str(tmp_path / "file" / "run")], "out must be a writable folder"),
         (["train", "--out", str(tmp_path / "r"), "--model", "vgg99"], "model must be one of"),
+        ([*mobilenet, "--depth", "50"], "depth must be left out for mobilenet, which has no such option, got 50"),
+        ([*mobilenet, "--exits", "True"], "exits must be left out for mobilenet, which has no such option, got True"),
+        ([*mobilenet, "--scales", "3", "9"], "scales must be left out for mobilenet"),
+        ([*mobilenet, "--exit-gate", "none"], "exit_gate must be left out for mobilenet"),
         (["train", "--out", str(tmp_path / "r"), "--data", "nothing"], "data must be"),
         (["train", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["train", "--epochs", "few"], "--epochs"),

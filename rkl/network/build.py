@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any
+
 from torch import nn
 
-from ..config import Config
+from ..config import Config, ModelSettings
 from . import baselines
 from .blocks import BlockOptions
 from .model import ResNet, ResNetKL
@@ -14,6 +17,25 @@ OWN: dict[str, tuple[BlockOptions, bool]] = {
     "resnet": (BlockOptions(separable=False, scales=(3,), gate="none", activation="relu"), False),
 }
 """What the project's own models are made of unless the configuration says otherwise, and whether they have exits."""
+
+
+OWN_OPTIONS: dict[str, Any] = {
+    f.name: f.default for f in fields(ModelSettings) if f.name not in ("model", "width", "weights")
+}
+"""Settings that change the project's own models alone, with their defaults; the baselines are what others published."""
+
+
+def check_options(config: Config) -> None:
+    """Raise ValueError where a baseline is asked for what it would ignore and its record would claim."""
+    for name, default in OWN_OPTIONS.items() if config.model in baselines.BASELINES else ():
+        value = getattr(config, name)
+        if value != default:
+            raise ValueError(f"{name} must be left out for {config.model}, which has no such option, got {value}")
+
+
+def without_own_options(config: Config) -> Config:
+    """The configuration as its model can use it: what several models are given at once may be of none to a baseline."""
+    return replace(config, **OWN_OPTIONS) if config.model in baselines.BASELINES else config
 
 
 def model_names() -> list[str]:

@@ -30,6 +30,7 @@ import torch
 from rkl_kernels.errors import told
 
 from ..config import Config, from_plain, is_other_run, read_plain, read_yaml, to_plain
+from ..network.build import without_own_options
 from ..training.files import RunError, UnwritableError, write_text
 from ..training.train import load_data, train
 from .compute import at_macs, cut_to_macs, macs
@@ -60,7 +61,7 @@ class Experiment:
         base = self._base
         if base.train_size:
             base = replace(base, train_size=max(base.train_size, IMAGES_OF_A_CLASS * self.shape[0]))
-        config = from_plain(ROWS[row].settings, base, source=row)
+        config = without_own_options(from_plain(ROWS[row].settings, base, source=row))
         like = ROWS[row].macs_of
         if like is None:
             return config

@@ -19,6 +19,7 @@ from .. import data as datasets
 from ..config import Config, to_plain
 from ..data import Dataset
 from ..distill import gamma_l1, training_losses
+from ..network.build import check_options
 from ..network.model import Exits, ResNet, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
@@ -65,6 +66,8 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     check_splits(config, data)
     log = RunLog(config, resume, takes_resume=start is None)
     resumed = resume and log.has_checkpoint
+    if not resumed and start is None:
+        check_options(config)
     with in_one_line(config, fabric):
         data = data.to(fabric.device)
         learner = Learner(config, data, fabric, start, resumed)
