@@ -277,6 +277,15 @@ def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
     assert torch.equal(direct.test.images, linked.test.images)
 
 
+def test_hidden_files_are_no_images(tmp_path):
+    write_folder(tmp_path)
+    before = load(f"folder:{tmp_path}").fingerprint
+    (tmp_path / "cat/._0001.png").write_bytes(b"\0\5\x16\7 of macOS")
+    (tmp_path / "cat/.ipynb_checkpoints").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat/.ipynb_checkpoints/0001-checkpoint.png")
+    assert load(f"folder:{tmp_path}").fingerprint == before
+
+
 def test_too_few_images_for_a_split():
     with pytest.raises(DataError, match=r"val_fraction 0.1 of 10 training images must leave some to validate on"):
         load("digits", train_size=10)

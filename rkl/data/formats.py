@@ -222,7 +222,8 @@ def image_folder(folder: Path, classes: list[str], size: int) -> Split:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """The images below a folder, in links to folders too, each folder once."""
+    """The images below a folder, in links to folders too, each folder once. Hidden ones are nobody's images: macOS
+    writes `._0001.png` beside an image, Jupyter a second one into `.ipynb_checkpoints`."""
     found: list[Path] = []
     seen: set[str] = set()
     for place, inner, names in os.walk(folder, followlinks=True):
@@ -230,7 +231,9 @@ def _image_files(folder: Path) -> list[Path]:
             inner.clear()
             continue
         seen.add(os.path.realpath(place))
-        found += [Path(place, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        inner[:] = (name for name in inner if not name.startswith("."))
+        shown = (Path(place, name) for name in names if not name.startswith("."))
+        found += [path for path in shown if path.suffix.lower() in IMAGE_SUFFIXES]
     return sorted(found)
 
 
