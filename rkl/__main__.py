@@ -10,6 +10,8 @@ import sys
 
 def main() -> None:
     """Run :func:`rkl.cli.main`."""
+    if sys.stdout is None:  # closed by who started this, as `rkl info >&-` does; no other file may get its number
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         from .cli import main as run
     except ModuleNotFoundError as missing:

@@ -331,6 +331,12 @@ def test_a_reader_that_closes_the_pipe_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_closed_output_is_no_error() -> None:
+    command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "rkl", "info", "--models"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_usage_names_every_command_once_and_an_unknown_one_gets_a_hint(capsys: pytest.CaptureFixture) -> None:
     main([])
     said = capsys.readouterr().out
