@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -19,9 +21,10 @@ from benchmarks import gpu, gpu_report, model_matrix, model_speed, numerics, rep
 from rkl.config import Config, to_plain
 from rkl.deploy import exit_report, export
 from rkl.paper import experiments, tables
-from rkl.training import files, run_log
+from rkl.training import files, metrics, run_log
 from rkl.training import report as run_report
 from rkl.training.files import UnwritableError
+from rkl.training.train import train
 
 
 def spoilt(*_: object, **__: object) -> Any:
@@ -107,6 +110,25 @@ def test_a_plot_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: py
         with pytest.raises(UnwritableError, match=r"run.png: must be writable, got: No space left on device"):
             draw()
         assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+
+
+def test_records_are_json_to_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation loss may be nan where training goes on, and JSON knows none: null is written, and nan is read."""
+    measured = metrics.exit_metrics
+    monkeypatch.setattr(metrics, "exit_metrics", lambda *values: measured(*values) | {"nll": math.nan})
+    small = {"width": 4, "image_size": 8, "train_size": 60, "test_size": 20, "batch_size": 32}
+    out = tmp_path / "run"
+    assert train(Config(out, epochs=1, exits=False, **small)) == out
+    texts = [(out / "metrics.json").read_text(), *(out / "log.jsonl").read_text().splitlines()]
+    for text in texts:
+        assert json.loads(text, parse_constant=spoilt)
+        assert '"nll": null' in text
+    record, (row,) = run_report.read_metrics(out), files.read_lines(out / "log.jsonl")
+    for values in (record["test"][-1], record["val"][-1], row["val"][-1]):
+        assert math.isnan(values["nll"])
+        assert math.isfinite(values["accuracy"])
+    assert record["thresholds"] is None
+    assert " nan |" in run_report.write_report(out).read_text()
 
 
 def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from ..slimming.early_exit import (
 from ..training import metrics, report
 from ..training.checkpoint import Run, check_data, example_image
 from ..training.evaluation import evaluation_batches
-from ..training.files import RunError, check_writable, save_figure, write_text
+from ..training.files import RunError, check_writable, save_figure, to_json, write_text
 from ..training.train import load_data
 
 BATCH = 100
@@ -81,7 +80,7 @@ def evaluate_early_exit(
         "curve": [asdict(p) for p in curve],
     }
     plot_curve(curve, point, deepest, plot)
-    write_text(file, json.dumps(record, indent=1))
+    write_text(file, to_json(record, indent=1))
     return record
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..distill import LossWeights, gammas, training_losses
 from ..training.checkpoint import open_run
 from ..training.evaluation import default_device
-from ..training.files import write_text
+from ..training.files import to_json, write_text
 from ..training.train import class_balance, load_data, outputs, steps_an_epoch, training_batches
 
 BATCHES = 4
@@ -67,4 +66,4 @@ def record_gradients(folder: Path) -> None:
     batches = (batch for batch, _ in zip(loader, range(BATCHES), strict=False))
     l1 = config.l1_at(0, steps_an_epoch(config, len(data.train)))
     norms = gradient_norms(run.model, batches, config.loss, l1, class_balance(config, data))
-    write_text(folder / "gradients.json", json.dumps({"norms": norms, "shares": shares(norms)}, indent=1))
+    write_text(folder / "gradients.json", to_json({"norms": norms, "shares": shares(norms)}, indent=1))

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..config import read_plain
-from ..training.files import RunError, read_json, read_lines, understood
+from ..training.files import RunError, read_json, read_lines, read_record, understood
 from .comparison import Estimate, estimate, paired_difference
 
 
@@ -88,7 +88,7 @@ def _load(folder: Path, file: Path) -> Results:
 
 
 def _load_run(folder: Path) -> Run:
-    metrics, gradients = (read_json(folder / name, "a run's record") for name in ("metrics.json", "gradients.json"))
+    metrics, gradients = (read_record(folder / name) for name in ("metrics.json", "gradients.json"))
     epochs, config = read_lines(folder / "log.jsonl"), read_plain(folder / "config.yaml")
     with understood(folder / "metrics.json", "a run's record"):
         return Run(metrics["seed"], config, metrics, epochs, gradients)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,6 +122,40 @@ def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
         figure.savefig(partial, format=path.suffix[1:], **settings)
 
 
+def to_json(record: object, indent: int | None = None) -> str:
+    """JSON that every reader takes: its standard knows neither nan nor infinity, so those are null."""
+    return json.dumps(_finite(record), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+MEASURED = {"test", "val", "losses", "training_loss", "norms", "shares"}
+"""What holds numbers alone in a run's records and log, so that null is a number that was not finite."""
+
+
+def _measured(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: _numbers(value) if key in MEASURED else value for key, value in record.items()}
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return math.nan if value is None else value
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A run's metrics.json or gradients.json, its numbers as :func:`to_json` took them; raises as :func:`read_json`."""
+    return _measured(read_json(path, "a run's record"))
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The mapping in a JSON file, which should be ``what``.
 
@@ -145,7 +180,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         for row in rows:
             if not isinstance(row["epoch"], int):
                 raise TypeError(f"epoch {row['epoch']!r}")
-        return rows
+        return [_measured(row) for row in rows]
 
 
 @contextmanager

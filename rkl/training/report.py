@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .files import RunError, read_json, read_lines, save_figure, understood, write_text
+from .files import RunError, read_lines, read_record, save_figure, understood, write_text
 
 EXIT_METRICS = {"accuracy": "accuracy", "recall": "macro recall", "f1": "macro F1", "nll": "NLL", "ece": "ECE"}
 
@@ -22,7 +22,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """The run's metrics.json."""
     file = folder / "metrics.json"
     try:
-        return read_json(file, "a run's record")
+        return read_record(file)
     except FileNotFoundError:
         raise RunError(f"{file}: a finished run must have one, got no such file; finish it with --resume") from None
 

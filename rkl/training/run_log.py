@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Config, is_other_run, read_plain, read_yaml, to_plain
-from .files import AGAIN, RunError, UnwritableError, held, read_lines, write_text
+from .files import AGAIN, RunError, UnwritableError, held, read_lines, to_json, write_text
 
 FIRST_CHECKPOINT = re.compile(r"\.?((best|last)-000[01]\.safetensors|(best|last)\.json)(\.partial)?")
 """The files of a checkpoint that was being written when its run had no whole epoch yet."""
@@ -133,7 +132,7 @@ class RunLog:
         """What :meth:`opened` writes."""
         kept = [row for row in self.rows() if row["epoch"] <= epoch]
         write_text(self.file, yaml.safe_dump(to_plain(self.config), sort_keys=False))
-        write_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.folder / "log.jsonl", "".join(to_json(row) + "\n" for row in kept))
         try:
             self.events = SummaryWriter(str(self.tensorboard), purge_step=epoch + 1)
         except OSError as error:
@@ -158,7 +157,7 @@ class RunLog:
         file = self.folder / "log.jsonl"
         try:
             with file.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
+                lines.write(to_json(row) + "\n")
                 lines.flush()
                 os.fsync(lines.fileno())
             self._write_events(row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -24,7 +23,7 @@ from ..network.model import Exits, ResNet, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
 from .evaluation import collect, device_name, evaluate, evaluation_batches, peak_memory, precision_on, size_of
-from .files import RunError, read_json, write_text
+from .files import RunError, read_json, to_json, write_text
 from .guard import StepGuard, check_cuttable, check_finite, check_splits, in_one_line
 from .learner import Learner, make_fabric
 from .run_log import RunLog, TrainingProgress
@@ -86,7 +85,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         run_epochs(config, fabric, learner, data, facts, log)
         record = finish(config, learner, data, facts, log)
         if fabric.is_global_zero:
-            write_text(config.out / "metrics.json", json.dumps(record, indent=1))
+            write_text(config.out / "metrics.json", to_json(record, indent=1))
         return reported(config, fabric)
 
 
