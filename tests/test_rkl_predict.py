@@ -213,7 +213,7 @@ def test_one_more_image_is_noticed(run: Path, folder: Path, tmp_path: Path, caps
         with pytest.raises(SystemExit):
             main(command)
         said = capsys.readouterr().err
-        assert "data must be the images the run was trained on, got others for train and test in folder:" in said
+        assert "data must be the images the run was trained on, got others for train in folder:" in said
     tensors, facts = load_checkpoint(begun / "checkpoints", "last")
     del facts["fingerprint"]  # as in a checkpoint that was saved before there was one
     save_checkpoint(begun / "checkpoints", "last", tensors, facts)
