@@ -26,7 +26,9 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
         >>> rk.reference.trelu(torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64))
         tensor([-0.7616,  0.0000,  2.0000], dtype=torch.float64)
     """
-    if issubclass(type(x), Tensor) and x.layout == torch._mkldnn:  # type: ignore[attr-defined]  # has no torch.where
+    # oneDNN's own layout has no torch.where. Asked of the type: what stands for a tensor while a model is read may have
+    # no layout, though it passes for one.
+    if issubclass(type(x), Tensor) and x.layout == torch._mkldnn:  # type: ignore[attr-defined]
         y = trelu(x.to_dense()).to_mkldnn()
     else:
         y = torch.where(x > 0, x, torch.tanh(x))
