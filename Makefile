@@ -88,7 +88,7 @@ lint: build ## ruff, mypy --strict, clang-format
 docs: $(VENV)/.installed ## the documentation as a site, at port 8000
 	$(BIN)/mkdocs serve
 
-bench: build ## every operator and model against its rivals, in 10 minutes; writes benchmarks/results/
+bench: build ## models and about half of the operators' rows against their rivals, in 10 minutes; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.suite
 
 bench-compare: build ## a run now against the committed one: names what got slower by more than the noise
