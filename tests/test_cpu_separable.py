@@ -19,6 +19,7 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (2, 32, 24, 9, 8, 3, 1, 1, 1),  # pixels of whole lines
     (3, 32, 64, 16, 15, 3, 1, 1, 1),  # in bands, outputs of whole lines
     (2, 32, 96, 9, 8, 3, 1, 1, 1),
+    (1, 32, 8, 24, 48, 3, 3, 1, 1),  # and taps one by one
 ]
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # shares of the largest magnitude
 

@@ -75,11 +75,12 @@ class WindowRows {
     sums_.resize(2 * most * kTogether * kLanes);
   }
 
-  // Whether every kernel that serves stores as many vectors at once as windows do. Of 16 registers blocks have one.
+  // Whether every kernel that serves stores as many vectors at once as windows do. Of 16 registers blocks have one, and
+  // so has a row in pieces.
   bool stores_all_at_once() const {
     const auto by_windows = [](const Across& across) {
-      return std::all_of(across.pieces.begin(), across.pieces.end(),
-                         [](const Piece& p) { return p.taps <= kWindowTaps && may_stream(p.taps); });
+      const int taps = across.pieces[0].taps;
+      return across.pieces.size() == 1 && taps <= kWindowTaps && may_stream(taps);
     };
     return kTogether == Pixels<T>::kAtOnce || std::all_of(strips_[0].row.begin(), strips_[0].row.end(), by_windows);
   }
@@ -178,6 +179,7 @@ class WindowRows {
     job.out_pitch = across.pitch * out.pixel;
     job.count = across.count, job.inputs = across.inputs, job.step = across.step;
     job.vectors = vectors;
+    job.streams = out.streams && vectors % kLineVectors<T> == 0;  // whole lines alone
     job.read = job.written = nothing(rows_.data());
     return job;
   }
@@ -187,7 +189,6 @@ class WindowRows {
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
     Job<T> base{};
-    base.streams = out.streams;
     set_rows(in, down, j, rows, base);
     // What the next rows of outputs read first, and those rows: where pairs of rows lie in one another, all of theirs,
     // shared between them.
