@@ -2,6 +2,9 @@
 
 A formula is a pair ``setup(ctx, inputs, output)`` and ``backward(ctx, *gradients)``. Each is made of a backend's own
 operators, which is why it is built from them: ``ops`` has each as an attribute.
+
+A gradient that is not there comes as None and goes on as None, as through PyTorch's own layers: zeros in its place
+would have an optimizer decay the weights of a part that is cut off.
 """
 
 from __future__ import annotations
@@ -54,15 +57,19 @@ def _trelu(ops: Any) -> dict[str, Formula]:
     """dy/dx = 1 where y > 0, 1 - y^2 elsewhere: the output is all that is kept."""
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output)
 
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _served(ops, "trelu_backward")(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else _served(ops, "trelu_backward")(grad, *ctx.saved_tensors)
 
     def setup_again(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
 
-    def backward_again(ctx: Any, second: Tensor) -> tuple[Tensor, Tensor]:
+    def backward_again(ctx: Any, second: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if second is None:
+            return None, None
         grad, y = ctx.saved_tensors
         return ops.trelu_backward(second, y), torch.where(y > 0, 0, -2 * y * grad * second)
 
@@ -76,23 +83,27 @@ def _depthwise(ops: Any) -> dict[str, Formula]:
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
         x, weight, _, *ctx.window = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 6
         mask = list(ctx.needs_input_grad[:3])
         grads = ops.depthwise_conv2d_backward(grad, *ctx.saved_tensors, *ctx.window, mask)
         return *_none_where_unwanted(mask, grads), None, None, None
 
     def setup_again(ctx: Any, inputs: Any, output: Any) -> None:
         grad, x, weight, *ctx.window, ctx.mask = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, x, weight)
 
-    def backward_again(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:
+    def backward_again(ctx: Any, *seconds: Tensor | None) -> tuple[Any, ...]:
         grad, x, weight = ctx.saved_tensors
         gx, gw, gb = (s if m else None for s, m in zip(seconds, ctx.mask, strict=True))
         want_grad, want_x, want_weight = ctx.needs_input_grad[:3]
         to_grad = to_x = to_weight = None
-        if want_grad:
+        if want_grad and (gx is not None or gw is not None or gb is not None):
             to_grad = torch.zeros_like(grad)
             if gx is not None:
                 to_grad = to_grad + ops.depthwise_conv2d(gx, weight, None, *ctx.window)
@@ -115,11 +126,14 @@ def _separable(ops: Any) -> dict[str, Formula]:
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
         *tensors, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation = inputs
+        ctx.set_materialize_grads(False)
         name = _checks.activation_name(ctx.activation)
         ctx.again = name if name not in INVERTIBLE else None
         ctx.save_for_backward(bias if ctx.again else None, output if name in INVERTIBLE else None, *tensors)
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 10
         mask = list(ctx.needs_input_grad[:5])
         bias, y, *tensors = ctx.saved_tensors
         settings = ctx.stride, ctx.padding, ctx.dilation, ctx.inner
@@ -132,9 +146,10 @@ def _separable(ops: Any) -> dict[str, Formula]:
 
     def setup_again(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation, ctx.mask = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
-    def backward_again(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:
+    def backward_again(ctx: Any, *seconds: Tensor | None) -> tuple[Any, ...]:
         settings: Any = ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation
         tensors: Any = ctx.saved_tensors
         given = [i for i, t in enumerate(tensors) if t is not None]

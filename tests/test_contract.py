@@ -153,6 +153,42 @@ def test_frozen_tensors_get_no_gradient(backend):
     assert weight.grad is not None
 
 
+class Stop(torch.autograd.Function):
+    """A step that gives no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+X, W, P = torch.randn(1, 4, 9, 9), torch.randn(4, 1, 3, 3), torch.randn(5, 4, 1, 1)
+WINDOW = [1, 1], [0, 0], [1, 1]
+CALLS = {
+    "trelu": (rk.trelu, X),
+    "trelu_": (lambda x: rk.trelu(x * 1, inplace=True), X),
+    "depthwise": (rk.depthwise_conv2d, X, W),
+    "separable": (rk.separable_conv2d, X, W, P),
+    "registered trelu": (torch.ops.rkl.trelu, X),
+    "registered depthwise": (lambda x, w: torch.ops.rkl.depthwise_conv2d(x, w, None, *WINDOW), X, W),
+    "registered separable": (lambda *t: torch.ops.rkl.separable_conv2d(*t, None, None, *WINDOW, 0, 0), X, W, P),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_where_no_gradient_comes_none_goes_on(backend, name):
+    """As through PyTorch's layers. An optimizer that finds zeros would decay the weights of a part that is cut off."""
+    function, *tensors = CALLS[name]
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    Stop.apply(function(*leaves)).sum().backward()
+    grads = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+    sum(Stop.apply(grad).sum() for grad in grads).backward()
+    assert [leaf.grad for leaf in leaves] == [None] * len(leaves)
+
+
 def test_second_gradient_of_depthwise(backend):
     x, weight = torch.randn(1, 2, 5, 5, requires_grad=True), torch.randn(2, 1, 3, 3, requires_grad=True)
 
