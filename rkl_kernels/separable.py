@@ -50,7 +50,8 @@ def separable_conv2d(
         activation: after the pointwise step, one of the same.
 
     Returns:
-        (N, C', H', W') with H' and W' as ``depthwise_conv2d`` has them, in the memory format that ``F.conv2d`` gives.
+        (N, C', H', W') with H' and W' as ``depthwise_conv2d`` has them, in the memory format that ``F.conv2d`` gives
+        the depthwise step.
 
     Raises:
         TypeError: an argument has a type that is not served.
