@@ -126,10 +126,11 @@ def test_cuts_reach_their_share_of_the_compute(tmp_path: Path, monkeypatch: pyte
     assert record["size"]["macs"] > 0.35 * whole, "cut much further than it needs"
 
 
-def test_evaluate_gives_what_the_run_recorded(run: Path, capsys: pytest.CaptureFixture) -> None:
-    main(["evaluate", str(run)])
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_evaluate_gives_what_the_run_recorded(run: Path, capsys: pytest.CaptureFixture, split: str) -> None:
+    main(["evaluate", str(run), "--split", split])
     printed = capsys.readouterr().out
-    for values in json.loads((run / "metrics.json").read_text())["test"]:
+    for values in json.loads((run / "metrics.json").read_text())[split]:
         assert f"{values['nll']:.4f}" in printed
 
 
