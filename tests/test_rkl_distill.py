@@ -60,6 +60,16 @@ def test_terms_equal_the_formulas(exits: Exits, soft: bool) -> None:
         assert losses[name].item() == pytest.approx(value, rel=1e-12), name
 
 
+def test_classes_are_weighed_by_a_mean(exits: Exits) -> None:
+    """Each sample counts by its class's weight, and all of them together as one."""
+    logits, labels, weights = exits.logits[-1], [0, 3, 1], [1.0, 2.0, 3.0, 5.0]
+    losses = training_losses(
+        Exits((logits,)), torch.tensor(labels), LossWeights(), torch.tensor(weights, dtype=torch.float64)
+    )
+    own = [weights[k] * -math.log(softmax(row)[k]) for row, k in zip(logits.tolist(), labels, strict=True)]
+    assert losses["deepest"].item() == pytest.approx(sum(own) / (1.0 + 5.0 + 2.0), rel=1e-12)
+
+
 def divided(logits: list[list[float]], temperature: float) -> list[list[float]]:
     return [[value / temperature for value in row] for row in logits]
 

@@ -270,8 +270,8 @@ def test_early_stopping_and_the_best_epoch(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
-    """A pruned model of ten classes, tuned for two: its channels and values but for the heads."""
-    first = replace(TINY, out=tmp_path / "first", width=8, prune_at=(0.5,), prune_ratio=0.3)
+    """A pruned model of ten classes, tuned for two: its channels and averaged values but for the heads."""
+    first = replace(TINY, out=tmp_path / "first", width=8, prune_at=(0.5,), prune_ratio=0.3, ema=0.9)
     trainer.train(first)
     wanted = checkpoint.open_run(first.out).model
     model = ResNetKL(2, 18, 8, 1, 8)

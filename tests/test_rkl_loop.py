@@ -1,0 +1,64 @@
+"""The training loop: what each step is given, what an epoch draws, and which epoch is the best."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_rkl_recipe import TINY, learner_of
+
+from rkl.config import Config
+from rkl.data import class_weights
+from rkl.distill import training_losses
+from rkl.training import train as trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def row_of_an_epoch(config: Config, draws_before: int = 0) -> dict[str, Any]:
+    """What the log would say of the first epoch, after so many random numbers."""
+    learner = learner_of(config)
+    learner.wrap()
+    torch.rand(draws_before)
+    progress = SimpleNamespace(step=lambda *_: None)
+    return trainer.train_epoch(config, learner.fabric, learner, trainer.load_data(config), 0, progress)
+
+
+def test_the_learning_rate_changes_at_every_step() -> None:
+    config = replace(TINY, epochs=1, schedule="cosine")
+    steps = trainer.steps_an_epoch(config, len(trainer.load_data(config).train))
+    assert row_of_an_epoch(config)["lr"] == pytest.approx(config.learning_rate((steps - 1) / steps))
+
+
+def test_class_weights_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(trainer, "training_losses", lambda *some: given.append(some[3]) or training_losses(*some))
+    config = replace(TINY, data="digits-lt", imbalance=9.0, class_weights=True)
+    row_of_an_epoch(config)
+    wanted = class_weights(trainer.load_data(config).train, 10)
+    assert given
+    assert all(balance is not None and torch.equal(balance, wanted) for balance in given)
+
+
+def test_an_epoch_draws_the_same_whatever_came_before() -> None:
+    """Dropout's masks, too, so that a resumed run ends as an uninterrupted one."""
+    config = replace(TINY, model="vgg", width=8, image_size=16)
+    one, other = (row_of_an_epoch(config, draws)["losses"] for draws in (0, 1))
+    assert one == other
+
+
+def test_the_seed_reaches_the_validation_split() -> None:
+    one, other = (trainer.load_data(replace(TINY, seed=seed)).val.images for seed in (1, 2))
+    assert not torch.equal(one, other)
+
+
+def test_the_first_of_equal_epochs_is_the_best() -> None:
+    """By the deepest exit."""
+    facts = {"epoch": 1, "best": None}
+    assert trainer.note_best(facts, [{"accuracy": 0.9}, {"accuracy": 0.5}])
+    facts["epoch"] = 2
+    assert not trainer.note_best(facts, [{"accuracy": 1.0}, {"accuracy": 0.5}])
+    assert facts["best"] == {"epoch": 1, "accuracy": 0.5}
