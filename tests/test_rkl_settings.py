@@ -1,0 +1,36 @@
+"""Where a run's settings come from, and which do not go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rkl.config import Config
+from rkl.train_options import read_options
+
+
+def test_the_strong_recipe_is_the_public_benchmarks_protocol() -> None:
+    strong = read_options(["--recipe", "strong"]).settings
+    assert (strong.epochs, strong.batch_size, strong.lr, strong.schedule) == (200, 128, 0.1, "cosine")
+
+
+def test_a_file_goes_over_the_recipe_and_an_option_over_both(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("epochs: 7\nlr: 0.3\n")
+    settings = read_options(["--recipe", "smoke", "--config", str(tmp_path / "a.yaml"), "--lr", "0.2"]).settings
+    assert (settings.epochs, settings.width, settings.lr) == (7, 8, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nesterov": True, "momentum": 0.0}, "nesterov must go with a momentum above 0"),
+        ({"warmup": 3.0, "epochs": 2}, "warmup must be at most the 2 epochs, got 3"),
+        ({"patience": 2, "val_fraction": 0.0}, "patience must go with a val_fraction above 0, got 2"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1"),
+        ({"batch_size": 1}, "batch_size must be at least 2, as batch norm needs several samples, got 1"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)
