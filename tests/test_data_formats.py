@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from rkl.data import NAMES, DataError, load
+from rkl.data import NAMES, DataError, batches, load
 
 RNG = np.random.default_rng(0)
 
@@ -116,6 +116,7 @@ def test_cifar10(tmp_path, write):
     assert np.array_equal(data.train.images.numpy(), images[:100])
     assert np.array_equal(data.test.images.numpy(), images[100:])
     assert len(data.val) == 0
+    assert data.train.flip
     inner = load("cifar10", next(tmp_path.iterdir()), val_fraction=0)
     assert torch.equal(inner.test.images, data.test.images)
 
@@ -143,6 +144,16 @@ def test_image_folder(tmp_path):
     assert data.classes == ["cat", "dog"]
     assert [len(part) for part in (data.train, data.val, data.test)] == [14, 2, 4]
     assert data.train.images.shape[1:] == (3, 16, 16)
+    assert data.train.flip
+
+
+def test_a_channel_of_one_value_is_no_division_by_zero(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            Image.new("RGB", (8, 8), (0, 0, 30 * i)).save(tmp_path / name / f"{i}.png")
+    images, _ = next(batches(load(f"folder:{tmp_path}", image_size=8).train, 8, num_classes=2))
+    assert images.isfinite().all()
 
 
 def test_image_folder_with_its_own_splits(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rkl.data import DataError, Split, augment, batches, class_weights, load
+from rkl.data.dataset import fingerprint
 
 
 @pytest.fixture
@@ -40,6 +41,19 @@ def test_the_fingerprint_is_of_the_images_that_a_run_uses():
     fewer = load("digits", train_size=100).fingerprint
     assert fewer["train"] != first["train"]
     assert fewer["test"] == first["test"]
+
+
+def test_the_fingerprint_is_of_the_labels_too():
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    assert len({fingerprint(Split(images, torch.tensor(labels))) for labels in ([0, 1], [1, 0])}) == 2
+
+
+def test_images_are_normalised_by_the_training_images():
+    digits = load("digits", train_size=100, test_size=50)
+    values = digits.train.images.double() / 255
+    assert (digits.mean[0], digits.std[0]) == pytest.approx((float(values.mean()), float(values.std(correction=0))))
+    for part in (digits.train, digits.val, digits.test):
+        assert (part.mean, part.std) == (digits.mean, digits.std)
 
 
 def test_no_augmentation_gives_the_normalised_split_in_order(split):
@@ -85,6 +99,21 @@ def test_crop_is_a_shift_with_zeros_moving_in():
     shifts = [padded[y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
     seen = [next(i for i, shift in enumerate(shifts) if torch.equal(image[0], shift)) for image in cropped]
     assert set(seen) == set(range(9))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crops_are_of_an_eighth_and_mirrors_where_the_split_allows_them(flip):
+    """The columns are numbered: how many of them an image lost, and in which order they run, can be read off."""
+    numbered = torch.arange(1, 17, dtype=torch.uint8).expand(64, 1, 16, 16)
+    split = Split(numbered, torch.zeros(64, dtype=torch.int64), (0.0,), (1 / 255,), flip=flip)
+    first, second = (
+        [[column for column in image if column] for image in images[:, 0, 8].round().int().tolist()]
+        for images, _ in batches(split, 32, num_classes=1, augment="standard")
+    )
+    assert {16 - len(columns) for columns in first + second} == {0, 1, 2}
+    mirrored = sum(columns != sorted(columns) for columns in first + second)
+    assert 16 < mirrored < 48 if flip else not mirrored
+    assert first != second, "every batch has draws of its own"
 
 
 def test_half_of_the_images_are_mirrored():
