@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from torch import nn
 
 from rkl.cli import main
 from rkl.config import Config
-from rkl.deploy import exit_report, prune
+from rkl.data import Dataset
+from rkl.deploy import exit_report, export, prune
 from rkl.network.model import ResNet, ResNetKL
 from rkl.slimming import early_exit, pruning
 from rkl.training import metrics
@@ -113,6 +115,22 @@ def test_the_deepest_exits_own_accuracy_is_within_reach(run: Path, monkeypatch: 
     assert record["validation"]["accuracy"] == 11 / 20
 
 
+def test_thresholds_are_of_validation_images_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, real = open_run(run), exit_report.load_data
+    monkeypatch.setattr(exit_report, "throughput", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(exit_report, "plot_curve", lambda *_: None)
+    first = exit_report.evaluate_early_exit(opened)
+
+    def with_other_labels(config: Config) -> Dataset:
+        data = real(config)
+        return replace(data, test=replace(data.test, labels=torch.zeros_like(data.test.labels)))
+
+    monkeypatch.setattr(exit_report, "load_data", with_other_labels)
+    again = exit_report.evaluate_early_exit(opened)
+    assert (again["thresholds"], again["validation"]) == (first["thresholds"], first["validation"])
+    assert again["test"] != first["test"]
+
+
 def test_early_exit_command(run: Path, capsys: pytest.CaptureFixture) -> None:
     main(["evaluate", str(run), "--early-exit", "--target-macs", "1"])
     record = json.loads((run / "early_exit.json").read_text())
@@ -172,6 +190,19 @@ def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "after" in capsys.readouterr().out
 
 
+def test_a_cut_run_trains_on_by_the_runs_own_recipe(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the learning rate, and for what prepared its cuts and its start."""
+    opened, given = open_run(run), []
+    own = {"weight_decay": 0.01, "mixup": 0.3, "loss": replace(opened.config.loss, beta=0.5, l1=0.2)}
+    gone = {"warmup": 1.0, "prune_at": (0.5,), "prune_macs": 0.5, "weights": tmp_path, "epochs": 8}
+    opened.config = replace(opened.config, **own | gone)
+    monkeypatch.setattr(prune, "train", lambda config, start: given.append(config))
+    prune.prune_run(opened, tmp_path / "slim", 0.7, None, 3)
+    after = {"warmup": 0.0, "prune_at": (), "prune_macs": None, "weights": None, "epochs": 3, "out": tmp_path / "slim"}
+    loss = replace(opened.config.loss, l1=0.0)
+    assert given == [replace(opened.config, lr=opened.config.lr / 10, schedule="cosine", loss=loss, **after)]
+
+
 def test_a_process_of_several_that_does_not_write_says_nothing_of_a_cut(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -192,3 +223,16 @@ def test_export_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "model.onnx").stat().st_size > 1000
     assert not list(tmp_path.glob(".*"))
     assert capsys.readouterr().out.count("equal the model's") == 2
+
+
+def test_an_export_that_gives_something_else_is_no_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(model: nn.Module, image: torch.Tensor, file: Path) -> torch.Tensor:
+        file.write_bytes(b"a program")
+        return 1.001 * model(image)
+
+    monkeypatch.setattr(export, "_torch", off)
+    with pytest.raises(ValueError, match=r"model\.pt2: outputs must equal the model's to 1e-4, got a difference of 1"):
+        export.export(open_run(run), "torch", tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import rkl_kernels as rk
+from rkl.config import Config
+from rkl.network.baselines import create
 from rkl.network.blocks import BlockOptions, Gate, MultiScaleDepthwise, MultiScaleSeparable, Skip
+from rkl.network.build import build_model
 from rkl.network.model import Exits, ResNet, ResNetKL
 
 OPTIONS = [
@@ -64,6 +67,20 @@ def test_outputs_in_training_and_eval_mode(depth: int, size: int, deepest: int) 
 def test_feature_size_is_an_argument() -> None:
     exits = ResNetKL(3, width=4, image_size=32, feature_size=2)(torch.randn(2, 3, 32, 32))
     assert {tuple(t.shape[2:]) for t in exits.features} == {(2, 2)}
+
+
+def test_the_heads_are_the_configurations() -> None:
+    model = build_model(Config(width=4, feature_size=2, exit_gate="none"), 10, 1, 16)
+    assert model.feature_size == 2
+    assert all(head.gate is None for head in model.exits)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), [(64, 3, 1), (65, 3, 2), (128, 3, 2), (129, 7, 2)])
+def test_the_stem_is_that_of_the_size(size: int, kernel: int, stride: int) -> None:
+    """Of the baseline, too."""
+    ours, theirs = ResNet(3, width=8, image_size=size), create("resnet18", 3, image_size=size, width=8)
+    for conv in ((ours.stem if size <= 128 else ours.stem[0]).conv, theirs.conv1):
+        assert (conv.kernel_size, conv.stride) == ((kernel, kernel), (stride, stride))
 
 
 @pytest.mark.parametrize(("depth", "parameters"), [(18, 11_689_512), (50, 25_557_032)])

@@ -115,6 +115,26 @@ def test_the_least_important_channels_leave() -> None:
     assert len(kept & {1, 4, 7}) == 1
 
 
+def test_importance_is_a_sum_of_each_layers_shares() -> None:
+    """The filter's and gamma's, each over its layer's mean; what the layers after it make of a channel is no part."""
+    torch.manual_seed(0)
+    model = ResNet(5, 18, 10, 2, 8)
+    unit = model.stages[0][0].branch[0]
+    nn.init.normal_(unit.norm.weight)
+    groups = pruning.channel_groups(model, batch()[0])
+    (group,) = (g for g in groups if any(m[0] == "stages.0.0.branch.0.conv" and m[2] == "out" for m in g.members))
+    filters, gammas = unit.conv.weight.detach().abs().sum((1, 2, 3)), unit.norm.weight.detach().abs()
+    torch.testing.assert_close(group.importance(), filters / filters.mean() + gammas / gammas.mean())
+
+
+def test_what_is_frozen_stays_so_through_a_cut() -> None:
+    model = ResNet(5, 18, 10, 2, 8)
+    model.stem.requires_grad_(False)
+    pruning.prune(model, batch()[0], 0.3)
+    assert not any(p.requires_grad for p in model.stem.parameters())
+    assert all(p.requires_grad for p in model.stages.parameters())
+
+
 @pytest.mark.parametrize(
     ("channels", "ratio", "kept"),
     [
