@@ -228,7 +228,8 @@ def test_what_is_left_and_why():
 
 
 def test_activations_on_request():
-    model = nn.Sequential(nn.ReLU(inplace=True), nn.ReLU6())
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU())
+    model[2].forward = torch.abs
     report = rk.convert(model, activation="trelu")
     assert report.activations == ["0"]
     assert isinstance(model[0], rk.TReLU)

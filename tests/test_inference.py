@@ -77,7 +77,7 @@ def test_hooks_of_all_modules_keep_everything_as_it_is():
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
 def test_norms_after_other_convolutions_are_folded(norm, settings):
     torch.manual_seed(0)
-    dense = nn.Conv2d(6, 6, 3, **{"padding": 1, "padding_mode": "reflect"} | settings), norm(6), nn.Hardswish()
+    dense = nn.Conv2d(6, 6, 3, **{"padding": 1, "padding_mode": "reflect"} | settings), norm(6, eps=0.5), nn.Hardswish()
     plain = fill(nn.Sequential(*dense, *chain(nn.ReLU()))).eval()
     fused = rk.fuse_for_inference(plain)
     assert fused.fusion_report.folded == [("0", "1")]
@@ -219,6 +219,7 @@ ALTERED = {
     "a forward of its own": own_forward,
     "pruned depthwise": lambda model: prune.l1_unstructured(model[0], "weight", amount=0.5),
     "pruned pointwise": lambda model: prune.l1_unstructured(model[3], "weight", amount=0.5),
+    "padded pointwise": lambda model: setattr(model[3], "padding", (1, 1)),
     "parametrized": lambda model: parametrizations.weight_norm(model[3]),
     "weight norm by hook": lambda model: nn.utils.weight_norm(model[0]),
     "gelu by tanh": lambda model: model.__setitem__(2, nn.GELU(approximate="tanh")),

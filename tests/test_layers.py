@@ -94,6 +94,9 @@ ALTERED = {
         setattr(pair, "depthwise", rk.DepthwiseConv2d(4, 3, padding=1, multiplier=2)),
         setattr(pair, "pointwise", nn.Conv2d(8, 4, 1, stride=2)),
     ),
+    "padded pointwise": lambda pair: setattr(pair.pointwise, "padding", (1, 1)),
+    "strided pointwise": lambda pair: setattr(pair.pointwise, "stride", (2, 2)),
+    "grouped pointwise": lambda pair: setattr(pair, "pointwise", nn.Conv2d(4, 4, 1, groups=2)),
     "parametrized": lambda pair: parametrizations.spectral_norm(pair.pointwise),
     "hooked": lambda pair: pair.depthwise.register_forward_hook(lambda module, inputs, output: output + 1) and None,
     "forward on the object": lambda pair: setattr(pair.pointwise, "forward", pair.depthwise.forward),
@@ -124,6 +127,15 @@ def test_separable_layer_does_what_its_steps_do_by_now(name):
             optimizer.step()
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("step", ["depthwise", "pointwise"])
+def test_a_steps_hooks_on_gradients_are_called(step, hook):
+    layer, called = rk.SeparableConv2d(4, 4, 3), []
+    getattr(layer.get_submodule(step), hook)(lambda *_: called.append(step))
+    layer(torch.randn(1, 4, 5, 5, requires_grad=True)).sum().backward()
+    assert called == [step]
 
 
 class Halved(torch.Tensor):

@@ -1,0 +1,73 @@
+"""Making a fused copy moves no random numbers; its report names a chain once, its layers get names that are free."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from chains import assert_same, chain
+from torch import nn
+
+import rkl_kernels as rk
+
+
+class Drawing(nn.Module):
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.body, self.draw = chain(nn.ReLU()), draw
+
+    def forward(self, x):
+        return self.body(x) * self.draw()
+
+
+def by_numpy():
+    return float(np.random.rand())  # noqa: NPY002  the global one is asked for
+
+
+@pytest.mark.parametrize("draw", [random.random, by_numpy])
+def test_random_numbers_that_a_forward_draws_are_given_back(draw):
+    """A forward that draws is looked at, too, and told by that."""
+
+    def states():
+        of_numpy = np.random.get_state()  # noqa: NPY002
+        return random.getstate(), of_numpy[1].tolist(), of_numpy[2]
+
+    before = states()
+    report = rk.fuse_for_inference(Drawing(draw).eval()).fusion_report
+    assert states() == before
+    assert report.fused == [("body.0", "body.1", "body.2", "body.3")]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain(nn.ReLU())
+
+    def forward(self, x):
+        return self.body(x) + self.body(x + 1)
+
+
+def test_a_chain_that_is_called_twice_is_reported_once():
+    plain = Twice().eval()
+    fused = rk.fuse_for_inference(plain)
+    assert len(fused.fusion_report.fused) == 1
+    assert_same(fused, plain)
+
+
+class Named(nn.Module):
+    """A layer has the name that a fused one would get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_0_fused = chain(nn.ReLU()), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.a_0_fused(self.a(x))
+
+
+def test_a_fused_layer_takes_no_others_name():
+    plain = Named().eval()
+    fused = rk.fuse_for_inference(plain)
+    assert len(fused.fusion_report.fused) == 1
+    assert_same(fused, plain)
