@@ -226,6 +226,17 @@ def test_cpu_kernels_are_named(memory, dtype):
 X8, W8, P8 = torch.zeros(2, 8, 9, 9), torch.zeros(8, 1, 3, 3), torch.zeros(4, 8, 1, 1)
 
 
+def test_bytes_and_operations_by_hand():
+    """Each tensor is moved once; a product and its sum are two operations."""
+    image, pixels = 2 * 8 * 9 * 9, 2 * 7 * 7
+    told = rk.explain("depthwise_conv2d", X8, W8, torch.zeros(8))
+    assert told.bytes == 4 * (image + 8 * 9 + 8 + 8 * pixels)
+    assert told.operations == 2 * pixels * 8 * 9
+    told = rk.explain("separable_conv2d", X8, W8, P8, torch.zeros(8), torch.zeros(4))
+    assert told.bytes == 4 * (image + 8 * 9 + 4 * 8 + 8 + 4 + 4 * pixels)
+    assert told.operations == 2 * pixels * (8 * 9 + 4 * 8)
+
+
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [

@@ -71,6 +71,16 @@ def test_flops_of_a_backward_alone():
         assert counter.get_total_flops() == 2 * forward
 
 
+def test_flops_of_a_biass_gradient():
+    """It is a sum, which counts as nothing; a depthwise bias takes the pointwise step's gradient first."""
+    x, w, p, b = torch.randn(2, 6, 9, 8), torch.randn(6, 1, 3, 3), torch.randn(5, 6, 1, 1), torch.randn(6)
+    b.requires_grad_()
+    for y, before in ((rk.depthwise_conv2d(x, w, b), 0), (rk.separable_conv2d(x, w, p, b), 2 * 2 * 7 * 6 * 6 * 5)):
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == before
+
+
 class Names(TorchDispatchMode):
     """The operators of our namespaces, and PyTorch's convolutions, that are called in the block."""
 
