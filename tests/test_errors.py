@@ -111,6 +111,9 @@ def test_backends():
         rk.trelu(X.double())
     with pytest.raises(ValueError, match="operator must be one of"):
         rk.explain("conv3d", X)
+    with pytest.raises(KeyError), rk.use_backend("reference"):
+        raise KeyError
+    assert rk.explain("trelu", X).backend == "cpu", "as before, also after an error in the block"
     for name, status in rk.backends().items():
         if not status.available:
             with pytest.raises(RuntimeError, match="not available"), rk.use_backend(name):

@@ -76,6 +76,7 @@ def test_gradients_of_one_layer_for_each_sample():
 MAPPED = {
     "images": ((0, None, None), (0, None, None, None)),
     "images, mapped last": ((-1, None, None), (-1, None, None, None)),
+    "biases": ((None, None, 0), (None, None, None, 0)),
     "filters": ((None, 0, None), (None, 0, 0, None)),
     "all": ((0, 0, 1), (0, 0, 0, 1)),
 }
@@ -110,6 +111,12 @@ def test_vmap_stays_on_the_kernels(dims):
     theirs = vmap(lambda *t: rk.reference.depthwise_conv2d(*t, padding=1), depthwise)(x, w, b)
     theirs_too = vmap(lambda *t: rk.reference.separable_conv2d(*t, activation="relu"), separable)(*args)
     torch.testing.assert_close([ours, ours_too, activated], [theirs, theirs_too, rk.reference.trelu(x)])
+
+
+def test_vmap_over_pointwise_biases_alone():
+    biases = torch.randn(3, 4)
+    ours = vmap(lambda bias: rk.separable_conv2d(X, W, P, None, bias))(biases)
+    torch.testing.assert_close(ours, torch.stack([rk.separable_conv2d(X, W, P, None, bias) for bias in biases]))
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

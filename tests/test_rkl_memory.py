@@ -11,6 +11,7 @@ import pytest
 
 from rkl.config import from_plain
 from rkl.training import train as trainer
+from rkl_kernels import allocator
 
 FAULTS = """
 import ctypes, resource, sys
@@ -84,6 +85,12 @@ def test_a_training_process_keeps_what_a_step_freed(tmp_path: Path) -> None:
     fresh = touched("fresh", tmp_path)
     assert fresh >= 512  # or this test shows nothing
     assert touched("trained", tmp_path) < fresh / 4  # 0 in most runs; the heap may grow once more
+
+
+def test_another_allocator_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "glibc_function", lambda name: None)
+    assert not allocator.keep_freed_memory()
+    assert not allocator.return_gaps()
 
 
 def test_gaps_go_back_every_so_many_steps_of_all_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,15 @@ def test_autocast_leaves_float64_as_pytorch_does():
                 rk.depthwise_conv2d(*mixed)
 
 
+def test_autocast_leaves_what_it_is_not_for():
+    x, weight = torch.ones(1, 4, 5, 5), torch.ones(4, 1, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"x must be float32.*got torch.int32"):
+            rk.depthwise_conv2d(x.int(), weight)
+        assert rk.depthwise_conv2d(x.cfloat(), weight.cfloat()).dtype == torch.complex64
+        assert rk.depthwise_conv2d(x.to("meta"), weight.to("meta")).dtype == torch.float32
+
+
 def _arguments(layout, dtype):
     """Of each operator, one or several."""
     window = [2, 1], [1, 1], [1, 1]
