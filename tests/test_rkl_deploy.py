@@ -93,7 +93,7 @@ def test_calibration_meets_its_target() -> None:
     costs = ([10, 10, 10], [1, 1, 1])
     points = early_exit.frontier(exits, labels, costs)
     assert [p.macs for p in points] == sorted(p.macs for p in points)
-    assert [p.accuracy for p in points] == sorted(p.accuracy for p in points)
+    assert [p.accuracy for p in points] == sorted({p.accuracy for p in points}), "none costs more for nothing"
     by_accuracy = early_exit.calibrate(exits, labels, costs, accuracy=0.9)
     assert by_accuracy.accuracy >= 0.9
     assert all(p.accuracy < 0.9 for p in points if p.macs < by_accuracy.macs)
@@ -113,6 +113,15 @@ def test_the_deepest_exits_own_accuracy_is_within_reach(run: Path, monkeypatch: 
     monkeypatch.setattr(metrics, "collect_exits", lambda model, batches: ([logits] * 4, labels))
     record = exit_report.evaluate_early_exit(open_run(run))
     assert record["validation"]["accuracy"] == 11 / 20
+
+
+def test_a_target_accuracy_is_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first exit would be cheaper, and right about half of the images."""
+    labels = torch.zeros(20, dtype=torch.int64)
+    first, deeper = (10 * torch.eye(10)[[0] * right + [1] * (20 - right)] for right in (11, 19))
+    monkeypatch.setattr(metrics, "collect_exits", lambda model, batches: ([first, deeper, deeper, deeper], labels))
+    record = exit_report.evaluate_early_exit(open_run(run), accuracy=0.9)
+    assert record["validation"]["accuracy"] == 19 / 20
 
 
 def test_thresholds_are_of_validation_images_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
