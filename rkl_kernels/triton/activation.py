@@ -79,3 +79,13 @@ def derivative_from_input(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == GELU:
         derivative = 0.5 * (1.0 + tl.erf(x * 0.70710678)) + x * 0.39894228 * tl.exp(-0.5 * x * x)
     return derivative
+
+
+@triton.jit
+def times_derivative(grad, derivative, ACTIVATION: tl.constexpr):
+    """The gradient behind the activation. relu and relu6 select, as in PyTorch: infinity times 0 would be NaN."""
+    if (ACTIVATION == RELU) | (ACTIVATION == RELU6):
+        product = tl.where(derivative == 0, 0.0, grad)
+    else:
+        product = grad * derivative
+    return product

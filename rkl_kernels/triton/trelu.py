@@ -33,7 +33,8 @@ def _backward(
     at = block(tl.program_id(0), BLOCK, WIDE)
     v = tl.load(value + at, mask=at < n, other=0.0).to(tl.float32)
     derivative = act.derivative_from_output(v, ACTIVATION) if FROM_OUTPUT else act.derivative_from_input(v, ACTIVATION)
-    product = tl.load(grad + at, mask=at < n, other=0.0).to(tl.float32) * derivative
+    gradient = tl.load(grad + at, mask=at < n, other=0.0).to(tl.float32)
+    product = act.times_derivative(gradient, derivative, ACTIVATION)
     tl.store(dx + at, product.to(dx.dtype.element_ty), mask=at < n)
 
 

@@ -105,6 +105,20 @@ def test_activation_backward(gpu: Gpu, dtype: torch.dtype, activation: str) -> N
     torch.testing.assert_close(out.double(), grad.double() * derivative, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
 
+@pytest.mark.parametrize("from_output", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_an_infinite_gradient_where_an_activation_is_flat(gpu: Gpu, activation: str, from_output: bool) -> None:
+    """It is 0 there, as PyTorch's, not infinity times zero; a NaN lets it pass."""
+    x = gpu.put(torch.tensor([-1.0, 0.0, 3.0, 6.0, 7.0, torch.nan])).requires_grad_()
+    y = reference.activate(x, activation)
+    grad, out = gpu.put(torch.full((6,), torch.inf)), gpu.empty(6)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    value, code = gpu.put(y) if from_output else x, ACTIVATIONS.index(activation) + 1
+    pointers = grad.data_ptr(), value.data_ptr()
+    gpu.kernels.activation_backward(*pointers, code, from_output, out.data_ptr(), 6, gpu.dtype(torch.float32), 0)
+    assert torch.equal(out, expected)
+
+
 def column_sums(gpu: Gpu, matrix: Tensor) -> Tensor:
     out = gpu.empty(matrix.shape[1], dtype=matrix.dtype)
     workspace = gpu.empty(gpu.kernels.column_sums_workspace(*matrix.shape))

@@ -83,6 +83,19 @@ def test_every_activation(name):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("name", ["relu", "relu6"])
+def test_an_infinite_gradient_where_an_activation_is_flat(name, layout):
+    """It is 0 there, as PyTorch's, not infinity times zero."""
+    inputs = tensors((2, 6, 5, 7), 6, 3, torch.float32, layout)
+    with rk.use_backend("triton"):
+        y = rk.separable_conv2d(*inputs, padding=1, inner_activation=name, activation=name)
+    flat = (y == 0) | (y == 6)
+    assert flat.any()
+    grads = torch.autograd.grad(y, inputs, torch.where(flat, torch.inf, torch.ones_like(y)))
+    assert all(g.isfinite().all() for g in grads)
+
+
 @pytest.mark.parametrize("wanted", range(5))
 def test_unwanted_gradients_come_back_empty(wanted):
     x, dw, pw, db, _ = (t.detach() for t in tensors((1, 3, 5, 4), 6, 3, torch.float32, "NCHW"))

@@ -86,3 +86,17 @@ def test_every_activation_and_derivative(name):
     torch.testing.assert_close(times_derivative(ones, x, number, False).double(), derivative, rtol=1e-5, atol=2e-6)
     if name in ("relu", "relu6", "trelu"):
         torch.testing.assert_close(times_derivative(ones, y, number, True).double(), derivative, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("from_output", [True, False])
+@pytest.mark.parametrize("name", ["relu", "relu6"])
+def test_relu_and_relu6_select(name, from_output):
+    """An infinite or NaN gradient is 0 where they are flat and passes elsewhere, as in PyTorch."""
+    x = torch.tensor([-1.0, 0.0, 3.0, 6.0, 7.0, float("nan")], requires_grad=True)
+    exact = rk.reference.activate(x, name)
+    for gradient in (float("inf"), float("nan")):
+        grad = torch.full_like(x, gradient)
+        (expected,) = torch.autograd.grad(exact, x, grad, retain_graph=True)
+        value = exact if from_output else x
+        dx = times_derivative(grad, value.detach(), ACTIVATIONS.index(name) + 1, from_output)
+        torch.testing.assert_close(dx, expected, rtol=0, atol=0, equal_nan=True)
