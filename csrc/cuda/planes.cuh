@@ -35,8 +35,9 @@ struct PlaneRuns {
 
   // Starts the copies of `runs` runs of `count` elements, from element `begin` on and `apart` from one to the next; all
   // threads of the block call it, and commit and wait themselves. Vectors are aligned, so they begin up to V - 1
-  // elements early.
+  // elements early. A run of none may begin beyond the tensor: a chunk whose rows all lie in the padding.
   __device__ void load(int64_t begin, int count, int runs, int64_t apart, int thread, int threads) const {
+    if (!count) return;
     const int vectors = pitch / V;
     for (int i = thread; i < runs * vectors; i += threads) {
       const int run = runs == 1 ? 0 : i / vectors, at = (i - run * vectors) * V;

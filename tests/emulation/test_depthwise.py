@@ -42,6 +42,7 @@ def test_general(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
 
 
 # Planes of several to a block and of several blocks each, rows that begin at any address.
+# Padding wider than the filter: blocks whose rows all lie above or below the image, here the tensor's last one.
 NCHW = [
     Case(channels=c, kernel=(k, k), size=size, padding=(p, p), stride=(s, s), batch=n, nhwc=False)
     for s in (1, 2)
@@ -52,6 +53,8 @@ NCHW = [
         (5, 2, 2, 3, (10, 21)),
         (7, 3, 1, 2, (11, 37)),
         (7, 0, 3, 3, (8, 7)),
+        (3, 5, 1, 1, (257, 257)),
+        (3, 7, 1, 1, (101, 101)),
     )
 ]
 
