@@ -50,12 +50,20 @@ __device__ inline void store(T* to, const float (&v)[width]) {
   else
     *reinterpret_cast<uint4*>(to) = pack<T>(v);
 }
+// From anywhere: in a vector where it is aligned.
+template <class T, int width>
+__device__ inline void load_any(const T* from, bool aligned, float (&v)[width]) {
+  if (aligned) return load(from, v);
+#pragma unroll
+  for (int i = 0; i < width; ++i) v[i] = to_float(from[i]);
+}
 
 // Vectors of a thread. All are asked for before the first is used: with one a thread, a pass took 64 us where a copy
 // takes 44 (728 channels, 32 x 19^2 px, bf16, H100).
 constexpr int kEach = 4;
 
-// step: how many channels a thread's next vector lies after the one before, modulo the channels.
+// step: how many channels a thread's next vector lies after the one before, modulo the channels. The bias may begin
+// anywhere, as a view into one buffer of all parameters does.
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads) bias_and_activation(const T* z, const T* bias, Activation act, T* out,
                                                                 unsigned n, unsigned channels, unsigned step) {
@@ -65,10 +73,11 @@ __global__ void __launch_bounds__(kThreads) bias_and_activation(const T* z, cons
   for (int i = 0; i < kEach; ++i)
     if (const unsigned at = first + i * kThreads * width; at < n) load(z + at, v[i]);
   unsigned channel = bias ? first % channels : 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(bias) % 16 == 0;
 #pragma unroll
   for (int i = 0; i < kEach && bias; ++i) {
     float b[width];
-    load(bias + channel, b);
+    load_any(bias + channel, aligned, b);
 #pragma unroll
     for (int e = 0; e < width; ++e) v[i][e] += b[e];
     channel += step;
@@ -162,7 +171,7 @@ void epilogue(const void* z, const void* bias, Activation act, void* out, int64_
               cudaStream_t stream) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    by_width<T>(channels, z, bias, out, [&](auto size) {
+    by_width<T>(channels, z, out, nullptr, [&](auto size) {
       constexpr int width = decltype(size)::value;
       by_pieces(rows, channels, [&](int64_t first, unsigned n) {
         // As many as the piece has of a row, which it begins or lies in.

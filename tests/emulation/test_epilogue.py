@@ -38,6 +38,24 @@ def test_bias_and_activation(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int
     torch.testing.assert_close(z.double(), expected, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bias_may_begin_anywhere(gpu: Gpu, dtype: torch.dtype) -> None:
+    """As a view into one buffer of all parameters does: the kernel is that of an aligned one, and so are the bits."""
+    z, bias, buffer = put(gpu, 300, 24, dtype=dtype), put(gpu, 24, dtype=dtype), gpu.empty(25, dtype=dtype)
+    moved = buffer[1:].copy_(bias)
+    assert moved.data_ptr() % 16
+    outs, blocks = [], []
+    for one in (bias, moved):
+        out, before = gpu.empty(*z.shape, dtype=dtype), gpu.traffic()
+        gpu.kernels.epilogue(z.data_ptr(), one.data_ptr(), 1, out.data_ptr(), *z.shape, gpu.dtype(dtype), 0)
+        name = "bias_and_activation"
+        blocks.append(gpu.traffic()[name].blocks - (before[name].blocks if name in before else 0))
+        outs.append(out)
+    assert torch.equal(*outs)
+    assert blocks[0] == blocks[1]
+
+
 def test_more_than_two_to_the_31_elements(gpu: Gpu) -> None:
     # Two pieces of whole rows. Of each, the first and the last block run; the others' memory is never touched.
     rows, channels = 2**31 // 24 + 1000, 24
