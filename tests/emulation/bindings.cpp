@@ -5,6 +5,7 @@
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/plan_cache.h"
 #include "cuda/pointwise.h"
 #include "emulator.h"
 #include "seeded_bugs.h"
@@ -101,6 +102,18 @@ void bind_plans(py::module_& m) {
   define(m, "plan_result", plan_result);
   define(m, "plan_forward", plan_forward);
   define(m, "plan_backward", plan_backward);
+  m.def(
+      "plans_made",
+      [](const std::vector<int64_t>& batches) {
+        int made = 0;
+        for (const int64_t batch : batches)
+          remembered(plan_key({batch}, rkl::Dtype::f32, true, {}, 0), [&] {
+            ++made;
+            return MaybePlan(Plan{});
+          });
+        return made;
+      },
+      "How many plans are made where those of these batches are asked for, one after another, and remembered.");
 }
 
 void bind_kernels(py::module_& m) {

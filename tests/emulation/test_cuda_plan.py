@@ -220,3 +220,14 @@ def test_a_remembered_plan_is_the_one_that_would_be_made(gpu: Gpu) -> None:
         assert numbers() == numbers() == other.submit(numbers).result()
     h200, l4 = (plans(gpu, SHAPES[0], "bf16", True, device)["filter_grad"] for device in ("H200", "L4"))
     assert h200.parts != l4.parts, "the device's facts are part of what a plan is remembered by"
+
+
+def test_plans_of_a_network_are_made_once(gpu: Gpu) -> None:
+    """A training step of EfficientNet-B0 in NCHW asks for 92; of shapes without end not all are kept."""
+    step = list(range(1, 93))
+    assert gpu.kernels.plans_made(step * 3) == len(step)
+    many = range(1000, 6000)
+    assert gpu.kernels.plans_made(many) == len(many)
+    assert gpu.kernels.plans_made(many) > len(many) // 2
+    assert gpu.kernels.plans_made(step) == len(step)
+    assert gpu.kernels.plans_made(step) == 0
