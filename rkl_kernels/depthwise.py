@@ -27,13 +27,14 @@ def depthwise_conv2d(
     """Convolve each channel with a filter of its own (equation 3).
 
     Equivalent to ``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, forward, backward and double
-    backward, with sums in float32. Deterministic on every backend. Finite numbers give finite results wherever the
-    exact ones are, and the sums on the way to them. An infinity or NaN of a filter may count where it stands over
-    the zeros of the padding or not, and one in a channel's filter gradient may make NaN in all of its taps. On a
-    GPU they spread: in 16 bits, channels_last, an infinity or NaN in one channel makes NaN in all of its group of
-    eight within the filter's window (rounded up to 3, 5 or 7), and in that group's gradients; with filters of 9
-    columns and more, or in float32 with filters rounded up, it may make outputs of its own channel NaN beside those
-    that it has a part in.
+    backward, with sums in float32. Deterministic on every backend; on a GPU cuDNN, as deterministic as it is, makes
+    outputs of four columns and less in 16 bits, channels_last, 3 x 3 at stride 2 without a bias. Finite numbers give
+    finite results wherever the exact ones are, and the sums on the way to them. An infinity or NaN of a filter may
+    count where it stands over the zeros of the padding or not, and one in a channel's filter gradient may make NaN in
+    all of its taps. On a GPU they spread: in 16 bits, channels_last, an infinity or NaN in one channel makes NaN in all
+    of its group of eight within the filter's window (rounded up to 3, 5 or 7), and in that group's gradients; with
+    filters of 9 columns and more, or in float32 with filters rounded up, it may make outputs of its own channel NaN
+    beside those that it has a part in.
 
     Args:
         x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.
