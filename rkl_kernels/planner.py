@@ -203,8 +203,9 @@ _CPU_FILTER_GRADIENTS = (
 _CUDA_FUSED = "one kernel makes the depthwise rows and multiplies them on the chip; backward makes them again"
 _CUDA_COMPOSED = (
     "the one kernel serves 16-bit images, k = 3, 5 or 7, stride 1 or 2 (contiguous images 1, but for maps so small "
-    "that they are transposed), no dilation, up to 128 channels by 8, no gelu; else a depthwise kernel and the "
-    "library's product; backward makes the depthwise output again"
+    "that they are transposed), no dilation, up to 128 channels by 8, no gelu; else a depthwise kernel and a product: "
+    "with a bias or an activation but gelu, of 16-bit images in NHWC and up to 256 channels by 8, one of ours, which "
+    "finishes its outputs, else the library's; backward makes the depthwise output again"
 )
 
 
