@@ -52,9 +52,9 @@ def depthwise(k, stride=1, dilation=1):
     return lambda library, x, w, b: library.depthwise_conv2d(x, w, b, stride, padding, dilation)
 
 
-def separable(k, inner=None, activation=None):
+def separable(k, inner=None, activation=None, stride=1):
     return lambda library, x, d, p, db, pb: library.separable_conv2d(
-        x, d, p, db, pb, padding=k // 2, inner_activation=inner, activation=activation
+        x, d, p, db, pb, stride, k // 2, inner_activation=inner, activation=activation
     )
 
 
@@ -96,11 +96,15 @@ def test_explain_names_the_kernels(device, k, names):
     assert names in told.kernels
 
 
+# NCHW in fp32 at stride 2 is taken where it lies, backward too: the pointwise filter's gradient as a batch of products,
+# and of 256 outputs as one over images that are transposed for it.
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("channels", "outputs", "size", "k"), [(32, 64, 20, 3), (72, 40, 13, 5), (64, 256, 8, 7)])
-def test_separable(backend, device, dtype, channels, outputs, size, k):
+def test_separable(backend, device, dtype, layout, stride, channels, outputs, size, k):
     shapes = (3, channels, size, size), (channels, 1, k, k), (outputs, channels, 1, 1), (channels,), (outputs,)
-    check(separable(k), shapes, device, *DTYPES[dtype], backend)
+    check(separable(k, stride=stride), shapes, device, *DTYPES[dtype], backend, layout)
 
 
 @pytest.mark.parametrize(("inner", "activation"), [("silu", "trelu"), ("trelu", "gelu")])
@@ -224,6 +228,40 @@ OPERATORS = {
     "depthwise": (depthwise(3), ((2, 16, 9, 11), (16, 1, 3, 3), (16,))),
     "separable": (separable(3, "relu", "trelu"), ((2, 16, 9, 11), (16, 1, 3, 3), (24, 16, 1, 1), (16,), (24,))),
 }
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_step_in_a_cuda_graph(backend, device, name, layout):
+    """Forward and backward in 16 bits: workspaces, transpositions and the libraries' products are captured, too."""
+    if device == "cpu":
+        pytest.skip("a CPU has no graphs")
+    function, shapes = OPERATORS[name]
+    format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    tensors = [torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes]
+    tensors = [tensors[0].contiguous(memory_format=format), *tensors[1:]]
+    for t in tensors:
+        t.requires_grad_()
+
+    def step():
+        y = function(rk, *tensors)
+        return y, *torch.autograd.grad(y, tensors, torch.ones_like(y))
+
+    with rk.use_backend(backend):
+        before = torch.cuda.Stream()  # what is asked for once only is asked here
+        before.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(before):
+            step()
+        torch.cuda.current_stream().wait_stream(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step()
+        with torch.no_grad():
+            for t in tensors:
+                t.copy_(torch.randn_like(t))
+        graph.replay()
+        for a, b in zip(got, step(), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
