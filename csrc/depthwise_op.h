@@ -80,7 +80,7 @@ struct DepthwiseOps {
     g.nhwc = nhwc;
     check_grad(grad, x, g, g.channels);
     STD_TORCH_CHECK(mask.size() == 3, "mask must have 3 values");
-    g.nhwc = nhwc || Kernels::transposes(g, dtype, mask[1]);
+    g.nhwc = nhwc || ((mask[0] || mask[1]) && Kernels::transposes(g, dtype, mask[1]));
     Tensor dx = mask[0] ? empty_image(x, g.batch, g.channels, g.in_h, g.in_w, g.nhwc) : empty_vector(x, 0);
     Tensor dweight = mask[1] ? empty_filter(weight) : empty_vector(x, 0);
     Tensor dbias = empty_vector(x, mask[2] ? g.channels : 0);
@@ -88,7 +88,8 @@ struct DepthwiseOps {
       for (Tensor* t : {&dx, &dweight, &dbias}) torch::stable::zero_(*t);
       return {mask[0] ? Kernels::in_format(dx, nhwc) : dx, dweight, dbias};
     }
-    const Tensor grad_in = Kernels::dense(grad, g.nhwc), x_in = Kernels::dense(x, g.nhwc),
+    // The image is not read for its own gradient.
+    const Tensor grad_in = Kernels::dense(grad, g.nhwc), x_in = mask[1] || mask[2] ? Kernels::dense(x, g.nhwc) : x,
                  weight_in = as_contiguous(weight);
     Kernels::backward(g, grad_in.const_data_ptr(), x_in.const_data_ptr(), weight_in.const_data_ptr(),
                       mask[0] ? dx.mutable_data_ptr() : nullptr, mask[1] ? dweight.mutable_data_ptr() : nullptr,

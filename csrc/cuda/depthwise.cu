@@ -18,7 +18,7 @@ struct FilterDestination {
 
   __device__ T* operator()(int64_t i) const {
     const int64_t tap = i / channels, c = i - tap * channels;
-    if (tap < taps) return dweight ? dweight + c * taps + tap : nullptr;
+    if (tap < taps) return dweight + c * taps + tap;
     return dbias ? dbias + c : nullptr;
   }
 };
@@ -64,13 +64,23 @@ void depthwise(const Conv2d& g, const void* x, const void* weight, const void* b
 
 BackwardPlan plan_depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* dx,
                                      const void* dweight, const void* dbias, Dtype dtype) {
-  return plan_backward(g, dtype, aligned_16(grad, x, dx), dx, dweight || dbias, current_device());
+  const bool aligned = aligned_16(grad, dweight ? x : nullptr, dx);
+  BackwardPlan plan = plan_backward(g, dtype, aligned, dx, dweight, current_device());
+  const int64_t pixels = g.out_h * g.out_w;
+  if (dbias && !dweight)
+    plan.bias_sums = g.nhwc ? column_sums_workspace(g.batch * pixels, g.channels)
+                            : plane_sums_workspace(g.batch, g.channels, pixels);
+  return plan;
 }
 
 void depthwise_backward(const BackwardPlan& plan, const Conv2d& g, const void* grad, const void* x, const void* weight,
                         void* dx, void* dweight, void* dbias, float* workspace, Dtype dtype, cudaStream_t stream) {
   if (plan.data_grad)
     launch(Result::data_grad, Convolution{g, grad, weight, nullptr, dx}, *plan.data_grad, dtype, stream);
+  const int64_t pixels = g.out_h * g.out_w;
+  if (plan.bias_sums)  // the image is not read
+    g.nhwc ? column_sums(grad, dbias, g.batch * pixels, g.channels, workspace, dtype, stream)
+           : plane_sums(grad, dbias, g.batch, g.channels, pixels, workspace, dtype, stream);
   const MaybePlan& sums = plan.both_grads ? plan.both_grads : plan.filter_grad;
   if (!sums) return;
   const FilterGrad a{g, grad, x, workspace, dbias != nullptr, weight, dx};

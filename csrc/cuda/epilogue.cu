@@ -147,16 +147,26 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const T* matrix, float* par
   partial[blockIdx.y * channels + c] = sum;
 }
 
-// Of NCHW images, each plane by a warp.
+// Of NCHW images, each slice of a plane by a warp.
+constexpr int kPixelsOfSlice = 4096;
+
+int64_t plane_slices(int64_t plane) {
+  const int64_t slices = ceil_div(plane, kPixelsOfSlice);
+  return slices < kMaxSlices ? slices : kMaxSlices;
+}
+
+// partial: (slices, planes).
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_planes(const T* image, float* partial, int64_t planes, int64_t plane) {
   const int64_t number = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (number >= planes) return;  // the whole warp
+  const int64_t of_slice = (plane + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * of_slice;
+  const int64_t end = min(plane, begin + of_slice);
   float sum = 0.f;
-  for (int64_t i = threadIdx.x % 32; i < plane; i += 32) sum += to_float(image[number * plane + i]);
+  for (int64_t i = begin + threadIdx.x % 32; i < end; i += 32) sum += to_float(image[number * plane + i]);
 #pragma unroll
   for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_down_sync(0xffffffffu, sum, lanes);
-  if (threadIdx.x % 32 == 0) partial[number] = sum;
+  if (threadIdx.x % 32 == 0) partial[blockIdx.y * planes + number] = sum;
 }
 
 template <class T>
@@ -235,16 +245,18 @@ void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, 
   check_launch("sum_rows");
 }
 
-int64_t plane_sums_workspace(int64_t images, int64_t channels) { return images * channels; }
+int64_t plane_sums_workspace(int64_t images, int64_t channels, int64_t plane) {
+  return plane_slices(plane) * images * channels;
+}
 
 void plane_sums(const void* image, void* out, int64_t images, int64_t channels, int64_t plane, float* workspace,
                 Dtype dtype, cudaStream_t stream) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t planes = images * channels;
-    sum_planes<T><<<grid("sum_planes", ceil_div(planes, kThreads / 32)), dim3(kThreads), 0, stream>>>(
+    const int64_t planes = images * channels, slices = plane_slices(plane);
+    sum_planes<T><<<grid("sum_planes", ceil_div(planes, kThreads / 32), slices), dim3(kThreads), 0, stream>>>(
         static_cast<const T*>(image), workspace, planes, plane);
-    launch_add_parts<T>(workspace, int(images), channels, Columns<T>{static_cast<T*>(out)}, stream);
+    launch_add_parts<T>(workspace, int(slices * images), channels, Columns<T>{static_cast<T*>(out)}, stream);
   });
   check_launch("sum_planes");
 }

@@ -27,7 +27,7 @@ int64_t column_sums_workspace(int64_t rows, int64_t channels);
 void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, float* workspace, Dtype dtype,
                  cudaStream_t stream);
 // Each channel's sum over NCHW images; workspace: so many floats as plane_sums_workspace tells.
-int64_t plane_sums_workspace(int64_t images, int64_t channels);
+int64_t plane_sums_workspace(int64_t images, int64_t channels, int64_t plane);
 void plane_sums(const void* image, void* out, int64_t images, int64_t channels, int64_t plane, float* workspace,
                 Dtype dtype, cudaStream_t stream);
 

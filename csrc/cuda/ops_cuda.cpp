@@ -158,9 +158,10 @@ struct CudaSeparable : CudaConv {
   static void channel_sums(const SeparableCall& call, const Tensor& image, const Tensor& out) {
     const OnDeviceOf device(image);
     if (!call.g.nhwc) {
-      const Tensor sums = workspace(image, cuda::plane_sums_workspace(call.g.batch, call.c_out));
-      cuda::plane_sums(image.const_data_ptr(), out.mutable_data_ptr(), call.g.batch, call.c_out,
-                       call.g.out_h * call.g.out_w, floats(sums), call.dtype, device.stream);
+      const int64_t pixels = call.g.out_h * call.g.out_w;
+      const Tensor sums = workspace(image, cuda::plane_sums_workspace(call.g.batch, call.c_out, pixels));
+      cuda::plane_sums(image.const_data_ptr(), out.mutable_data_ptr(), call.g.batch, call.c_out, pixels, floats(sums),
+                       call.dtype, device.stream);
       return;
     }
     const Tensor sums = workspace(image, cuda::column_sums_workspace(call.rows, call.c_out));

@@ -50,11 +50,12 @@ struct Plan {
 // A backward's launches. With both_grads set, data and filter gradient come from one pass and the other two are empty.
 struct BackwardPlan {
   std::optional<Plan> data_grad, filter_grad, both_grads;
+  int64_t bias_sums = 0;  // floats of workspace for the bias's gradient, where it is wanted without the filter's
 
   // Floats of workspace: for each part a sum for each tap, and one for the bias, of each channel.
   int64_t workspace(const Conv2d& g) const {
     const std::optional<Plan>& sums = both_grads ? both_grads : filter_grad;
-    return sums ? int64_t(sums->parts) * (g.kernel_h * g.kernel_w + 1) * g.channels : 0;
+    return sums ? int64_t(sums->parts) * (g.kernel_h * g.kernel_w + 1) * g.channels : bias_sums;
   }
 };
 
@@ -75,7 +76,7 @@ bool transposes(const Conv2d& g, Dtype dtype, bool of_filter);
 // enough for their sums to be small beside the images.
 int filter_grad_parts(const Conv2d& g, int64_t channel_blocks, const Device& device);
 Plan plan_forward(const Conv2d& g, Dtype dtype, bool aligned, const Device& device);
-// of_filter: the gradient of the filter, of the bias, or both.
+// of_filter: with that of the bias or without.
 BackwardPlan plan_backward(const Conv2d& g, Dtype dtype, bool aligned, bool of_image, bool of_filter,
                            const Device& device);
 

@@ -156,6 +156,7 @@ def _weight_gradient_kernel(
     window,
     KW: tl.constexpr,
     TAPS: tl.constexpr,
+    FILTER: tl.constexpr,
     BIAS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -165,12 +166,13 @@ def _weight_gradient_kernel(
 ):
     """One split's sums of image times gradient, to ``partial`` (splits, C * TAPS filter values, then C of the bias).
 
-    The bias is the filter's last tap, over an image of ones.
+    The bias is the filter's last tap, over an image of ones. Without FILTER there is the block of that tap alone, and
+    the image is not read.
     """
     grad_strides, _ = aligned(grad_strides, C, ALIGNMENT, WIDE)
     x_strides, C = aligned(x_strides, C, ALIGNMENT, WIDE)
     split = tl.program_id(2)
-    tap = block(tl.program_id(0), BLOCK_TAPS, False)
+    tap = block(tl.program_id(0) + (0 if FILTER else TAPS // BLOCK_TAPS), BLOCK_TAPS, False)
     c = block(tl.program_id(1), CHANNELS, False)
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w = window
     total = tl.zeros((PIXELS, BLOCK_TAPS, CHANNELS), tl.float32)
@@ -180,19 +182,24 @@ def _weight_gradient_kernel(
         at = n * grad_strides[0] + row * grad_strides[2] + column * grad_strides[3]
         within = (m < pixels)[:, None] & (c < C)[None, :]
         g = tl.load(grad + at[:, None] + c[None, :] * grad_strides[1], mask=within, other=0.0).to(tl.float32)
-        h, in_rows = source(row[:, None], (tap // KW)[None, :], stride_h, padding_h, dilation_h, x_sizes[0], False)
-        w, in_columns = source(column[:, None], (tap % KW)[None, :], stride_w, padding_w, dilation_w, x_sizes[1], False)
-        inside = (m < pixels)[:, None] & (tap < TAPS)[None, :] & in_rows & in_columns
-        at = (n * x_strides[0])[:, None] + h * x_strides[2] + w * x_strides[3]
-        pointers = x + at[:, :, None] + (c * x_strides[1])[None, None, :]
-        value = tl.load(pointers, mask=inside[:, :, None] & (c < C)[None, None, :], other=0.0).to(tl.float32)
+        if FILTER:
+            h, in_rows = source(row[:, None], (tap // KW)[None, :], stride_h, padding_h, dilation_h, x_sizes[0], False)
+            j = (tap % KW)[None, :]
+            w, in_columns = source(column[:, None], j, stride_w, padding_w, dilation_w, x_sizes[1], False)
+            inside = (m < pixels)[:, None] & (tap < TAPS)[None, :] & in_rows & in_columns
+            at = (n * x_strides[0])[:, None] + h * x_strides[2] + w * x_strides[3]
+            pointers = x + at[:, :, None] + (c * x_strides[1])[None, None, :]
+            value = tl.load(pointers, mask=inside[:, :, None] & (c < C)[None, None, :], other=0.0).to(tl.float32)
+        else:
+            value = tl.zeros((PIXELS, BLOCK_TAPS, CHANNELS), tl.float32)
         if BIAS:
             value = tl.where((tap == TAPS)[None, :, None], 1.0, value)
         total += value * g[:, None, :]
     sums = tl.sum(total, 0)
     row_of = partial + split.to(tl.int64) * (C * (TAPS + 1))
     mask = (c < C)[None, :]
-    tl.store(row_of + c[None, :] * TAPS + tap[:, None], sums, mask=mask & (tap < TAPS)[:, None])
+    if FILTER:
+        tl.store(row_of + c[None, :] * TAPS + tap[:, None], sums, mask=mask & (tap < TAPS)[:, None])
     if BIAS:
         tl.store(row_of + C * TAPS + c[None, :] + tap[:, None] * 0, sums, mask=mask & (tap == TAPS)[:, None])
 
@@ -273,8 +280,9 @@ def depthwise_conv2d(
     return y
 
 
-def _gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor, window: tuple[int, ...], want_bias: bool) -> Tensor:
-    """Partial sums (splits, C * taps + C)."""
+def _gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor, window: tuple[int, ...], want_filter: bool,
+                        want_bias: bool) -> Tensor:  # fmt: skip
+    """Partial sums (splits, C * taps + C), the same ones whatever else is wanted."""
     C, taps = x.shape[1], weight[0].numel()
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     wanted = taps + want_bias
@@ -288,7 +296,7 @@ def _gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor, window: tuple[i
     partial = torch.empty((splits, C * (taps + 1)), dtype=torch.float32, device=x.device)
     run(
         _weight_gradient_kernel,
-        (tap_blocks, channel_blocks, splits),
+        (tap_blocks if want_filter else 1, channel_blocks, splits),
         grad,
         x,
         partial,
@@ -302,6 +310,7 @@ def _gradient_of_weight(grad: Tensor, x: Tensor, weight: Tensor, window: tuple[i
         window,
         KW=weight.shape[3],
         TAPS=taps,
+        FILTER=want_filter,
         BIAS=want_bias,
         ALIGNMENT=min(alignment(x), alignment(grad)),
         PIXELS=block_pixels,
@@ -330,7 +339,7 @@ def depthwise_conv2d_backward(
     if mask[0]:
         _image_gradient(grad, weight, dx, window)
     if mask[1] or mask[2]:
-        partial = _gradient_of_weight(grad, x, weight, window, mask[2])
+        partial = _gradient_of_weight(grad, x, weight, window, mask[1], mask[2])
         if mask[1]:
             sum_splits(partial[:, : weight.numel()], dw)
         if mask[2]:

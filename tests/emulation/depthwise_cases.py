@@ -87,14 +87,14 @@ class Run:
         return y
 
     def backward(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
-        """Into the tensors that are given; returns the parts' sums, (parts, taps + 1, channels)."""
+        """Into the tensors that are given; returns the workspace: with dw the sums of (parts, taps + 1, channels)."""
         gradients = [0 if t is None else t.data_ptr() for t in (dx, dw, db)]
         tensors = (self.grad.data_ptr(), self.x.data_ptr(), self.weight.data_ptr())
         kernels = self.gpu.kernels
         plan = kernels.plan_depthwise_backward(self.geometry, *tensors[:2], *gradients, self.number)
         workspace = self.empty(plan.workspace(self.geometry))
         kernels.depthwise_backward(plan, self.geometry, *tensors, *gradients, workspace.data_ptr(), self.number, 0)
-        return workspace.view(-1, self.weight[0].numel() + 1, self.case.channels)
+        return workspace
 
     def input_grad(self) -> Tensor:
         dx = self.empty(*self.x.shape, dtype=self.x.dtype)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exactness import assert_rounded
 
 from .conftest import DTYPES, ORDERS, Gpu
-from .depthwise_cases import ACTIVATIONS, Case, Run, assert_activated, assert_right, moved_over_unavoidable
+from .depthwise_cases import ACTIVATIONS, MOST_TERMS, Case, Run, assert_activated, assert_right, moved_over_unavoidable
 
 # What no fast path covers: dilation, strides apart, even kernels, channels that fill no vector, large kernels.
 GENERAL = [
@@ -123,6 +124,25 @@ def test_gradients_not_wanted_are_not_written(gpu: Gpu, nhwc: bool) -> None:
         dw, db = Run(gpu, Case(channels=8, nhwc=nhwc), torch.float32).weight_grad(weight, bias)
         assert dw.isnan().all() != weight
         assert db.isnan().all() != bias
+
+
+# Large planes are summed in several pieces each.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [Case(), Case(nhwc=False), Case(channels=2, size=(70, 171), nhwc=False)], ids=str)
+def test_of_a_frozen_filter_the_image_is_not_read(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
+    """The bias's gradient is a sum of gradients, and the image's has a kernel of its own."""
+    run = Run(gpu, case, dtype)
+    exact, magnitude = (g.double().sum((0, 2, 3)) for g in (run.grad, run.grad.abs()))
+    expected_dx = run.input_grad()
+    run.x.fill_(torch.nan)
+    _, alone = run.weight_grad(weight=False)
+    dx, db = run.empty(*expected_dx.shape, dtype=dtype), run.empty(case.channels, dtype=dtype)
+    run.backward(dx, None, db)
+    assert_rounded(db, exact, magnitude, MOST_TERMS)
+    assert torch.equal(db, alone)
+    assert torch.equal(dx, expected_dx)
+    assert gpu.traffic()["sum_rows" if case.nhwc else "sum_planes"].launches == 2
+    assert not any("filter_grad" in name or "both_grads" in name for name in gpu.traffic())
 
 
 def test_unaligned_views_take_the_general_kernel(gpu: Gpu) -> None:

@@ -22,14 +22,16 @@ class LargeRun(Run):
         gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 8 if case.nhwc else 256
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
-        return self.sums(self.backward(None, None, self.empty(len(self.bias), dtype=self.x.dtype)))
+        dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.weight, self.bias))
+        return self.sums(self.backward(None, dw, db))
 
     def both_grads(self, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         dx, dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.x, self.weight, self.bias))
         return dx, *self.sums(self.backward(dx, dw, db))
 
-    def sums(self, parts: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
         """The parts' sums, added here: the last channels' taps are spread over the second stage's whole grid."""
+        parts = workspace.view(-1, self.weight[0].numel() + 1, self.case.channels)
         sums = parts[..., -64:].sum(0).t()
         return sums[:, :-1].reshape(-1, 1, *self.case.kernel), sums[:, -1]
 

@@ -203,7 +203,7 @@ def test_planes(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     gpu.kernels.plane_epilogue(z.data_ptr(), bias.data_ptr(), 1, out.data_ptr(), n, c, h * w, number, 0)
     expected = (z.double() + bias.double()[:, None, None]).relu()
     torch.testing.assert_close(out.double(), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
-    sums, workspace = gpu.empty(c, dtype=dtype), gpu.empty(gpu.kernels.plane_sums_workspace(n, c))
+    sums, workspace = gpu.empty(c, dtype=dtype), gpu.empty(gpu.kernels.plane_sums_workspace(n, c, h * w))
     gpu.kernels.plane_sums(z.data_ptr(), sums.data_ptr(), n, c, h * w, workspace.data_ptr(), number, 0)
     torch.testing.assert_close(
         sums.double(), z.double().sum((0, 2, 3)), rtol=ROUNDING[dtype], atol=40 * 1e-6 + ROUNDING[dtype]

@@ -1,6 +1,7 @@
 """Depthwise convolution in Triton: every type and layout, odd shapes, all three gradients, against float64."""
 
 import pytest
+import sanitizer
 import torch
 from bounds import TYPES, assert_near, copies, image, magnitudes
 
@@ -125,6 +126,29 @@ def test_a_bias_whose_values_lie_apart(apart, kernel):
     with rk.use_backend("triton"):
         y = rk.depthwise_conv2d(x, weight, bias, 1, kernel // 2)
     torch.testing.assert_close(y, rk.reference.depthwise_conv2d(x, weight, bias, 1, kernel // 2), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [3, 8])  # the bias with all taps; behind 64 of them
+def test_of_a_frozen_filter_the_image_is_not_read(monkeypatch, kernel):
+    """The gradient of the bias alone: the same bits as beside the filter's."""
+    x, weight = image(2, 20, 9, 11, dtype=torch.float32, layout="NHWC"), torch.randn(20, 1, kernel, kernel)
+    window = [1, 1], [1, 1], [1, 1]
+    grad = torch.randn_like(rk.reference.depthwise_conv2d(x, weight, None, *window))
+    was_read = []
+
+    def sum_splits(*tensors):
+        _, reader = sanitizer.current.storages[1].shadows(4)  # of the launch before: gradient, image, sums
+        was_read.append(bool((reader != sanitizer.NOBODY).any()))
+        launch.sum_splits(*tensors)
+
+    monkeypatch.setattr(kernels, "sum_splits", sum_splits)
+    backward = torch.ops.rkl_triton.depthwise_conv2d_backward
+    *_, expected = backward(grad, x, weight, *window, [False, True, True])
+    _, unwanted, db = backward(grad, x, weight, *window, [False, False, True])
+    assert torch.equal(db, expected)
+    assert not unwanted.numel()
+    assert was_read[0]
+    assert not was_read[-1]
 
 
 def test_empty_batch():
