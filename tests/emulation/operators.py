@@ -1,5 +1,7 @@
-"""The operators on the emulated GPU, over CPU tensors that are copied into the device's memory: what
-csrc/cuda/ops_cuda.cpp does on a GPU (layouts, fused or step by step, workspaces), for a namespace of torch.ops."""
+"""The operators on the emulated GPU, over CPU tensors that are copied into the device's memory, for a namespace of
+torch.ops. A stand-in for csrc/cuda/ops_cuda.cpp, which needs a GPU: it computes in the same layouts, fused or step by
+step, with the same workspaces. PyTorch transposes and multiplies in the place of transpose.cu, pointwise.cu and the
+libraries, and nothing is left to cuDNN: on a GPU alone, tests/gpu runs what ops_cuda.cpp does there."""
 
 from __future__ import annotations
 
@@ -67,6 +69,19 @@ class Operators:
             batch=n, channels=c, in_h=in_h, in_w=in_w, out_h=out_h, out_w=out_w, nhwc=nhwc, **named
         )
 
+    def _planned(self, x: Tensor, weight: Tensor, *window: Pair, nhwc: bool, of_filter: bool) -> tuple[Any, bool]:
+        """A depthwise call's geometry, and whether it is computed in NHWC, to which images may be transposed."""
+        g = self._geometry(x, weight, *window, nhwc=nhwc)
+        if nhwc or not self.gpu.kernels.transposes(g, self.gpu.dtype(x.dtype), of_filter):
+            return g, nhwc
+        return self._geometry(x, weight, *window, nhwc=True), True
+
+    def _separable_in_nhwc(self, x: Tensor, weight: Tensor, *window: Pair, backward: bool) -> bool:
+        if NHWC in (ops.output_format(x, weight), image_format(x)):
+            return True
+        g = self._geometry(x, weight, *window, nhwc=False)
+        return not self.gpu.kernels.takes_planes(g, self.gpu.dtype(x.dtype), backward)
+
     def trelu(self, x: Tensor) -> Tensor:
         y = self._put(x.flatten())
         self._call("trelu", y, y, x.numel(), self.gpu.dtype(x.dtype), 0)
@@ -86,12 +101,10 @@ class Operators:
 
     def depthwise_conv2d(self, x: Tensor, weight: Tensor, bias: Maybe, *window: Pair) -> Tensor:
         format = ops.output_format(x, weight)
-        g = self._geometry(x, weight, *window, nhwc=format == NHWC)
+        g, nhwc = self._planned(x, weight, *window, nhwc=format == NHWC, of_filter=False)
         out_h, out_w = ops.output_size(x, weight.shape[2:], *window)
-        y = self._image(x, x.shape[1], out_h, out_w, nhwc=format == NHWC)
-        self._call(
-            "depthwise", g, self._put(x, format), self._put(weight), self._put(bias), 0, y, self.gpu.dtype(x.dtype), 0
-        )
+        y, x_in = self._image(x, x.shape[1], out_h, out_w, nhwc), self._put(x, NHWC if nhwc else NCHW)
+        self._call("depthwise", g, x_in, self._put(weight), self._put(bias), 0, y, self.gpu.dtype(x.dtype), 0)
         out = self._fetch(y, format)
         self._finish()
         return out
@@ -112,11 +125,12 @@ class Operators:
     def depthwise_conv2d_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, mask: list[bool]
     ) -> tuple[Tensor, ...]:
-        format = image_format(x)
-        g = self._geometry(x, weight, stride, padding, dilation, nhwc=format == NHWC)
-        made = self._depthwise_backward(
-            g, self._put(grad, format), self._put(x, format), self._put(weight), mask, format == NHWC
-        )
+        format, window = image_format(x), (stride, padding, dilation)
+        g, nhwc = self._geometry(x, weight, *window, nhwc=format == NHWC), format == NHWC
+        if mask[0] or mask[1]:
+            g, nhwc = self._planned(x, weight, *window, nhwc=nhwc, of_filter=mask[1])
+        images = (self._put(t, NHWC if nhwc else NCHW) for t in (grad, x))
+        made = self._depthwise_backward(g, *images, self._put(weight), mask, nhwc)
         fetched = [self._fetch(t, f) for t, f in zip(made, (format if mask[0] else NCHW, NCHW, NCHW), strict=True)]
         self._finish()
         return fetched[0], self._as_filter(fetched[1], weight), fetched[2]
@@ -129,41 +143,55 @@ class Operators:
         self, x: Tensor, dw: Tensor, pw: Tensor, db: Maybe, pb: Maybe,
         stride: Pair, padding: Pair, dilation: Pair, inner: int, activation: int,
     ) -> Tensor:  # fmt: skip
-        number, c_out = self.gpu.dtype(x.dtype), pw.shape[0]
-        g = self._geometry(x, dw, stride, padding, dilation, nhwc=True)
-        out_h, out_w = ops.output_size(x, dw.shape[2:], stride, padding, dilation)
-        x_in, dw_in, pw_in, db_in, pb_in = self._put(x, NHWC), *map(self._put, (dw, pw.flatten(1), db, pb))
-        y = self._image(x, c_out, out_h, out_w)
-        plan = self._call(
-            "plan_separable", g, c_out, inner, activation, number, True, self.gpu.kernels.current_device()
-        )
+        number, c_out, window = self.gpu.dtype(x.dtype), pw.shape[0], (stride, padding, dilation)
+        nhwc = self._separable_in_nhwc(x, dw, *window, backward=False)
+        g = self._geometry(x, dw, *window, nhwc=nhwc)
+        out_h, out_w = ops.output_size(x, dw.shape[2:], *window)
+        x_in, pw_in = self._put(x, NHWC if nhwc else NCHW), self._put(pw.flatten(1))
+        dw_in, db_in, pb_in = map(self._put, (dw, db, pb))
+        y = self._image(x, c_out, out_h, out_w, nhwc)
+        device = self.gpu.kernels.current_device()
+        plan = nhwc and self._call("plan_separable", g, c_out, inner, activation, number, True, device)
         if plan:
             tensors = (x_in, dw_in, pw_in, db_in, pb_in)
             self._call("fused_separable", plan, g, c_out, *tensors, inner, activation, y, number, 0)
         else:
-            depthwise_out = self._image(x, x.shape[1], out_h, out_w)
+            depthwise_out = self._image(x, x.shape[1], out_h, out_w, nhwc)
             self._call("depthwise", g, x_in, dw_in, db_in, inner, depthwise_out, number, 0)
-            torch.mm(pixel_rows(depthwise_out), pw_in.t(), out=pixel_rows(y))
-            self._call("epilogue", y, pb_in, activation, y, *pixel_rows(y).shape, number, 0)
+            self._pointwise(depthwise_out, pw_in, y, nhwc)
+            if nhwc:
+                self._call("epilogue", y, pb_in, activation, y, *pixel_rows(y).shape, number, 0)
+            else:
+                sizes = x.shape[0], c_out, out_h * out_w
+                self._call("plane_epilogue", y, pb_in, activation, y, *sizes, number, 0)
         out = self._fetch(y, ops.output_format(x, dw))
         self._finish()
         return out
+
+    @staticmethod
+    def _pointwise(image: Tensor, filter: Tensor, out: Tensor, nhwc: bool) -> None:
+        """One product over all pixels; of planes a batch of them."""
+        if nhwc:
+            torch.mm(pixel_rows(image), filter.t(), out=pixel_rows(out))
+        else:
+            torch.bmm(filter.expand(len(image), *filter.shape), image.flatten(2), out=out.flatten(2))
 
     def separable_conv2d_backward(
         self, grad: Tensor, y: Maybe, x: Tensor, dw: Tensor, pw: Tensor, db: Maybe,
         stride: Pair, padding: Pair, dilation: Pair, inner: int, activation: int, mask: list[bool],
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        c_out, c = pw.shape[:2]
-        g = self._geometry(x, dw, stride, padding, dilation, nhwc=True)
-        grad_in, x_in = self._put(grad, NHWC), self._put(x, NHWC)
-        y_in = self._put(y, NHWC) if activation else None
+        (c_out, c), window = pw.shape[:2], (stride, padding, dilation)
+        nhwc = self._separable_in_nhwc(x, dw, *window, backward=True)
+        g, format = self._geometry(x, dw, *window, nhwc=nhwc), NHWC if nhwc else NCHW
+        grad_in, x_in = self._put(grad, format), self._put(x, format)
+        y_in = self._put(y, format) if activation else None
         dw_in, pw_in, db_in = map(self._put, (dw, pw.flatten(1), db))
-        d_inner = self._image(x, c, *grad.shape[2:])
+        d_inner = self._image(x, c, *grad.shape[2:], nhwc)
         d_pw, d_pb = self.gpu.empty(c_out, c, dtype=x.dtype), self.gpu.empty(c_out, dtype=x.dtype)
         tensors = (grad_in, y_in, x_in, dw_in, pw_in, db_in)
-        self._pointwise_backward(g, *tensors, inner, activation, d_inner, d_pw, d_pb)
+        self._pointwise_backward(g, *tensors, inner, activation, d_inner, d_pw, d_pb, nhwc)
         depthwise_mask = [mask[0], mask[1], mask[3]]
-        dx, d_dw, d_db = self._depthwise_backward(g, d_inner, x_in, dw_in, depthwise_mask, nhwc=True)
+        dx, d_dw, d_db = self._depthwise_backward(g, d_inner, x_in, dw_in, depthwise_mask, nhwc)
         results = (
             self._fetch(dx, image_format(x)) if mask[0] else x.new_empty(0),
             self._as_filter(self._fetch(d_dw), dw),
@@ -176,21 +204,31 @@ class Operators:
 
     def _pointwise_backward(
         self, g: Any, grad: Tensor, y: Maybe, x: Tensor, dw: Tensor, pw: Tensor, db: Maybe,
-        inner: int, activation: int, d_inner: Tensor, d_pw: Tensor, d_pb: Tensor,
+        inner: int, activation: int, d_inner: Tensor, d_pw: Tensor, d_pb: Tensor, nhwc: bool,
     ) -> None:  # fmt: skip
         number = self.gpu.dtype(x.dtype)
-        rows, depthwise_out = pixel_rows(grad), self._image(x, *d_inner.shape[1:])
+        depthwise_out, activated = (self._image(x, *d_inner.shape[1:], nhwc) for _ in range(2))
         if activation:
             self._call("activation_backward", grad, y, activation, True, grad, grad.numel(), number, 0)
-        workspace = self.gpu.empty(self._call("column_sums_workspace", *rows.shape))
-        self._call("column_sums", grad, d_pb, *rows.shape, workspace, number, 0)
+        n, c_out, pixels = grad.flatten(2).shape
+        sizes, kind = ((n * pixels, c_out), "column_sums") if nhwc else ((n, c_out, pixels), "plane_sums")
+        self._call(kind, grad, d_pb, *sizes, self.gpu.empty(self._call(f"{kind}_workspace", *sizes)), number, 0)
         self._call("depthwise", g, x, dw, db, 0, depthwise_out, number, 0)
-        activated = self._image(x, *depthwise_out.shape[1:])
-        self._call("epilogue", depthwise_out, None, inner, activated, *pixel_rows(depthwise_out).shape, number, 0)
-        torch.mm(rows.t(), pixel_rows(activated), out=d_pw)
-        torch.mm(rows, pw, out=pixel_rows(d_inner))
+        self._call("epilogue", depthwise_out, None, inner, activated, n * pixels, x.shape[1], number, 0)
+        self._pointwise_filter_gradient(grad, activated, d_pw, nhwc)
+        self._pointwise(grad, pw.t(), d_inner, nhwc)
         if inner:
             self._call("activation_backward", d_inner, depthwise_out, inner, False, d_inner, d_inner.numel(), number, 0)
+
+    def _pointwise_filter_gradient(self, grad: Tensor, image: Tensor, d_pw: Tensor, nhwc: bool) -> None:
+        n, c, pixels = image.flatten(2).shape
+        if nhwc or d_pw.numel() >= (len(d_pw) + c) * pixels:
+            torch.mm(pixel_rows(grad).t(), pixel_rows(image), out=d_pw)
+            return
+        products = self.gpu.empty(n, d_pw.numel(), dtype=d_pw.dtype)  # an image's each, and their sum
+        torch.bmm(grad.flatten(2), image.flatten(2).mT, out=products.view(n, *d_pw.shape))
+        workspace = self.gpu.empty(self._call("column_sums_workspace", *products.shape))
+        self._call("column_sums", products, d_pw, *products.shape, workspace, self.gpu.dtype(d_pw.dtype), 0)
 
 
 rkl_emulated = ops.define("rkl_emulated")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from cases import Case, cases, examples
 from hypothesis import given
@@ -31,6 +34,25 @@ def test_public_functions_are_served_by_the_emulated_kernels(operators: Operator
         before = operators.launches.total()
         call()
         assert operators.launches.total() > before
+
+
+@pytest.mark.parametrize("outputs", [4, 48])  # the pointwise filter's gradient by images, and over all pixels
+def test_a_separable_step_over_planes(operators: Operators, outputs: int) -> None:
+    """NCHW in float32 at stride 2 is taken where it lies, backward too."""
+    torch.manual_seed(0)
+    shapes = (2, 48, 8, 9), (48, 1, 3, 3), (outputs, 48, 1, 1), (48,), (outputs,)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+
+    def step(function: Any, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        y = function(*inputs, stride=2, padding=1, inner_activation="trelu", activation="trelu")
+        return y, *torch.autograd.grad(y.square().sum(), inputs)
+
+    for got, want in zip(step(rk.separable_conv2d, tensors), step(rk.reference.separable_conv2d, exact), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+    for kernel in ("convolve_planes", "plane_bias_and_activation", "sum_planes", "filter_grad_planes"):
+        assert operators.launches[kernel], kernel
+    assert ("sum_rows" in operators.launches) == (outputs == 4)
 
 
 @examples(0.04)
