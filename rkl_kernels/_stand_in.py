@@ -51,6 +51,17 @@ class StandIn(torch.fx.Proxy):
                 return iter([operator.getitem(self, i) for i in range(now.argval)])
         return iter(self.tracer.iter(self))
 
+    def __hash__(self) -> int:
+        self.tracer.refuse("it looks a value up")  # a set or a dict would answer by identity
+        raise AssertionError
+
+    def __str__(self) -> str:
+        self.tracer.refused = self.tracer.refused or "it makes a text of a value"
+        return repr(self)  # no error: what says what went wrong may hold a value
+
+    def __format__(self, how: str) -> str:
+        return repr(self)  # models make messages for assertions in advance
+
     def __len__(self) -> int:
         self.tracer.refused = self.tracer.refused or "it asks for a length"
         return super().__len__()

@@ -1,0 +1,64 @@
+"""What code asks of a value while it is read: a fused copy answers as the model does, or the code is not read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from chains import assert_same, chain
+from torch import nn
+
+import rkl_kernels as rk
+
+
+class Way(nn.Module):
+    """A chain, attributes and a forward that a test chooses."""
+
+    def __init__(self, way, **attributes) -> None:
+        super().__init__()
+        self.body, self.way = chain(nn.ReLU()), way
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+def fused_as(plain: nn.Module, is_read: bool) -> nn.Module:
+    """The fused copy, which gives what the model gives. Whether or not it is read, its chain is fused."""
+    fused = rk.fuse_for_inference(plain.eval())
+    assert isinstance(fused, torch.fx.GraphModule) == is_read
+    assert [len(names) for names in fused.fusion_report.fused] == [4]
+    assert_same(fused, plain)
+    return fused
+
+
+LOOKED_UP = {
+    "a type in a set": lambda m, x: m.body(x) * (2 if x.dtype in {torch.float32, torch.float64} else 1),
+    "a size in a set": lambda m, x: m.body(x) * (2 if x.shape[-1] in m.sizes else 1),
+    "a size in a dict": lambda m, x: m.body(x) * m.table.get(x.shape[-1], 1.0),
+    "a device's type": lambda m, x: m.body(x) * (2 if x.device.type in {"cpu", "xpu"} else 1),
+    "a device as text": lambda m, x: m.body(x) * (2 if str(x.device).startswith("cpu") else 1),
+    "a size as text": lambda m, x: m.body(x) * m.table.get(str(x.shape[-1]), 1.0),
+}
+
+
+@pytest.mark.parametrize("way", LOOKED_UP)
+def test_a_value_looked_up(way):
+    fused_as(Way(LOOKED_UP[way], sizes={7, 14}, table={7: 5.0, "7": 4.0}), is_read=False)
+
+
+def test_a_value_in_an_error():
+    """A message may be made of a value that nobody decides on; one of an error must not fail the reading."""
+
+    def asserting(model, x):
+        torch._assert(x.ndim == 4, f"no images: {x.shape}")
+        return model.body(x)
+
+    def raising(model, x):
+        try:
+            raise ValueError(x.shape)
+        except ValueError as error:
+            return model.body(x) * (2 if str(error) else 1)
+
+    fused_as(Way(asserting), is_read=True)
+    fused_as(Way(raising), is_read=False)
