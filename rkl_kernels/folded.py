@@ -63,8 +63,10 @@ class ActivatedDepthwiseConv2d(DepthwiseConv2d):
 
 def _is_inference(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether a call is plain, on an image of four dimensions and the filter's type, and no gradient is wanted."""
-    wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(x, conv.weight, conv.bias)
-    return x.dim() == 4 and x.dtype == conv.weight.dtype and not wanted and is_plain(x, conv.weight, conv.bias)
+    # is_plain() before the gradient: a compiler, for which it is False, cannot follow _any_requires_grad().
+    if not (x.dim() == 4 and x.dtype == conv.weight.dtype and is_plain(x, conv.weight, conv.bias)):
+        return False
+    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, conv.weight, conv.bias))
 
 
 def activate_in_place(x: Tensor, name: Activation | None) -> Tensor:

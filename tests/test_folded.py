@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chains import assert_same, chain
+from chains import X, assert_same, chain
 from torch import nn
 
 import rkl_kernels as rk
@@ -61,3 +61,17 @@ def test_padding_that_was_set_later():
     plain = chain(nn.ReLU(), padding_mode="reflect")
     plain[0].padding = (2, 2)
     assert_same(rk.fuse_for_inference(plain), plain)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_one_graph_in_every_mode(mode):
+    """The compiler cannot follow what asks whether a gradient is wanted."""
+    dense = nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.SiLU(), nn.Conv2d(5, 5, 3, groups=5), nn.BatchNorm2d(5), nn.ReLU()
+    plain = nn.Sequential(*chain(nn.ReLU()), *dense).eval()
+    fused = rk.fuse_for_inference(plain)
+    with mode():
+        for compiled in (
+            torch.compile(fused, fullgraph=True, backend="eager"),
+            torch.export.export(fused, (X,), strict=True).module(),
+        ):
+            torch.testing.assert_close(compiled(X), plain(X), rtol=1e-4, atol=1e-4)
