@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -146,7 +145,7 @@ class _Fuser:
         if _reading.is_leaf(module):
             return
         memo: dict[int, Any] = {}
-        probe = copy.deepcopy(module, memo)
+        probe = copied(module, memo)
         taken: set[nn.Module] = set()
         graph = _reading.read(probe, {memo[id(m)] for m in self.closed if id(m) in memo}, taken)
         self.taken.update(m for m in self.names if memo.get(id(m)) in taken)
