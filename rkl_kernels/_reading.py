@@ -7,6 +7,9 @@ compiled or exported.
 
 from __future__ import annotations
 
+import builtins
+import dis
+import enum
 import gc
 import inspect
 import random
@@ -15,6 +18,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -70,6 +74,8 @@ def _read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> t
         return "its forward depends on autocast or the backend"
     if str(graphs[0]) != str(graphs[3]):
         return "its forward depends on whether it is compiled, traced or exported"
+    if not _is_a_program(graphs[0]):
+        return "its forward holds a value that a graph's code cannot name"
     return graphs[0]
 
 
@@ -92,6 +98,23 @@ def _traced(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) ->
     return graph
 
 
+def _is_a_program(graph: torch.fx.Graph) -> bool:
+    """Whether the code that a graph becomes is Python, and every name in it is known: constants are written as their
+    ``repr`` says, an enum in a dict, say, as no program can."""
+    written = graph.python_code("self")
+    try:
+        functions = [part for part in compile(written.src, "graph", "exec").co_consts if isinstance(part, CodeType)]
+    except SyntaxError:
+        return False
+    known = {*written.globals, *vars(builtins)}
+    return all(
+        now.argval in known
+        for function in functions
+        for now in dis.get_instructions(function)
+        if now.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    )
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is a layer: called as it is, never looked into."""
     known = isinstance(module, nn.Conv2d) or is_norm(module) or type(module).__module__.startswith("rkl_kernels.")
@@ -103,6 +126,10 @@ def has_own_call(module: nn.Module) -> bool:
     classes = type(module).__mro__
     calls = (vars(kind).get("__call__") for kind in classes[: classes.index(nn.Module)])
     return any(call and call.__module__.partition(".")[0] != "torch" for call in calls)  # torch.fx gives graphs one
+
+
+_WRITTEN = (bool, int, float, complex, str)
+"""Constants that a graph's code writes. Of a subclass, such as ``numpy.float64``, it would write the ``repr``."""
 
 
 class _Tracer(torch.fx.Tracer):
@@ -117,6 +144,7 @@ class _Tracer(torch.fx.Tracer):
         self.made: list[weakref.ref[torch.fx.Proxy]] = []
         self.taken = taken
         self.refused = ""
+        self.has_rebuilt = False
 
     def refuse(self, why: str) -> None:
         """An error, and a note of it for when the model's code catches the error."""
@@ -163,7 +191,11 @@ class _Tracer(torch.fx.Tracer):
         named = issubclass(kind, tuple) and hasattr(kind, "_fields")
         if issubclass(kind, (dict, list, tuple)) and kind not in (dict, list, tuple, torch.Size) and not named:
             self.refuse(f"it makes a {kind.__name__}, which a graph does not hold")
-        return super().create_arg(a)
+        base = next((base for base in _WRITTEN if issubclass(kind, base)), kind)
+        if base is kind or issubclass(kind, enum.Enum):
+            return super().create_arg(a)
+        self.has_rebuilt = True
+        return base(a)
 
     def to_bool(self, obj: torch.fx.Proxy) -> bool:
         self.refused = self.refused or "it decides on data"
@@ -176,6 +208,9 @@ class _Tracer(torch.fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         if _surroundings() != self.surroundings:
             self.refuse("it changes gradient mode, autocast or backend for a part, which a graph does not hold")
+        if args[0] == "output" and self.has_rebuilt:
+            self.refuse("it returns a number or a text of a class that a graph does not hold")
+        self.has_rebuilt = False
         return super().create_node(*args, **kwargs)
 
 

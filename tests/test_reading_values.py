@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import enum
+import math
+from collections import namedtuple
+
+import numpy as np
 import pytest
 import torch
-from chains import assert_same, chain
+import torch.nn.functional as F
+from chains import X, assert_same, chain
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 import rkl_kernels as rk
 
@@ -62,3 +69,61 @@ def test_a_value_in_an_error():
 
     fused_as(Way(asserting), is_read=True)
     fused_as(Way(raising), is_read=False)
+
+
+class Half(float):
+    def __repr__(self) -> str:
+        return "half"
+
+
+class Name(str):
+    def __repr__(self) -> str:
+        return f"Name({self})"
+
+
+class Kind(enum.Enum):
+    LARGE = 1
+
+
+class Factor(enum.IntEnum):
+    TWO = 2
+
+
+CONSTANTS = {
+    "a number of numpy's": (lambda m, x: m.body(x) * np.sqrt(np.float64(3.0)), True),
+    "in a list": (lambda m, x: F.pad(m.body(x), [1, 1], value=np.float64(0.5)), True),
+    "a number of its own class": (lambda m, x: m.body(x) * Half(0.5), True),
+    "a text of its own class": (lambda m, x: F.interpolate(m.body(x), scale_factor=2.0, mode=Name("nearest")), True),
+    "an enum": (lambda m, x: m.body(x) * Factor.TWO, True),
+    "infinity": (lambda m, x: m.body(x).clamp(max=math.inf), True),
+}
+
+
+@pytest.mark.parametrize("way", CONSTANTS)
+def test_a_constant_of_another_class(way):
+    """A graph is a program: it holds what it can write down."""
+    fused_as(Way(CONSTANTS[way][0]), is_read=CONSTANTS[way][1])
+
+
+Pair = namedtuple("Pair", ["image", "number"])
+
+GIVEN = {
+    "a number of numpy's": (lambda m, x: (m.body(x), np.float64(2)), False),
+    "in a dict": (lambda m, x: {"y": m.body(x), "scale": np.float64(2)}, False),
+    "an enum": (lambda m, x: (m.body(x), Kind.LARGE), True),
+    "an enum in a dict": (lambda m, x: {"y": m.body(x), "kind": Kind.LARGE}, False),
+    "a named tuple in a dict": (lambda m, x: {"y": Pair(m.body(x), 1)}, True),
+    "infinity in a dict": (lambda m, x: {"y": m.body(x), "most": math.inf}, True),
+}
+
+
+@pytest.mark.parametrize("way", GIVEN)
+def test_a_constant_that_is_given_back(way):
+    plain = Way(GIVEN[way][0]).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert isinstance(fused, torch.fx.GraphModule) == GIVEN[way][1]
+    (ours, form), (theirs, want) = tree_flatten(fused(X)), tree_flatten(plain(X))
+    assert form == want
+    assert [type(value) for value in ours] == [type(value) for value in theirs]
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-4)
+    assert ours[1:] == theirs[1:]
