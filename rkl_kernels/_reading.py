@@ -12,18 +12,20 @@ import dis
 import enum
 import gc
 import inspect
+import operator
 import random
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,8 +68,10 @@ def _read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> t
             graphs.append(graph)
         if _random_state() != random_before:
             return "its forward draws random numbers"
-    if not same(state(module), before):
-        return "its forward changes the module, or makes a tensor of its own"
+        if not same(state(module), before):
+            return "its forward changes the module, or makes a tensor of its own"
+        if any(_asks_for_none(module, closed, graphs[0], node) for node in graphs[0].nodes):
+            return "its forward asks whether a module in it gives None"
     if str(graphs[0]) != str(graphs[1]):
         return "its forward depends on whether gradients are recorded"
     if str(graphs[0]) != str(graphs[2]):
@@ -96,6 +100,40 @@ def _traced(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) ->
     if _is_any_alive(made):
         return "its forward changes the module, or keeps what it computed elsewhere"
     return graph
+
+
+def _asks_for_none(module: nn.Module, closed: set[nn.Module], graph: torch.fx.Graph, doubtful: torch.fx.Node) -> bool:
+    """Whether a forward does something else where the value of one node is None, as what was not read may give. With
+    None in its place, others make the same graph, or as much of it as they make before an error."""
+    if not _may_be_none(module, closed, doubtful):
+        return False
+    tracer = _Tracer(closed, set(), doubtful.name)
+    with suppress(Exception), _NoWrites(tracer):  # that of code which does something with None as with a tensor
+        tracer.trace(module)
+    made = [_told(node, "") for node in tracer.graph.nodes]
+    return bool(tracer.refused) or made != [_told(node, doubtful.name) for node in graph.nodes][: len(made)]
+
+
+def _told(node: torch.fx.Node, none: str) -> tuple[Any, ...]:
+    """A node in words, with None for the node of a name."""
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda arg: None if arg.name == none else arg)
+    return node.op, node.target, str(args), str(kwargs)
+
+
+def _may_be_none(module: nn.Module, closed: set[nn.Module], node: torch.fx.Node) -> bool:
+    """Whether a node is a call of code that was not read, or an item of what such gives, or of what attention does."""
+    if node.op == "call_module":
+        called = module.get_submodule(str(node.target))
+        return called in closed or "forward" in vars(called)
+    if node.target is not operator.getitem:
+        return False
+    whole = node.args[0]
+    if not isinstance(whole, torch.fx.Node):
+        return False
+    attends = whole.target is F.multi_head_attention_forward or (
+        whole.op == "call_module" and isinstance(module.get_submodule(str(whole.target)), nn.MultiheadAttention)
+    )
+    return attends or _may_be_none(module, closed, whole)
 
 
 def _is_a_program(graph: torch.fx.Graph) -> bool:
@@ -135,9 +173,11 @@ _WRITTEN = (bool, int, float, complex, str)
 class _Tracer(torch.fx.Tracer):
     """Looks into every module that is not PyTorch's own, altered, or closed."""
 
-    def __init__(self, closed: set[nn.Module], taken: set[nn.Module]) -> None:
+    def __init__(self, closed: set[nn.Module], taken: set[nn.Module], none: str = "") -> None:
+        """none: the name of a node that gives None."""
         super().__init__()
         self.closed = closed
+        self.none = none
         self.thread = threading.get_ident()
         self.surroundings = _surroundings()
         self.layers: dict[nn.Module, list[Any]] = {}
@@ -181,6 +221,10 @@ class _Tracer(torch.fx.Tracer):
         if node.op != "get_attr":  # fx keeps those of parameters
             self.made.append(weakref.ref(stand_in))
         return stand_in
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().create_proxy(*args, **kwargs)
+        return None if made.node.name == self.none else made
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)

@@ -127,3 +127,75 @@ def test_a_constant_that_is_given_back(way):
     assert [type(value) for value in ours] == [type(value) for value in theirs]
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-4)
     assert ours[1:] == theirs[1:]
+
+
+class Auxiliary(nn.Module):
+    """Has nothing to say about small images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x) if x.shape[-1] > 7 else None
+
+
+class Paired(Auxiliary):
+    def forward(self, x):
+        return x * 2, super().forward(x)
+
+
+def chosen(model, x):
+    y = model.body(x)
+    return y if model.auxiliary(y) is None else y * 2
+
+
+def added(model, x):
+    y = model.body(x)
+    more = model.auxiliary(y)
+    if more is not None:
+        y = y + more
+    return y
+
+
+def unpacked(model, x):
+    y, more = model.paired(model.body(x))
+    return y * 2 if more is None else y + more
+
+
+def attended(model, x):
+    tokens = model.body(x).flatten(2).transpose(1, 2)
+    y, weights = model.attention(tokens, tokens, tokens, need_weights=False)
+    return y * 2 if weights is None else y
+
+
+def unasked(model, x):
+    """What is given may be None or not: nobody asks."""
+    y, more = model.paired(model.body(x))
+    tokens = y.flatten(2).transpose(1, 2)
+    tokens, weights = model.attention(tokens, tokens, tokens, need_weights=False)
+    if model.none is None:
+        y = model.paired(y)[0] + tokens.mean()
+    return y, more, weights, model.auxiliary(y)
+
+
+def parts() -> dict[str, nn.Module | None]:
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    return {"auxiliary": Auxiliary(), "paired": Paired(), "attention": attention, "none": None}
+
+
+@pytest.mark.parametrize("way", [chosen, added, unpacked, attended], ids=lambda way: way.__name__)
+def test_code_that_asks_for_none(way):
+    """A value that stands for another is never None."""
+    plain = Way(way, **parts())
+    fused = fused_as(plain, is_read=False)
+    wide = torch.cat([X, X], -1)
+    torch.testing.assert_close(fused(wide), plain(wide), rtol=1e-4, atol=1e-4)
+
+
+def test_code_that_does_not_ask_for_none():
+    plain = Way(unasked, **parts()).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert isinstance(fused, torch.fx.GraphModule)
+    for x in (X, torch.cat([X, X], -1)):
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
