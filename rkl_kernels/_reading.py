@@ -19,6 +19,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from types import CodeType
 from typing import Any
 
@@ -235,11 +236,26 @@ class _Tracer(torch.fx.Tracer):
         named = issubclass(kind, tuple) and hasattr(kind, "_fields")
         if issubclass(kind, (dict, list, tuple)) and kind not in (dict, list, tuple, torch.Size) and not named:
             self.refuse(f"it makes a {kind.__name__}, which a graph does not hold")
+        if (named or is_dataclass(kind)) and not self._is_made_of_its_fields(a):
+            self.refuse(f"it makes a {kind.__name__}, which is more than its fields, and a graph makes it of those")
         base = next((base for base in _WRITTEN if issubclass(kind, base)), kind)
         if base is kind or issubclass(kind, enum.Enum):
             return super().create_arg(a)
         self.has_rebuilt = True
         return base(a)
+
+    def _is_made_of_its_fields(self, a: Any) -> bool:
+        """Whether a named tuple or a dataclass made anew of its fields is the same, and does nothing meanwhile."""
+        kind, steps = type(a), len(self.graph.nodes)
+        names = [field.name for field in fields(kind)] if is_dataclass(kind) else kind._fields
+        values = {name: getattr(a, name) for name in names}
+        try:
+            twin = kind(**values)
+        except Exception:  # whatever the model's code raises
+            return False
+        held, again = ({name: getattr(v, name) for name in names} | getattr(v, "__dict__", {}) for v in (a, twin))
+        is_same = held.keys() == again.keys() and all(value is again[name] for name, value in held.items())
+        return is_same and len(self.graph.nodes) == steps
 
     def to_bool(self, obj: torch.fx.Proxy) -> bool:
         self.refused = self.refused or "it decides on data"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import namedtuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -199,3 +200,63 @@ def test_code_that_does_not_ask_for_none():
     assert isinstance(fused, torch.fx.GraphModule)
     for x in (X, torch.cat([X, X], -1)):
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@dataclass
+class Result:
+    image: torch.Tensor
+    name: str = "no"
+
+
+@dataclass
+class Doubled(Result):
+    def __post_init__(self) -> None:
+        self.image = self.image * 2
+
+
+@dataclass
+class Noted(Result):
+    note: str = field(init=False, default="made")
+
+
+class Extended(Result):
+    pass
+
+
+class Swapped(namedtuple("Swapped", ["image", "second"])):
+    def __new__(cls, image, second):
+        return super().__new__(cls, image * 2, second)
+
+
+def extended(model, x):
+    made = Extended(model.body(x))
+    made.more = made.image * 2
+    return made
+
+
+RESULTS = {
+    "a dataclass": (lambda m, x: Result(m.body(x), "yes"), True),
+    "one that changes a field": (lambda m, x: Doubled(m.body(x)), False),
+    "one with a field of its own": (lambda m, x: Noted(m.body(x)), False),
+    "one with an attribute more": (extended, False),
+    "a tuple that changes what it holds": (lambda m, x: Swapped(m.body(x), 1), False),
+    "in a dict": (lambda m, x: {"made": Doubled(m.body(x))}, False),
+    "a dataclass in a dict": (lambda m, x: {"made": Result(m.body(x))}, True),
+}
+
+
+@pytest.mark.parametrize("way", RESULTS)
+def test_a_result_that_makes_itself(way):
+    """A graph makes it anew of its fields."""
+    plain = Way(RESULTS[way][0]).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert isinstance(fused, torch.fx.GraphModule) == RESULTS[way][1]
+    ours, theirs = (y["made"] if isinstance(y := model(X), dict) else y for model in (fused, plain))
+    assert type(ours) is type(theirs)
+    held = [{"image": y.image, "second": getattr(y, "second", 0)} | getattr(y, "__dict__", {}) for y in (ours, theirs)]
+    assert held[0].keys() == held[1].keys()
+    for name, value in held[0].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, held[1][name], rtol=1e-4, atol=1e-4)
+        else:
+            assert value == held[1][name]
