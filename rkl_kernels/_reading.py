@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._backends import forced, use_backend
@@ -50,7 +50,8 @@ def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> to
     Args:
         module: in inference mode.
         closed: modules below it that are called as they are, not looked into.
-        taken: gets the layers whose tensors the forward takes by themselves, to write to them perhaps.
+        taken: gets the layers whose tensors the forward takes by themselves, to write to them perhaps; and ``module``,
+            where it takes some of layers that are not below it.
     """
     with _alone:
         return _why_not_called_with_an_image(module) or _read(module, closed, taken)
@@ -179,6 +180,7 @@ class _Tracer(torch.fx.Tracer):
         super().__init__()
         self.closed = closed
         self.none = none
+        self.own: set[int] = set()
         self.thread = threading.get_ident()
         self.surroundings = _surroundings()
         self.layers: dict[nn.Module, list[Any]] = {}
@@ -194,6 +196,7 @@ class _Tracer(torch.fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> torch.fx.Graph:
         self.layers = {module: state(module) for module in root.modules() if self.is_leaf_module(module, "")}
+        self.own = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
         return super().trace(root, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -205,6 +208,11 @@ class _Tracer(torch.fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.closed or is_altered(m) or is_leaf(m)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if issubclass(type(attr_val), Tensor) and id(attr_val) not in self.own:
+            self.taken.add(self.root)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def gives_tensor(self, node: torch.fx.Node) -> bool:
         """Whether a node is known to give a tensor: the module's image, or what a layer makes of one."""

@@ -148,7 +148,9 @@ class _Fuser:
         probe = copied(module, memo)
         taken: set[nn.Module] = set()
         graph = _reading.read(probe, {memo[id(m)] for m in self.closed if id(m) in memo}, taken)
-        self.taken.update(m for m in self.names if memo.get(id(m)) in taken)
+        if probe in taken and isinstance(graph, str):  # it may write to whatever it holds beside its children
+            taken.update(memo[id(m)] for m in self.names.keys() - set(module.modules()) if id(m) in memo)
+        self.taken.update(m for m in self.names if memo.get(id(m)) in taken - {probe})
         if isinstance(graph, str):
             self.closed[module] = graph
             return
