@@ -13,7 +13,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.fx.graph_module import reduce_graph_module
+from torch.nn.parameter import is_lazy
 
+from ._state import counts_writes
 from .layers import is_altered
 
 
@@ -129,7 +131,8 @@ class Made:
     Attributes:
         modules: the sequential, then every module in it.
         held: their parameters, buffers and children.
-        tensors, places: the tensors of those, and where each lies, another place after ``t.data = ...``.
+        tensors, places: the tensors of those, a lazy module's left out, and where each lies, another place after
+            ``t.data = ...``.
         counted, writes: the tensors that count their writes, and their counts.
     """
 
@@ -144,8 +147,8 @@ class Made:
     def of(cls, sequential: nn.Module) -> Made:
         modules = list(sequential.modules())
         held = _held(modules)
-        tensors = [value for value in held if isinstance(value, Tensor)]
-        counted = [t for t in tensors if not t.is_inference()]
+        tensors = [value for value in held if isinstance(value, Tensor) and not is_lazy(value)]
+        counted = [t for t in tensors if counts_writes(t)]
         return cls(modules, held, tensors, _places(tensors), counted, _writes(counted))
 
     def is_left(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
 _NOT_LOOKED_INTO = sys.stdlib_module_names | {"torch", "numpy"}
@@ -26,13 +27,18 @@ def same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(x is y or (type(x) is int and x == y) for x, y in zip(a, b, strict=True))
 
 
+def counts_writes(tensor: Tensor) -> bool:
+    """Not so one that was made in inference mode, nor a lazy module's before its first call."""
+    return not (is_lazy(tensor) or tensor.is_inference())
+
+
 def _inside(value: Any, seen: set[int]) -> Iterator[Any]:
     yield value
     kind = type(value)  # a stand-in that was left behind does not say what it is an instance of
     if id(value) in seen:
         return
     if issubclass(kind, Tensor):
-        yield from (0 if value.is_inference() else value._version, _memory(value))  # the former count no writes
+        yield from (value._version if counts_writes(value) else 0, _memory(value))
         return
     for part in _parts(value, kind):
         seen.add(id(value))
@@ -58,6 +64,8 @@ def _is_the_models_own(kind: type) -> bool:
 
 def _memory(tensor: Tensor) -> int:
     """Which memory a tensor has, as a number that is another one after ``x.data = ...``; 0 where it has none."""
+    if is_lazy(tensor):
+        return 0
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):

@@ -283,6 +283,21 @@ def test_layers_that_other_code_writes_to(kind):
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_lazy_layer_is_made_at_the_first_call(is_read):
+    body = nn.Sequential(*chain(nn.ReLU()), nn.Flatten(), nn.LazyLinear(3))
+    plain = (body if is_read else Naming(Outputs, body)).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert [len(names) for names in fused.fusion_report.fused] == [4]
+    fused(X)
+    plain(X)
+    assert not hasattr(plain, "body") or runs_its_steps(fused)
+    name = "5" if is_read else "body.5"
+    fused.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
+    torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
+
+
 class SilentlyTrained(nn.Sequential):
     """As many models have it, a ``train`` that returns nothing."""
 
