@@ -130,6 +130,7 @@ class Made:
 
     Attributes:
         modules: the sequential, then every module in it.
+        kinds: the classes of those in it, of a lazy one that which it will have.
         held: their parameters, buffers and children.
         tensors, places: the tensors of those, a lazy module's left out, and where each lies, another place after
             ``t.data = ...``.
@@ -137,6 +138,7 @@ class Made:
     """
 
     modules: list[nn.Module]
+    kinds: list[type]
     held: list[object]
     tensors: list[Tensor]
     places: list[int]
@@ -149,7 +151,8 @@ class Made:
         held = _held(modules)
         tensors = [value for value in held if isinstance(value, Tensor) and not is_lazy(value)]
         counted = [t for t in tensors if counts_writes(t)]
-        return cls(modules, held, tensors, _places(tensors), counted, _writes(counted))
+        kinds = [getattr(m, "cls_to_become", None) or type(m) for m in modules[1:]]
+        return cls(modules, kinds, held, tensors, _places(tensors), counted, _writes(counted))
 
     def is_left(self) -> bool:
         """Whether all is as it was, and each layer does what its class says, in inference."""
@@ -160,7 +163,10 @@ class Made:
         is_written = not torch.compiler.is_compiling() and (
             _writes(self.counted) != self.writes or _places(self.tensors) != self.places
         )
-        return not is_written and not any(m.training or is_altered(m) for m in self.modules[1:])
+        layers = self.modules[1:]
+        return (
+            not (is_written or any(m.training or is_altered(m) for m in layers)) and [*map(type, layers)] == self.kinds
+        )
 
 
 def _held(modules: list[nn.Module]) -> list[object]:

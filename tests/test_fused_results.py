@@ -298,6 +298,19 @@ def test_a_lazy_layer_is_made_at_the_first_call(is_read):
     torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("change", [partial(rk.convert, activation="trelu"), rk.restore], ids=["convert", "restore"])
+def test_a_copy_that_is_converted_or_restored_after_fusing(change):
+    """Layers of another class do something else than the steps that were made of them."""
+    plain = Flagged().eval()
+    if change is rk.restore:
+        rk.convert(plain, activation="trelu")
+    fused = rk.fuse_for_inference(plain)
+    change(fused)
+    change(plain)
+    torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused(X, True)[-1], fused(X), rtol=1e-4, atol=1e-4)
+
+
 class SilentlyTrained(nn.Sequential):
     """As many models have it, a ``train`` that returns nothing."""
 
