@@ -48,10 +48,15 @@ A = TypeVar("A", ActivatedConv2d, ActivatedDepthwiseConv2d)
 
 @dataclass(frozen=True)
 class Affine:
-    """A scale and a shift of each channel, in float64."""
+    """A scale and a shift of each channel, in float64.
+
+    Attributes:
+        dtype: the only type of an image that keeps its type; None where every image does.
+    """
 
     scale: Tensor
     shift: Tensor
+    dtype: torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def fuse(modules: Sequence[nn.Module]) -> Fused | None:
     first = reader.depthwise()
     if first is None:
         return None
-    of_depthwise = reader.affine()
+    of_depthwise = reader.affine(first)
     inner = reader.activation()
     pointwise = reader.pointwise()
     layer: nn.Module | None = None
@@ -103,7 +108,7 @@ def fuse(modules: Sequence[nn.Module]) -> Fused | None:
     elif pointwise is None:
         layer = _depthwise(first, of_depthwise) if of_depthwise else None
     else:
-        of_pointwise = reader.affine()
+        of_pointwise = reader.affine(pointwise)
         layer = _separable(first, of_depthwise, inner, pointwise, of_pointwise, reader.activation())
     return _fused(layer, reader)
 
@@ -119,7 +124,7 @@ def fold_norm(modules: Sequence[nn.Module]) -> Fused | None:
     """
     reader = _Reader(modules)
     first = reader.dense()
-    affine = reader.affine() if first else None
+    affine = reader.affine(first) if first else None
     if first is None or affine is None:
         return None
     layer = _with(copy.deepcopy(first), *_folded(first, affine))
@@ -160,9 +165,9 @@ class _Reader:
         self.at += 1
         return step
 
-    def affine(self) -> Affine | None:
+    def affine(self, conv: nn.Conv2d) -> Affine | None:
         step = self._next()
-        if not isinstance(step, Affine):
+        if not isinstance(step, Affine) or step.dtype not in (None, conv.weight.dtype):
             return None
         self.at += 1
         return step
@@ -230,7 +235,9 @@ def _affine(norm: Any) -> Affine | None:
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
     finite = torch.isfinite(scale).all() and torch.isfinite(shift).all()
-    return Affine(scale, shift) if finite else None
+    # Frozen norms multiply and add by themselves, and so give the wider type of two.
+    dtype = norm.running_var.dtype if "Frozen" in type(norm).__name__ else None
+    return Affine(scale, shift, dtype) if finite else None
 
 
 def _folded(conv: nn.Conv2d, affine: Affine | None) -> tuple[Tensor, Tensor | None]:

@@ -75,3 +75,18 @@ def test_one_graph_in_every_mode(mode):
             torch.export.export(fused, (X,), strict=True).module(),
         ):
             torch.testing.assert_close(compiled(X), plain(X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_frozen_norm_of_another_type(dtype, dense):
+    """It computes in its own type and gives that; PyTorch's norms give the image's."""
+    norms = pytest.importorskip("torchvision.ops", reason="extra [train] not installed")
+    first = nn.Conv2d(6, 6, 3, groups=1 if dense else 6, dtype=dtype), norms.FrozenBatchNorm2d(6)
+    plain = nn.Sequential(*first, *(chain(nn.ReLU()) if dense else ())).eval()
+    fused = rk.fuse_for_inference(plain)
+    is_folded = dtype == torch.float32
+    assert bool(fused.fusion_report.folded if dense else fused.fusion_report.fused) == is_folded
+    x = X.to(dtype)
+    assert fused(x).dtype == plain(x).dtype == torch.float32
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
