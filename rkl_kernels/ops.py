@@ -122,6 +122,13 @@ def _fake_trelu_(x: Tensor) -> None:
     return None
 
 
+def _fake_plain_backward(  # type: ignore[no-untyped-def]
+    grad, x, weight, stride, padding, dilation, transposed, output_padding, groups, mask
+):
+    made = wanted(mask, x, weight, x.new_empty(grad.shape[1]))
+    return tuple(gradient if is_wanted else None for gradient, is_wanted in zip(made, mask, strict=True))
+
+
 _FAKES: dict[str, Any] = {
     "trelu": _fake_trelu,
     "trelu_": _fake_trelu_,
@@ -205,4 +212,8 @@ def _define_for_inference(ops: SimpleNamespace) -> None:
 
 rkl = define("rkl")
 _define_for_inference(rkl)
+_libraries.append(torch.library.Library("aten", "FRAGMENT"))
+torch.library.register_fake(  # for compiled autograd, which follows the backward of a plain call
+    "aten::convolution_backward_overrideable", _fake_plain_backward, lib=_libraries[-1]
+)
 rkl_triton = define("rkl_triton")

@@ -152,6 +152,20 @@ def test_export_for_a_gpu(fake_gpu):
     assert "torch.ops.rkl_triton.separable_conv2d.default" in program.graph_module.code
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_backward_of_a_plain_call_compiles(bias):
+    """What compiled autograd follows is not the call, but what the call left for the backward."""
+    layer, x = nn.Conv2d(6, 6, 3, groups=6, bias=bias), torch.randn(2, 6, 9, 8)
+    gradients = []
+    for swap in (lambda layer: None, rk.convert):
+        swap(layer)
+        layer.zero_grad()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            layer(x).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_reduce_overhead_mode_of_a_layer():
     """CUDA graphs are for GPUs; on a CPU the mode is to do no harm."""
     layer = rk.SeparableConv2d(3, 4, 3)
