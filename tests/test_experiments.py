@@ -167,8 +167,23 @@ def test_every_resnet_kl_has_a_plain_resnet_of_its_compute(finished):
 
 @pytest.mark.parametrize(("classes", "images"), [(10, 60), (100, 400)])
 def test_every_class_has_an_image_to_validate_on(tmp_path, monkeypatch, classes, images):
-    monkeypatch.setattr(experiments.Experiment, "shape", (classes, 3, 32))
+    monkeypatch.setattr(experiments.Experiment, "_seen", ((classes, 3, 32), {"train_size": 50_000, "test_size": 100}))
     assert experiment("table2", "smoke", tmp_path).config("VGG", 0).train_size == images
+
+
+def test_a_scale_takes_all_images_where_there_are_fewer(tmp_path):
+    """Digits have 1,438 to train on, STL-10 has 5,000; cpu asks for 10,000. What the caller asks for stays."""
+    plan = experiment("table4", "cpu", tmp_path, data="digits", image_size=20)
+    config = plan.config("VGG", 0)
+    assert (config.train_size, plan.images["train_size"], plan.shape) == (None, 1438, (10, 1, 20))
+    assert len(experiments.load_data(config).train) + len(experiments.load_data(config).val) == 1438
+    asked = experiment("table4", "cpu", tmp_path, data="digits", train_size=2000, test_size=900)
+    assert (asked.config("VGG", 0).train_size, asked.config("VGG", 0).test_size) == (2000, 900)
+    few = {"train_size": 50, "test_size": 29}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments.Experiment, "_seen", ((10, 1, 16), few))
+        config = experiment("table4", "smoke", tmp_path).config("VGG", 0)
+    assert (config.train_size, config.test_size) == (None, None)
 
 
 def test_widths_are_those_of_equal_compute(tmp_path):

@@ -58,9 +58,7 @@ class Experiment:
         return replace(self._settled(row), seed=seed, out=self.folder(row, seed))
 
     def _settled(self, row: str) -> Config:
-        base = self._base
-        if base.train_size:
-            base = replace(base, train_size=max(base.train_size, IMAGES_OF_A_CLASS * self.shape[0]))
+        base = self._fitted
         config = without_own_options(from_plain(ROWS[row].settings, base, source=row))
         like = ROWS[row].macs_of
         if like is None:
@@ -73,18 +71,41 @@ class Experiment:
     def _base(self) -> Config:
         return replace(from_plain(SCALES[self.scale].settings | self.overrides, source="experiment"), data=self.data)
 
-    @cached_property
+    @property
+    def _fitted(self) -> Config:
+        """The settings of all rows. Where the scale, not the caller, asks for more images than there are, it is all."""
+        base = self._base
+        if base.train_size:
+            base = replace(base, train_size=max(base.train_size, IMAGES_OF_A_CLASS * self.shape[0]))
+        asked = [name for name in SIZES if name not in self.overrides and getattr(base, name)]
+        every: dict[str, Any] = {name: None for name in asked if getattr(base, name) > self.images[name]}
+        return replace(base, **every)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Classes, channels and pixels a side of the data."""
-        # What goes with validation images goes with them.
-        data = load_data(replace(self._base, val_fraction=0.0, patience=0, test_with="last"))
-        return data.num_classes, data.channels, data.image_size
+        return self._seen[0]
+
+    @property
+    def images(self) -> dict[str, int]:
+        """How many images there are to train and to test on."""
+        return self._seen[1]
+
+    @cached_property
+    def _seen(self) -> tuple[tuple[int, int, int], dict[str, int]]:
+        # All images, at their own size. What goes with validation images goes with them.
+        whole: dict[str, Any] = dict.fromkeys((*SIZES, "image_size"))
+        data = load_data(replace(self._base, **whole, val_fraction=0.0, patience=0, test_with="last"))
+        size = self._base.image_size or data.image_size
+        counts = dict(zip(SIZES, (len(data.train), len(data.test)), strict=True))
+        return (data.num_classes, data.channels, size), counts
 
     @property
     def record(self) -> Path:
         return self.out / f"{self.table}-{data_slug(self.data)}.json"
 
 
+SIZES = ("train_size", "test_size")
 IMAGES_OF_A_CLASS = 4
 """At least so many train, so that one of each class is left to validate on at the smallest scale."""
 

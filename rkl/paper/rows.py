@@ -194,4 +194,5 @@ SCALES = {
         RECIPES["paper"] | {"epochs": 100, "batch_size": 512, "lr": 0.3, "schedule": "cosine", "warmup": 2.0}, 5
     ),
 }
-"""smoke: seconds a row, learns nothing. cpu: two cores. full: one GPU, all images."""
+"""smoke: seconds a row, learns nothing. cpu: two cores. full: one GPU, all images. Where a data set has fewer images
+than a scale says, all are taken."""
