@@ -133,7 +133,7 @@ class TrainingSettings:
     ema: float = 0.0
     """Decay of the moving average of the weights, which is then what is evaluated; 0 for none."""
     patience: int = 0
-    """Stop after so many epochs without a better validation accuracy; 0 for never."""
+    """Stop after so many epochs, all after the last cut, without a better validation accuracy; 0 for never."""
     test_with: Literal["last", "best"] = "last"
     """Which epoch's model is tested, once: the last one, or the best by validation since the last cut."""
 

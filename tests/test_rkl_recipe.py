@@ -267,6 +267,9 @@ def test_early_stopping_and_the_best_epoch(tmp_path: Path, monkeypatch: pytest.M
     rows = (config.out / "log.jsonl").read_text().splitlines()
     trainer.train(config, resume=True)
     assert (config.out / "log.jsonl").read_text().splitlines() == rows, "a stopped run stays stopped"
+    late = replace(config, out=tmp_path / "late", epochs=9, patience=1, prune_at=(0.5,))
+    record = json.loads((trainer.train(late) / "metrics.json").read_text())
+    assert ([cut["epoch"] for cut in record["cuts"]], record["epochs"], record["epoch"]) == ([4], 6, 5)
 
 
 def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:

@@ -156,9 +156,10 @@ def run_epochs(
 
 
 def finished(config: Config, facts: dict[str, Any]) -> bool:
-    """Whether the last epoch is done, or so many without a better one."""
+    """Whether the last epoch is done, or so many without a better one since the last cut, which is never left out."""
     stale = facts["epoch"] - facts["best"]["epoch"] if facts["best"] else 0
-    return facts["epoch"] >= config.epochs or bool(config.patience and stale >= config.patience)
+    cut = facts["epoch"] > max(config.cut_epochs, default=-1)
+    return facts["epoch"] >= config.epochs or bool(config.patience and cut and stale >= config.patience)
 
 
 def note_best(facts: dict[str, Any], val: list[metrics.ExitMetrics]) -> bool:
