@@ -5,7 +5,11 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -243,6 +247,25 @@ def test_a_cell_that_fails_without_words_is_told(tmp_path, monkeypatch):
     settings = to_plain(Config(out=tmp_path))
     experiments._train_cell(settings, torch.get_num_threads(), SimpleNamespace(send=sent.append))
     assert sent == [f"AssertionError: without a message (see {tmp_path / 'output.txt'})"]
+
+
+def test_a_killed_command_takes_its_cells_with_it(tmp_path):
+    """Whoever holds its output lives: the cell, which would train for hours, and the server it was forked from."""
+    (tmp_path / "long.yaml").write_text("epochs: 100000\nimage_size: 16\n")
+    command = [sys.executable, "-m", "rkl", "experiments", "table5", "--data", "digits", "--scale", "smoke"]
+    options = ["--rows", "ResNet", "--config", str(tmp_path / "long.yaml"), "--out", str(tmp_path)]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        log = experiment("table5", "smoke", tmp_path, data="digits").folder("ResNet", 0) / "log.jsonl"
+        deadline = time.monotonic() + 300
+        while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert log.stat().st_size
+        process.kill()
+        process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_with_a_gpu_processes_are_spawned_and_see_one_device_each(tmp_path, monkeypatch):

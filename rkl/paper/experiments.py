@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import re
@@ -283,8 +284,18 @@ def _only_device(device: int | None) -> Iterator[None]:
                 os.environ[name] = before
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed even: nobody would read its answer, and a command
+    given again would train the same cell beside it. Its last whole epoch is kept."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
 def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
     """What the cell's process does: train (or go on), then measure the loss terms' gradients."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     config = from_plain(plain)
     file = config.out / "output.txt"
