@@ -72,6 +72,20 @@ def test_rows_may_be_trained_apart(finished):
         experiments.run(plan, only=["VGG"])
 
 
+def test_fewer_seeds_leave_the_runs_of_more_on_the_page(tmp_path, monkeypatch):
+    """The page is made from the record alone."""
+    monkeypatch.setattr(experiments, "_in_own_process", lambda *_, **__: None)
+    plan = experiment("table5", "smoke", tmp_path, data="digits", image_size=16)
+    for seeds, rows, listed in ((3, None, 3), (2, ["ResNet-KL"], 3), (4, ["ResNet"], 4)):
+        experiments.run(replace(plan, seeds=seeds), announce=lambda _: None, only=rows)
+        runs = json.loads(plan.record.read_text())["rows"]
+        assert {len(of_row) for of_row in runs.values()} == {listed}
+        assert runs["ResNet"][listed - 1] == f"runs/digits/resnet/seed-{listed - 1}"
+    plan.record.write_text("[]")
+    with pytest.raises(RunError, match="must be a record of `rkl experiments`, got a damaged one"):
+        experiments.run(plan)
+
+
 def test_finished_cells_are_not_trained_again(finished):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.json")}

@@ -32,10 +32,11 @@ from rkl_kernels.errors import told
 
 from ..config import Config, from_plain, is_other_run, read_plain, read_yaml, to_plain
 from ..network.build import without_own_options
-from ..training.files import RunError, UnwritableError, write_text
+from ..training.files import RunError, UnwritableError, read_json, understood, write_text
 from ..training.train import load_data, train
 from .compute import at_macs, cut_to_macs, macs
 from .gradients import record_gradients
+from .records import RECORD
 from .rows import ROWS, SCALES, TABLES
 
 
@@ -162,7 +163,8 @@ def run(
     from threads.
 
     Args:
-        only: the rows to train now; all of the table's by default. The record is of the whole table either way.
+        only: the rows to train now; all of the table's by default. The record is of the whole table either way, and of
+            the runs that an earlier command with more seeds left.
 
     Returns:
         The plan's record; :func:`rkl.paper.tables.write` makes the page from it.
@@ -184,20 +186,8 @@ def run(
     open_cells = [cell for cell in cells if not _finished(configs[cell])]
     if open_cells:
         load_data(configs[open_cells[0]])  # what is wrong with the data is said once, before any run
-    write_text(
-        plan.record,
-        json.dumps(
-            {
-                "table": plan.table,
-                "data": plan.data,
-                "scale": plan.scale,
-                "rows": {
-                    row: [str(plan.folder(row, s).relative_to(plan.out)) for s in range(plan.seeds)] for row in rows
-                },
-            },
-            indent=1,
-        ),
-    )
+    settled = {"table": plan.table, "data": plan.data, "scale": plan.scale}
+    write_text(plan.record, json.dumps(settled | {"rows": _listed(plan)}, indent=1))
     announce(
         f"{TABLES[plan.table].title} on {plan.data}: {len(cells)} runs, {len(cells) - len(open_cells)} done before"
     )
@@ -222,6 +212,14 @@ def run(
     if errors:
         raise RunError(f"{len(errors)} of {len(cells)} runs failed, the first: {errors[0]}")
     return plan.record
+
+
+def _listed(plan: Experiment) -> dict[str, list[str]]:
+    """Each row's runs: of as many seeds as the plan has, or as the record there lists, where those are more."""
+    with understood(plan.record, RECORD):
+        before = read_json(plan.record, RECORD)["rows"] if plan.record.exists() else {}
+        seeds = {row: max(plan.seeds, len(before.get(row, []))) for row in TABLES[plan.table].rows}
+    return {row: [str(plan.folder(row, seed).relative_to(plan.out)) for seed in range(n)] for row, n in seeds.items()}
 
 
 def _finished(config: Config) -> bool:

@@ -15,6 +15,9 @@ from ..config import read_plain
 from ..training.files import RunError, read_json, read_lines, read_record, understood
 from .comparison import Estimate, estimate, paired_difference
 
+RECORD = "a record of `rkl experiments`"
+"""What an error calls a table's JSON file."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -73,9 +76,8 @@ def load_results(folder: Path) -> list[Results]:
 
 
 def _load(folder: Path, file: Path) -> Results:
-    what = "a record of `rkl experiments`"
-    record, rows = read_json(file, what), {}
-    with understood(file, what):
+    record, rows = read_json(file, RECORD), {}
+    with understood(file, RECORD):
         for row, runs in record["rows"].items():
             for run in runs:
                 if not (folder / run).resolve().is_relative_to(folder.resolve()):
