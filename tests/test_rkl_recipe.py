@@ -69,7 +69,10 @@ def test_the_gradients_that_rank_channels(weighted: bool) -> None:
     )
     learner, data = learner_of(config), trainer.load_data(config)
     learner.wrap()
+    statistics = [buffer.clone() for buffer in learner.model.buffers()]
     trainer.taylor_gradients(config, learner, data, 1)
+    kept = zip(learner.model.buffers(), statistics, strict=True)
+    assert all(torch.equal(buffer, before) for buffer, before in kept), "a look at the loss is no training"
     found = {name: p.grad.clone() for name, p in learner.model.named_parameters()}
     learner.optimizer.zero_grad()
     learner.model.train()

@@ -330,14 +330,18 @@ def cut_ratio(config: Config, model: nn.Module, image: Tensor, cuts: list[dict[s
 
 
 def taylor_gradients(config: Config, learner: Learner, data: Dataset, epoch: int) -> None:
-    """Leave in the model the training loss's gradient over a few batches, the same in every process."""
+    """Leave in the model the training loss's gradient over a few batches, the same in every process, and no other trace
+    of them: batch norm's running statistics are put back."""
     torch.manual_seed(epoch_seed(config, epoch))  # for dropout's draws
     learner.model.train()
+    kept = [(buffer, buffer.clone()) for buffer in learner.model.buffers()]
     balance = class_balance(config, data)
     batches = training_batches(config, data, epoch, drop_last=True)
     for (images, labels), _ in zip(batches, range(TAYLOR_BATCHES), strict=False):
         losses = training_losses(outputs(learner.model(images)), labels, config.loss, balance)
         torch.stack(list(losses.values())).sum().backward()
+    for buffer, before in kept:
+        buffer.copy_(before)
 
 
 def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any], log: RunLog) -> dict[str, Any]:
