@@ -119,6 +119,20 @@ def test_a_network_that_cannot_be_cut_is_refused_before_it_trains(
     assert not config.out.exists()
 
 
+def test_a_share_that_no_cut_leaves_is_refused_before_it_trains(tmp_path: Path) -> None:
+    """With the least there is, which trains."""
+    config = replace(TINY, out=tmp_path / "run", epochs=4, prune_at=(0.5, 0.75), prune_macs=0.001)
+    with pytest.raises(ValueError, match=r"prune_macs must be at least 0\.\d+, which is as .*, got 0.001") as refused:
+        trainer.train(config)
+    assert not config.out.exists()
+    least = float(str(refused.value).split("at least ")[1].split(",")[0])
+    with pytest.raises(ValueError, match=f"prune_macs must be at least {least}, "):
+        trainer.train(replace(config, prune_macs=least - 0.002))
+    record = json.loads((trainer.train(replace(config, prune_macs=least)) / "metrics.json").read_text())
+    assert len(record["cuts"]) == 2
+    assert record["cuts"][-1]["after"]["macs"] <= least * record["cuts"][0]["before"]["macs"]
+
+
 def test_a_network_without_norms_has_no_l1_term() -> None:
     assert gamma_l1(nn.Conv2d(3, 4, 1)) == 0.0
 

@@ -184,8 +184,12 @@ def plan_cut(model: nn.Module, example: Tensor, ratio: float, by: Importance = "
     """The cut that takes at most ``ratio`` of every group's channels, the least important ones."""
     if not 0 < ratio < 1:
         raise ValueError(f"ratio must be between 0 and 1, got {ratio}")
+    return _cut_of(channel_groups(model, example), ratio, by)
+
+
+def _cut_of(groups: list[Group], ratio: float, by: Importance = "magnitude") -> Cut:
     cut: Cut = {}
-    for group in channel_groups(model, example):
+    for group in groups:
         score = group.importance(by)
         leaving = set(score.argsort()[: group.channels - channels_kept(group.channels, ratio)].tolist())
         for name, layer, side, indices, root in group.members:
@@ -316,8 +320,12 @@ def prune(
     return cut
 
 
+LARGEST = 0.95
+"""Of the ratios that a cut to a target may take."""
+
+
 def smallest_ratio(model: nn.Module, example: Tensor, fits: Callable[[nn.Module], bool], target: str) -> float:
-    """The smallest ratio up to 0.95 (to 1 part in 128, by seven halvings) whose cut leaves a model that ``fits``.
+    """The smallest ratio up to LARGEST (to 1 part in 128, by seven halvings) whose cut leaves a model that ``fits``.
 
     Args:
         fits: holds for every larger cut, where it holds for one.
@@ -327,15 +335,19 @@ def smallest_ratio(model: nn.Module, example: Tensor, fits: Callable[[nn.Module]
         ValueError: not even the largest cut fits.
     """
 
+    groups = channel_groups(model, example)  # the same for every ratio
+
     def cut_fits(ratio: float) -> bool:
         slim = copy.deepcopy(model)
-        prune(slim, example, ratio)
+        apply_cut(slim, _cut_of(groups, ratio))
         return fits(slim)
 
-    low, high = 0.0, 0.95
+    low, high = 0.0, LARGEST
     for _ in range(7):
         middle = (low + high) / 2
         low, high = (low, middle) if cut_fits(middle) else (middle, high)
-    if high == 0.95 and not cut_fits(high):
-        raise ValueError(f"{target} must be within reach of a cut of 95% of the channels, got one that is not")
+    if high == LARGEST and not cut_fits(high):
+        raise ValueError(
+            f"{target} must be within reach of a cut of {LARGEST:.0%} of the channels, got one that is not"
+        )
     return high

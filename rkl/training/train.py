@@ -22,6 +22,7 @@ from ..network.build import check_options
 from ..network.model import Exits, ResNet, ResNetKL
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
+from .cuts import check_reach, cut_ratio
 from .evaluation import collect, device_name, evaluate, evaluation_batches, peak_memory, precision_on, size_of
 from .files import RunError, read_json, to_json, write_text
 from .guard import StepGuard, check_cuttable, check_finite, check_splits, in_one_line
@@ -74,9 +75,11 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         checkpoint.check_data(config.out, facts, data)
     if finished(config, facts) and is_tested(config, facts):  # the test images are looked at once
         return reported(config, fabric)
-    if not resumed and config.cut_epochs and not isinstance(learner.model, ResNet):
+    if not resumed and config.cut_epochs:
         image = next(evaluation_batches(data.train, data, 1))[0]
-        check_cuttable(learner.model, image, f"prune_at must be empty for {config.model}", config.prune_at)
+        if not isinstance(learner.model, ResNet):
+            check_cuttable(learner.model, image, f"prune_at must be empty for {config.model}", config.prune_at)
+        check_reach(config, learner.model, image)
     fabric.launch()
     fabric.barrier()
     with log.opened(facts["epoch"], writing=fabric.is_global_zero), in_one_line(config, fabric, log):
@@ -316,17 +319,6 @@ def cut(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any]) 
 def _state(config: Config, learner: Learner, example: Tensor, data: Dataset) -> dict[str, float]:
     val = evaluate(learner.evaluated, data.val, data, config)
     return size_of(learner.evaluated, example) | ({"val_accuracy": val[-1]["accuracy"]} if val else {})
-
-
-def cut_ratio(config: Config, model: nn.Module, image: Tensor, cuts: list[dict[str, Any]], macs: float) -> float:
-    """The ratio of the cut that follows ``cuts``, on a model of so many multiply-accumulates: prune_ratio, or the least
-    that takes this cut's part of the way to prune_macs."""
-    if config.prune_macs is None:
-        return config.prune_ratio
-    first = cuts[0]["before"]["macs"] if cuts else macs
-    limit = first * config.prune_macs ** ((len(cuts) + 1) / len(config.cut_epochs))
-    target = f"prune_macs {config.prune_macs}"
-    return pruning.smallest_ratio(model, image, lambda slim: metrics.count_macs(slim, image) <= limit, target)
 
 
 def taylor_gradients(config: Config, learner: Learner, data: Dataset, epoch: int) -> None:
