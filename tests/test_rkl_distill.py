@@ -117,6 +117,16 @@ def test_a_model_with_one_output_has_one_term(exits: Exits) -> None:
     assert training_losses(Exits(exits.logits[:1]), torch.tensor([0, 3, 1]), LossWeights()).keys() == {"deepest"}
 
 
+def test_smoothing_gives_every_class_its_part(exits: Exits) -> None:
+    """Of 0.2, each of four classes gets 0.05; in the heads too."""
+    labels = torch.tensor([0, 3, 1])
+    targets = [[0.85 if c == label else 0.05 for c in range(4)] for label in labels.tolist()]
+    losses = training_losses(exits, labels, LossWeights(smoothing=0.2, x=0.25))
+    *shallow, deepest = (cross_entropy(logits.tolist(), targets) for logits in exits.logits)
+    assert float(losses["deepest"]) == pytest.approx(deepest)
+    assert float(losses["heads"]) == pytest.approx(0.75 * LossWeights().heads * sum(shallow))
+
+
 def test_l1_gradient_is_the_sign_of_gamma() -> None:
     norm = torch.nn.BatchNorm2d(3)
     with torch.no_grad():

@@ -249,26 +249,6 @@ def test_the_gradient_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
     assert other.scaler.get_scale() == 8.0
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"mixup": 0.2, "cutmix_probability": 0.5, "augment": "trivial", "erasing": 0.25, "cutout": 2},
-        {"nesterov": True, "clip": 0.1, "accumulate": 2, "decay": "all", "ema": 0.9, "warmup": 1.0},
-        {"loss": replace(TINY.loss, smoothing=0.1), "class_weights": True, "precision": "bf16-mixed"},
-        {"model": "resnet", "val_fraction": 0.0},
-    ],
-    ids=["augmentation", "optimiser", "loss and bf16", "no validation"],
-)
-def test_every_knob_trains(tmp_path: Path, changes: dict) -> None:
-    folder = trainer.train(replace(TINY, out=tmp_path / "run", **changes))
-    record = json.loads((folder / "metrics.json").read_text())
-    assert record["training_loss"]["total"] > 0
-    assert record["epochs"] == 2
-    if changes.get("val_fraction") == 0:
-        assert (record["best"], record["val"], record["thresholds"]) == (None, [], None)
-        assert record["test_images"] == 40
-
-
 def test_early_stopping_and_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation that never gets better than in the first epoch."""
     real, calls = trainer.evaluate, []
