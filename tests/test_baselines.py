@@ -5,7 +5,9 @@ import torch
 
 from rkl.network import baselines
 from rkl.network.baselines import BASELINES, create
+from rkl.network.deployed import deployed
 from rkl.network.replknet import RepLKNet
+from rkl.training.evaluation import size_of
 
 # The parameter counts that torchvision (weights' meta data) and timm (results tables) publish for 1,000 classes.
 PUBLISHED = {
@@ -42,6 +44,29 @@ def test_replknet_31b_has_the_published_79_86_million_parameters():
     with torch.device("meta"):
         model = RepLKNet(1000, channels=(128, 256, 512, 1024), blocks=(2, 2, 18, 2))
     assert round(parameters(model) / 1e6, 2) == 79.86  # mmpretrain, configs/replknet
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_deployed_baseline_has_its_norms_folded(name):
+    """As ResNet-KL has, which it is compared with; left are those that no convolution comes right before."""
+    torch.manual_seed(0)
+    model, x = create(name, classes=4, image_size=32, width=8).double(), torch.randn(3, 3, 32, 32).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.weight.data, module.running_var):
+                values.uniform_(0.5, 2)
+            for values in (module.bias.data, module.running_mean):
+                values.normal_()
+    found = deployed(model)
+    assert model.training
+    assert not found.training
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in found.modules())
+    assert norms == {"densenet": 62, "replknet": 25}.get(name, 0)
+    expected = model.eval()(x).detach()
+    torch.testing.assert_close(found(x), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    sizes = size_of(model, x)
+    assert sizes["deployed_parameters"] == parameters(found) <= sizes["parameters"] == parameters(model)
 
 
 @pytest.mark.usefixtures("one_thread")

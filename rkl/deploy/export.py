@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rkl_kernels as rk
 
-from ..network.model import ResNet
+from ..network.deployed import deployed
 from ..training.checkpoint import Run, example_image
 from ..training.files import check_writable, replacing
 
@@ -33,7 +33,7 @@ def export(run: Run, format: str, out: Path | None = None) -> tuple[Path, float]
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     file = (out or run.folder) / FORMATS[format]
     check_writable(file)
-    model = run.model.deploy() if isinstance(run.model, ResNet) else run.model.eval().requires_grad_(False)
+    model = deployed(run.model)
     image = torch.randn(3, *example_image(run).shape[1:], generator=torch.Generator().manual_seed(0)).to(run.device)
     with replacing(file) as partial:
         # Full float32 on a GPU too: TF32's three digits would hide what the check is for.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..network.model import ResNet
+from ..network.deployed import deployed
 from ..slimming import pruning
 from ..training import metrics
 from ..training.checkpoint import Run, check_data, example_image
@@ -43,12 +43,12 @@ def cut_to_latency(model: nn.Module, image: Tensor, milliseconds: float) -> nn.M
         raise ValueError(f"target_latency_ms must be above 0 and finite, got {milliseconds}")
     images = image.expand(LATENCY_BATCH, -1, -1, -1).contiguous()
 
-    own = metrics.measure_latency(_deployed(model), images)
+    own = metrics.measure_latency(deployed(model), images)
     if own <= milliseconds:
         raise ValueError(f"target_latency_ms must be below the model's own {own:.2f} ms, got {milliseconds}")
 
     def fast_enough(slim: nn.Module) -> bool:
-        return metrics.measure_latency(_deployed(slim), images) <= milliseconds
+        return metrics.measure_latency(deployed(slim), images) <= milliseconds
 
     slim = _smallest_cut(model, image, fast_enough, f"target_latency_ms {milliseconds}")
     if metrics.count_parameters(slim) == metrics.count_parameters(model):  # the target is within the clock's noise
@@ -56,17 +56,13 @@ def cut_to_latency(model: nn.Module, image: Tensor, milliseconds: float) -> nn.M
             f"target_latency_ms must need a cut, got {milliseconds}, which the model meets in some measurements; "
             "lower it"
         )
-    before, after = metrics.measure_latencies([_deployed(model), _deployed(slim)], images)
+    before, after = metrics.measure_latencies([deployed(model), deployed(slim)], images)
     if after >= before:
         raise ValueError(
             f"target_latency_ms must need a cut that makes the model faster, got {milliseconds}: "
             f"{before:.2f} ms before, {after:.2f} ms after"
         )
     return slim
-
-
-def _deployed(model: nn.Module) -> nn.Module:
-    return model.deploy() if isinstance(model, ResNet) else model
 
 
 def _smallest_cut(model: nn.Module, image: Tensor, fits: Callable[[nn.Module], bool], target: str) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import from_plain
 from ..network.build import build_model
-from ..network.model import ResNet
+from ..network.deployed import deployed
 from ..slimming import pruning
 from ..training import metrics
 from ..training.evaluation import default_device
@@ -38,7 +38,7 @@ def rebuilt(run: Run) -> nn.Module:
     config, (channels, size) = from_plain(run.config), run.metrics["image"]
     model = build_model(replace(config, weights=None), len(run.metrics["classes"]), channels, size)
     pruning.apply_plan(model, run.metrics["plan"])
-    return model.eval().deploy() if isinstance(model, ResNet) else model.eval()
+    return deployed(model.eval())
 
 
 def measure(found: list[Results]) -> list[dict[str, Latency]]:

@@ -193,8 +193,9 @@ def _cost(results: Results, latencies: dict[str, Latency]) -> str:
         rows.append([*cells, str(latencies[row]) if row in latencies else "-"])
     return (
         f"{markdown_table(['', *COSTS, 'latency, ms for 16'], rows)}\n\nMeans over the seeds. Latency is of the "
-        "deployed network, median and quartiles of 15 passes, the rows in turns when this page was written; training "
-        "time shared the machine with whatever else ran on it. Peak memory is the process's, the data included."
+        "deployed network, norms folded and shallow heads gone, median and quartiles of 15 passes, the rows in turns "
+        "when this page was written; training time shared the machine with whatever else ran on it. Peak memory is the "
+        "process's, the data included."
     )
 
 

@@ -12,7 +12,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from .. import data as datasets
 from ..config import Config, Precision
 from ..data import Dataset, Split
-from ..network.model import ResNet
+from ..network.deployed import deployed
 from . import metrics
 
 
@@ -72,12 +72,12 @@ def evaluate(model: nn.Module, split: Split, data: Dataset, config: Config) -> l
 
 def size_of(model: nn.Module, example: Tensor) -> dict[str, float]:
     """Parameters, those left after deployment, multiply-accumulates an image, and milliseconds for ``example``."""
-    deployed = model.deploy() if isinstance(model, ResNet) else model
+    in_use = deployed(model)
     return {
         "parameters": metrics.count_parameters(model),
-        "deployed_parameters": metrics.count_parameters(deployed),
+        "deployed_parameters": metrics.count_parameters(in_use),
         "macs": metrics.count_macs(model, example[:1]),
-        "latency_ms": metrics.measure_latency(deployed, example),
+        "latency_ms": metrics.measure_latency(in_use, example),
         "latency_batch": len(example),
     }
 
