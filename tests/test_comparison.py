@@ -56,6 +56,9 @@ def test_an_undecided_interval_holds_zero():
 def test_a_small_interval_around_zero_does_nothing():
     (judged,) = holm([Estimate(0.05, 0.02, 5)], negligible=0.2)
     assert judged.verdict == "does nothing"
+    (judged,) = holm([Estimate(0.1, 0.01, 10)], negligible=0.2)
+    assert judged.p < 0.05
+    assert judged.verdict == "does nothing", "though it is not zero"
 
 
 def test_what_does_nothing_is_corrected_too():

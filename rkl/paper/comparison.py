@@ -86,8 +86,8 @@ def holm(differences: Sequence[Estimate], negligible: float) -> list[Judged]:
     """Judge the differences of one table together (Holm, 1979): the k-th smallest of m p-values is multiplied by
     m - k + 1, and none may be smaller than the one before it.
 
-    A difference helps or harms where its adjusted p is below 0.05, does nothing where its corrected interval lies
-    within ``negligible`` of zero, and is not decided otherwise.
+    A difference does nothing where its corrected interval lies within ``negligible`` of zero, whatever its p; else it
+    helps or harms where its adjusted p is below 0.05, and is not decided otherwise.
     """
     order = sorted(range(len(differences)), key=lambda i: differences[i].p)
     judged: dict[int, Judged] = {}

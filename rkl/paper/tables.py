@@ -250,9 +250,9 @@ def _verdicts(results: Results, latencies: dict[str, Latency]) -> str:
     if not compared:
         return ""
     rule = (
-        "Paired differences in test accuracy, judged together by Holm's method: helps or harms where the corrected p "
-        f"is below 0.05, does nothing where the corrected interval lies within {NEGLIGIBLE} points of zero, else not "
-        "decided."
+        "Paired differences in test accuracy, judged together by Holm's method: does nothing where the corrected "
+        f"interval lies within {NEGLIGIBLE} points of zero, whatever the p; else helps or harms where the corrected p "
+        "is below 0.05; else not decided."
     )
     limits = smallest_decidable([judged.difference for _, judged in compared])
     if limits:
