@@ -1,10 +1,15 @@
 """Intervals against SciPy's own tests, verdicts at their borders, and what cannot be in the paper's tables."""
 
+from dataclasses import replace
+from datetime import datetime, timezone
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from rkl.paper import records, tables
 from rkl.paper.comparison import Estimate, estimate, holm, impossible, paired_difference, smallest_decidable
+from rkl.paper.rows import Factor
 
 
 def test_interval_agrees_with_scipy():
@@ -23,6 +28,34 @@ def test_paired_difference_agrees_with_scipy_and_uses_shared_seeds():
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((expected.low, expected.high))
     assert found.n == 3
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_estimates_pair_by_seed():
+    def run(seed, accuracy):
+        return records.Run(seed, {}, {"test": [{"accuracy": accuracy}]}, [], {})
+
+    results = records.Results(
+        "table5", "digits", "cpu", {"a": [run(0, 0.9), run(1, 0.8)], "b": [run(1, 0.7), run(2, 0.1)]}, 6
+    )
+    assert results.difference("a", "b", lambda r: r.deepest["accuracy"]) == estimate([0.8 - 0.7])
+    assert results.difference("a", "c", lambda r: r.deepest["accuracy"]) is None
+
+
+def test_training_times_of_other_days_are_not_compared():
+    def runs(*days, seconds=60):
+        size = {"parameters": 1, "deployed_parameters": 1, "macs": 1}
+        metrics = {"size": size, "seconds": seconds, "data_share": 0.0, "peak_memory_bytes": 0}
+        moments = [datetime(2026, 11, day, tzinfo=timezone.utc) for day in days]
+        return [records.Run(s, {}, metrics, [], {}, day) for s, day in enumerate(moments)]
+
+    rows = {"ResNet": runs(1, 3, 5), "near": runs(2, 4, seconds=90), "far": runs(5, 9), "unknown": runs(1)}
+    rows["unknown"] = [replace(run, looked_at=None) for run in rows["unknown"]]
+    results = records.Results("table5", "digits", "cpu", rows, 8)
+    said = {row: tables._ratios(results, {}, Factor("", row, "ResNet")) for row in rows}
+    assert "1.50 of the training time" in said["near"]
+    assert all("training times not compared" in said[row] for row in ("far", "unknown"))
+    assert "not known to have run within 2 days" in tables._cost(results, {})
+    assert "2 days" not in tables._cost(replace(results, rows={"ResNet": rows["ResNet"], "near": rows["near"]}), {})
 
 
 def test_one_run_has_no_interval_and_decides_nothing():

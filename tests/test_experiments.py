@@ -23,7 +23,6 @@ from rkl.distill import LossWeights
 from rkl.network.build import check_options
 from rkl.network.model import ResNetKL
 from rkl.paper import experiments, latency, records, tables
-from rkl.paper.comparison import estimate
 from rkl.paper.compute import macs
 from rkl.paper.experiments import experiment
 from rkl.paper.gradients import gradient_norms, shares
@@ -333,17 +332,6 @@ def test_published_rows_are_rows_of_the_tables():
     for public in others["public"].values():
         assert set(public["rows"]) <= set(ROWS)
         assert public["source"]
-
-
-def test_estimates_pair_by_seed(tmp_path):
-    def run(seed, accuracy):
-        return records.Run(seed, {}, {"test": [{"accuracy": accuracy}]}, [], {})
-
-    results = records.Results(
-        "table5", "digits", "cpu", {"a": [run(0, 0.9), run(1, 0.8)], "b": [run(1, 0.7), run(2, 0.1)]}, 6
-    )
-    assert results.difference("a", "b", lambda r: r.deepest["accuracy"]) == estimate([0.8 - 0.7])
-    assert results.difference("a", "c", lambda r: r.deepest["accuracy"]) is None
 
 
 @pytest.mark.usefixtures("one_thread")

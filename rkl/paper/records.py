@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -15,19 +16,23 @@ from ..config import read_plain
 from ..training.files import RunError, read_json, read_lines, read_record, understood
 from .comparison import Estimate, estimate, paired_difference
 
+APART = timedelta(days=2)
+"""Between runs whose training times are compared, at most: what the machine does and the code change from then on."""
 RECORD = "a record of `rkl experiments`"
 """What an error calls a table's JSON file."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its settings, metrics.json, the lines of log.jsonl, and gradients.json."""
+    """One finished run: its settings, metrics.json, the lines of log.jsonl, gradients.json, and when it ended: its test
+    images were looked at then. None in records from before that was noted."""
 
     seed: int
     config: dict[str, Any]
     metrics: dict[str, Any]
     epochs: list[dict[str, Any]]
     gradients: dict[str, dict[str, float]]
+    looked_at: datetime | None = None
 
     @property
     def deepest(self) -> dict[str, float]:
@@ -59,6 +64,15 @@ class Results:
             return None
         ours, theirs = ({run.seed: value(run) for run in self.rows[name]} for name in (row, against))
         return paired_difference(ours, theirs)
+
+    def together(self, *rows: str) -> bool:
+        """Whether each run of two rows ended within APART of one of the other's, so that their times compare."""
+        ours, theirs = ([run.looked_at for run in self.rows[row]] for row in rows)
+
+        def beside(moment: datetime | None, others: list[datetime | None]) -> bool:
+            return any(moment and other and abs(moment - other) <= APART for other in others)
+
+        return all(beside(one, theirs) for one in ours) and all(beside(one, ours) for one in theirs)
 
 
 def load_results(folder: Path) -> list[Results]:
@@ -93,7 +107,9 @@ def _load_run(folder: Path) -> Run:
     metrics, gradients = (read_record(folder / name) for name in ("metrics.json", "gradients.json"))
     epochs, config = read_lines(folder / "log.jsonl"), read_plain(folder / "config.yaml")
     with understood(folder / "metrics.json", "a run's record"):
-        return Run(metrics["seed"], config, metrics, epochs, gradients)
+        moment = metrics.get("test_looked_at")
+        looked_at = None if moment is None else datetime.fromisoformat(moment)
+        return Run(metrics["seed"], config, metrics, epochs, gradients, looked_at)
 
 
 def published() -> dict[str, Any]:

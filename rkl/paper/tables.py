@@ -5,6 +5,7 @@ Every figure of ours is read from run records (:mod:`rkl.paper.records`), every 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from . import figures
 from .comparison import Estimate, Judged, f1_ceiling, holm, impossible, smallest_decidable
 from .experiments import data_slug
 from .latency import Latency, measure
-from .records import Results, Run, load_results, published
+from .records import APART, Results, Run, load_results, published
 from .rows import FACTORS, TABLES, Factor
 
 NEGLIGIBLE = 0.2
@@ -191,11 +192,15 @@ def _cost(results: Results, latencies: dict[str, Latency]) -> str:
         for value, digits, scale in COSTS.values():
             cells.append(f"{scale * results.over_seeds(row, value).mean:,.{digits}f}")
         rows.append([*cells, str(latencies[row]) if row in latencies else "-"])
+    apart = any(not results.together(*pair) for pair in itertools.combinations(results.rows, 2))
+    far = (
+        f" Some rows are not known to have run within {APART.days} days of others: those training times do not compare."
+    )
     return (
         f"{markdown_table(['', *COSTS, 'latency, ms for 16'], rows)}\n\nMeans over the seeds. Latency is of the "
         "deployed network, norms folded and shallow heads gone, median and quartiles of 15 passes, the rows in turns "
         "when this page was written; training time shared the machine with whatever else ran on it. Peak memory is the "
-        "process's, the data included."
+        f"process's, the data included.{far if apart else ''}"
     )
 
 
@@ -225,7 +230,9 @@ def _ratios(results: Results, latencies: dict[str, Latency], factor: Factor) -> 
         ("training, s", "training time"),
     ):
         own, base = (results.over_seeds(row, COSTS[key][0]).mean for row in (factor.row, factor.against))
-        if base:
+        if key == "training, s" and not results.together(factor.row, factor.against):
+            ratios.append("training times not compared")
+        elif base:
             ratios.append(f"{own / base:.2f} of the {noun}")
     if factor.row in latencies and factor.against in latencies:
         ratios.append(f"{latencies[factor.row].median / latencies[factor.against].median:.2f} of the latency")
