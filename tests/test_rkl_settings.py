@@ -59,14 +59,6 @@ def test_warm_up_is_linear_and_beside_the_schedule() -> None:
     assert found == pytest.approx([0.0, 0.3, 0.09 * 2.5 / 3, 0.09, 0.009])
 
 
-def test_a_run_takes_the_learning_rate_of_each_step(tmp_path: Path) -> None:
-    config = replace(TINY, out=tmp_path / "run", warmup=1.5, schedule="cosine")
-    steps = trainer.steps_an_epoch(config, len(trainer.load_data(config).train))
-    rows = (trainer.train(config) / "log.jsonl").read_text().splitlines()
-    found = [json.loads(row)["lr"] for row in rows]
-    assert found == pytest.approx([config.learning_rate(epoch + 1 - 1 / steps) for epoch in range(2)])
-
-
 def test_batches_are_asked_for_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"augment": "trivial", "mixup": 0.2, "cutout": 3, "erasing": 0.25, "sampling": "balanced", "seed": 7}
     config, seen = replace(TINY, cutmix_probability=0.5, **asked), []
