@@ -61,7 +61,7 @@ class Window {
         written_(given.written.from),
         read_step_((given.read.in_columns ? 1 : V) * given.read.step),
         written_step_((given.written.in_columns ? 1 : V) * given.written.step),
-        newest_(given.rows + (given.units + (R - 1) * given.shift) * P::kRows - kNewest),
+        newest_(given.ahead ? given.rows + (given.units + (R - 1) * given.shift) * P::kRows - kNewest : nullptr),
         ahead_(given.ahead) {
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) out_[r] = given.out[r];
