@@ -178,14 +178,8 @@ class FilterRows {
         kernel_w_(g.kernel_w),
         taps_(g.kernel_h * g.kernel_w),
         zeros_(image_row) {
+    for (const Lattice& l : down_) pairs_ = std::max(pairs_, ceil_div(l.count, 2));
     for (const Lattice& l : lattices_of(forward.horizontal, forward.in_w)) across_.emplace_back(l);
-  }
-
-  // Pairs of rows of the longest of the lattices.
-  int64_t height() const {
-    int64_t pairs = 0;
-    for (const Lattice& l : down_) pairs = std::max(pairs, ceil_div(l.count, 2));
-    return pairs;
   }
 
   // Makes zeros of the sums of a tile's vectors, before any row is added. sums: of vector 0, here and below.
@@ -206,23 +200,27 @@ class FilterRows {
   }
 
  protected:
+  int64_t lattices() const { return int64_t(down_.size()); }
+  // Pairs of rows of the longest of the lattices.
+  int64_t pairs() const { return pairs_; }
   // Of the gradient's rows, those that the pairs before `pair` are.
   int64_t rows_before(int64_t pair) const { return 2 * pair * down_[0].pitch; }
 
-  // A tile's pairs of rows of every lattice.
-  void add(const Image<const T>& in, const Image<const T>& grad, float* sums, const Tile& tile) {
-    for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
-      for (const Lattice& down : down_)
-        for (int64_t j = 2 * pair; j < std::min(2 * pair + 2, down.count); j += kRows)
-          rows_of(in, grad, down, j, tile.first_vector, tile.last_vector, sums);
+  // Adds pair step % pairs() of lattice step / pairs(), of a tile's vectors.
+  void add(const Image<const T>& in, const Image<const T>& grad, float* sums, int64_t step, const Tile& tile) {
+    const int64_t i = step / pairs_, pair = step % pairs_;
+    const Lattice* after = i + 1 < lattices() ? &down_[i + 1] : nullptr;
+    for (int64_t j = 2 * pair; j < std::min(2 * pair + 2, down_[i].count); j += kRows)
+      rows_of(in, grad, down_[i], after, j, tile.first_vector, tile.last_vector, sums);
   }
 
  private:
   // Vectors at once from v on. The sums of more taps leave no room for two.
   int64_t together(int64_t v) const { return kernel_w_ <= kWindowTaps ? vectors_together<T>(lanes_, v) : 1; }
 
-  void rows_of(const Image<const T>& in, const Image<const T>& grad, const Lattice& down, int64_t j, int64_t first,
-               int64_t last, float* sums) {
+  // after: the lattice whose rows come behind this one's last ones.
+  void rows_of(const Image<const T>& in, const Image<const T>& grad, const Lattice& down, const Lattice* after,
+               int64_t j, int64_t first, int64_t last, float* sums) {
     const int64_t rows = std::min<int64_t>(kRows, down.count - j), top = down.step * j - down.left;
     rows_.clear();
     for (int a = 0; a < down.taps; ++a) {
@@ -231,20 +229,19 @@ class FilterRows {
       for (int i = 0; i < kRows; ++i) {
         const int64_t c = top + a + i * down.step;
         const bool inside = i < rows && c >= 0 && c < down.inputs;
-        row.row[i] = inside ? in.first + (down.origin + down.unit * c) * in.row : zeros_.data();
+        row.row[i] = inside ? in.first + down.input(c) * in.row : zeros_.data();
         any = any || inside;
       }
       row.sums = sums + int64_t(a) * kernel_w_ * kLanes;
       if (any) rows_.push_back(row);
     }
     FilterJob<T> job{};
-    for (int i = 0; i < kRows; ++i)
-      job.grad[i] = i < rows ? grad.first + (down.first + down.pitch * (j + i)) * grad.row : zeros_.data();
+    for (int i = 0; i < kRows; ++i) job.grad[i] = i < rows ? grad.first + down.output(j + i) * grad.row : zeros_.data();
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
-    const char* read = reinterpret_cast<const char*>(
-        in.first + (down.origin + down.unit * (top + down.step * (rows - 1) + down.taps)) * in.row);
-    const char* beside = reinterpret_cast<const char*>(grad.first + (down.first + down.pitch * (j + rows)) * grad.row);
+    const RowsAhead ahead(down, j + rows, after, 0);
+    const char* read = reinterpret_cast<const char*>(in.first + ahead.read * in.row);
+    const char* beside = reinterpret_cast<const char*>(grad.first + ahead.written * grad.row);
     job.sums_vector = Lanes::at(1, 0, taps_ + 1);
     // One call makes all vectors of a turn, up to the last one, which may overlap its neighbour.
     const int64_t whole = std::min(last, lanes_.channels / kLanes);
@@ -263,10 +260,10 @@ class FilterRows {
                       down.pitch * grad.row * size, !linear};
         if (in.distance < Distance::beyond) job.read.step = 0;
         if (grad.distance < Distance::beyond) job.beside.step = 0;
-        const int64_t ahead = in.distance == Distance::far ? elements_ahead<T>(l.inputs, job.pitch) : 0;
+        const int64_t columns_ahead = in.distance == Distance::far ? elements_ahead<T>(l.inputs, job.pitch) : 0;
         for (int64_t i = 0; wants_bias_ && i < vectors; ++i)
           add_bias(job, i, int(rows), sums + Lanes::at(v + i, taps_, taps_ + 1));
-        const int64_t steps = run(job, pieces, int(here), of_vector, ahead);
+        const int64_t steps = run(job, pieces, int(here), of_vector, columns_ahead);
         if (linear) read += steps * vectors * vector, beside += steps * vectors * vector;
       }
     }
@@ -306,6 +303,7 @@ class FilterRows {
   const Lanes lanes_;
   const bool wants_bias_;
   const std::vector<Lattice> down_;
+  int64_t pairs_ = 0;
   const int64_t turn_;
   const int kernel_w_, taps_;
   ZeroRow<T> zeros_;

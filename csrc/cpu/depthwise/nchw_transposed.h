@@ -151,6 +151,8 @@ class PlaneFilterRows : PlaneScratch<T>, public FilterRows<T> {
       : PlaneScratch<T>(gather, lanes, g),
         FilterRows<T>(gather, g, lanes, wants_bias, std::max(g.in_w, g.out_w) * lanes.vectors() * kLanes) {}
 
+  int64_t height() const { return this->pairs(); }
+
   // Adds the tile's pairs of rows of the output's gradient to the filter's gradient.
   void correlate_rows(const T* in, const T* grad, float* sums, const Tile& tile) {
     const int64_t begin = this->rows_before(tile.first_row), width = this->gather_.out_w;
@@ -158,7 +160,11 @@ class PlaneFilterRows : PlaneScratch<T>, public FilterRows<T> {
     this->fill(in, tile, begin, end);
     this->image_out_.fill(this->planes(grad, tile, this->gather_.out_h * width), width, begin, end,
                           this->channels(tile));
-    this->add(this->whole(this->image_in_.read(), tile), this->whole(this->image_out_.read(), tile), sums, tile);
+    const Image<const T> image = this->whole(this->image_in_.read(), tile);
+    const Image<const T> gradient = this->whole(this->image_out_.read(), tile);
+    for (int64_t i = 0; i < this->lattices(); ++i)
+      for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
+        this->add(image, gradient, sums, i * this->pairs() + pair, tile);
   }
 };
 
@@ -186,7 +192,9 @@ class PlaneRows : PlaneScratch<T> {
     this->image_out_.resize(begin, end, this->gather_.out_w, this->channels(tile));
     const Image<const T> from = this->whole(this->image_in_.read(), tile);
     const Image<T> to = this->whole(this->image_out_.image(), tile);
-    for (int64_t pair = first; pair < last; ++pair) rows_.make(from, to, pair, tile.first_vector, tile.last_vector);
+    for (int64_t i = 0; i < rows_.classes(); ++i)
+      for (int64_t pair = first; pair < last; ++pair)
+        rows_.make(from, to, i * rows_.pairs() + pair, tile.first_vector, tile.last_vector);
     this->image_out_.empty_into(this->planes(out, tile, this->gather_.out_h * this->gather_.out_w), this->gather_.out_w,
                                 begin, end);
   }

@@ -35,8 +35,7 @@ Conv2d in_whole_vectors(Conv2d g) {
 // in runs of 2 KiB; but 31 x 31: 23 ms for 24 vectors, 17.7 ms for 4).
 // rows: of the input, that a pair of rows of outputs spans.
 template <class T>
-Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t pairs, int64_t bands,
-                     int64_t strips = 1) {
+Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t pairs, int64_t bands, int64_t strips) {
   const int64_t vectors = lanes.vectors(), line = kLanes * int64_t(sizeof(T));
   const int64_t span = rows * g.in_w * line;
   const int64_t rows_fit = std::max<int64_t>(cache_share() / span, 2048 / line);
@@ -79,9 +78,12 @@ class NhwcFilterRows : public FilterRows<T> {
         in_(distance_of(bytes_of<T>(g, g.in_h, g.in_w), bytes_of_gradients<T>(g))),
         grad_(distance_of(bytes_of<T>(g, g.out_h, g.out_w), bytes_of_gradients<T>(g))) {}
 
+  int64_t height() const { return this->lattices() * this->pairs(); }
+
   void correlate_rows(const T* in, const T* grad, float* sums, const Tile& tile) {
-    this->add(nhwc_image(in, in_, tile.image, g_.in_h, g_.in_w, g_.channels),
-              nhwc_image(grad, grad_, tile.image, g_.out_h, g_.out_w, g_.channels), sums, tile);
+    const auto image = nhwc_image(in, in_, tile.image, g_.in_h, g_.in_w, g_.channels);
+    const auto gradient = nhwc_image(grad, grad_, tile.image, g_.out_h, g_.out_w, g_.channels);
+    for (int64_t step = tile.first_row; step < tile.last_row; ++step) this->add(image, gradient, sums, step, tile);
   }
 
  private:
@@ -89,18 +91,16 @@ class NhwcFilterRows : public FilterRows<T> {
   const Distance in_, grad_;
 };
 
-// by_class: the rows of a dilation's lattices apart, so that fewer have to stay in the cache. Not beside a filter's
-// gradient, whose rows go lattice by lattice.
-template <class T, bool by_class>
+// forward: outputs; else the image's gradient, in one pass with the filter's.
+template <class T, bool forward>
 class NhwcRows {
  public:
   using Filter = NhwcFilterRows<T>;
   using Operand = T;
 
   static Tiling tiling(const Conv2d& g, const Lanes& lanes, int64_t height) {
-    if (by_class) return window_tiling<T>(g, lanes, g.kernel_h + 1, height, 32, strips_of<T>(g));
-    return window_tiling<T>(g, lanes, int64_t(g.kernel_h - 1) * g.dilation_h + 2, height,
-                            g.batch * g.channels * height);
+    const int64_t bands = forward ? 32 : g.batch * g.channels * height;
+    return window_tiling<T>(g, lanes, g.kernel_h + 1, height, bands, forward ? strips_of<T>(g) : 1);
   }
 
   NhwcRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, const Finish& finish)
@@ -108,9 +108,9 @@ class NhwcRows {
         channels_(lanes.channels),
         streams_(may_go_past_caches<T>(g.batch * gather.out_h * gather.out_w, channels_, finish.threads)),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels,
-              by_class ? strips_of<T>(g) : 1, streams_ ? channels_ * int64_t(sizeof(T)) : 0) {
+              forward ? strips_of<T>(g) : 1, streams_ ? channels_ * int64_t(sizeof(T)) : 0) {
     const int64_t in = bytes_of<T>(g, gather.in_h, gather.in_w), out = bytes_of<T>(g, gather.out_h, gather.out_w);
-    const int64_t read = std::max(in, finish.image_bytes), all = by_class ? read + out : bytes_of_gradients<T>(g);
+    const int64_t read = std::max(in, finish.image_bytes), all = forward ? read + out : bytes_of_gradients<T>(g);
     in_ = distance_of(read, all);
     out_ = finish.image_bytes ? Distance::held : distance_of(out, all);
   }
@@ -119,7 +119,7 @@ class NhwcRows {
     if (streams_) end_stream();
   }
 
-  int64_t height() const { return by_class ? rows_.steps() : rows_.pairs(); }
+  int64_t height() const { return rows_.steps(); }
 
   void convolve_rows(const T* in, T* out, const Tile& tile) {
     const auto from = nhwc_image(in, in_, tile.image, gather_.in_h, gather_.in_w, channels_);
@@ -130,11 +130,8 @@ class NhwcRows {
                  is_resident(to.first + to.row * gather_.out_h / 2);
     asked_ = true;
     to.streams = streams_;
-    for (int64_t row = tile.first_row; row < tile.last_row; ++row)
-      if (by_class)
-        rows_.make_step(from, to, row, tile.first_vector, tile.last_vector, tile.strip);
-      else
-        rows_.make(from, to, row, tile.first_vector, tile.last_vector);
+    for (int64_t step = tile.first_row; step < tile.last_row; ++step)
+      rows_.make(from, to, step, tile.first_vector, tile.last_vector, tile.strip);
   }
 
  private:

@@ -91,18 +91,18 @@ class WindowRows {
   // Of the image's rows, those that the pairs before `pair` are.
   int64_t rows_before(int64_t pair) const { return pair / kRows * 2 * kRows * down_[0][0].pitch; }
 
-  // The `pair`-th rows of every lattice, of vectors [first, last). in, out: of row 0 and, unless the images are in
-  // place, of the vector.
-  void make(const Image<const T>& in, const Image<T>& out, int64_t pair, int64_t first, int64_t last) {
-    for (const auto& lattices : down_) make_class(lattices, in, out, pair, first, last, strips_[0]);
-  }
+  // A row's classes one after the other, so that what has to stay in the cache are a window's rows of one class, not of
+  // all: step i makes pair i % pairs() of class i / pairs().
+  int64_t classes() const { return int64_t(down_.size()); }
+  int64_t steps() const { return classes() * pairs_; }
 
-  // A strip of the same rows, class by class: what has to stay in the cache are then a window's rows of one class, not
-  // of all.
-  int64_t steps() const { return int64_t(down_.size()) * pairs_; }
-  void make_step(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last,
-                 int64_t strip) {
-    make_class(down_[step / pairs_], in, out, step % pairs_, first, last, strips_[strip]);
+  // A step's rows, of vectors [first, last). in, out: of row 0 and, unless the images are in place, of the vector.
+  void make(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last,
+            int64_t strip = 0) {
+    const int64_t i = step / pairs_, pair = step % pairs_, j = pair / kRows * 2 * kRows + pair % kRows;
+    const Lattice* after = i + 1 < classes() ? down_[i + 1].data() : nullptr;
+    for (const Lattice& down : down_[i])
+      if (j < down.count) rows_of(in, out, down, after, j, j + kRows < down.count ? 2 : 1, first, last, strips_[strip]);
   }
 
  private:
@@ -129,13 +129,6 @@ class WindowRows {
     return pairs;
   }
 
-  void make_class(const std::vector<Lattice>& lattices, const Image<const T>& in, const Image<T>& out, int64_t pair,
-                  int64_t first, int64_t last, const Strip& strip) {
-    const int64_t j = pair / kRows * 2 * kRows + pair % kRows;
-    for (const Lattice& down : lattices)
-      if (j < down.count) rows_of(in, out, down, j, j + kRows < down.count ? 2 : 1, first, last, strip);
-  }
-
   // The image's rows for rows j and j + kRows of the lattice's outputs.
   void set_rows(const Image<const T>& in, const Lattice& l, int64_t j, int rows, Job<T>& job) {
     job.made = rows;
@@ -153,7 +146,7 @@ class WindowRows {
       }
       const int64_t c = l.step * j - l.left + i;
       const bool inside = c >= 0 && c < l.inputs;
-      rows_.push_back(inside ? in.first + (l.origin + l.unit * c) * in.row : zeros_.data());
+      rows_.push_back(inside ? in.first + l.input(c) * in.row : zeros_.data());
       if (!inside) continue;
       job.begin = std::min(job.begin, i / kRows);
       job.end = i / kRows + 1;
@@ -173,7 +166,7 @@ class WindowRows {
     job.at = across.origin * in.pixel + at, job.pitch = across.unit * in.pixel;
     job.start[0] = job.start[1] = bias_ + v * kLanes;
     for (int r = 0; r < 2; ++r) {
-      const int64_t row = down.first + down.pitch * (j + std::min(r, rows - 1) * kRows);
+      const int64_t row = down.output(j + std::min(r, rows - 1) * kRows);
       job.out[r] = out.first + row * out.row + across.first * out.pixel + at;
     }
     job.out_pitch = across.pitch * out.pixel;
@@ -184,19 +177,19 @@ class WindowRows {
     return job;
   }
 
-  void rows_of(const Image<const T>& in, const Image<T>& out, const Lattice& down, int64_t j, int rows, int64_t first,
-               int64_t last, const Strip& strip) {
+  // after: the lattice whose rows come behind this one's last ones.
+  void rows_of(const Image<const T>& in, const Image<T>& out, const Lattice& down, const Lattice* after, int64_t j,
+               int rows, int64_t first, int64_t last, const Strip& strip) {
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
     Job<T> base{};
     set_rows(in, down, j, rows, base);
     // What the next rows of outputs read first, and those rows: where pairs of rows lie in one another, all of theirs,
     // shared between them.
-    const int64_t i = j % kRows, together = j - i + 2 * kRows;
-    const int64_t next = down.step * (together - 1 + 2 * i) - down.left + down.taps;
-    const char* read = reinterpret_cast<const char*>(in.first + (down.origin + down.unit * next) * in.row);
-    const char* written =
-        reinterpret_cast<const char*>(out.first + (down.first + down.pitch * (together + 2 * i)) * out.row);
+    const int64_t i = j % kRows;
+    const RowsAhead ahead(down, j + i + 2 * kRows, after, i * rows);
+    const char* read = reinterpret_cast<const char*>(in.first + ahead.read * in.row);
+    const char* written = reinterpret_cast<const char*>(out.first + ahead.written * out.row);
     int64_t taken = 0;  // steps
     const auto make = [&](const Across& across, int64_t v, int64_t vectors) {
       const Lattice& l = across.lattice;
