@@ -292,8 +292,13 @@ def _geometry(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: An
     """The numbers of csrc/geometry.h's Conv2d, in its order, and the batched image."""
     window = _checks.depthwise(x, weight, None, stride, padding, dilation)
     x = window.pad_extra(x if x.dim() == 4 else x[None])
-    size = ops.output_size(x, weight.shape[2:], window.stride, window.padding, window.dilation)
-    return [*x.shape, *size, *weight.shape[2:], *window.stride, *window.padding, *window.dilation], x
+    kernel, (steps, padded, apart) = weight.shape[2:], window[:3]
+    size = ops.output_size(x, kernel, steps, padded, apart)
+    # As conv2d in csrc/tensor_args.h: one output has no stride to the next, and one tap no dilation.
+    places = ops.output_size(x, kernel, (1, 1), padded, apart)
+    step = [min(s, n) for s, n in zip(steps, places, strict=True)]
+    between = [d if taps > 1 else 1 for d, taps in zip(apart, kernel, strict=True)]
+    return [*x.shape, *size, *kernel, *step, *padded, *between], x
 
 
 def _image(*args: Any) -> tuple[int, Tensor]:

@@ -126,6 +126,24 @@ def test_explanation_names_each_depthwise_kernel(monkeypatch):
     assert asked == [(geometry, True, 1, result, False) for result in range(4)]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "size", "window", "window_of_plan"),
+    [
+        (3, 1, {"stride": 2, "padding": 1}, [2, 1, 1, 1, 1, 1]),
+        (3, 6, {"stride": 9, "padding": 1}, [9, 6, 1, 1, 1, 1]),
+        (1, 30, {"dilation": 5}, [1, 1, 0, 0, 1, 1]),
+    ],
+)
+def test_one_output_has_no_stride_and_one_tap_no_dilation(monkeypatch, kernel, size, window, window_of_plan):
+    """As the operators plan such a call (csrc/tensor_args.h)."""
+    asked = []
+    monkeypatch.setattr(
+        torch.ops.rkl, "cuda_depthwise_plan", lambda geometry, *_: asked.append(geometry) or [0], raising=False
+    )
+    explain_depthwise_as_cuda(monkeypatch, kernel, size=size, **window)
+    assert [geometry[8:] for geometry in asked] == [window_of_plan] * 4
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize(
     ("answer", "fused", "reason"), [([], False, "serves 16-bit"), ([1, 0, 8, 1, 1, 128, 0], True, "on the chip")]
