@@ -218,7 +218,6 @@ _CUDA_FAMILIES = (
     "the tensor cores (filters of 9 columns and more, 16 bits)",
     "PyTorch's own convolution",  # kPyTorch in csrc/cuda/ops_cuda.cpp
 )
-_NHWC_FAMILIES = (1, 2)
 
 
 HOPPER = [90, 132, 227 << 10, 228 << 10, 2048, 32]
@@ -247,7 +246,7 @@ def _cuda_kernels(
         numbers = torch.ops.rkl.cuda_depthwise_plan(geometry, nhwc, dtype, result, _facts_of(x), bias is not None)
         if not numbers:
             return ""
-        transposed = "transposed to NHWC, " if not nhwc and numbers[0] in _NHWC_FAMILIES else ""
+        transposed = "transposed to NHWC, " if numbers[-1] and not nhwc else ""
         return transposed + _CUDA_FAMILIES[numbers[0]]
 
     with _device_of(x):

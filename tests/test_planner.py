@@ -115,7 +115,7 @@ def test_explanation_names_each_depthwise_kernel(monkeypatch):
 
     def plan(geometry, nhwc, dtype, result, device, with_bias):
         asked.append((geometry, nhwc, dtype, result, with_bias))
-        return ([1, 5], [1, 5], [4, 3], [])[result]
+        return ([1, 5, True], [1, 5, True], [4, 3, True], [])[result]
 
     monkeypatch.setattr(torch.ops.rkl, "cuda_depthwise_plan", plan, raising=False)
     told = explain_depthwise_as_cuda(monkeypatch, 5, padding=2)
@@ -138,7 +138,7 @@ def test_one_output_has_no_stride_and_one_tap_no_dilation(monkeypatch, kernel, s
     """As the operators plan such a call (csrc/tensor_args.h)."""
     asked = []
     monkeypatch.setattr(
-        torch.ops.rkl, "cuda_depthwise_plan", lambda geometry, *_: asked.append(geometry) or [0], raising=False
+        torch.ops.rkl, "cuda_depthwise_plan", lambda geometry, *_: asked.append(geometry) or [0, True], raising=False
     )
     explain_depthwise_as_cuda(monkeypatch, kernel, size=size, **window)
     assert [geometry[8:] for geometry in asked] == [window_of_plan] * 4
@@ -181,6 +181,17 @@ def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
     """Without a GPU too: that these are not served needs none."""
     told = explain_as_cuda(monkeypatch, kernel, dtype, torch.channels_last)
     assert "serves 16-bit images, k = 3, 5 or 7" in told.reason
+
+
+@needs_cuda_extension
+@pytest.mark.parametrize(("kernel", "stride", "family"), [(3, 3, "the general kernel"), (13, 1, "the tensor cores")])
+@pytest.mark.parametrize("nhwc", [True, False])
+def test_contiguous_images_are_said_to_be_transposed(monkeypatch, kernel, stride, family, nhwc):
+    """Where they are, for the general kernel too; not where NCHW has the kernel itself."""
+    told = explain_depthwise_as_cuda(monkeypatch, kernel, nhwc, padding=kernel // 2, stride=stride)
+    transposed = "transposed to NHWC, " if not nhwc and family == "the general kernel" else ""
+    assert told.startswith(f"output: {transposed}{family}")
+    assert f"; gradients of image and filter: {transposed}{family}" in told
 
 
 @needs_cuda_extension

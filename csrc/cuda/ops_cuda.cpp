@@ -226,25 +226,25 @@ cuda::Device device_of(const std::vector<int64_t>& facts) {
   return {n(0), n(1), n(2), n(3), n(4), n(5)};
 }
 
-std::vector<int64_t> numbers_of(const cuda::MaybePlan& plan) {
+std::vector<int64_t> numbers_of(const cuda::MaybePlan& plan, bool nhwc) {
   if (!plan) return {};
-  return {int64_t(plan->family), plan->kernel,  plan->rows,   plan->parts,
-          plan->blocks,          plan->threads, plan->shared, plan->steps};
+  return {int64_t(plan->family), plan->kernel, plan->rows,  plan->parts, plan->blocks,
+          plan->threads,         plan->shared, plan->steps, nhwc};
 }
 
-// In the place of a family: PyTorch's own convolution.
+// In the place of a family, and then the format alone follows: PyTorch's own convolution.
 constexpr int64_t kPyTorch = 5;
 
 // The plan of a depthwise convolution's result, for rk.explain and the tests: family, kernel, rows, parts, blocks,
-// threads, shared, steps; of NHWC's kernels where images are transposed. All tensors begin at multiples of 16 bytes.
-// Nothing where no family makes the result, which may be so of Result::both_grads.
+// threads, shared, steps, whether it is computed in NHWC, to which images may be transposed. All tensors begin at
+// multiples of 16 bytes. Nothing where no family makes the result, which may be so of Result::both_grads.
 std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, int64_t dtype, int64_t result,
                                     std::vector<int64_t> device, bool with_bias) {
   Conv2d g = conv2d_of(geometry, nhwc);
   const cuda::Result wanted = cuda::Result(result);
   g.nhwc = nhwc || cuda::transposes(g, Dtype(dtype), wanted != cuda::Result::output);
-  if (wanted == cuda::Result::output && cuda::left_to_pytorch(g, Dtype(dtype), with_bias)) return {kPyTorch};
-  return numbers_of(cuda::plan_result(wanted, g, Dtype(dtype), true, device_of(device)));
+  if (wanted == cuda::Result::output && cuda::left_to_pytorch(g, Dtype(dtype), with_bias)) return {kPyTorch, g.nhwc};
+  return numbers_of(cuda::plan_result(wanted, g, Dtype(dtype), true, device_of(device)), g.nhwc);
 }
 
 // The same of a separable convolution in one kernel; nothing where it runs unfused, as of NCHW images that are taken
@@ -255,7 +255,8 @@ std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, bool nhwc, in
   if (!nhwc && cuda::takes_planes(g, Dtype(dtype), false)) return {};
   g.nhwc = true;
   return numbers_of(
-      cuda::plan_separable(g, c_out, Activation(inner), Activation(activation), Dtype(dtype), true, device_of(device)));
+      cuda::plan_separable(g, c_out, Activation(inner), Activation(activation), Dtype(dtype), true, device_of(device)),
+      g.nhwc);
 }
 
 }  // namespace
