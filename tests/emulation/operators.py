@@ -15,12 +15,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rkl_kernels import ops
+from rkl_kernels import ops, planner
 from rkl_kernels._backends import choose
 
 from .conftest import Gpu
 
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
+PAIRS = ("in", "out", "kernel", "stride", "padding", "dilation")
+GEOMETRY = ("batch", "channels", *(f"{name}_{axis}" for name in PAIRS for axis in "hw"))
 Pair = list[int]
 Maybe = Tensor | None
 
@@ -61,13 +63,8 @@ class Operators:
         self.gpu.kernels.reset()
 
     def _geometry(self, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, nhwc: bool) -> Any:
-        out_h, out_w = ops.output_size(x, weight.shape[2:], stride, padding, dilation)
-        pairs = {"kernel": weight.shape[2:], "stride": stride, "padding": padding, "dilation": dilation}
-        named = {f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("hw")}
-        n, c, in_h, in_w = x.shape
-        return self.gpu.kernels.Conv2d(
-            batch=n, channels=c, in_h=in_h, in_w=in_w, out_h=out_h, out_w=out_w, nhwc=nhwc, **named
-        )
+        numbers, _ = planner._geometry(x, weight, stride, padding, dilation)
+        return self.gpu.kernels.Conv2d(**dict(zip(GEOMETRY, numbers, strict=True)), nhwc=nhwc)
 
     def _planned(self, x: Tensor, weight: Tensor, *window: Pair, nhwc: bool, of_filter: bool) -> tuple[Any, bool]:
         """A depthwise call's geometry, and whether it is computed in NHWC, to which images may be transposed."""

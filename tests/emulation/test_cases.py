@@ -36,6 +36,14 @@ def test_public_functions_are_served_by_the_emulated_kernels(operators: Operator
         assert operators.launches.total() > before
 
 
+@pytest.mark.parametrize(("height", "kernel"), [(1, "any_vectors"), (2, "rows_convolution")])
+def test_one_output_has_no_stride(operators: Operators, height: int, kernel: str) -> None:
+    """As csrc/tensor_args.h has it: strides of 1 and 2 are for the general kernel."""
+    x = torch.randn(1, 8, height, 20, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    rk.depthwise_conv2d(x, x.new_ones(8, 1, 3, 3), stride=2, padding=height)
+    assert operators.launches == {kernel: 1}
+
+
 @pytest.mark.parametrize("outputs", [4, 48])  # the pointwise filter's gradient by images, and over all pixels
 def test_a_separable_step_over_planes(operators: Operators, outputs: int) -> None:
     """NCHW in float32 at stride 2 is taken where it lies, backward too."""
