@@ -32,9 +32,10 @@ def depthwise_conv2d(
     finite results wherever the exact ones are, and the sums on the way to them. An infinity or NaN of a filter may
     count where it stands over the zeros of the padding or not, and one in a channel's filter gradient may make NaN in
     all of its taps. On a GPU they spread: in 16 bits, channels_last, an infinity or NaN in one channel makes NaN in all
-    of its group of eight within the filter's window (rounded up to 3, 5 or 7), and in that group's gradients; with
-    filters of 9 columns and more, or in float32 with filters rounded up, it may make outputs of its own channel NaN
-    beside those that it has a part in.
+    of its group of eight within the filter's window (rounded up to 3, 5 or 7), and in that group's gradients, as in
+    contiguous images where they are transposed, which ``rk.explain`` says (5 x 5 and more, a dilation, the filter's
+    gradient); with filters of 9 columns and more, or in float32 with filters rounded up, it may make outputs of its own
+    channel NaN beside those that it has a part in.
 
     Args:
         x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.

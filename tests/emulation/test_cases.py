@@ -44,6 +44,17 @@ def test_one_output_has_no_stride(operators: Operators, height: int, kernel: str
     assert operators.launches == {kernel: 1}
 
 
+@pytest.mark.parametrize(("kernel", "dilation", "open_channels"), [(3, 1, 1), (5, 1, 8), (3, 2, 8)])
+def test_an_infinity_spreads_in_images_that_are_transposed(
+    operators: Operators, kernel: int, dilation: int, open_channels: int
+) -> None:
+    """Contiguous ones of 16 bits, as depthwise_conv2d's docstring says."""
+    x = torch.randn(1, 16, 9, 9, dtype=torch.bfloat16)
+    x[0, 0, 4, 4] = torch.inf
+    y = rk.depthwise_conv2d(x, x.new_ones(16, 1, kernel, kernel), padding=dilation * (kernel // 2), dilation=dilation)
+    assert (~y.isfinite()).any(dim=(0, 2, 3)).sum() == open_channels
+
+
 @pytest.mark.parametrize("outputs", [4, 48])  # the pointwise filter's gradient by images, and over all pixels
 def test_a_separable_step_over_planes(operators: Operators, outputs: int) -> None:
     """NCHW in float32 at stride 2 is taken where it lies, backward too."""
