@@ -202,8 +202,9 @@ _CPU_FILTER_GRADIENTS = (
 # csrc/cuda/separable_plan.cpp has the rule, and takes_planes in csrc/cuda/plan.h that of contiguous images.
 _CUDA_FUSED = "one kernel makes the depthwise rows and multiplies them on the chip; backward makes them again"
 _CUDA_COMPOSED = (
-    "the one kernel serves 16-bit images, k = 3, 5 or 7, stride 1 or 2 (contiguous images 1, but for maps so small "
-    "that they are transposed), no dilation, up to 128 channels by 8, no gelu; else a depthwise kernel and a product: "
+    "the one kernel serves 16-bit images, k = 3 at stride 1 or 2, k = 5 or 7 at stride 1 (contiguous images at 1 only, "
+    "but for maps so small that they are transposed), no dilation, no gelu, and channels by 8 whose pointwise filter "
+    "fits on the chip, up to 128 in and out for k = 3 and 64 for larger ones; else a depthwise kernel and a product: "
     "with a bias or an activation but gelu, of 16-bit images in NHWC and up to 256 channels by 8, one of ours, which "
     "finishes its outputs, else the library's; backward makes the depthwise output again"
 )

@@ -180,7 +180,15 @@ needs_cuda_extension = pytest.mark.skipif(
 def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
     """Without a GPU too: that these are not served needs none."""
     told = explain_as_cuda(monkeypatch, kernel, dtype, torch.channels_last)
-    assert "serves 16-bit images, k = 3, 5 or 7" in told.reason
+    assert "serves 16-bit images, k = 3 at stride" in told.reason
+
+
+@needs_cuda_extension
+@pytest.mark.parametrize(("kernel", "stride", "fused"), [(3, 2, True), (5, 1, True), (5, 2, False), (7, 2, False)])
+def test_larger_filters_are_fused_at_stride_1_alone(monkeypatch, kernel, stride, fused):
+    told = explain_as_cuda(monkeypatch, kernel, torch.bfloat16, torch.channels_last, stride)
+    assert told.fused is fused
+    assert ("k = 5 or 7 at stride 1 (" in told.reason) is not fused
 
 
 @needs_cuda_extension
