@@ -1,5 +1,5 @@
-// What csrc/ops.cpp calls: the CPU kernels, over dense memory. Each splits its work over torch's thread pool by the
-// tensors' shapes and the machine, so that results do not depend on the number of threads.
+// The CPU kernels that csrc/ops.cpp calls. They take dense memory and run on torch's thread pool. Only the tensors'
+// shapes and the machine decide how work is split, so that results do not depend on the number of threads.
 #pragma once
 #include "activation.h"
 #include "cpu/simd/scratch.h"
@@ -7,7 +7,7 @@
 
 namespace rkl::cpu {
 
-// A depthwise step's filter and bias, widened and in the order that the kernels read them in.
+// A depthwise step's filter and bias in the layout in which the kernels read them (depthwise/pack.h).
 struct PackedFilter {
   LineVector<float> weights, bias;
 };
@@ -16,9 +16,9 @@ struct PackedFilter {
 struct PointwiseFilter {
   const void *weight, *bias;
   int64_t outputs, channels;
-  bool by_channel;  // its rows are the channels', as in the gradient of an image
+  bool by_channel;  // the filter is (channels, outputs), as in the gradient of an image
 
-  // It is packed, and multiplied by, in blocks of so many outputs; floats of one.
+  // The filter is packed and multiplied in blocks of kOutputs outputs. Sizes are in floats and include the bias.
   static constexpr int64_t kOutputs = 64;
   int64_t blocks() const { return ceil_div(outputs, kOutputs); }
   int64_t block_size() const { return kOutputs * (channels + 1); }
@@ -31,22 +31,22 @@ struct PointwiseRows {
   void* out;
   int64_t rows, channels, outputs;
   Activation act;
-  bool streams;  // outputs go past the caches; their rows are whole lines then
+  bool streams;  // outputs are written past the caches (streaming stores); their rows are then whole cache lines
 };
 
-// Some pixels' share of a pointwise filter's gradient: sums (outputs, channels) += dz^T hidden, of dz (pixels, outputs)
-// and hidden (pixels, channels). Both may be some columns of a matrix.
+// What some pixels add to a pointwise filter's gradient: sums (outputs, channels) += dz^T hidden, where dz is (pixels,
+// outputs) and hidden is (pixels, channels). dz and hidden may each be some columns of a wider matrix.
 struct PointwiseShare {
   const void *dz, *hidden;
-  int64_t dz_row, hidden_row;  // elements from one pixel's to the next's
+  int64_t dz_row, hidden_row;  // elements from one pixel to the next
   int64_t pixels, outputs, channels;
   float* sums;         // by blocks of channels, as a filter is packed: (block, output, channel of the block)
-  int64_t sums_block;  // floats from one block's to the next's
-  bool fresh;          // whether the sums begin here, with zeros
-  int64_t piece;       // pixels at once
+  int64_t sums_block;  // floats from one block to the next
+  bool fresh;          // whether the sums start from zero; else the share is added to them
+  int64_t piece;       // pixels taken at once
   float* scratch;      // of scratch_size(piece, outputs) floats
 
-  // A line of memory more than there is: rows a power of 2 apart would share few of the cache's sets.
+  // Floats of a packed row: whole cache lines and one more, since rows a power of 2 apart would share few cache sets.
   static int64_t packed_row(int64_t columns) { return ceil_div(columns, 16) * 16 + 16; }
   static int64_t scratch_size(int64_t piece, int64_t outputs) {
     return piece * (packed_row(outputs) + PointwiseFilter::kOutputs);
@@ -60,8 +60,8 @@ struct Kernels {
   void (*trelu)(const void* x, void* y, int64_t n);
   void (*trelu_backward)(const void* grad, const void* y, void* dx, int64_t n);
 
-  // y = act(x * weight + bias), in two parts for whoever applies one filter to many bands; bias may be null.
-  // image_bytes: of the images that a band's are a part of, else 0.
+  // y = act(x * weight + bias), in two parts: a caller packs a filter once and applies it to many bands. bias may be
+  // null. image_bytes: where x is a band, bytes of the images that the band is cut from; else 0.
   PackedFilter (*pack_filter)(const Conv2d& g, const void* weight, const void* bias);
   void (*depthwise_packed)(const Conv2d& g, const void* x, const PackedFilter& filter, Activation act,
                            int64_t image_bytes, void* y);
@@ -69,15 +69,15 @@ struct Kernels {
   void (*depthwise_backward)(const Conv2d& g, const void* grad, const void* x, const void* weight, void* dx,
                              void* dweight, void* dbias);
 
-  // Blocks [first, last) of a pointwise filter in the order that they are read in, and of a pointwise step's outputs.
-  // packed: of block 0. Serial. Of bf16 the channels must be an even number.
+  // pack_pointwise packs blocks [first, last) of a pointwise filter; pointwise_rows makes the outputs of those blocks.
+  // packed: where block 0 begins. Both are serial. In bf16 the number of channels must be even.
   void (*pack_pointwise)(const PointwiseFilter& filter, int64_t first, int64_t last, float* packed);
   void (*pointwise_rows)(const PointwiseRows& rows, int64_t first, int64_t last, const float* packed);
   // Serial.
   void (*add_pointwise_share)(const PointwiseShare& share);
 
-  // Over a dense matrix of rows by channels: out = act(z + bias), and grad times the activation's derivative, from its
-  // output or its input. out may be the first argument; bias may be null.
+  // epilogue: out = act(z + bias) over a dense matrix (rows, channels); bias may be null. activation_backward: out =
+  // grad times the activation's derivative, from the activation's output or its input. out may be the first argument.
   void (*epilogue)(const void* z, const void* bias, Activation act, void* out, int64_t rows, int64_t channels);
   void (*activation_backward)(const void* grad, const void* values, Activation act, bool from_output, void* out,
                               int64_t n);
@@ -85,12 +85,12 @@ struct Kernels {
   // Serial, over a band that is in cache.
   void (*widen)(const void* in, float* out, int64_t n);
   void (*add_column_sums)(const void* matrix, double* sums, int64_t rows, int64_t columns);
-  // Planes (channels, pixels) into rows (pixels, channels), and back; plane, row: elements from one's start to the
-  // next's.
+  // Planes (channels, pixels) into rows (pixels, channels), and back. plane, row: elements from the start of one plane
+  // or row to the start of the next.
   void (*planes_to_rows)(const void* planes, int64_t plane, void* rows, int64_t row, int64_t channels, int64_t pixels);
   void (*rows_to_planes)(const void* rows, int64_t row, void* planes, int64_t plane, int64_t channels, int64_t pixels);
-  // The sum of `count` shares of n values each, `stride` floats apart, in fp64. block: floats from
-  // PointwiseFilter::kOutputs values to the next as many.
+  // The sum in fp64 of `count` shares of n values each. The shares lie `stride` floats apart. A share lies in blocks of
+  // PointwiseFilter::kOutputs values, `block` floats apart.
   void (*sum_shares)(const float* shares, int64_t count, int64_t stride, int64_t block, void* out, int64_t n);
 };
 
@@ -102,12 +102,12 @@ struct KernelTable {
 void transpose_images(const void* from, void* to, bool to_nhwc, int64_t batch, int64_t channels, int64_t pixels,
                       Dtype dtype);
 
-// Whether PyTorch's own convolution makes a depthwise output sooner than these kernels: of large NHWC images of fewer
-// channels than a vector has lanes.
+// Whether PyTorch's own convolution makes a depthwise output faster than these kernels. It does so for large NHWC
+// images with fewer channels than a vector has lanes.
 bool left_to_pytorch(const Conv2d& g, Dtype dtype);
 
-// Those for elements of this type, of the widest instruction set that this machine has, or that ATEN_CPU_CAPABILITY
-// (PyTorch's own variable: default, avx2 or avx512) allows.
+// The kernels for elements of this type, for the widest instruction set that this machine has and that
+// ATEN_CPU_CAPABILITY (PyTorch's own variable: default, avx2 or avx512) allows.
 const Kernels& kernels(Dtype dtype);
 
 }  // namespace rkl::cpu

@@ -17,14 +17,14 @@ namespace rkl::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// Not by __builtin_cpu_supports: clang 14 does not know the name.
+// __builtin_cpu_supports does not serve: clang 14 does not know the name f16c.
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
-// Whether processor and system have AMX: whether tiles are among the states that a process may ask for. It is the
-// system that is asked, as the library does before it uses them.
+// Whether the processor and the system support AMX. This asks the system whether a process may request the tile state,
+// as oneDNN does before it uses tiles.
 bool has_amx() {
 #if defined(__linux__)
   constexpr long kStatesThatExist = 0x1021;  // ARCH_GET_XCOMP_SUPP
@@ -37,7 +37,7 @@ bool has_amx() {
 }
 #endif
 
-// Not by sysconf, which adds up the caches of all groups of cores (320 MiB where a core has 32).
+// sysconf does not serve: it adds up the caches of all groups of cores (320 MiB where a core has 32).
 int64_t read_l3_bytes() {
   std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
   if (!file) return 0;

@@ -1,52 +1,52 @@
-// The facts of the machine that the kernels are chosen and cut by, read once.
+// The facts about the machine that decide which kernels serve and how work is cut. They are read once.
 #pragma once
 #include <cstdint>
 
 namespace rkl::cpu {
 
-constexpr int64_t kLine = 64;  // bytes of a line of memory
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// Elements a thread takes at least: below, waking it, some 20 us, costs more than it saves.
+// The fewest elements worth a thread: waking a thread costs some 20 us.
 constexpr int64_t kGrain = 32768;
 
 struct Machine {
-  bool avx2, avx512, avx512_bf16;  // with what else the kernels of that name use
-  bool amx;                        // matrix instructions for bf16, which the library uses
-  // Of a core's second-level cache: 1 MiB where the system does not say (some virtual machines); at least 256 KiB and
-  // at most 2 MiB, as what is larger is shared by several cores.
+  bool avx2, avx512, avx512_bf16;  // each with the other extensions that the kernels of that name use
+  bool amx;                        // matrix instructions for bf16, which oneDNN uses
+  // Bytes of a core's second-level cache: 1 MiB where the system does not say (some virtual machines); at least 256
+  // KiB, and at most 2 MiB, since several cores share a larger one.
   int64_t l2_bytes;
-  int64_t l3_bytes;  // of the cache that a core shares with some others; 0 where the system does not say
+  int64_t l3_bytes;  // of the third-level cache, which a core shares with some others; 0 where the system does not say
 };
 
 const Machine& machine();
 
-// Whether an output of so many bytes is better written past the caches: where a layer's image and output do not both
-// fit, the next layer finds nothing of what was written first, and a line that is not read before it is written saves a
-// third of the traffic (benchmarks/NOTES.md).
-// One thread alone waits for lines to come more than memory is busy, so that it gains from half of that size on.
-// Not where its pages are new, which is_resident tells: the system has just written those, so that they are in a cache.
+// Whether an output of `output` bytes is better written past the caches (by streaming stores). Where a layer's image
+// and output do not both fit, the next layer finds nothing of what was written first. A streaming store does not read a
+// line before it writes it, which saves a third of the traffic (benchmarks/NOTES.md). One thread waits for lines more
+// than it keeps memory busy, so that it gains from half of that size on. Callers must also ask is_resident: the system
+// has just zeroed new pages, so that those are in a cache.
 inline bool exceeds_caches(int64_t output, int64_t threads) {
   return machine().l3_bytes && output >= machine().l3_bytes / (threads == 1 ? 4 : 2);
 }
 
-// How far from a core images lie that a layer has just written.
+// How far from a core images lie that a layer has just written, and what is prefetched of them.
 enum class Distance {
-  held,    // in the core's own caches
-  near,    // the hardware fetches them in time for windows, which take as long to ask as to multiply. Blocks ask
-  beyond,  // what comes next is asked for, into the second-level cache
-  far,     // and into the nearest one as well: it comes late
+  held,    // in the core's own caches: nothing
+  near,    // blocks prefetch. Windows do not: it costs as much as their sums, and the hardware fetches in time for them
+  beyond,  // windows prefetch what comes next as well, into the second-level cache
+  far,     // windows also prefetch it into the nearest cache, since it arrives late
 };
 
-// Of images of so many bytes among all that a pass reads and writes. From a quarter of the third-level cache on two
-// layers' images leave it little room; a pass that takes less than that in all finds them soon enough
-// (benchmarks/NOTES.md).
+// images: bytes of the images in question; all: bytes that a pass reads and writes. Where images take a quarter of the
+// third-level cache or more, those of two layers leave little room in it. A pass that takes less than a quarter in all
+// gets its lines soon enough (benchmarks/NOTES.md).
 inline Distance distance_of(int64_t images, int64_t all) {
   const int64_t share = machine().l3_bytes / 4;
   if (share && images >= share) return Distance::far;
   return all < share ? Distance::near : Distance::beyond;
 }
 
-// Whether rows of so many bytes from p on are whole lines of memory, as what is written past the caches must be.
+// Whether rows of `row_bytes` bytes from p on are whole cache lines, as streaming stores need them.
 inline bool in_whole_lines(const void* p, int64_t row_bytes) {
   return row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(p) % kLine == 0;
 }

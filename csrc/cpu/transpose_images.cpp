@@ -11,7 +11,7 @@ namespace rkl::cpu {
 void transpose_images(const void* from, void* to, bool to_nhwc, int64_t batch, int64_t channels, int64_t pixels,
                       Dtype dtype) {
   const Kernels& k = kernels(dtype);
-  // In parts of as many pixels as hold some 64 Ki elements, which take some 10 us.
+  // A part is as many pixels as hold some 64 Ki elements, which take some 10 us.
   const int64_t part = std::clamp<int64_t>((int64_t(1) << 16) / channels, 64, std::max<int64_t>(64, pixels));
   const int64_t parts = ceil_div(pixels, part), grain = kGrain / (part * channels) + 1;
   torch::stable::parallel_for(0, batch * parts, grain, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// The kernels for bf16 on AVX-512 that can round to bf16 in one instruction, where it takes eight otherwise.
+// The bf16 kernels for AVX512_BF16, which rounds to bf16 in one instruction where AVX-512 takes eight.
 #if defined(__x86_64__)
 #include "cpu/isa/common.h"
 

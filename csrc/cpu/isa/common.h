@@ -1,5 +1,5 @@
-// What every instruction set's file includes before its #pragma: system headers must not be compiled for more than the
-// baseline, since their inline functions are shared by the whole library.
+// The headers that every instruction set's file includes before its #pragma. System headers must not be compiled for
+// more than the baseline, since their inline functions are shared by the whole library.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -26,7 +26,7 @@
 #include "cpu/simd/scratch.h"
 #include "geometry.h"
 
-// What is compiled for more than the baseline stands between these.
+// Code that is compiled for more than the baseline stands between RKL_BEGIN_TARGET and RKL_END_TARGET.
 #define RKL_PRAGMA(words) _Pragma(#words)
 #if defined(__clang__)
 #define RKL_BEGIN_TARGET(names) RKL_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))

@@ -1,4 +1,4 @@
-// Which instruction set's kernels serve this process, and what is left to PyTorch's.
+// Which instruction set's kernels serve this process, and which shapes are left to PyTorch.
 #include <cstdlib>
 #include <cstring>
 
@@ -26,7 +26,7 @@ extern const KernelTable kernels;
 namespace {
 
 #if defined(__x86_64__)
-// The instructions for bf16 make zeros of denormal numbers: fine after a sum, but T-ReLU gives back what is positive.
+// The bf16 instructions flush denormal numbers to zero. A sum may, but T-ReLU must not change a positive number.
 KernelTable with_bf16() {
   KernelTable merged = avx512::kernels;
   merged.bf16 = avx512_bf16::kernels.bf16;
@@ -54,10 +54,11 @@ const Kernels& kernels(Dtype dtype) {
   return dtype == Dtype::f32 ? chosen.f32 : dtype == Dtype::bf16 ? chosen.bf16 : chosen.f16;
 }
 
-// NHWC images with fewer channels than a vector has lanes, which go through a scratch image: of 12 channels, 3 x 3, at
-// 0.56 to 0.78 of oneDNN's rate. Not several images of at most 8, which share vectors (8 channels: 0.81 to 1.18, and
-// by way of oneDNN 0.69 to 0.87; 3 channels 0.79 to 1.3), nor where pixels are channels too.
-// Of fewer pixels the way to oneDNN, 25 to 60 us, takes longer than is gained. Measured by AVX-512 alone.
+// PyTorch gets NHWC images with fewer channels than a vector has lanes, which go through a scratch image here (12
+// channels, 3 x 3: 0.56 to 0.78 of oneDNN's rate). It does not get several images of at most 8 channels, which share
+// vectors (8 channels: 0.81 to 1.18, by way of oneDNN 0.69 to 0.87; 3 channels: 0.79 to 1.3), nor images whose pixels
+// count as channels, nor fewer than 32768 pixels: the way to oneDNN, 25 to 60 us, takes longer than it saves. All
+// measured with AVX-512.
 bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
   const int64_t together = kernels(dtype).together;
   if (together != (dtype == Dtype::f32 ? 16 : 32)) return false;
