@@ -4,10 +4,10 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// out[i] = f(a[i], b[i]); b is a again for one-argument functions.
+// out[i] = f(a[i], b[i]). For functions of one argument a is passed as b, too.
 template <class T, class F>
 void map(const void* a, const void* b, void* out, int64_t n, F f) {
-  constexpr int64_t kBlock = 1024;  // threads meet at whole vectors
+  constexpr int64_t kBlock = 1024;  // a multiple of a vector, so that threads meet between vectors
   torch::stable::parallel_for(0, ceil_div(n, kBlock), kGrain / kBlock, [=](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlock, last = std::min(end * kBlock, n);
     const T *from = static_cast<const T*>(a) + first, *other = static_cast<const T*>(b) + first;
@@ -18,7 +18,7 @@ void map(const void* a, const void* b, void* out, int64_t n, F f) {
   });
 }
 
-// Not lambdas: without captures those are functions too, which GCC compiles for the baseline.
+// These are not lambdas: a lambda without captures is a function as well, which GCC compiles for the baseline.
 template <class T>
 struct TRelu {
   Vec operator()(Vec x, Vec) const { return vtrelu(x, T{}); }
@@ -37,7 +37,7 @@ void trelu_backward(const void* grad, const void* y, void* dx, int64_t n) {
   map<T>(grad, y, dx, n, TReluBackward{});
 }
 
-// out = act(z + bias) over rows of so many columns, `stride` elements apart. z and out may be the same, bias null.
+// out = act(z + bias) over rows of `columns` elements, `stride` elements apart. out may be z; bias may be null.
 template <class T>
 void finish_rows(const T* z, const T* bias, Activation act, T* out, int64_t rows, int64_t columns, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r, z += stride, out += stride)

@@ -1,44 +1,44 @@
-// Channels, their filters and their filters' gradients as vectors.
+// How channels, their filters and the filters' gradients lie in vectors.
 #pragma once
 #include "cpu/simd/transpose.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// Which channel a lane of a vector stands for, and under which filter: channel c is under filter c % filters.
+// Which channel each lane of a vector stands for. Channel c has filter c % filters.
 struct Lanes {
   int64_t channels;
-  bool whole;  // every vector: the last one overlaps its neighbour
+  bool whole;  // every vector has kLanes channels; the last one overlaps its neighbour
   int64_t filters;
 
   int64_t vectors() const { return ceil_div(channels, kLanes); }
-  // Where lane 0 of a vector's tap lies among weights or sums: the taps of a vector follow each other.
+  // The index of lane 0 of a tap of vector v among weights or sums that lie as (vector, tap, lane).
   static int64_t at(int64_t v, int64_t tap, int64_t taps) { return (v * taps + tap) * kLanes; }
-  // Of a whole vector's first channel.
+  // The first channel of a vector; 0 where vectors are not whole.
   int64_t at(int64_t v) const { return whole ? std::min(v * kLanes, channels - kLanes) : 0; }
-  // Images of few channels that share a vector, and the channels of all of them.
+  // How many images of few channels share a vector, and how many channels they have in all.
   int64_t images() const { return std::max<int64_t>(1, kLanes / channels); }
   int64_t used() const { return images() * channels; }
 
-  // -1 for an idle lane.
+  // The channel of a lane; -1 where the lane is idle.
   int64_t channel(int64_t v, int lane) const {
     if (whole) return at(v) + lane;
     return v * kLanes + lane < used() ? v * kLanes + lane : -1;
   }
-  // Whether this lane's sum counts: not where the last vector overlaps its neighbour, nor where the lane is idle.
+  // Whether a lane's sum counts. It does not where the last vector overlaps its neighbour, or the lane is idle.
   bool counts(int64_t v, int lane) const { return channel(v, lane) >= v * kLanes; }
 };
 
-// What becomes of the sums of a convolution. Weights and bias as packed for whoever makes them.
+// What a convolution multiplies by and does with its sums. Weights and bias are packed for the kernel that reads them.
 struct Finish {
   const float* weights;
   const float* bias;
   Activation act;
-  int64_t image_bytes = 0;  // of the images that a band's are a part of, where its outputs stay in a core's cache
-  int64_t threads = torch::stable::get_num_threads();  // of the call: its workers may be told another number
+  int64_t image_bytes = 0;  // bytes of the images that a band is cut from, whose outputs stay in a core's cache; else 0
+  int64_t threads = torch::stable::get_num_threads();  // the call's: its workers may be told another number
 };
 
-// Of filters (C, taps), or of a bias (C, 1), a vector of channels as (tap, lane) in fp32. By transpositions: an element
-// at a time it was half of a call on small maps.
+// Vector v of filters (C, taps), or of a bias (C, 1), as (tap, lane) in fp32. It is made by transpositions: an element
+// at a time, this took half of a call on small maps.
 template <class T>
 void as_lanes(const T* values, int taps, const Lanes& lanes, int64_t v, float* out) {
   for (int first = 0; first < taps; first += kLanes) {
@@ -52,7 +52,7 @@ void as_lanes(const T* values, int taps, const Lanes& lanes, int64_t v, float* o
   }
 }
 
-// All of them: (vector, tap, lane). Zeros where there are no values.
+// All vectors: (vector, tap, lane). Zeros where values is null.
 template <class T>
 LineVector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
   LineVector<float> out(lanes.vectors() * taps * kLanes);
@@ -61,10 +61,10 @@ LineVector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
   return out;
 }
 
-// The slices' sums (slice, vector, tap, lane) added in their order: the gradients (C, taps) and, of the last row, (C).
+// Adds the slices' sums (slice, vector, tap, lane) in order: dweight (C, taps) and, from the last tap, dbias (C).
 template <class T>
 void reduce_sums(const float* sums, int64_t slices, int taps, const Lanes& lanes, T* dweight, T* dbias) {
-  // Channels of one filter, which fill whole vectors or are in the only one, are added up by one task.
+  // Channels that share a filter fill whole vectors, or lie in the only vector. One task adds up all of them.
   const bool shared = lanes.used() > lanes.filters;
   const int64_t together = shared ? lanes.vectors() : 1;
   const int64_t vector = (taps + 1) * kLanes, size = together * vector, slice_size = lanes.vectors() * vector;

@@ -25,8 +25,8 @@ inline Vec vexp(Vec x) {
   return select(x == x, y, x);
 }
 
-// tanh within 2 ulp over all floats. Near zero an odd polynomial, exact for denormals; elsewhere 1 - 2 / (e^2a + 1),
-// where the fraction is below 1/2, so that its error stays below half of the result's. Above 9.02 the result is 1.
+// tanh within 2 ulp over all floats: near zero an odd polynomial, exact for denormals; elsewhere 1 - 2 / (e^2a + 1),
+// whose fraction is below 1/2, so that its error stays below half of the result's. Above 9.02 the result is 1.
 inline Vec vtanh(Vec x) {
   const VecInt sign = (VecInt)x & int32_t(0x80000000);
   const Vec a = (Vec)((VecInt)x ^ sign), u = a * a;
@@ -38,8 +38,8 @@ inline Vec vtanh(Vec x) {
   return select(x == x, y, x);
 }
 
-// For results of 16 bits: tanh of x <= 0 as x P(x^2) / Q(x^2), fitted to 1.2e-6 of the value, of which a unit of fp16
-// is 400 times as much; half the work. Below -4.6 both types round to -1.
+// For results of 16 bits, in half the time: tanh of x <= 0 as x P(x^2) / Q(x^2), fitted to 1.2e-6 of the value (a unit
+// of fp16 is 400 times as much). Below -4.6 both types round to -1.
 inline Vec vtanh_16_bits(Vec x) {
   const Vec a = select(x < -4.6f, broadcast(-4.6f), x), u = a * a;
   const Vec p = (u * 0.00169075226f + 0.117353191f) * u + 1.f;
@@ -53,17 +53,17 @@ inline Vec vtrelu(Vec x, T) {
   return select(x > 0.f, x, sizeof(T) == 2 ? vtanh_16_bits(x) : vtanh(x));
 }
 
-// Zero below -88, where vexp stops to grow: x * sigmoid(x) is to vanish for any x, and to be NaN at -inf as in PyTorch.
+// Zero below -88, where vexp no longer grows: x * sigmoid(x) must vanish there, and be NaN at -inf as in PyTorch.
 inline Vec vsigmoid(Vec x) { return select(x < -88.f, Vec{}, 1.f / (1.f + vexp(-x))); }
 
-// The normal distribution at x: its density, and what lies below x, the factor of gelu.
+// The normal distribution at x: its density, and the probability below x, which is gelu's factor.
 struct Normal {
   Vec density, below;
 };
 
-// Near zero 1/2 and an odd polynomial; elsewhere the tail as the density times a polynomial in (a - 2.5) / (a + 2.5),
-// fitted to 7e-8 of its value. So gelu keeps its digits where 1 + erf has none (x = -5: within 12 ulp, not 10^5), at a
-// tenth of the time of erff lane by lane. Zero below -13.2, where floats end.
+// The probability is 1/2 plus an odd polynomial near zero. Elsewhere the tail is the density times a polynomial in (a -
+// 2.5) / (a + 2.5), fitted to 7e-8 of its value. So gelu keeps its digits where 1 + erf has none (x = -5: within 12
+// ulp, not 10^5), in a tenth of the time of erff lane by lane. Below -13.2 it is zero: floats end there.
 inline Normal normal(Vec x) {
   const Vec a = smaller(larger(x, -x), broadcast(13.5f)), u = a * a, half = u * 0.5f;
   const Vec e = select(half > 87.f, Vec{}, exp_in_range(-smaller(half, broadcast(87.f))));

@@ -27,8 +27,8 @@ class Scratch {
   std::unique_ptr<void, Free> data_;
 };
 
-// A vector that begins with a line of memory, as loads of whole lines want it: each of those that lies across two takes
-// twice as long (7 x 7 filters in fp32: 31 clocks a vector of outputs, 37 where malloc's 16 bytes are the alignment).
+// Memory that begins at a cache line, for std::vector. A load of 64 bytes that crosses lines takes twice as long (7 x 7
+// filters in fp32: 31 clocks a vector of outputs, 37 with malloc's alignment of 16 bytes).
 template <class T>
 struct LineAllocator {
   using value_type = T;
@@ -43,7 +43,7 @@ struct LineAllocator {
 template <class T>
 using LineVector = std::vector<T, LineAllocator<T>>;
 
-// The element so many elements after p.
+// The address of element `element` of p.
 inline void* at(void* p, int64_t element, Dtype dtype) { return static_cast<char*>(p) + element * size_of(dtype); }
 inline const void* at(const void* p, int64_t element, Dtype dtype) { return at(const_cast<void*>(p), element, dtype); }
 

@@ -14,7 +14,7 @@ inline Vec zip(Vec a, Vec b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// kLanes vectors as the rows of a matrix, transposed: each round moves one bit of a lane's number into the row's.
+// Transposes the matrix whose rows these are: each round moves one bit of a lane's number into the row's number.
 inline void transpose(Vec (&rows)[kLanes]) {
   constexpr std::make_integer_sequence<int, kLanes> lanes;
 #pragma GCC unroll 4
@@ -30,11 +30,11 @@ inline void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// A lane holds an element of 32 bits, or two of 16 from two rows.
+// A lane of 32 bits holds one element of 32 bits, or two of 16 bits from two rows.
 template <class Word>
 constexpr int kRowsOfLane = 4 / int(sizeof(Word));
 
-// Up to kLanes columns of as many rows as a lane has.
+// Loads up to kLanes columns of kRowsOfLane rows.
 inline Vec load_lanes(const uint32_t* in, int64_t, int64_t, int64_t columns) {
   return load_up_to(reinterpret_cast<const float*>(in), columns);
 }
@@ -47,7 +47,7 @@ inline Vec load_lanes(const uint16_t* in, int64_t in_row, int64_t rows, int64_t 
   return (Vec)(wide_bits(read<VecHalf>(in)) | wide_bits(read<VecHalf>(in + in_row)) << 16);
 }
 
-// The first `count` words of a vector.
+// Stores the first `count` words of a vector.
 template <class Word>
 void store_lanes(Word* out, Vec v, int64_t count) {
 #if RKL_LANES == 16
@@ -60,7 +60,7 @@ void store_lanes(Word* out, Vec v, int64_t count) {
 #endif
 }
 
-// A tile of `rows` by `columns` elements, at most kLanes lanes by kLanes.
+// Transposes a tile of `rows` by `columns` elements, at most kRowsOfLane * kLanes by kLanes.
 template <class Word>
 void transpose_tile(const Word* in, int64_t in_row, Word* out, int64_t out_row, int64_t rows, int64_t columns) {
   constexpr int kRows = kRowsOfLane<Word>;
@@ -84,7 +84,7 @@ void transpose_tile(const Word* in, int64_t in_row, Word* out, int64_t out_row, 
   }
 }
 
-// Asks for some columns of rows in the order of memory.
+// Prefetches some columns of rows, in the order of memory.
 template <class Word>
 void ask_for(const Word* first, int64_t row, int64_t rows, int64_t columns) {
   constexpr int64_t kWords = kLine / int64_t(sizeof(Word));
@@ -93,11 +93,11 @@ void ask_for(const Word* first, int64_t row, int64_t rows, int64_t columns) {
     for (int64_t c = 0; c < columns; c += kWords) __builtin_prefetch(first + r * row + c, 0, 2);
 }
 
-// Planes of pixels (channels, pixels) into rows of channels (pixels, channels), or back; plane, row: elements from
-// one's start to the next's. The last tiles of planes and of pixels are moved back over their neighbours where there
-// are any. Planes are asked for before a row of tiles goes across them: by themselves the tiles read and write too
-// short runs for the hardware to foresee (ns an element, from and into 512 planes of 14 x 14, fp32: 0.45 and 0.48,
-// asked for 0.23 and 0.19; a copy takes 0.17 and 0.13).
+// Transposes planes of pixels (channels, pixels) into rows of channels (pixels, channels), or back. plane, row:
+// elements from the start of one plane or row to the next. A last tile that is not full moves back over its neighbour.
+// Planes are prefetched before a row of tiles crosses them: the tiles' own accesses are too short runs for the hardware
+// prefetcher (ns an element, from and into 512 planes of 14 x 14, fp32: 0.45 and 0.48, prefetched 0.23 and 0.19; a copy
+// takes 0.17 and 0.13).
 template <bool to_rows, class Planes, class Rows>
 void transpose_planes(Planes* planes, int64_t plane, Rows* rows, int64_t row, int64_t channels, int64_t pixels) {
   constexpr int64_t kHeight = kRowsOfLane<Rows> * kLanes;
@@ -119,7 +119,7 @@ void transpose_planes(Planes* planes, int64_t plane, Rows* rows, int64_t row, in
   }
 }
 
-// Elements as the words that are moved.
+// The word that an element is moved as.
 template <class T>
 using WordOf = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 
@@ -134,8 +134,8 @@ void rows_to_planes(const void* rows, int64_t row, void* planes, int64_t plane, 
   transpose_planes<false>(static_cast<Word*>(planes), plane, static_cast<const Word*>(rows), row, channels, pixels);
 }
 
-// Each vector's lanes added up, in a fixed order: `add(i, sum)` for each of `count` vectors that lie one behind the
-// other. Many at once, since the lanes of one would be as many additions that wait for each other.
+// Calls add(i, sum) with the sum of the lanes of each of `count` successive vectors, added in a fixed order. kLanes
+// vectors are summed at once: the lanes of a single vector would be a chain of additions that wait for each other.
 template <class Add>
 inline void sum_lanes(const float* vectors, int64_t count, Add&& add) {
   for (int64_t first = 0; first < count; first += kLanes) {

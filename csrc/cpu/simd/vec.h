@@ -1,7 +1,6 @@
 // Vectors of floats in the compiler's own vector types, as wide as the instruction set that this header is compiled
-// for. cpu/isa/avx512.cpp, cpu/isa/avx512_bf16.cpp, cpu/isa/avx2.cpp and cpu/isa/baseline.cpp each set RKL_ISA and
-// RKL_LANES and include the kernels once, so that all of them stand here in one form, under the namespace
-// rkl::cpu::RKL_ISA.
+// for. Each of cpu/isa/avx512.cpp, avx512_bf16.cpp, avx2.cpp and baseline.cpp sets RKL_ISA and RKL_LANES and includes
+// the kernels once. So the kernels have one source, and a namespace rkl::cpu::RKL_ISA for each instruction set.
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -10,7 +9,7 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// Stored in 16 bits, computed with in 32.
+// Types that are stored in 16 bits and computed with in fp32.
 using bf16 = c10::BFloat16;
 using f16 = c10::Half;
 
@@ -20,10 +19,10 @@ typedef int32_t VecInt __attribute__((vector_size(4 * RKL_LANES)));
 typedef uint32_t VecBits __attribute__((vector_size(4 * RKL_LANES)));
 typedef uint16_t VecHalf __attribute__((vector_size(2 * RKL_LANES)));
 
-// Less zero, since the compiler knows that this is x, where x plus zero need not be.
+// x - 0, which the compiler knows to be x; x + 0 is not, for x = -0.
 inline Vec broadcast(float x) { return x - Vec{}; }
 
-// memcpy is how a vector is read from or written to an address of any alignment: one instruction.
+// memcpy reads or writes a vector at an address of any alignment. It compiles to one instruction.
 template <class V>
 inline V read(const void* p) {
   V v;
@@ -36,7 +35,7 @@ inline void write(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// The same value, in a register from here on: GCC would load it again for every multiply-add that it is a factor of.
+// The same value, held in a register from here on. GCC would load it again for every multiply-add that uses it.
 inline Vec in_register(Vec v) {
 #if defined(__x86_64__)
   __asm__("" : "+v"(v));
@@ -44,8 +43,8 @@ inline Vec in_register(Vec v) {
   return v;
 }
 
-// ---- 16-bit integers to 32 bits and back. By name where there is an instruction: GCC 12 makes five out of a
-// conversion of a whole vector.
+// ---- 16-bit integers to 32 bits and back, by intrinsics where there are any: GCC 12 makes five instructions of
+// __builtin_convertvector for a whole vector.
 
 inline VecBits wide_bits(VecHalf v) {
 #if RKL_LANES == 16
@@ -91,8 +90,8 @@ inline Vec factor(const float* p) { return load(p); }
 inline Vec factor(const f16* p) { return load(p); }
 
 #ifdef RKL_BF16_ONLY
-// Pairs of bf16 whose second is 0: what _mm512_dpbf16_ps multiplies and adds in fp32 without a shift to widen them. It
-// takes denormal numbers for zero.
+// A factor is a pair of bf16 whose second is 0. _mm512_dpbf16_ps multiplies such pairs and adds them in fp32, so that
+// no shift has to widen them. It treats denormal numbers as zero.
 inline Vec factor(const bf16* p) { return (Vec)wide_bits(read<VecHalf>(p)); }
 inline Vec widened(Vec factor, bf16) { return (Vec)((VecBits)factor << 16); }
 inline Vec as_factor(Vec v, bf16) { return (Vec)((VecBits)v >> 16); }
@@ -103,7 +102,7 @@ inline Vec multiply_add(Vec sum, Vec a, Vec b, bf16) {
 inline Vec factor(const bf16* p) { return load(p); }
 #endif
 
-// Of factors that came from elements of type T: as floats; a float that such an element can hold; sum + a * b.
+// Of elements of type T. widened: a factor as floats; as_factor: floats that T can hold, as a factor; then sum + a * b.
 template <class T>
 inline Vec widened(Vec factor, T) {
   return factor;
@@ -121,7 +120,7 @@ inline Vec multiply_add(Vec sum, Vec a, Vec b, T) {
 
 inline Vec packed(Vec v, float) { return v; }
 
-// A float whose upper half is the bf16 that it rounds to.
+// The bits of v, whose upper halves are the bf16 numbers that v rounds to.
 inline VecBits rounded_bits(Vec v) {
   const VecBits bits = (VecBits)v;
   const VecBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -154,13 +153,13 @@ inline void store(T* p, Vec v) {
   write(p, packed(v, T{}));
 }
 
-// ---- whole lines of memory past the caches, which need not read them then before they are written
+// ---- streaming stores: they write whole cache lines past the caches, and need not read them first
 
-// Vectors of elements of this type that fill a line.
+// How many vectors of elements of type T fill a cache line.
 template <class T>
 constexpr int kLineVectors = int(kLine) / (kLanes * int(sizeof(T)));
 
-// Before others may read what was written past the caches.
+// Must be called before another thread reads what streaming stores wrote.
 inline void end_stream() {
 #if RKL_LANES >= 8
   _mm_sfence();
@@ -222,7 +221,7 @@ inline void store_some(T* p, Vec v, int64_t count) {
 }
 
 #if RKL_LANES == 16
-// The factors at p of the lanes that the mask names, zero elsewhere; no other memory is touched.
+// The factors at p in the lanes that the mask sets, zeros in the others, whose memory is not touched.
 inline Vec factor_masked(const float* p, uint16_t mask) { return (Vec)_mm512_maskz_loadu_ps(mask, p); }
 template <class T>
 inline Vec factor_masked(const T* p, uint16_t mask) {
@@ -231,7 +230,7 @@ inline Vec factor_masked(const T* p, uint16_t mask) {
 }
 #endif
 
-// At most kLanes of the elements, fewer where a row ends.
+// `count` elements, at most kLanes: fewer where a row ends.
 template <class T>
 inline Vec load_up_to(const T* p, int64_t count) {
   return count >= kLanes ? load(p) : load_some(p, count);
