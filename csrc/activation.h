@@ -39,11 +39,11 @@ RKL_HOST_DEVICE inline float activate(Activation a, float x) {
   }
 }
 
-// Whether a gradient is 0 where the derivative is, were it infinite: relu and relu6 select, as in PyTorch.
+// Whether the gradient is 0 where the derivative is, even times infinity: relu and relu6 select, as in PyTorch.
 RKL_HOST_DEVICE inline bool selects(Activation a) { return a == Activation::relu || a == Activation::relu6; }
 
-// The activation's derivative, from its output y; silu and gelu are not monotonic, so they have none. A NaN lets the
-// gradient pass, as in PyTorch.
+// The activation's derivative, from its output y. silu and gelu are not monotonic, so y does not tell theirs. A NaN
+// lets the gradient pass, as in PyTorch.
 RKL_HOST_DEVICE inline float derivative_from_output(Activation a, float y) {
   switch (a) {
     case Activation::relu:

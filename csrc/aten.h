@@ -1,5 +1,5 @@
-// ATen's operators by name, through the dispatcher: what the Stable ABI has no function for; and ATen's errors, of
-// which it drops the words.
+// ATen's operators by name, through the dispatcher, where the Stable ABI has no function for them. And the messages of
+// ATen's errors, which the Stable ABI drops.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
@@ -9,12 +9,12 @@
 #include <string>
 #include <utility>
 
-// What PyTorch said of this thread's last error. Null before PyTorch 2.13.
+// PyTorch's message for this thread's last error. Null before PyTorch 2.13.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace rkl {
 
-// What an older PyTorch is taken to have said where a new tensor could not be made.
+// The message, where an older PyTorch could not make a new tensor.
 #ifdef USE_CUDA
 constexpr const char* kNoMemory = "CUDA out of memory. PyTorch wrote to stderr how much was asked for.";
 #else
@@ -24,8 +24,8 @@ constexpr const char* kNoMemory = "out of memory. PyTorch wrote to stderr how mu
 template <auto function>
 struct InPyTorchsWords;
 
-// The function, with an error of PyTorch's below it (no memory, say) in PyTorch's own words rather than as the name of
-// the call that failed.
+// Calls the function. An error of PyTorch's below it (no memory, say) gets PyTorch's own message in place of the name
+// of the call that failed.
 template <class Result, class... Args, Result (*function)(Args...)>
 struct InPyTorchsWords<function> {
   static Result call(Args... args) {
@@ -42,7 +42,7 @@ struct InPyTorchsWords<function> {
   }
 };
 
-// As TORCH_BOX takes it.
+// TORCH_BOX of a function, with PyTorch's messages.
 #define RKL_BOX(function) TORCH_BOX((&rkl::InPyTorchsWords<function>::call))
 
 // The tensor that an ATen operator returns.

@@ -8,9 +8,9 @@
 namespace rkl {
 
 // Kernels: struct with
-//   static kBiasIsFree: whether PyTorch's convolution adds its bias without a pass of its own, so that it may
+//   static kBiasIsFree: whether PyTorch's convolution adds the bias without an extra pass; if so it adds it
 //   static pointwise_in_one(image, filter (C', C), bias or none, activation, dtype) -> image or none: over dense NHWC
-//   images; none, nothing done, where it does not serve
+//   images; returns none, with nothing done, where it does not serve
 //   static bias_and_activation(image, bias or none, activation, dtype), in place, over a dense image of either format.
 template <class Kernels>
 struct Conv2dOps {

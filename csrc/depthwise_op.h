@@ -14,8 +14,8 @@ inline Activation activation_of(int64_t number) {
   return Activation(number);
 }
 
-// act(x * weight + bias) of an image that is dense in g's format, as another one: by PyTorch's own convolution where
-// that makes it sooner. Kernels: as DepthwiseOps takes them.
+// act(x * weight + bias), of an image that is dense in g's format, in that format: by PyTorch's own convolution where
+// that is faster. Kernels: as DepthwiseOps takes them.
 template <class Kernels>
 Tensor depthwise_output(const Conv2d& g, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         Activation act, Dtype dtype) {
@@ -41,7 +41,7 @@ Tensor depthwise_output(const Conv2d& g, const Tensor& x, const Tensor& weight, 
 //   static backward(Conv2d, grad, x, weight, dx or null, dweight or null, dbias or null, dtype, like)
 // over dense memory; `like` is a tensor on the device; and
 //   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like), over dense rows
-//   static left_to_pytorch(Conv2d, dtype, finished) -> bool: whether PyTorch's own convolution makes the output sooner;
+//   static left_to_pytorch(Conv2d, dtype, finished) -> bool: whether PyTorch's own convolution makes the output faster;
 //     finished: with a bias or an activation
 //   static transposes(Conv2d, dtype, of_filter) -> bool: whether NCHW images are computed as NHWC ones; of_filter: for
 //     the filter's gradient too
@@ -97,9 +97,9 @@ struct DepthwiseOps {
     return {mask[0] ? Kernels::in_format(dx, nhwc) : dx, dweight, dbias};
   }
 
-  // The two as PyTorch's extension point for a device's own convolutions (aten::convolution_overrideable and its
-  // backward): that has a gradient in C++, which the Stable ABI cannot give to an operator of ours. A gradient in
-  // Python costs a call 30 us in a loop and 100 to 200 us in a network, where it finds no cache warm
+  // Forward and backward as PyTorch's extension point for a device's own convolutions (aten::convolution_overrideable
+  // and its backward). That has a gradient in C++, which the Stable ABI cannot give to an operator of ours. A gradient
+  // in Python costs a call 30 us in a loop and 100 to 200 us in a network, where it finds no cache warm
   // (benchmarks/NOTES.md).
   static Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                             const Ints& stride, const Ints& padding, const Ints& dilation, bool transposed,

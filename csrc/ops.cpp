@@ -114,7 +114,7 @@ struct CpuConv2d {
   }
 };
 
-// The plan of a separable call, for rk.explain: whether images are NHWC; of forward and of backward whether it is
+// The plan of a separable call, for rk.explain: whether images are NHWC; for forward, then for backward, whether it is
 // computed in NHWC and whether in bands; SeparablePlan's filter_gradient.
 std::vector<int64_t> separable_plan(const Tensor& x, const Tensor& depthwise, int64_t outputs,
                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,

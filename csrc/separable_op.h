@@ -21,8 +21,8 @@ struct SeparableCall {
   std::optional<Tensor> depthwise_bias;
 };
 
-// The gradients that a pointwise step is asked for, null where they are not wanted: of its filter and its bias, to be
-// written, and of the depthwise output before its activation, whose memory is whoever's serves.
+// The gradients that a pointwise step makes, null where they are not wanted: of its filter and its bias, into tensors
+// that exist, and of the depthwise output before its activation, a tensor that the step allocates.
 struct PointwiseGradients {
   Tensor *depthwise_out, *pointwise, *bias;
 };
@@ -58,16 +58,16 @@ inline void filter_gradient_by_matrix(const Tensor& dz, const Tensor& hidden, co
 //   static epilogue(z, bias or null, activation, out, rows, channels, dtype, like): out = act(z + bias)
 //   static activation_backward(grad, values, activation, from_output, out, rows, channels, dtype, like): out = grad *
 //   act'(...)
-// where out may be the first argument; over images in the format that is computed in,
+// where out may be the first argument. Over images in the format that is computed in:
 //   static pointwise(call, image, filter, bias or none, activation) -> image, as pointwise_by_matrix above
 //   static filter_gradient(call, dz, hidden, out), as filter_gradient_by_matrix above
 //   static channel_sums(call, image, out): each channel's sum, the pointwise bias's gradient
 //   static takes_planes(Conv2d, C', dtype, backward)
-// where the last says whether NCHW images are computed in NCHW, else they are transposed to NHWC; and, for devices with
-// kernels that do more at once,
+// The last says whether NCHW images are computed in NCHW; else they are transposed to NHWC. For devices with kernels
+// that do more at once:
 //   static fused_forward(call, pointwise bias or none) -> image or none
 //   static fused_backward(call, grad, y if activated, PointwiseGradients)
-// which give none and false, nothing done, where the unfused steps are to serve.
+// These return none and false, with nothing done, where the unfused steps serve.
 template <class Kernels>
 struct SeparableOps {
   using Ints = std::vector<int64_t>;

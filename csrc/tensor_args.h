@@ -1,5 +1,5 @@
 // From tensors to what kernels take: the one guard in C++ (a direct torch.ops.rkl call must not read out of bounds; the
-// friendly messages are in rkl_kernels/_checks.py), the layout rule and the allocation of outputs.
+// friendly messages are in rkl_kernels/_checks.py), the rule for layouts, and the allocation of outputs.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -63,15 +63,15 @@ inline bool is_dense(const Tensor& x, bool nhwc) {
   return same;
 }
 
-// The tensor dense in the given layout: itself where it is so already. That is looked up here first, since PyTorch is
-// asked by the operator's name, which it looks up at each call.
+// x dense in the given layout; x itself where it is so already. That is checked here first, since each call of
+// PyTorch's own looks up the operator by its name.
 inline Tensor dense(const Tensor& x, bool nhwc) {
   return is_dense(x, nhwc) ? x : torch::stable::contiguous(x, format_of(nhwc));
 }
 
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// A new tensor of the type and device of `like`. At once, not through the dispatcher, by a name looked up each time.
+// A new tensor of the type and device of `like`. The dispatcher is not used: it would look up an operator by its name.
 inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides) {
   int32_t dtype, device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
@@ -87,7 +87,7 @@ inline Tensor empty_image(const Tensor& like, int64_t n, int64_t c, int64_t h, i
   return empty_strided(like, 4, sizes.data(), strides.data());
 }
 
-// Dense, in the order of x's dimensions, whatever gaps x has.
+// A new dense tensor like x: dimensions in x's order in memory, without x's gaps.
 inline Tensor new_like(const Tensor& x) {
   if (x.is_contiguous() || (x.dim() == 4 && is_dense(x, true)))
     return empty_strided(x, x.dim(), x.sizes().data(), x.strides().data());
@@ -141,7 +141,7 @@ inline Tensor in_format(const Tensor& x, bool nhwc) {
   return torch::stable::copy_(out, x);
 }
 
-// Both with a device's own transposition, which is many times faster than PyTorch's copy between the formats.
+// dense() and in_format() by a device's own transposition, many times faster than PyTorch's copy between the formats.
 // Device: struct with static transposed_image(x, nhwc), of an image that is dense in the other format.
 template <class Device>
 struct TransposedFormats {
@@ -193,7 +193,7 @@ inline Conv2d conv2d(const Tensor& x, const Tensor& weight, IntList stride, IntL
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                   "stride, padding and dilation must be pairs");
   STD_TORCH_CHECK(x.size(1) > 0, "x must have at least one channel");
-  // In 64 bits: kernels count pixels of the padded image in 32, so it must be smaller than that.
+  // Computed in 64 bits. Kernels count pixels of the padded image in 32 bits, so it must be smaller than that.
   constexpr int64_t kMost = std::numeric_limits<int>::max();
   std::array<int64_t, 2> out, step, apart;
   for (int d : {0, 1}) {
@@ -207,7 +207,7 @@ inline Conv2d conv2d(const Tensor& x, const Tensor& weight, IntList stride, IntL
     const int64_t free = in + 2 * padding[d] - dilation[d] * (taps - 1) - 1;
     STD_TORCH_CHECK(free >= 0, "the dilated filter must fit into the padded image");
     out[d] = free / stride[d] + 1;
-    step[d] = stride[d] < free + 1 ? stride[d] : free + 1;  // one output is one output: kernels size buffers by this
+    step[d] = stride[d] < free + 1 ? stride[d] : free + 1;  // one output needs no larger step; buffers depend on it
     apart[d] = taps > 1 ? dilation[d] : 1;                  // likewise of one tap, whose dilation has no other bound
   }
   const Conv2d g{x.size(0),
