@@ -1,4 +1,4 @@
-// The output of a separable convolution in bands, whose depthwise output stays in a core's cache.
+// Cuts the output of a separable convolution into bands, whose depthwise output stays in a core's cache.
 #pragma once
 #include <algorithm>
 
@@ -15,7 +15,7 @@ struct ImageRows {
 };
 
 struct Band {
-  Conv2d g;  // the depthwise step that makes it, in NHWC, from the rows that it reads
+  Conv2d g;  // the band's depthwise step, in NHWC, from the rows that the band reads
   ImageRows in, out;
   int64_t pixels;  // of the output, over all images
 };
@@ -28,23 +28,23 @@ class Bands {
     const int64_t plane = g.out_h * g.out_w;
     images_ = std::clamp<int64_t>(pixels / plane, 1, g.batch);
     const int64_t pieces = std::min(g.out_h, std::max<int64_t>(1, (plane + pixels / 2) / pixels));
-    // Four at a time: what a window makes at once.
+    // A multiple of four rows, which windows make together.
     rows_ = images_ > 1 ? g.out_h : std::min(g.out_h, ceil_div(ceil_div(g.out_h, pieces), 4) * 4);
     per_image_ = ceil_div(g.out_h, rows_);
   }
 
-  // The depthwise step as the bands take it.
+  // The whole depthwise step, in NHWC as the bands make it.
   const Conv2d& depthwise() const { return g_; }
   int64_t count() const { return ceil_div(g_.batch, images_) * per_image_; }
 
-  // Pixels of the largest band, and of what it reads.
+  // Pixels of the largest band's output, and of what the band reads.
   int64_t most_pixels() const { return images_ * rows_ * g_.out_w; }
   int64_t most_read() const { return images_ * std::min(span(rows_), g_.in_h) * g_.in_w; }
 
   Band operator[](int64_t i) const {
     const int64_t image = i / per_image_ * images_, row = i % per_image_ * rows_;
     const int64_t images = std::min(images_, g_.batch - image), rows = std::min(rows_, g_.out_h - row);
-    // Of the rows that the band's windows span those that exist; the padding above them is the band's own.
+    // The band reads those rows under its windows that exist. Padding above them is the band's own.
     const int64_t top = row * g_.stride_h - g_.padding_h, first = std::clamp<int64_t>(top, 0, g_.in_h - 1);
     const int64_t read = std::max<int64_t>(1, std::min(top + span(rows), g_.in_h) - first);
     Band band{g_, {image, images, first, read}, {image, images, row, rows}, images * rows * g_.out_w};
@@ -56,8 +56,8 @@ class Bands {
   }
 
  private:
-  // Rows that the windows of so many rows of outputs span, padding with them. Of several images all: the next image
-  // lies behind them, whether they are read or not.
+  // Rows under the windows of `rows` rows of outputs, padding included. A band of several images spans all their rows,
+  // read or not: the next image lies behind them.
   int64_t span(int64_t rows) const {
     if (images_ > 1) return g_.padding_h + g_.in_h;
     return (rows - 1) * g_.stride_h + int64_t(g_.kernel_h - 1) * g_.dilation_h + 1;
@@ -67,7 +67,7 @@ class Bands {
   int64_t images_, rows_, per_image_;
 };
 
-// Images whose rows bands read and make as NHWC: where they lie or, of NCHW, in memory of a band's own.
+// Images whose rows bands read or make as NHWC: in place or, for NCHW images, in a band's own memory (`own`).
 class BandImages {
  public:
   BandImages(const void* images, int64_t channels, int64_t height, int64_t width, const Separable& s)
@@ -87,10 +87,10 @@ class BandImages {
     return own;
   }
 
-  // Of what read() reads from, where that is no memory of a band's own.
+  // Bytes of the images that read() points into; 0 where it returns the band's own memory.
   int64_t bytes() const { return bytes_; }
 
-  // Where rows are to be made; written(rows, own) when they are.
+  // Where a band makes rows. It calls written(rows, own) when they are made.
   void* made_at(const ImageRows& rows, void* own) const {
     return nhwc_ ? at(images_, (rows.image * height_ + rows.row) * width_ * channels_, dtype_) : own;
   }
@@ -114,10 +114,10 @@ class BandImages {
   Dtype dtype_;
 };
 
-// A pointwise filter in the order that pointwise_rows reads it in.
+// A pointwise filter in the order in which pointwise_rows reads it.
 Scratch packed(const PointwiseFilter& filter, Dtype dtype);
 
-// Whether outputs of so many rows go past the caches: not where an activation reads them again.
+// Whether `rows` rows of outputs are written past the caches. They are not where an activation reads them again.
 inline bool streams_rows(const void* out, int64_t rows, int64_t outputs, Activation act, Dtype dtype) {
   const int64_t row = outputs * size_of(dtype);
   return act == Activation::none && exceeds_caches(rows * row, torch::stable::get_num_threads()) &&

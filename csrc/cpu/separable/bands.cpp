@@ -1,5 +1,5 @@
-// Separable convolution a band at a time: its depthwise output stays in a core's cache, where the pointwise step reads
-// it, and in backward, where it is made again, the pointwise step's gradients.
+// Separable convolution a band at a time. A band's depthwise output stays in a core's cache, where the pointwise step
+// reads it. Backward makes it again, for the pointwise step's gradients.
 #include "cpu/separable/task_sums.h"
 
 namespace rkl::cpu {
@@ -46,7 +46,7 @@ void pointwise_backward_bands(const Separable& s, const void* grad, const void* 
   const int64_t own_size = std::max(rows(!g.nhwc, std::max(c, c_out)), g.nhwc ? 0 : bands.most_read() * c * size);
 
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    // A band's rows. own: of one image's after the other.
+    // Memory for a band's rows. own holds those of outputs, in and depthwise_out, one after the other.
     const Scratch dz_rows(rows(y || !g.nhwc, c_out)), depthwise_rows(rows(makes_depthwise, c)),
         hidden_rows(rows(wanted.pointwise && activates, c)), own_rows(own_size), factors = sums.scratch();
     void* const own = own_rows.as();

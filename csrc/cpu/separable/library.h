@@ -1,4 +1,4 @@
-// The library that torch links (oneDNN), where it is better at products than the kernels here.
+// oneDNN, the library that torch links: it serves where it multiplies faster than the kernels here.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -6,24 +6,23 @@
 
 namespace rkl::cpu {
 
-// While one of these lives, the library keeps to the calling thread, and plans its work for one: MKL chooses blocks,
-// and so the order of its sums, by torch.set_num_threads even where it runs on one thread, and oneDNN's gradient of a
-// convolution waits for as many threads as it was told of.
+// While a OneThread lives, MKL and oneDNN run on the calling thread alone and plan for one thread. Else MKL chooses its
+// blocks, and so the order of its sums, by torch.set_num_threads even where it runs on one thread, and oneDNN's
+// gradient of a convolution waits for as many threads as it was told of.
 class OneThread {
  public:
   OneThread();
   ~OneThread();
   OneThread(const OneThread&) = delete;
 
-  // Whether the libraries' threads are OpenMP's, so that this is sure to hold.
+  // Whether the libraries' threads are OpenMP's. Only then is it sure that the libraries keep to one thread.
   static bool holds();
 
  private:
   int mkl_before_, openmp_before_;
 };
 
-// Calls f(begin, end) for parts of the tasks [0, count) on torch's threads, where the library keeps to the calling
-// thread.
+// Calls f(begin, end) for parts of the tasks [0, count) on torch's threads, with a OneThread on each.
 template <class F>
 void for_tasks(int64_t count, F&& f) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -32,8 +31,8 @@ void for_tasks(int64_t count, F&& f) {
   });
 }
 
-// The type that it multiplies factors of this type in: their own, or fp32 where it is slow at it (fp16 without
-// instructions for it: 2 GFLOP/s where fp32 has 90).
+// The type in which oneDNN multiplies factors of this type: their own, or fp32 where it is slow at their own (fp16
+// without instructions for it: 2 GFLOP/s where fp32 has 90).
 Dtype factor_type(Dtype dtype);
 
 }  // namespace rkl::cpu

@@ -1,5 +1,5 @@
-// How a separable convolution is made on a CPU, and cut into parts: by its shape and the machine, never by the number
-// of threads, so that results are the same for any number of them.
+// How a separable convolution is made on a CPU and cut into parts: by its shape and the machine, never by the number of
+// threads, so that results are the same for any number of threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -16,49 +16,49 @@ inline int64_t rows_in_cache(int64_t channels, Dtype dtype) {
   return std::max<int64_t>(1, machine().l2_bytes / 8 * 3 / (channels * size_of(dtype)));
 }
 
-// A part's rows: the weights are read once for each part, the rows once for each block of weights.
+// Bounds on a part's rows: a part reads the weights once, and its rows once for each block of weights.
 constexpr int64_t kLeastRows = 64, kMostRows = 2048;
 constexpr int64_t kTasks = 8;  // where there is enough work
 
-// Operations that a thread takes at least: some 20 us, what waking it costs.
+// The fewest operations worth a thread: they take some 20 us, as long as waking it.
 constexpr int64_t kThreadOperations = int64_t(1) << 21;
 
-// Rows a part when `all` are cut into parts that stay in a core's cache: a multiple of kTasks parts, if they do not get
-// smaller than `least`.
+// Rows of a part, where `all` rows are cut into parts that stay in a core's cache: a multiple of kTasks parts, unless
+// the parts would be smaller than `least`.
 inline int64_t rows_a_part(int64_t all, int64_t channels, Dtype dtype, int64_t least) {
   const int64_t most = std::clamp(rows_in_cache(channels, dtype), kLeastRows, kMostRows);
   const int64_t parts = ceil_div(ceil_div(std::max<int64_t>(1, all), most), kTasks) * kTasks;
   return std::max(ceil_div(all, parts), least);
 }
 
-// Pixels a band. Beside the depthwise output of NCHW images there is memory of the band's own, of what is read or made.
+// Pixels of a band. For NCHW images the cache also holds the band's own memory, for what it reads or makes.
 inline int64_t band_pixels(const Conv2d& g, int64_t c_out, Dtype dtype) {
   const int64_t c = g.channels, own = std::max(c_out, c * g.stride_h * g.stride_w);
   return rows_a_part(g.batch * g.out_h * g.out_w, g.nhwc ? c : (c + own) / 2, dtype, kLeastRows);
 }
 
-// How the pointwise filter's gradient, a sum over all pixels, is shared out.
+// How the pointwise filter's gradient, a sum over all pixels, is cut into tasks.
 enum class FilterGradient : int {
-  tasks,     // by parts of the pixels, each a share of the sum, and of the filter
-  pixels,    // by the library: by parts of the pixels
-  channels,  // by the library: by output channels, for large filters of few pixels
+  tasks,     // by the kernels here: by parts of the pixels and of the filter
+  pixels,    // by oneDNN: by parts of the pixels
+  channels,  // by oneDNN: by output channels, for large filters of few pixels
 };
 
-// How a call is made, as a value: the launchers follow it and rk.explain reads it.
+// How a call is made. The launchers follow it, and rk.explain shows it.
 struct SeparablePlan {
-  bool forward, backward;          // in bands, of NHWC or NCHW images; else NHWC images one step after the other
+  bool forward, backward;          // in bands, of NHWC or NCHW images; else step by step, of NHWC images
   FilterGradient filter_gradient;  // where backward is not in bands
 };
 
-// Parts of the pixels, each with a share of the sum, and of the filter: of its outputs or, if there are more of them,
-// of its channels.
+// How many parts the pixels are cut into, each with its own share of the sum, and how many the filter is cut into: by
+// outputs or by channels, whichever are more.
 struct Shares {
   int64_t pixels, filter;
 };
 
-// A share is written and read again, which takes as long as some 50 pixels do, and all of them together hold 64 MiB at
-// most; each part of the filter reads all of dz or of the depthwise output. Powers of 2, so that as many threads, or
-// half as many, have equal parts.
+// Writing a share and reading it again takes as long as some 50 pixels. All shares together hold at most 64 MiB. Each
+// part of the filter reads all of dz or of the depthwise output. Powers of 2 give as many threads, or half as many,
+// equal parts.
 inline Shares plan_shares(int64_t pixels, int64_t c, int64_t c_out) {
   constexpr int64_t kLeastPixels = 512, kLeastChannels = 64, kMostSums = int64_t(1) << 24;
   const int64_t most = 2 * pixels * c * c_out / kThreadOperations, longer = std::max(c, c_out);
@@ -71,10 +71,10 @@ inline Shares plan_shares(int64_t pixels, int64_t c, int64_t c_out) {
   return shares;
 }
 
-// Whether NHWC images are multiplied here, by pointwise_rows, and not by the library: it has the matrix instructions of
-// AMX for bf16, and some machines have instructions for fp16. (Not measured on those. A Zen 4 core, which has neither:
-// 113 to 117 GFLOP/s in fp32 and 230 to 235 in bf16, by the library 92 to 111 and 210 to 220.) Pairs of bf16 want an
-// even number.
+// Whether pointwise_rows multiplies NHWC images. oneDNN does instead where it has the matrix instructions of AMX for
+// bf16, or instructions for fp16. (Not measured on such machines. A Zen 4 core, which has neither: 113 to 117 GFLOP/s
+// in fp32 and 230 to 235 in bf16, by oneDNN 92 to 111 and 210 to 220.) bf16 channels are multiplied in pairs, so
+// multiplies_rows wants an even number of them.
 inline bool multiplies(Dtype dtype) {
   return factor_type(dtype) != dtype || dtype == Dtype::f32 || (dtype == Dtype::bf16 && !machine().amx);
 }
@@ -82,8 +82,8 @@ inline bool multiplies_rows(int64_t channels, Dtype dtype) {
   return multiplies(dtype) && channels > 0 && (dtype != Dtype::bf16 || channels % 2 == 0);
 }
 
-// Whether bands are worth their making: enough of them, and not so thin that most rows of the image that a band's
-// window spans are read for its neighbours too (dilations of 6, 33 px, 2048 channels: 47 ms unfused, 51 in bands).
+// Whether bands serve: there are enough, and they are not so thin that most of the rows which a band reads are read for
+// its neighbours too (dilations of 6, 33 px, 2048 channels: 47 ms unfused, 51 in bands).
 inline bool bands_serve(const Conv2d& g, int64_t c_out, Dtype dtype) {
   const int64_t rows = std::min(ceil_div(band_pixels(g, c_out, dtype), g.out_w), g.out_h);
   const int64_t beyond = int64_t(g.kernel_h - 1) * g.dilation_h;
@@ -97,7 +97,7 @@ inline SeparablePlan plan_separable(const Conv2d& g, int64_t c_out, Dtype dtype)
     return {false, false, few ? FilterGradient::channels : FilterGradient::pixels};
   }
   const bool forward = multiplies_rows(g.channels, dtype) && bands_serve(g, c_out, dtype);
-  // Each part of the filter would make all bands again.
+  // With several parts of the filter, each part would make all bands again.
   const bool backward = forward && multiplies_rows(c_out, dtype) && plan_shares(pixels, g.channels, c_out).filter == 1;
   return {forward, backward, FilterGradient::tasks};
 }

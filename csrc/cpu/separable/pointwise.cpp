@@ -51,8 +51,8 @@ struct Step {
   }
 };
 
-// Few rows: each block of outputs by one task, which packs its filter first. To pack all of a filter takes as long as
-// some 30 rows do.
+// For few rows: a task makes a block of outputs, and packs that block of the filter first. Packing a whole filter takes
+// as long as some 30 rows.
 void by_blocks(const Step& s) {
   const int64_t blocks = s.filter.blocks();
   const Scratch packed(s.filter.packed_size() * sizeof(float));
@@ -62,7 +62,7 @@ void by_blocks(const Step& s) {
   });
 }
 
-// Rows in parts, and outputs too where the parts are few.
+// Cuts rows into parts, and outputs too where there are few parts.
 void by_rows(const Step& s) {
   const int64_t blocks = s.filter.blocks(), rows = rows_a_part(s.rows, s.filter.channels, s.dtype, kLeastRows / 2);
   const int64_t parts = ceil_div(s.rows, rows),
@@ -91,7 +91,8 @@ Tensor multiplied(const Tensor& image, const Tensor& filter, const std::optional
                   n * h * w,
                   act,
                   dtype_of(image, "image")};
-  step.rows <= kFewRows&& step.filter.blocks() >= kTasks / 2 ? by_blocks(step) : by_rows(step);
+  const auto by = step.rows <= kFewRows && step.filter.blocks() >= kTasks / 2 ? by_blocks : by_rows;
+  by(step);
   return out;
 }
 

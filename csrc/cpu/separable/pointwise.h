@@ -1,5 +1,5 @@
-// The pointwise step and its gradients over whole NHWC images: by the kernels here, and what those leave (plan.h) by
-// the convolutions of the library that torch links (oneDNN).
+// The pointwise step and its gradients over whole NHWC images: by the kernels here, or by oneDNN's convolutions where
+// plan.h says so.
 #pragma once
 #include <optional>
 
@@ -9,10 +9,10 @@
 
 namespace rkl::cpu {
 
-// Whether torch has that library, for images of so many channels; where it has not, matrix products are to serve.
+// Whether oneDNN's convolutions serve images of `channels` channels. Where they do not, callers use matrix products.
 bool convolves_images(int64_t channels);
 
-// Whether `pointwise` serves; where it does not, matrix products are to.
+// Whether pointwise() serves. Where it does not, callers use a matrix product.
 bool makes_pointwise(int64_t channels, Dtype dtype);
 
 // act(filter (C', C) times image (N, C, H, W) + bias). Either of the filter's strides may be 1.

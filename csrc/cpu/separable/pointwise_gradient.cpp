@@ -1,5 +1,5 @@
 // The gradients of a pointwise step's filter and bias: sums over all pixels, in parts that the shapes alone decide, so
-// that they are the same for any number of threads.
+// that results are the same for any number of threads.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -25,13 +25,13 @@ Tensor narrow(const Tensor& x, int64_t dim, int64_t first, int64_t count) {
   return torch::stable::narrow(self, dim, first, count);
 }
 
-// Over these images alone, on the calling thread: (C', C, 1, 1) in the images' type. In 16 bits that rounds each share;
-// added up, by no more than the rounding of the factors themselves has already cost sums of random signs.
+// oneDNN's filter gradient over these images, on the calling thread: (C', C, 1, 1) in the images' type. In 16 bits each
+// share is rounded: for sums of random signs, that costs no more than rounding the factors has already cost.
 Tensor share_of(const Tensor& dz, const Tensor& hidden) {
   using torch::stable::detail::from, torch::stable::detail::to;
   const Ints size{dz.size(1), hidden.size(1), 1, 1}, ones{1, 1}, zeros{0, 0};
-  // A dilation of 2 leaves a 1 x 1 filter what it is, and keeps torch from another library's way, which takes twice as
-  // long and which it would choose by the number of threads.
+  // A dilation of 2 does not change a 1 x 1 filter. It keeps torch off another library's kernel, which takes twice as
+  // long and which torch would choose by the number of threads.
   const Ints dilation{2, 2};
   const Tensor filter = torch::stable::new_empty(dz, IntList(size.data(), size.size()));
   const std::optional<Ints> no_bias;
@@ -45,8 +45,8 @@ Tensor share_of(const Tensor& dz, const Tensor& hidden) {
   return torch::stable::contiguous(to<Tensor>(stack[1]));
 }
 
-// As many parts of the pixels, each with a share of the library's. A call costs 40 us, a share as much as some 100
-// pixels do; a power of 2 gives as many threads equal parts.
+// How many parts the pixels are cut into, a call of oneDNN's each. A call costs 40 us, and its share as much as some
+// 100 pixels. A power of 2 gives as many threads equal parts.
 int64_t parts_for(int64_t pixels, int64_t c, int64_t c_out) {
   const int64_t most = std::min({2 * kTasks, 2 * pixels * c * c_out / 50000000, pixels / 1024});
   int64_t parts = 2;
@@ -54,7 +54,7 @@ int64_t parts_for(int64_t pixels, int64_t c, int64_t c_out) {
   return parts;
 }
 
-// By the library: parts of the pixels.
+// By oneDNN: each task takes some pixels.
 void by_pixels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
   const Tensor left = as_one_row(dz), right = as_one_row(hidden);
   const int64_t c = hidden.size(1), c_out = dz.size(1), all = pixels_of(dz);
@@ -70,8 +70,8 @@ void by_pixels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
   round_shares(shares.as<float>(), parts, c_out, c, {size, c, PointwiseFilter::kOutputs}, out, dtype);
 }
 
-// By the library: large filters of few pixels, shared out by output channels, as writing another share would take
-// longer than reading the depthwise output again.
+// By oneDNN, for large filters of few pixels: each task makes some output channels. To write another share would take
+// longer than to read the depthwise output again.
 void by_channels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
   const Tensor left = as_one_row(dz), right = as_one_row(hidden);
   const int64_t c_out = dz.size(1), c = hidden.size(1);
@@ -105,13 +105,12 @@ void by_tasks(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
 
 void filter_gradient(const Tensor& dz, const Tensor& hidden, FilterGradient how, void* out) {
   const Dtype dtype = dtype_of(dz, "dz");
-  if (how == FilterGradient::tasks) return by_tasks(dz, hidden, out, dtype);
-  const auto by = how == FilterGradient::channels ? by_channels : by_pixels;
+  const auto by = how == FilterGradient::tasks ? by_tasks : how == FilterGradient::channels ? by_channels : by_pixels;
   by(dz, hidden, out, dtype);
 }
 
 void channel_sums(const void* image, void* out, int64_t pixels, int64_t channels, Dtype dtype) {
-  // In parts of as many pixels as lie in a core's own cache.
+  // A part is as many pixels as lie in a core's own cache.
   const int64_t part = std::max<int64_t>(64, (int64_t(1) << 16) / channels);
   const int64_t parts = ceil_div(pixels, part), tasks = std::min<int64_t>(parts, 2 * kTasks);
   std::vector<double> sums(tasks * channels);

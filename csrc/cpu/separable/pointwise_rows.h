@@ -1,6 +1,6 @@
-// The pointwise step over rows of channels: tiles of some rows by some vectors of outputs, whose sums stay in registers
-// while the channels go by. Each weight is loaded once a tile, each channel of a row fills all lanes of a factor, and
-// bias and activation are done before the tile leaves the nearest cache.
+// The pointwise step over rows of channels, by tiles of some rows and some vectors of outputs. A tile's sums stay in
+// registers while the channels go by: each weight is loaded once a tile, and each channel of a row is broadcast to all
+// lanes. Bias and activation are done before the tile leaves the nearest cache.
 #pragma once
 #include "cpu/depthwise/pixels.h"
 #include "cpu/simd/elementwise.h"
@@ -8,12 +8,12 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// A factor is a word of memory: a number of fp32, or two neighbouring channels of bf16 where those are multiplied at
-// once, as two pixels are, for which Pixels stands.
+// A factor is a word of memory: an fp32 number, or two neighbouring bf16 channels where an instruction multiplies both.
+// That instruction is Pixels<T>::add, which multiplies two pixels in the depthwise step.
 template <class T>
 constexpr int kChannelsOfFactor = Pixels<T>::kRows;
 
-// Whether rows of this type are factors as they lie in memory; else they are widened first.
+// Whether rows of this type are factors as they lie in memory. If not, they are widened first.
 template <class T>
 constexpr bool kRowsAreFactors = kChannelsOfFactor<T> == 2 || sizeof(T) == 4;
 
@@ -26,13 +26,13 @@ int64_t factors_of(int64_t channels) {
   return ceil_div(channels, kChannelsOfFactor<T>);
 }
 
-// Vectors of outputs at once, and rows: as many sums as leave room for the weights and a factor.
+// Vectors of outputs in a strip, and rows of a tile: as many sums as leave registers for the weights and a factor.
 constexpr int kStrip = kRegisters / 8;
 template <int V>
 constexpr int kTileRows = std::min((kRegisters - 2 - V) / V, 12);
 
-// A vector of factors of rows of numbers: of one row, or of two where a factor is a pair of them, the second of which
-// may not exist. Up to kLanes columns; zeros beyond.
+// Loads a vector of factors from a row of numbers, or from two rows where a factor is a pair. The second row may not
+// exist. Takes up to kLanes columns; zeros beyond.
 template <class T>
 Vec load_factors(const T* from, int64_t row, int64_t rows, int64_t columns) {
   constexpr int kNumbers = kChannelsOfFactor<T>;
@@ -47,7 +47,7 @@ Vec load_factors(const T* from, int64_t row, int64_t rows, int64_t columns) {
   return factors[0];
 }
 
-// The weights of vector v of a filter, as many factors as there are lanes from the first-th on: (factor, lane).
+// The weights of vector v of a filter: (factor, lane), for as many factors as there are lanes, from factor `first` on.
 template <class T>
 void load_weights(const PointwiseFilter& filter, int64_t v, int64_t first, Vec (&to)[kLanes]) {
   const T* weight = static_cast<const T*>(filter.weight);
@@ -72,8 +72,8 @@ void load_weights(const PointwiseFilter& filter, int64_t v, int64_t first, Vec (
   }
 }
 
-// (strip, bias and factors, vector, lane), a strip being the vectors that are made at once. The bias: zeros without
-// one.
+// Packs a filter as (strip, bias and factors, vector, lane). A strip is the vectors that are made at once. Without a
+// bias, zeros take its place.
 template <class T>
 void pack_pointwise(const PointwiseFilter& filter, int64_t first, int64_t last, float* packed) {
   const T* bias = static_cast<const T*>(filter.bias);
@@ -91,19 +91,20 @@ void pack_pointwise(const PointwiseFilter& filter, int64_t first, int64_t last, 
   }
 }
 
-// What a tile reads: `row` floats from one row's to the next's, `step` from one factor's to the next's.
+// The factors that a tile reads. row, step: floats from one row, and from one factor, to the next.
 struct Factors {
   const float* first;
   int64_t row, step, count;
   Factors from_row(int64_t i) const { return {first + i * row, row, step, count}; }
 };
-// Rows of floats: weights or channels by factor; what sums begin with, the bias or the sums of other factors, by row.
+// Rows of floats: a factor's weights or channels; or what a tile's sums begin with, the bias or the sums of other
+// factors.
 struct FloatRows {
   const float* first;
-  int64_t row;  // floats from one row's to the next's
+  int64_t row;  // floats from one row to the next
 };
 
-// R rows of a strip of V vectors, `last` outputs of the last vector.
+// Makes R rows of a strip of V vectors. last: outputs of the last vector.
 template <int R, int V, class T, class Out>
 __attribute__((noinline)) void make_tile(Factors x, FloatRows weights, FloatRows start, Out* out, int64_t out_row,
                                          int64_t last, bool streams) {
@@ -113,7 +114,7 @@ __attribute__((noinline)) void make_tile(Factors x, FloatRows weights, FloatRows
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = read<Vec>(start.first + r * start.row + v * kLanes);
   int64_t left = x.count;
-  do {  // at least once: else the compiler keeps the sums in memory for the case that it is not
+  do {  // no `for`: the compiler would keep the sums in memory for the case of no round
     Vec weight[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) weight[v] = in_register(read<Vec>(weights.first + v * kLanes));
@@ -126,7 +127,7 @@ __attribute__((noinline)) void make_tile(Factors x, FloatRows weights, FloatRows
     weights.first += weights.row;
     x.first += x.step;
   } while (--left > 0);
-  // By AVX2 it shows no gain (fp32, xcep-147, dlab-33-d6 and kb-86).
+  // With AVX2, streaming stores gain nothing (fp32: xcep-147, dlab-33-d6 and kb-86).
   if constexpr (RKL_LANES == 16 && V % kLineVectors<Out> == 0)
     if (streams) {
 #pragma GCC unroll 16
@@ -141,11 +142,11 @@ __attribute__((noinline)) void make_tile(Factors x, FloatRows weights, FloatRows
   }
 }
 
-// Factors whose weights for a strip stay in a core's cache.
+// The most factors whose weights for a strip stay in a core's cache.
 constexpr int64_t kMostFactors = 1024;
 
-// All rows of a strip, tile by tile, and done(tile, its rows) behind each. The last tile overlaps the one before it,
-// unless the rows fill none.
+// Makes all rows of a strip, tile by tile, and calls done(tile, its rows) after each. The last tile overlaps the one
+// before it. Fewer rows than a tile has go one by one.
 template <int V, class T, class Out, class Done>
 void make_tiles(int64_t rows, const Factors& x, const FloatRows& weights, const FloatRows& start, Out* out,
                 int64_t out_row, int64_t last, bool streams, Done&& done) {
@@ -162,8 +163,8 @@ void make_tiles(int64_t rows, const Factors& x, const FloatRows& weights, const 
   }
 }
 
-// One strip of the outputs, from its first vector on, at most kMostFactors at a time. The sums of all but the last ones
-// lie in turn in two parts of `sums`, since a tile that overlaps another one begins with what that one began with.
+// Makes a strip of the outputs, from vector `first` on, at most kMostFactors factors at a time. All sums but the last
+// alternate between two halves of `sums`: a tile that overlaps another must begin with the same sums.
 template <int V, class T>
 void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_t first, const float* packed,
                 float* sums) {
@@ -189,7 +190,7 @@ void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_
   }
 }
 
-// f(v, V) for strips of V vectors, from the v-th of [first, end) on.
+// Calls f(v, V) for each strip of the vectors [first, end): V vectors from v on.
 template <class F>
 void for_strips(int64_t first, int64_t end, F&& f) {
   for (int64_t v = first; v < end; v += kStrip) {

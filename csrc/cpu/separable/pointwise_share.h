@@ -1,18 +1,18 @@
-// A pointwise filter's gradient: each output's gradient times each channel, summed over pixels. By the tiles of the
-// pointwise step, whose rows are the outputs here and whose channels are the pixels.
+// A pointwise filter's gradient: each output's gradient times each channel, summed over pixels. The pointwise step's
+// tiles make it: their rows are outputs here, and their channels are pixels.
 #pragma once
 #include "cpu/separable/pointwise_rows.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// Whether factors are read as they lie: in whole vectors, and not a power of 2 apart, where they would share few of the
-// cache's sets.
+// Whether factors are read in place: columns fill vectors, and rows do not lie a power of 2 apart, where they would
+// share few of the cache's sets.
 template <class T>
 bool lie_well(int64_t row, int64_t columns) {
   return sizeof(T) == 4 && columns % kLanes == 0 && row % 256;
 }
 
-// Some columns of rows of pixels as factors: (factor, column).
+// Copies some columns of the pixels' rows as factors: (factor, column).
 template <class T>
 FloatRows copied(const T* from, int64_t row, int64_t pixels, int64_t columns, float* copy, int64_t copy_row) {
   float* to = copy;
@@ -21,8 +21,8 @@ FloatRows copied(const T* from, int64_t row, int64_t pixels, int64_t columns, fl
   return {copy, copy_row};
 }
 
-// A strip of the sums. Each tile's are made from zero and added to what there is: one chain of additions over all
-// pixels would round as often. The last tile overlaps the one before it, whose rows count once.
+// Adds to a strip of the sums. A tile's sums start from zero and are then added: one chain of additions over all pixels
+// would round as often as there are pixels. Rows in which the last tile overlaps the one before it are added once.
 template <int V, class T>
 void add_strip(const Factors& dz, int64_t outputs, const FloatRows& hidden, float* sums, bool fresh) {
   constexpr int64_t kRows = kTileRows<V>, kWidth = V * kLanes;
@@ -32,8 +32,8 @@ void add_strip(const Factors& dz, int64_t outputs, const FloatRows& hidden, floa
   for (int64_t next = 0; next < outputs; next += height) {
     const int64_t first = std::min(next, outputs - height);
     const Factors x = dz.from_row(first);
-    // Of all channels the sums are more than the second cache holds: asked for while the tile is made, 1.1 times as
-    // fast (728 channels, AVX2).
+    // The sums of all channels exceed the second-level cache: prefetched while the tile is made, 1.1 times as fast (728
+    // channels, AVX2).
     for (int64_t r = next - first; r < height; ++r)
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kWidth; i += kLine / int64_t(sizeof(float)))
@@ -62,7 +62,7 @@ void add_pointwise_share(const PointwiseShare& p) {
     if (!lie_well<T>(p.dz_row, p.outputs))
       left = copied(dz, p.dz_row, pixels, p.outputs, p.scratch, PointwiseShare::packed_row(p.outputs));
     for_strips(0, ceil_div(p.channels, kLanes), [&](int64_t v, auto strip) {
-      // A copy of more than a strip's channels: their rows would lie on as many pages.
+      // Wider rows than a strip's are copied: in place, each would lie on a page of its own.
       const int64_t column = v * kLanes, columns = std::min<int64_t>(strip() * kLanes, p.channels - column);
       float* const sums = p.sums + column / kBlock * p.sums_block + column % kBlock;
       FloatRows right{reinterpret_cast<const float*>(hidden + column), p.hidden_row};

@@ -4,7 +4,7 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// So many values are added up in fp32, and their sum in fp64.
+// Runs of kRun values are added up in fp32, and the runs' sums in fp64.
 constexpr int64_t kRun = 8;
 using DoubleVec = double __attribute__((vector_size(kLanes * sizeof(double))));
 

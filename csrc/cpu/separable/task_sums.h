@@ -1,5 +1,5 @@
-// Sums over pixels: each task has its own, and they are added in the tasks' order, so that results do not depend on the
-// number of threads.
+// Sums over pixels. Each task has its own sums, and they are added in the tasks' order, so that results do not depend
+// on the number of threads.
 #pragma once
 #include <vector>
 
@@ -7,8 +7,8 @@
 
 namespace rkl::cpu {
 
-// Of (rows, columns) values the sum of `count` shares, in their order and in fp64: floats from one share, one row and
-// one block of columns to the next.
+// round_shares adds `count` shares of (rows, columns) values, in order and in fp64. Strides: floats from one share, one
+// row and one block of columns to the next.
 struct ShareStrides {
   int64_t share, row, block;
 };
@@ -21,7 +21,7 @@ inline void round_shares(const float* shares, int64_t count, int64_t rows, int64
   });
 }
 
-// The pointwise filter's gradient, in tasks of a part of the pixels and a part of the filter each.
+// The pointwise filter's gradient. Each task takes a part of the pixels and a part of the filter.
 class FilterSums {
  public:
   FilterSums(const Shares& shares, int64_t c, int64_t c_out, Dtype dtype)
@@ -33,14 +33,14 @@ class FilterSums {
         sums_(shares.pixels * share_size() * int64_t(sizeof(float))) {}
 
   int64_t tasks() const { return shares_.pixels * shares_.filter; }
-  // Which part of the pixels.
+  // The part of the pixels that a task takes.
   int64_t pixels(int64_t task) const { return task / shares_.filter; }
 
   // Memory of a worker's own, for `add`.
   Scratch scratch() const { return Scratch(PointwiseShare::scratch_size(piece_, c_out_) * int64_t(sizeof(float))); }
 
-  // A task's share of some of its pixels, or its first: of whole rows of dz and of the depthwise output. By whole
-  // blocks of outputs or channels, so that no two tasks write to one.
+  // Adds some pixels to a task's share. first: they are its first. dz, hidden: whole rows. Tasks take whole blocks of
+  // outputs or channels, so that no two write to one block.
   void add(int64_t task, bool first, const void* dz, const void* hidden, int64_t pixels, const Scratch& scratch) const {
     const int64_t longer = std::max(c_, c_out_), most = ceil_div(ceil_div(longer, kBlock), shares_.filter) * kBlock;
     const int64_t begin = task % shares_.filter * most, count = std::min(most, longer - begin);

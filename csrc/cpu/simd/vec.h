@@ -102,7 +102,7 @@ inline Vec multiply_add(Vec sum, Vec a, Vec b, bf16) {
 inline Vec factor(const bf16* p) { return load(p); }
 #endif
 
-// Of elements of type T. widened: a factor as floats; as_factor: floats that T can hold, as a factor; then sum + a * b.
+// For type T. widened: a factor as floats; as_factor: floats that T can hold as a factor; multiply_add: sum + a * b.
 template <class T>
 inline Vec widened(Vec factor, T) {
   return factor;
