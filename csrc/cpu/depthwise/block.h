@@ -1,21 +1,21 @@
-// The convolution of a row of outputs with more taps than a window has registers for: some neighbouring outputs, one or
-// two vectors of channels at a time. Their sums and the weights of one row of the filter are in registers while the
-// pixels under them go by, each loaded once a row.
+// The convolution of a row of outputs with more taps than a window has registers for. A block is some neighbouring
+// outputs of one or two vectors of channels. Registers hold its sums and the weights of one filter row while the pixels
+// under them go by, each loaded once a filter row.
 #pragma once
 #include "cpu/depthwise/job.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// K taps of a row, outputs S columns apart, B of them at once, of V vectors.
+// K: taps of a row. S: columns from one output to the next. B, V: outputs and vectors of a block.
 template <class T, int K, int S, int B, int V>
 class Block {
   using P = Pixels<T>;
   static constexpr int kColumns = (B - 1) * S + K;
-  static constexpr int kLines = std::max(1, V / kLineVectors<T>);  // of memory, that an output is
+  static constexpr int kLines = std::max(1, V / kLineVectors<T>);  // cache lines of an output
 
  public:
-  // Both rows of a block before the next one: what they share, most of the pixels and the weights, is in the nearest
-  // cache then (7 x 7 at 8 px and 256 channels, whose weights fill that cache alone: 1.2 times as fast).
+  // Both rows of a block are made before the next block: they share the weights and most pixels, which are then in the
+  // nearest cache (7 x 7 at 8 px and 256 channels, whose weights fill that cache alone: 1.2 times as fast).
   static __attribute__((noinline)) void run(const Job<T>& job) {
     Job<T> rows[2] = {row_alone(job, 0), row_alone(job, 1)};
     // Outputs whose taps all lie inside the image.
@@ -35,7 +35,7 @@ class Block {
   }
 
  private:
-  // Row r of a job's outputs as its first.
+  // A job that makes row r of the given one as its first row.
   static RKL_INLINE Job<T> row_alone(const Job<T>& given, int r) {
     Job<T> job = given;
     const int skipped = r * job.shift;
@@ -49,7 +49,7 @@ class Block {
     return job;
   }
 
-  // On to vector v of row r.
+  // Moves the job of row r on to vector v.
   static RKL_INLINE void next(const Job<T>& job, int r, int64_t v, Job<T>& here) {
     here.weights += V * here.weight_vector;
     here.at += V * kLanes, here.out[0] += V * kLanes, here.start[0] += V * kLanes;
@@ -97,7 +97,7 @@ class Block {
     }
   }
 
-  // An operand's columns [from, to) of those under the block.
+  // Adds the columns [from, to) of operand u that lie under the block.
   template <bool edge, bool upper>
   static RKL_INLINE void add(const Job<T>& job, int u, int64_t at, int from, int to, Vec (&sum)[B][V]) {
     const float* weights = job.weights + u * job.weight_row;
@@ -125,7 +125,7 @@ class Block {
   }
 };
 
-// Outputs of the blocks of a row: those of 8 or 7 that make fewer in all, of 4 in short rows.
+// The width of a row's blocks: 8 or 7, whichever makes fewer outputs in all, or 4 in short rows.
 inline int block_width(int64_t row) {
   const int64_t by_8 = ceil_div(row, 8) * 8, by_7 = ceil_div(row, 7) * 7, by_4 = ceil_div(row, 4) * 4;
   if (row < 7 || by_4 + row / 8 < std::min(by_8, by_7)) return 4;

@@ -1,7 +1,7 @@
-// The convolution of one or two rows of outputs, a vector of channels at a time: the sums of neighbouring outputs slide
-// over the input columns. A pixel is loaded once for both rows and added to every sum that it belongs to; the sums stay
-// in registers, and take turns in their places, so that nothing is moved. Columns outside the image are not visited:
-// the first outputs begin before it, the last ones end behind it. Rows outside are rows of zeros.
+// The convolution of one or two rows of outputs, one or two vectors of channels at a time. The sums of neighbouring
+// outputs slide over the input columns: a pixel is loaded once for both rows and added to every sum that it belongs to.
+// A sum stays in its register until it is complete, and the next output takes that register, so that nothing is moved.
+// Columns outside the image are skipped. Rows outside the image are rows of zeros.
 #pragma once
 #include <array>
 #include <utility>
@@ -11,23 +11,23 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// Whether the weights of common small filters are all in registers: an AVX-512 core of AMD takes a multiply-add's
-// weight from memory at two thirds of its rate. Of 16 registers the sums of two vectors in two rows make more (3 x 3 by
-// AVX2, on Zen 4: 1.13 times as fast as the sums of one row beside 9 weights).
+// Whether registers hold all weights of common small filters: with weights from memory, AVX-512 cores of AMD make
+// multiply-adds at two thirds of their rate. Of 16 registers, the sums of two vectors in two rows make better use (3 x
+// 3 with AVX2, Zen 4: 1.13 times as fast as the sums of one row beside 9 weights).
 constexpr bool kHoldsWeights = kRegisters == 32;
 
-// Whether windows of so many taps may write past the caches. Of 16 registers, GCC then keeps sums of 2 taps on the
-// stack.
+// Whether windows of `taps` taps may write past the caches. With 16 registers, GCC would then keep the sums of 2 taps
+// on the stack.
 constexpr bool may_stream(int taps) { return kHoldsWeights || taps != 2; }
 
-// K taps of a row, outputs S columns apart (any distance for one tap), R rows of V vectors of outputs. H: the filter
-// has H rows and the outputs are S rows apart; 0 for any.
+// K: taps of a row. S: columns from one output to the next (any number for one tap). R, V: rows and vectors of outputs.
+// H: the filter's rows, where rows of outputs are S rows apart too; 0 for any height and distance.
 template <class T, int K, int S, int R, int V, int H>
 class Window {
   using P = Pixels<T>;
   static constexpr int M = (K + S - 1) / S;  // outputs that a column may belong to
   static constexpr int kUnits = (H + P::kRows - 1) / P::kRows;
-  // Rows of the image that the rows of outputs before did not read; not more than there are.
+  // Rows of the image that the rows of outputs before did not read, at most as many as the window reads.
   static constexpr int kNewest = H ? std::min(R * S, (kUnits + (R - 1) * S) * P::kRows) : R;
 
  public:
@@ -44,8 +44,8 @@ class Window {
   }
 
  private:
-  // Initialisers beside the members and put() in step() are 20 lines less, and GCC 12 makes slower windows of them at
-  // stride 2: ResNet-KL's 16 and 8 px in fp32 at 0.85 to 0.94 of the rate (one thread, Zen 5).
+  // Initialisers beside the members, and put() written out in step(), would save 20 lines, but GCC 12 makes slower
+  // windows of them at stride 2: ResNet-KL's 16 and 8 px in fp32 at 0.85 to 0.94 of the rate (one thread, Zen 5).
   RKL_INLINE explicit Window(const Job<T>& given)
       : job(given),
         rows_(given.rows),
@@ -79,7 +79,7 @@ class Window {
     return read<Vec>(weights + v * job.weight_vector + place * kLanes);
   }
 
-  // Of operand m of the filter's column: of an odd number of rows the last one's lower pixel does not count.
+  // The part of operand m that counts. With an odd number of filter rows, the last operand's lower pixel does not.
   static RKL_INLINE Vec part(Vec x, int m) { return H % P::kRows && m == kUnits - 1 ? P::upper_alone(x) : x; }
 
   template <int phase, int J>
@@ -103,7 +103,7 @@ class Window {
     }
   }
 
-  // Operand u under the filter of the first row of outputs, of the second, or of both.
+  // Adds operand u to the sums of the first row of outputs, of the second, or of both.
   template <int phase, int J, bool first, bool second>
   RKL_INLINE void add_unit(int u) {
     Vec x[V];
@@ -170,7 +170,7 @@ class Window {
     }
   }
 
-  // Output i begins; the columns are visited that lie under its first S taps; output i - (M - 1) is complete.
+  // Begins output i, adds the columns under its first S taps, and stores output i - (M - 1), which is then complete.
   template <bool looks_ahead, int phase, int... J>
   RKL_INLINE void step(int64_t i, std::integer_sequence<int, J...>) {
     begin<phase>(i);
@@ -186,7 +186,7 @@ class Window {
     if (written_step_) ask<R, true>(job.written, written_, written_step_);
   }
 
-  // The output that lies at to_, if there is one.
+  // Stores the output at to_, if there is one.
   template <int place>
   RKL_INLINE void put(int64_t output) {
     if (exists(output, count_)) write<place>(output);
@@ -213,11 +213,11 @@ class Window {
   const Job<T>& job;
   const T* const* const rows_;
   T* out_[R];
-  // The job's, by value: it is read again behind each store, which could have written to it.
-  const int64_t pitch_, out_pitch_;  // from a column that is visited to the next, and from an output
+  // Copies of the job's values: the compiler reads the job again after each store, which could have changed it.
+  const int64_t pitch_, out_pitch_;  // elements from one visited column, and from one output, to the next
   const int64_t inputs_, left_, count_;
   const float* weights;
-  int64_t at_, vector_;  // of the vector: elements to the first column, and from the first vector
+  int64_t at_, vector_;  // elements from a row's start to this vector's first column; from the first vector to this one
   int64_t column_, to_;  // elements to the next column, and to the output that is complete next
   const char *read_, *written_;
   const int64_t read_step_, written_step_;
@@ -227,8 +227,8 @@ class Window {
   Vec sum[R][M][V];
 };
 
-constexpr int kMostTaps = 7;    // of a row at once; wider filters go by pieces
-constexpr int kWindowTaps = 3;  // of a window; more by blocks
+constexpr int kMostTaps = 7;    // of a row at once; wider filters go in pieces
+constexpr int kWindowTaps = 3;  // of a row that windows serve; blocks serve more
 
 // make<K, S>() for K taps of a row and a step of S, 1 or 2: [S - 1][K - 1]. A single tap takes any step.
 template <class Make, int... I>
@@ -238,14 +238,14 @@ constexpr auto by_taps(const Make& make, std::integer_sequence<int, I...>) {
 }
 constexpr std::make_integer_sequence<int, kMostTaps> kEveryTaps;
 
-// For a vector of channels, and for two where they go together or their sums have room beside each other.
+// Functions for one vector of channels, and for two where those are loaded together or registers hold the sums of both.
 template <class T>
 struct Code {
   using Run = void (*)(const Job<T>&);
   Run one = nullptr, two = nullptr;
 };
 
-// Windows by the filter's height, 0 for any, and rows of outputs, less 1. Or blocks, by their outputs.
+// Windows, by the filter's height (0 for any) and the rows of outputs less 1; or blocks, by their outputs.
 template <class T>
 struct RowCode {
   Code<T> windows[kWindowTaps + 1][2] = {}, blocks[9] = {};

@@ -1,4 +1,4 @@
-// Depthwise convolution: tensors cut into tasks by their shapes alone, so that every sum has one order whatever the
+// Depthwise convolution. Tensors are cut into tasks by their shapes alone, so that every sum has one order for any
 // number of threads.
 #pragma once
 #include "cpu/depthwise/nchw_3x3.h"
@@ -20,7 +20,7 @@ void convolve_all(const Conv2d& g, const Lanes& lanes, const T* x, const Finish&
   torch::stable::parallel_for(0, tasks, kTaskWork / (work + 1) + 1, [&](int64_t begin, int64_t end) {
     Rows rows(gather, g, lanes, finish);
     for (int64_t task = begin; task < end; ++task) {
-      // Bands fastest: neighbours share rows.
+      // Bands vary fastest: neighbouring bands share rows.
       const int64_t band = task % tiles.bands(), group = task / tiles.bands() % tiles.groups();
       const int64_t image = task / tiles.bands() / tiles.groups();
       rows.convolve_rows(x, y, tiles.tile(image * tiles.bands() + band, group, height));
@@ -28,8 +28,8 @@ void convolve_all(const Conv2d& g, const Lanes& lanes, const T* x, const Finish&
   });
 }
 
-// Both gradients in one pass: of each band first the image's, then the filter's, while its rows are in the cache.
-// The filter's is summed in slices of the batch, each for itself, and the slices are added in their order.
+// Both gradients in one pass. Of each band the image's gradient is made first, then the filter's, while the band's rows
+// are in the cache. Each slice of the batch has its own sums for the filter's; the slices are added in order.
 template <class Rows, class T>
 void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, const T* weight, T* dx, T* dweight,
                T* dbias) {
@@ -67,26 +67,26 @@ void gradients(const Conv2d& g, const Lanes& lanes, const T* grad, const T* x, c
   if (wants_sums) reduce_sums(sums.as<float>(), slices, taps, lanes, dweight, dbias);
 }
 
-// Calls f(rows, g, lanes) with the kind of rows that serves, forward or for both gradients, as a null pointer, and with
-// the images and channels as that takes them.
+// Calls f<Rows>(g, lanes) with the class that makes the rows, forward or for both gradients, and with the images and
+// channels as that class takes them.
 template <class T, bool forward, class F>
 auto with_rows(const Conv2d& given, F&& f) {
   const Conv2d g = in_whole_vectors<T>(given);
   const Lanes lanes{g.channels, g.channels >= kLanes, given.channels};
-  if (g.nhwc && lanes.whole) return f(static_cast<NhwcRows<T, forward>*>(nullptr), g, lanes);
+  if (g.nhwc && lanes.whole) return f.template operator()<NhwcRows<T, forward>>(g, lanes);
 #if RKL_LANES == 16
   const Lanes planes{g.channels, false, given.channels};
-  if (FlatRows<T>::serves(g)) return f(static_cast<FlatRows<T>*>(nullptr), g, planes);
+  if (FlatRows<T>::serves(g)) return f.template operator()<FlatRows<T>>(g, planes);
   if constexpr (forward)
-    if (HalvingRows<T>::serves(g)) return f(static_cast<HalvingRows<T>*>(nullptr), g, planes);
+    if (HalvingRows<T>::serves(g)) return f.template operator()<HalvingRows<T>>(g, planes);
 #endif
-  return f(static_cast<PlaneRows<T>*>(nullptr), g, lanes);
+  return f.template operator()<PlaneRows<T>>(g, lanes);
 }
 
 template <class T>
 PackedFilter pack_filter(const Conv2d& given, const void* weight, const void* bias) {
-  return with_rows<T, true>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
-    using Operand = typename std::remove_pointer_t<decltype(rows)>::Operand;
+  return with_rows<T, true>(given, [&]<class Rows>(const Conv2d& g, const Lanes& lanes) {
+    using Operand = typename Rows::Operand;
     return PackedFilter{pack_weights<Operand>(static_cast<const T*>(weight), forward_gather(g), g, lanes),
                         pack_bias<Operand>(static_cast<const T*>(bias), lanes)};
   });
@@ -95,8 +95,7 @@ PackedFilter pack_filter(const Conv2d& given, const void* weight, const void* bi
 template <class T>
 void depthwise_packed(const Conv2d& given, const void* x, const PackedFilter& filter, Activation act,
                       int64_t image_bytes, void* y) {
-  with_rows<T, true>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
-    using Rows = std::remove_pointer_t<decltype(rows)>;
+  with_rows<T, true>(given, [&]<class Rows>(const Conv2d& g, const Lanes& lanes) {
     const Finish finish{filter.weights.data(), filter.bias.data(), act, image_bytes};
     convolve_all<Rows>(g, lanes, static_cast<const T*>(x), finish, static_cast<T*>(y));
   });
@@ -105,8 +104,7 @@ void depthwise_packed(const Conv2d& given, const void* x, const PackedFilter& fi
 template <class T>
 void depthwise_backward(const Conv2d& given, const void* grad, const void* x, const void* weight, void* dx,
                         void* dweight, void* dbias) {
-  with_rows<T, false>(given, [&](auto* rows, const Conv2d& g, const Lanes& lanes) {
-    using Rows = std::remove_pointer_t<decltype(rows)>;
+  with_rows<T, false>(given, [&]<class Rows>(const Conv2d& g, const Lanes& lanes) {
     gradients<Rows>(g, lanes, static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(weight),
                     static_cast<T*>(dx), static_cast<T*>(dweight), static_cast<T*>(dbias));
   });

@@ -1,14 +1,14 @@
-// The filter's gradient of one row of output gradients (or two, where an operand is two pixels), one or two vectors of
-// channels at a time: the output gradients slide over the image's columns. Of a column those gradients are kept that
-// meet it, so each is read once; a row's sums stay in registers, and are added to those of the rows before when it is
-// done: the error of a sum grows with a row's and a column's length, not with their product.
+// What one row of output gradients (two, where an operand is two pixels) adds to the filter's gradient, for one or two
+// vectors of channels at a time. The output gradients slide over the image's columns. Registers hold those that meet a
+// column, so that each is read once, and the row's sums. When a row is done, its sums are added to those of the rows
+// before: so the error of a sum grows with the lengths of a row and a column, not with their product.
 #pragma once
 #include "cpu/depthwise/tiling.h"
 #include "cpu/depthwise/window_rows.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// One row of the filter: the pixels that it meets, and its sums, a vector a tap, crossed where two vectors go together.
+// One row of the filter: the pixels that it meets, and its sums, a vector a tap, crossed (pixels.h) like the pixels.
 template <class T>
 struct FilterRow {
   const T* row[Pixels<T>::kRows];
@@ -18,15 +18,15 @@ struct FilterRow {
 template <class T>
 struct FilterJob {
   const FilterRow<T>* rows;
-  const T* grad[Pixels<T>::kRows];  // the first output's
+  const T* grad[Pixels<T>::kRows];  // where each row of output gradients begins
   int64_t at, pitch, grad_at, grad_pitch, sums;
-  int64_t vectors, sums_vector;                    // how many; floats from one vector's sums to the next's
-  int64_t first, last, count, inputs, step, left;  // as a window's
-  Prefetch read, beside;
+  int64_t vectors, sums_vector;                    // how many; floats from one vector's sums to the next vector's
+  int64_t first, last, count, inputs, step, left;  // as in Job and Piece
+  Prefetch read, beside;                           // of pixels; of output gradients
   int64_t ahead;  // as elements_ahead(), of the last row; 0 where nothing comes from far
 };
 
-// K taps of a row, outputs S columns apart, Q rows of the filter, V vectors.
+// K: taps of a row. S: columns from one output to the next. Q: rows of the filter. V: vectors.
 template <class T, int K, int S, int Q, int V>
 class FilterWindow {
   using P = Pixels<T>;
@@ -69,7 +69,7 @@ class FilterWindow {
     }
   }
 
-  // The gradient at output_; zeros where there is none.
+  // Loads the gradient at output_; zeros where there is no such output.
   template <int place>
   RKL_INLINE void take(int64_t output) {
     Vec g[V] = {};
@@ -79,7 +79,7 @@ class FilterWindow {
     for (int v = 0; v < V; ++v) grad[place][v] = g[v];
   }
 
-  // Output i comes in; the columns are visited that lie under its first S taps.
+  // Loads the gradient of output i, and adds the columns under its first S taps.
   template <bool looks_ahead, int phase, int... J>
   RKL_INLINE void step(int64_t i, std::integer_sequence<int, J...>) {
     take<phase>(i);
@@ -124,7 +124,7 @@ class FilterWindow {
   const FilterJob<T>& job;
   const int64_t pitch_ = K == 1 ? job.step * job.pitch : job.pitch;  // from a column that is visited to the next
   const int64_t inputs_ = job.inputs, left_ = job.left, count_ = job.count;
-  int64_t at_ = 0, sums_ = job.sums;  // of the vector
+  int64_t at_ = 0, sums_ = job.sums;  // where this vector's channels and sums begin
   int64_t column_, output_;           // elements to the next column, and to the next output
   const char *read_ = job.read.from, *beside_ = job.beside.from;
   const int64_t read_step_ = (job.read.in_columns ? 1 : V) * job.read.step;
@@ -132,13 +132,13 @@ class FilterWindow {
   Vec sum[Q][K][V], grad[M][V];
 };
 
-// Filter rows at once of K taps each, whose sums have room beside the gradients and a pixel.
+// How many filter rows of K taps go at once: their sums fit into registers beside the gradients and a pixel.
 template <int K, int S>
 constexpr int filter_rows_at_once() {
   return std::min(K, (kRegisters - (K + S - 1) / S - 1) / K);
 }
 
-// One row of the filter and several, by vectors less 1.
+// The functions for one row of the filter and for `rows` rows, by vectors less 1.
 template <class T>
 struct FilterCode {
   using Run = void (*)(const FilterJob<T>&);
@@ -163,7 +163,7 @@ const FilterCode<T>& filter_code(int taps, int64_t step) {
   return codes[step > 1][taps - 1];
 }
 
-// Rows of output gradients against the image. Sums: of each vector (taps + 1, kLanes), the filter's taps row by row and
+// Adds rows of output gradients to the filter's gradient. Sums: (vector, taps + 1, lane), the filter's taps row by row,
 // then the bias.
 template <class T>
 class FilterRows {
@@ -182,12 +182,12 @@ class FilterRows {
     for (const Lattice& l : lattices_of(forward.horizontal, forward.in_w)) across_.emplace_back(l);
   }
 
-  // Makes zeros of the sums of a tile's vectors, before any row is added. sums: of vector 0, here and below.
+  // Clears the sums of a tile's vectors before any row is added. sums: where those of vector 0 begin, here and below.
   void begin(float* sums, const Tile& tile) const {
     std::fill(sums + Lanes::at(tile.first_vector, 0, taps_ + 1), sums + Lanes::at(tile.last_vector, 0, taps_ + 1), 0.f);
   }
 
-  // Puts the sums of a tile's vectors into their order, when all rows are added.
+  // Uncrosses the sums of a tile's vectors when all rows are added.
   void finish(float* sums, const Tile& tile) const {
     constexpr int kTogether = Pixels<T>::kTogether;
     for (int64_t v = tile.first_vector; v < tile.last_vector && together(v) > 1; v += kTogether)
@@ -201,12 +201,12 @@ class FilterRows {
 
  protected:
   int64_t lattices() const { return int64_t(down_.size()); }
-  // Pairs of rows of the longest of the lattices.
+  // Pairs of rows in the longest lattice.
   int64_t pairs() const { return pairs_; }
-  // Of the gradient's rows, those that the pairs before `pair` are.
+  // How many of the gradient's rows lie before those of `pair`.
   int64_t rows_before(int64_t pair) const { return 2 * pair * down_[0].pitch; }
 
-  // Adds pair step % pairs() of lattice step / pairs(), of a tile's vectors.
+  // Adds pair step % pairs() of lattice step / pairs(), for a tile's vectors.
   void add(const Image<const T>& in, const Image<const T>& grad, float* sums, int64_t step, const Tile& tile) {
     const int64_t i = step / pairs_, pair = step % pairs_;
     const Lattice* after = i + 1 < lattices() ? &down_[i + 1] : nullptr;
@@ -215,10 +215,10 @@ class FilterRows {
   }
 
  private:
-  // Vectors at once from v on. The sums of more taps leave no room for two.
+  // How many vectors go at once from v on. Beside the sums of more taps there is no room for two.
   int64_t together(int64_t v) const { return kernel_w_ <= kWindowTaps ? vectors_together<T>(lanes_, v) : 1; }
 
-  // after: the lattice whose rows come behind this one's last ones.
+  // after: the lattice whose rows come after this one's, or null.
   void rows_of(const Image<const T>& in, const Image<const T>& grad, const Lattice& down, const Lattice* after,
                int64_t j, int64_t first, int64_t last, float* sums) {
     const int64_t rows = std::min<int64_t>(kRows, down.count - j), top = down.step * j - down.left;
@@ -243,7 +243,7 @@ class FilterRows {
     const char* read = reinterpret_cast<const char*>(in.first + ahead.read * in.row);
     const char* beside = reinterpret_cast<const char*>(grad.first + ahead.written * grad.row);
     job.sums_vector = Lanes::at(1, 0, taps_ + 1);
-    // One call makes all vectors of a turn, up to the last one, which may overlap its neighbour.
+    // One call makes all vectors of a turn, but for the last vector where it overlaps its neighbour.
     const int64_t whole = std::min(last, lanes_.channels / kLanes);
     for (int64_t v = first, vectors; v < last; v += vectors) {
       const int64_t here = together(v);
@@ -284,7 +284,7 @@ class FilterRows {
         job.ahead = next == rows_.size() ? ahead : 0;
         (many ? code.many : code.one)[together - 1](job);
         q = next;
-        // What is asked for is asked for once.
+        // The first call prefetches for all.
         taken = std::max(taken, p.last - p.first);
         job.read = job.beside = nothing(rows_.data());
       }

@@ -18,12 +18,12 @@ struct Axis {
 };
 
 struct Gather {
-  std::vector<Axis> vertical, horizontal;  // one a phase
+  std::vector<Axis> vertical, horizontal;  // one Axis for each phase
   int64_t in_h, in_w, out_h, out_w;
 };
 
-// Pixels of a row of NHWC images that can be taken for one of more channels, a multiple of `whole`: a filter one column
-// wide at stride 1 reads each column for itself. 1 where they cannot.
+// How many neighbouring pixels of a row of NHWC images can count as one pixel whose channels are a multiple of `whole`.
+// They can under a filter one column wide at stride 1, which reads each column by itself; else this is 1.
 inline int64_t pixels_as_channels(const Conv2d& g, int64_t whole) {
   const int64_t pixels = whole / std::gcd(g.channels, whole);
   const bool apart = g.nhwc && g.kernel_w == 1 && g.stride_w == 1 && !g.padding_w;
@@ -34,8 +34,8 @@ inline Axis forward_axis(int64_t out, int kernel, int stride, int padding, int d
   return {out, stride, kernel, 0, 1, -int64_t(padding), dilation};
 }
 
-// Input pixel i was read by output (i + padding - k * dilation) / stride where that is whole: which taps k those are
-// depends on i modulo the stride alone. So a stride of 2 makes 2 dense convolutions, each with about half of the taps.
+// Output (i + padding - k * dilation) / stride, where that is whole, read input pixel i through tap k. Which k those
+// are depends on i modulo the stride alone. So a stride of 2 makes 2 dense convolutions, each of about half the taps.
 inline std::vector<Axis> gradient_axes(int64_t in, int kernel, int stride, int padding, int dilation) {
   const int shared = std::gcd(stride, dilation);
   std::vector<Axis> axes(std::min<int64_t>(stride, in), {0, 1, 0, 0, -stride / shared, 0, dilation / shared});

@@ -1,5 +1,5 @@
-// The outputs of one dimension in classes that a dense window serves: whatever stride, dilation or phase of a gradient
-// they come from, the outputs of a class read inputs that are neighbours within that class.
+// Lattices: classes of the outputs of one dimension, made so that the inputs which a class reads are neighbours within
+// the class. So one dense window serves every stride, dilation and phase of a gradient.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -10,29 +10,29 @@
 
 namespace rkl::cpu {
 
-// Output i lies at first + pitch * i. Its tap t reads the class's input step * i + t - left, of which there are
-// `inputs` that exist and that some output reads; the c-th lies at origin + unit * c. (Others must not count: an
-// infinity in a pixel that no output reads would make NaN of a sum, times zero.)
+// Output i lies at first + pitch * i. Its tap t reads input c = step * i + t - left of the class, which lies at origin
+// + unit * c. `inputs` counts the inputs that exist and that some output reads. (No other may count: an infinity in a
+// pixel that no output reads, times zero, would make NaN of a sum.)
 struct Lattice {
   int64_t first, pitch, count;
   int64_t origin, unit, inputs;
   int64_t step, left;
-  int phase;  // of the axes: which of the filter's taps these are
+  int phase;  // index of the axis: which of the filter's taps these are
   int taps;
 
   // Where the c-th input and output i lie.
   int64_t input(int64_t c) const { return origin + unit * c; }
   int64_t output(int64_t i) const { return first + pitch * i; }
 
-  // Which input the outputs from i on read and none before them.
+  // The first input that an output from i on reads and no output before i does.
   int64_t new_input(int64_t i) const { return i ? step * (i - 1) - left + taps : std::max<int64_t>(0, -left); }
   // Where the first input lies that the outputs read.
   int64_t first_input() const { return input(new_input(0)); }
 };
 
-// Where the rows lie that are read and written next, from output i of lattice l on or, behind its last one, from output
-// `i_after` of the lattice that comes after it, if there is one. (Of 33 rows under a dilation of 18 a lattice has one
-// or two: what was asked for behind them was another image's, and forward took 1.3 to 1.6 times as long, Zen 5.)
+// The rows to prefetch: those that are read and written next. They belong to output i of lattice l or, behind its last
+// output, to output `i_after` of the lattice that comes next, if any. (33 rows under a dilation of 18 make lattices of
+// one or two. Prefetches behind them were of another image: forward took 1.3 to 1.6 times as long, Zen 5.)
 struct RowsAhead {
   int64_t read, written;
   RowsAhead(const Lattice& l, int64_t i, const Lattice* after, int64_t i_after)
@@ -58,7 +58,7 @@ inline void add_lattices(const Axis& axis, int phase, int64_t phases, int64_t di
 }
 
 inline std::vector<Lattice> lattices_of(const std::vector<Axis>& axes, int64_t in) {
-  // One for all phases, those with a tap or none too: all lattices have one pitch, and bands of rows hold whole pairs.
+  // One distance for all phases, even of one tap or none: lattices have one pitch, and bands of rows hold whole pairs.
   int64_t distance = 1;
   for (const Axis& axis : axes)
     if (axis.taps > 1) distance = axis.distance;
@@ -68,7 +68,7 @@ inline std::vector<Lattice> lattices_of(const std::vector<Axis>& axes, int64_t i
   return lattices;
 }
 
-// The i-th of so many parts of the outputs, which follow each other.
+// Part i of `parts` parts of the outputs. The outputs of a part follow each other.
 inline std::vector<Lattice> part_of(const std::vector<Lattice>& lattices, int64_t i, int64_t parts) {
   std::vector<Lattice> part;
   for (Lattice l : lattices) {
@@ -82,7 +82,7 @@ inline std::vector<Lattice> part_of(const std::vector<Lattice>& lattices, int64_
   return part;
 }
 
-// So many of a lattice's taps, from the first-th on, which a window takes at once, from its first step to its last.
+// `count` taps of a lattice, from tap t0 on, which a window takes at once. first, last: the window's steps.
 struct Piece {
   int first_tap, taps;
   int64_t left, first, last;

@@ -1,7 +1,7 @@
-// NCHW planes under a 3 x 3 filter at stride 1, taken as they lie: a vector is any 16 pixels in a row of memory, across
-// the ends of rows. The rows above and below lie at a fixed distance, the columns to the left and right are taken from
-// neighbouring vectors, with a mask where the row ends: three loads a vector, nothing is copied, padded or transposed,
-// and narrow maps waste no lanes. Masks are those of AVX-512.
+// NCHW planes under a 3 x 3 filter at stride 1, read in place. A vector is any 16 pixels that follow each other in
+// memory, across the ends of rows. The rows above and below lie at a fixed distance; the columns to the left and right
+// are shifted in from neighbouring vectors, with a mask where a row ends. So a vector takes three loads, nothing is
+// copied, padded or transposed, and narrow maps waste no lanes. Masks are those of AVX-512.
 #pragma once
 #include "cpu/depthwise/pixels.h"
 #include "cpu/depthwise/tiling.h"
@@ -12,9 +12,9 @@
 #if RKL_LANES == 16
 namespace rkl::cpu::RKL_ISA {
 
-// Whether the filter is 3 x 3 with one pixel of padding, at this stride, on NCHW images: what is taken as it lies. Not
-// the smallest planes, of whose vectors the windows make many in one call (both gradients, two threads: 512 channels,
-// 4 px, fp32 0.40 against 0.26 ms; 256 channels, 8 px, bf16 0.53 against 0.34, but fp32 of 7 px 1.15 against 2.09).
+// Whether planes are read in place: NCHW, 3 x 3 with one pixel of padding, at this stride. The smallest planes are not,
+// as windows make many of their vectors in one call (both gradients, two threads: 512 channels, 4 px, fp32 0.40 ms in
+// place, 0.26 by windows; 256 channels, 8 px, bf16 0.53 and 0.34; but fp32 of 7 px 1.15 and 2.09).
 template <class T>
 bool is_3_by_3_on_planes(const Conv2d& g, int stride) {
   if (g.in_h * g.in_w <= (sizeof(T) == 4 ? 16 : 64)) return false;
@@ -22,7 +22,7 @@ bool is_3_by_3_on_planes(const Conv2d& g, int stride) {
   return !g.nhwc && one_around && g.stride_h == stride && g.stride_w == stride && g.kernel_h == 3 && g.kernel_w == 3;
 }
 
-// Of a channel's tap among weights or sums that lie as (vector, tap, lane).
+// The index of a channel's tap among weights or sums that lie as (vector, tap, lane).
 inline int64_t at_channel(int64_t channel, int64_t tap, int64_t taps) {
   return Lanes::at(channel / kLanes, tap, taps) + channel % kLanes;
 }
@@ -39,8 +39,8 @@ struct ChannelFilter {
     for (int i = 0; i < 9; ++i) weight[i] = as_factor(broadcast(finish.weights[at_channel(channel, i, 9)]), T{});
   }
 
-  // The outputs over these pixels, those of a row's taps after the other's. A sum for each row: one after the other,
-  // the nine would wait for each other.
+  // The outputs over these pixels, which lie row by row of the taps. Each row has its own sum: nine multiply-adds into
+  // one sum would wait for each other.
   RKL_INLINE Vec outputs(const Vec (&x)[9]) const {
     Vec row[3] = {bias, Vec{}, Vec{}};
 #pragma GCC unroll 9
@@ -55,7 +55,7 @@ class FlatRows {
  public:
   static bool serves(const Conv2d& g) { return is_3_by_3_on_planes<T>(g, 1) && g.in_h * g.in_w <= kMostPixels; }
 
-  // Whole planes, of so many channels that a task is worth its while.
+  // A task takes whole planes, of so many channels that it is worth a thread.
   static Tiling tiling(const Conv2d& g, const Lanes&, int64_t) {
     const int64_t group = std::clamp<int64_t>(kGroupPixels / (g.in_h * g.in_w), 1, g.channels);
     return {g.batch, g.channels, group, g.out_h, g.out_h};
@@ -87,8 +87,8 @@ class FlatRows {
     }
   }
 
-  // sums: (vector, tap, lane). A tile's vectors are channels. The last channels' tile makes zeros of the lanes behind
-  // them too: of few channels those count as other images'.
+  // sums: (vector, tap, lane). Here a tile's vectors are channels. The tile of the last channels also clears the idle
+  // lanes behind them, which count as other images' where channels are few.
   void begin(float* sums, const Tile& all) {
     sums_.assign((all.last_vector - all.first_vector) * kRows * kLanes, 0.f);
     const int64_t end = all.last_vector < lanes_.channels ? all.last_vector : lanes_.vectors() * kLanes;
@@ -96,7 +96,7 @@ class FlatRows {
       for (int row = 0; row < kRows; ++row) sums[at_channel(channel, row, kRows)] = 0;
   }
 
-  // Adds the tile's share of the filter's gradient, of which finish() gives the sums.
+  // Adds the tile's share of the filter's gradient to sums_; finish() moves the total to `sums`.
   void correlate_rows(const T* in, const T* grad, float*, const Tile& tile) {
     for (int64_t channel = tile.first_vector; channel < tile.last_vector; ++channel) {
       const int64_t plane = (tile.image * lanes_.channels + channel) * pixels_;
@@ -115,28 +115,28 @@ class FlatRows {
 
   struct Masks {                             // of a vector's lanes
     uint16_t left = 0xffff, right = 0xffff;  // those that have a pixel beside them in their row
-    uint16_t row[3] = {};                    // that have a pixel above, there and below
+    uint16_t row[3] = {};                    // those that have a pixel above, in place and below
   };
 
-  // Of kLanes neighbouring pixels from `at` on, those inside the plane.
+  // A mask of the pixels inside the plane among the kLanes from `at` on.
   uint16_t inside(int64_t at) const {
     const int64_t first = std::clamp<int64_t>(-at, 0, kLanes), last = std::clamp<int64_t>(pixels_ - at, first, kLanes);
     return uint16_t((1u << last) - (1u << first));
   }
 
-  // Vector v of the plane, of the pixels above (0), of itself (1) or of those below (2); zeros outside.
+  // The pixels above those of vector v (i = 0), its own (1) or those below (2); zeros outside the plane.
   RKL_INLINE Vec take(const T* plane, int64_t v, int i) const {
     const T* from = plane + v * kLanes + (i - 1) * width_;
     const uint16_t inside = masks_[v].row[i];
     return inside == 0xffff ? factor(from) : factor_masked(from, inside);
   }
 
-  // f(v, the pixels of the nine taps of vector v) for each vector of a plane.
+  // Calls f(v, the pixels under the nine taps of vector v) for each vector of a plane.
   template <class F>
   RKL_INLINE void for_windows(const T* plane, F&& f) const {
     Vec before[3], here[3];
-    // The first pixel has none to its left, so what lies before the first vector is not asked for, nor what lies behind
-    // the last one, which the masks make zero.
+    // Nothing lies to the left of the first pixel, so nothing before the first vector is loaded. What lies behind the
+    // last vector is masked out.
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
       before[i] = Vec{};
@@ -183,7 +183,7 @@ class FlatRows {
   const Lanes lanes_;
   const Finish finish_;
   const int64_t width_, pixels_;  // of a plane
-  std::vector<Masks> masks_;      // a vector
+  std::vector<Masks> masks_;      // one for each vector
   LineVector<float> sums_;        // (channel, kRows, kLanes)
 };
 

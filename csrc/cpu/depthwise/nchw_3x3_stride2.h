@@ -1,6 +1,6 @@
-// NCHW planes under a 3 x 3 filter at stride 2, forward, which halves them, taken as they lie: a vector is 16 outputs
-// of one row, or of maps up to 8 wide 8 outputs of each of two rows. Of 32 pixels, or of twice 16, one permutation each
-// picks the even and the odd ones; masks stand for what lies outside. Masks are those of AVX-512.
+// NCHW planes under a 3 x 3 filter at stride 2, forward, read in place. A vector is 16 outputs of one row or, in maps
+// up to 8 wide, 8 outputs of each of two rows. Of 32 pixels (or of twice 16) one permutation picks the even ones and
+// another the odd ones. Masks make zeros of what lies outside the image. Masks are those of AVX-512.
 #pragma once
 #include "cpu/depthwise/nchw_3x3.h"
 
@@ -14,7 +14,7 @@ class HalvingRows {
 
   static bool serves(const Conv2d& g) { return is_3_by_3_on_planes<T>(g, 2); }
 
-  // Some rows of large planes, or so many channels of small ones that a task has work.
+  // A task takes some rows of a large plane, or so many channels of small planes that it is worth a thread.
   static Tiling tiling(const Conv2d& g, const Lanes&, int64_t) {
     const int64_t band = std::clamp<int64_t>(kTaskPixels / (2 * g.in_w), 2, std::max<int64_t>(2, g.out_h));
     const int64_t group = std::clamp<int64_t>(kTaskPixels / (g.in_h * g.in_w), 1, g.channels);
@@ -42,12 +42,12 @@ class HalvingRows {
     const T* first;
     int64_t height, width;
 
-    // The lanes of a vector of pixels from `column` on that exist.
+    // A mask of the pixels that exist among the kLanes from `column` on.
     uint16_t lanes(int64_t column) const {
       return uint16_t((1u << std::clamp<int64_t>(width - column, 0, kLanes)) - 1);
     }
-    // Asks for 32 pixels of two rows some way on, where the next rows or the next plane are: the hardware does not
-    // foresee them (96 channels, 112 px, batch 8, one thread: 6.1 ms by columns of rows and without, 1.7 with).
+    // Prefetches 32 pixels of two rows 8 KiB ahead, in later rows or the next plane: the hardware does not foresee them
+    // (96 channels, 112 px, batch 8, one thread: 1.7 ms; 6.1 ms without, and with vectors going down columns).
     RKL_INLINE void ask(int64_t row, int64_t column) const {
       constexpr int64_t kLead = 8192 / sizeof(T);
       const T* next = first + row * width + column + kLead;
@@ -56,14 +56,14 @@ class HalvingRows {
         __builtin_prefetch(next + width + i);
       }
     }
-    // Those pixels of a row; zeros where there is no such row.
+    // Loads some lanes of a row; zeros where there is no such row.
     RKL_INLINE Vec take(int64_t row, int64_t column, uint16_t lanes) const {
       return factor_masked(first + row * width + column, row >= 0 && row < height ? lanes : uint16_t(0));
     }
   };
 
-  // The pixels under a row's three taps, for 16 outputs, from 32 of which the first is the middle tap's. before: what
-  // lies to their left; zeros where the lanes in `left` are not set.
+  // The pixels under a row's three taps, for 16 outputs. a, b: 32 pixels, the first under the first output's middle
+  // tap. before: the pixels to their left. left: the lanes that have a pixel to their left; the others get zeros.
   static RKL_INLINE void under_taps(Vec a, Vec b, Vec before, uint16_t left, Vec* x) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     x[1] = (Vec)_mm512_permutex2var_ps((__m512)a, even, (__m512)b);
@@ -94,7 +94,7 @@ class HalvingRows {
   void by_pairs(const Plane& from, int64_t channel, const Tile& tile, T* out) const {
     const ChannelFilter<T> filter(finish_, channel);
     constexpr int kHalf = kLanes / 2;
-    constexpr uint16_t kNotFirst = 0xfefe;  // of each row: nothing lies to its left
+    constexpr uint16_t kNotFirst = 0xfefe;  // all lanes but the first of each row, which has no pixel to its left
     const int64_t width = g_.out_w;
     const uint16_t lanes = from.lanes(0);
     for (int64_t h = tile.first_row; h < tile.last_row; h += 2) {

@@ -1,6 +1,5 @@
-// Images whose channels lie apart, and NHWC images with less than a vector of channels: some planes, of several images
-// where they have few, go through a scratch image in the cache, where they are transposed to NHWC, and so meet the same
-// windows as NHWC images.
+// NCHW images, and NHWC images with less than a vector of channels. Some planes (of several images, where an image has
+// few channels) are transposed to NHWC in a scratch image in the cache. There the windows for NHWC images serve them.
 #pragma once
 #include "cpu/depthwise/filter_window.h"
 #include "cpu/depthwise/tiling.h"
@@ -9,7 +8,7 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// Channels as they lie in memory: `count` planes of so many pixels or, of NHWC, pixels of all channels of some images.
+// Channels in memory: `count` planes of `pixels` pixels or, in NHWC, pixels with all channels of `images` images.
 template <class T>
 struct Planes {
   T* first;
@@ -18,7 +17,7 @@ struct Planes {
   int64_t pixels, channels, images;
 };
 
-// Rows of planes as an image of so many channels, whole vectors.
+// Rows of planes as an NHWC image, whose channels fill whole vectors.
 template <class T>
 class ScratchImage {
  public:
@@ -34,17 +33,17 @@ class ScratchImage {
   Image<T> image() const { return {storage_.template as<T>() - first_row_ * row_, row_, channels_}; }
   Image<const T> read() const { return {image().first, row_, channels_}; }
 
-  // Takes rows [first, last).
+  // Copies rows [first, last) of planes into the scratch image.
   void fill(const Planes<const T>& planes, int64_t width, int64_t first, int64_t last, int64_t channels) {
     resize(first, last, width, channels);
     const int64_t begin = first * width, end = last * width;
     if (planes.nhwc) return pack(planes, begin, end);
-    // Where images share a vector, the lanes of those that the last one lacks count among its sums.
+    // Where images share a vector, the last vector may lack some. Their lanes count among its sums, so they are zeros.
     if (planes.count < kLanes) std::fill_n(data(), (end - begin) * channels, T{});
     planes_to_rows<T>(planes.first + begin, planes.pixels, data(), channels, planes.count, end - begin);
   }
 
-  // Gives rows [first, last) of an image.
+  // Copies rows [first, last) back to planes.
   void empty_into(const Planes<T>& planes, int64_t width, int64_t first, int64_t last) const {
     const int64_t begin = first * width, end = last * width;
     if (planes.nhwc) return unpack(planes, begin, end);
@@ -54,8 +53,8 @@ class ScratchImage {
  private:
   T* data() const { return storage_.template as<T>(); }
 
-  // Pixels whose channels lie together, those of all images in one vector. Vectors are stored whole, image by image of
-  // a pixel: what one has too much, zeros, the next one covers, or there is room. Behind an image's rows there is none.
+  // Packs NHWC pixels: the channels of all images in one vector. Each store writes a whole vector; the next store
+  // covers the zeros behind an image's channels, or there is room. Behind an image's rows there is none for unpack().
   void pack(const Planes<const T>& planes, int64_t begin, int64_t end) {
     const auto [first, count, nhwc, pixels, channels, images] = planes;
     T* to = data();
@@ -77,12 +76,12 @@ class ScratchImage {
   int64_t size_ = 0, first_row_ = 0, row_ = 0, channels_ = 0;
 };
 
-// Their scratch images. One object a thread.
+// The scratch images of one thread.
 template <class T>
 class PlaneScratch {
  public:
-  // In even parts as many vectors of whole planes as fit into the cache with their input, or bands of rows of the
-  // fewest; at least 8 tasks where there are rows.
+  // A task takes whole planes, of as many vectors (in even parts) as fit into the cache with their input. If too few
+  // fit, it takes bands of rows of the fewest vectors. There are at least 8 tasks where there are rows enough.
   static Tiling tiling(const Conv2d& g, const Lanes& lanes, int64_t pairs) {
     constexpr int64_t kTogether = Pixels<T>::kTogether, kTasks = 8;
     const int64_t images = ceil_div(g.batch, lanes.images()), vectors = lanes.vectors();
@@ -102,7 +101,7 @@ class PlaneScratch {
   PlaneScratch(const Gather& gather, const Lanes& lanes, const Conv2d& g)
       : gather_(gather), lanes_(lanes), batch_(g.batch), nhwc_(g.nhwc) {}
 
-  // Of a tile, from its first vector's first channel on.
+  // The planes of a tile, from its first vector's first channel on.
   template <class U>
   Planes<U> planes(U* images, const Tile& tile, int64_t pixels) const {
     const int64_t image = tile.image * lanes_.images(), first = lanes_.at(tile.first_vector);
@@ -111,19 +110,19 @@ class PlaneScratch {
     return {images + (image * channels + first) * pixels, count, nhwc_, pixels, channels, here};
   }
 
-  // The tile's channels in a scratch image, whole vectors.
+  // The channels of a tile's scratch image: whole vectors.
   int64_t channels(const Tile& tile) const {
     const int64_t first = lanes_.at(tile.first_vector), last = lanes_.at(tile.last_vector - 1) + kLanes;
     return ceil_div(last - first, kLanes) * kLanes;
   }
-  // The scratch image as if it had all channels.
+  // The scratch image, addressed as if it had all channels.
   template <class U>
   Image<U> whole(Image<U> image, const Tile& tile) const {
     image.first -= lanes_.at(tile.first_vector);
     return image;
   }
 
-  // The input rows that output rows [begin, end) read.
+  // Takes the input rows that output rows [begin, end) read.
   void fill(const T* in, const Tile& tile, int64_t begin, int64_t end) {
     const int64_t phases = int64_t(gather_.vertical.size());
     int64_t first = gather_.in_h, last = 0;
@@ -181,10 +180,10 @@ class PlaneRows : PlaneScratch<T> {
       : PlaneScratch<T>(gather, lanes, g),
         rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.vectors() * kLanes) {}
 
-  // Pairs of rows that lie in one another are made together.
+  // Pairs of rows that interleave are made together.
   int64_t height() const { return rows_.pairs() / kRows; }
 
-  // The tile's rows of the output.
+  // Makes a tile's rows of the output.
   void convolve_rows(const T* in, T* out, const Tile& tile) {
     const int64_t first = tile.first_row * kRows, last = tile.last_row * kRows, begin = rows_.rows_before(first);
     const int64_t end = std::min(this->gather_.out_h, rows_.rows_before(last));

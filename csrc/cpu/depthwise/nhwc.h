@@ -1,4 +1,4 @@
-// Depthwise convolution of NHWC images whose channels fill vectors: windows over them where they lie.
+// Depthwise convolution of NHWC images whose channels fill vectors. Windows read and write the images in place.
 #pragma once
 #include "cpu/depthwise/filter_window.h"
 #include "cpu/depthwise/tiling.h"
@@ -21,8 +21,8 @@ int64_t bytes_of_gradients(const Conv2d& g) {
   return 2 * bytes_of<T>(g, g.in_h, g.in_w) + bytes_of<T>(g, g.out_h, g.out_w);
 }
 
-// The images as the kernels take them: where pixels of a row can be channels, as many as fill whole vectors (3 x 1 of 8
-// channels had half of each).
+// The images as the kernels take them. Where neighbouring pixels of a row can count as channels, as many do as fill
+// whole vectors (8 channels under 3 x 1 filled half of each).
 template <class T>
 Conv2d in_whole_vectors(Conv2d g) {
   const int64_t pixels = pixels_as_channels(g, Pixels<T>::kTogether * kLanes);
@@ -30,10 +30,10 @@ Conv2d in_whole_vectors(Conv2d g) {
   return g;
 }
 
-// Channels in parts so narrow that the rows which a filter spans stay in a core's cache, and the filter itself too, yet
-// not so narrow that memory is read in short runs (33 px, 2048 channels, dilation 12: 28 ms in runs of 384 bytes, 20 ms
-// in runs of 2 KiB; but 31 x 31: 23 ms for 24 vectors, 17.7 ms for 4).
-// rows: of the input, that a pair of rows of outputs spans.
+// Channels go in parts, so narrow that the rows under a filter, and the filter itself, stay in a core's cache, but not
+// so narrow that memory is read in short runs (33 px, 2048 channels, dilation 12: 28 ms in runs of 384 bytes, 20 ms in
+// runs of 2 KiB; but 31 x 31: 23 ms for parts of 24 vectors, 17.7 ms for 4).
+// rows: input rows that a pair of rows of outputs spans.
 template <class T>
 Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t pairs, int64_t bands, int64_t strips) {
   const int64_t vectors = lanes.vectors(), line = kLanes * int64_t(sizeof(T));
@@ -44,23 +44,23 @@ Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t 
   const int64_t group = std::min({rows_fit, filter_fits, vectors});
   const int64_t parts = ceil_div(vectors, group);
   int64_t even = ceil_div(ceil_div(vectors, parts), Pixels<T>::kAtOnce) * Pixels<T>::kAtOnce;
-  // Not the last vector alone: it may overlap its neighbour, and two tasks would activate the same outputs in place.
+  // No part is the last vector alone: it may overlap its neighbour, which two tasks would then activate in place.
   while (even < vectors && vectors % even == 1) even += Pixels<T>::kAtOnce;
   const int64_t wanted = std::clamp<int64_t>(ceil_div(bands, g.batch * parts), 1, pairs);
   return {g.batch, vectors, even, pairs, ceil_div(pairs, wanted), strips};
 }
 
-// Whether outputs of so many pixels may go past the caches: whole lines, stored at once.
+// Whether outputs may be written past the caches: they are large, and windows store whole cache lines at once.
 template <class T>
 bool may_go_past_caches(int64_t pixels, int64_t channels, int64_t threads) {
   const int64_t pixel = channels * int64_t(sizeof(T));
   return kLineVectors<T> == Pixels<T>::kAtOnce && pixel % kLine == 0 && exceeds_caches(pixels * pixel, threads);
 }
 
-// Strips of columns so narrow that what is in flight stays in a core's second-level cache: the rows that two pairs of
-// rows of outputs span, those asked for and, where they do not go past the caches, those of the outputs. Not narrower
-// than 64 columns. (128 channels of 256 px in bf16, 3 x 7: 1.3 to 1.9 times as fast in two strips, Zen 5.) By the shape
-// alone, as all tasks, so by the size for several threads.
+// How many strips of columns a row is cut into, so that what is in flight stays in a core's second-level cache: the
+// input rows under two pairs of rows of outputs, the prefetched rows and, unless written past the caches, the output
+// rows. A strip has at least 64 columns. (128 channels of 256 px in bf16, 3 x 7: 1.3 to 1.9 times as fast in two
+// strips, Zen 5.) Tasks depend on the shape alone: hence the limit of several threads, whatever their number.
 template <class T>
 int64_t strips_of(const Conv2d& g) {
   const int64_t rows = 4 * Pixels<T>::kRows, read = g.kernel_h - 1 + rows * g.stride_h;
@@ -91,7 +91,7 @@ class NhwcFilterRows : public FilterRows<T> {
   const Distance in_, grad_;
 };
 
-// forward: outputs; else the image's gradient, in one pass with the filter's.
+// forward: makes outputs; else the image's gradient, in one pass with the filter's.
 template <class T, bool forward>
 class NhwcRows {
  public:
@@ -115,7 +115,7 @@ class NhwcRows {
     out_ = finish.image_bytes ? Distance::held : distance_of(out, all);
   }
 
-  ~NhwcRows() {  // of a thread: once behind all its tiles
+  ~NhwcRows() {  // each thread has one object: this serves all its tiles
     if (streams_) end_stream();
   }
 
@@ -124,7 +124,7 @@ class NhwcRows {
   void convolve_rows(const T* in, T* out, const Tile& tile) {
     const auto from = nhwc_image(in, in_, tile.image, gather_.in_h, gather_.in_w, channels_);
     auto to = nhwc_image(out, out_, tile.image, gather_.out_h, gather_.out_w, channels_);
-    // Asked once a thread, of the middle of its first image: the memory's first page holds the allocator's own numbers.
+    // Each thread asks once, of the middle of its first image: the allocator has written to the memory's first page.
     if (!asked_)
       streams_ = streams_ && rows_.stores_all_at_once() && in_whole_lines(out, channels_ * int64_t(sizeof(T))) &&
                  is_resident(to.first + to.row * gather_.out_h / 2);

@@ -1,31 +1,30 @@
-// Filters and biases widened, and in the order that windows read them in.
+// Packs filters and biases in the order in which windows read them.
 #pragma once
 #include "cpu/depthwise/pixels.h"
 #include "cpu/simd/lanes.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// Operands of a column of so many taps.
+// How many operands a column of `taps` taps has.
 template <class T>
 int operands(int taps) {
   return (taps + Pixels<T>::kRows - 1) / Pixels<T>::kRows;
 }
 
-// Floats of a vector's weights for one phase down and one across: (operand, tap, lane).
+// Floats of a vector's weights for one phase down and one phase across: (operand, tap, lane).
 template <class T>
 int64_t table_size(const Axis& down, const Axis& across) {
   return int64_t(operands<T>(down.taps)) * across.taps * kLanes;
 }
 
-// Vectors that go together from v on: two if both are whole and overlap no other.
+// How many vectors a kernel loads together from v on: kTogether if all are whole and overlap no other, else one.
 template <class Operand>
 int64_t vectors_together(const Lanes& lanes, int64_t v) {
   return (v + Pixels<Operand>::kTogether) * kLanes <= lanes.channels ? Pixels<Operand>::kTogether : 1;
 }
 
-// A filter (C, kernel_h, kernel_w) as the weights of each phase of a gather, which forward has one of: of each phase
-// down and across, of each vector of channels, of each operand of a column, of each tap of a row.
-// Operand: the type that the pixels have when they meet the weights.
+// A filter (C, kernel_h, kernel_w) as weights (phase down, phase across, vector, operand of a column, tap of a row,
+// lane) of a gather. Forward has one phase. Operand: the type in which pixels meet the weights.
 template <class Operand, class T>
 LineVector<float> pack_weights(const T* filter, const Gather& gather, const Conv2d& g, const Lanes& lanes) {
   constexpr int kRows = Pixels<Operand>::kRows, kTogether = Pixels<Operand>::kTogether;
@@ -60,7 +59,7 @@ LineVector<float> pack_weights(const T* filter, const Gather& gather, const Conv
   return out;
 }
 
-// A bias (C) to begin sums with: (vector, lane).
+// A bias (C) as (vector, lane): what sums begin with.
 template <class Operand, class T>
 LineVector<float> pack_bias(const T* bias, const Lanes& lanes) {
   constexpr int kTogether = Pixels<Operand>::kTogether;

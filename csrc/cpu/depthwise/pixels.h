@@ -1,5 +1,5 @@
-// How channels in memory meet their weights: a vector of channels of one pixel, or of two pixels one above the other,
-// as an operand of multiply-adds in fp32.
+// How channels in memory meet their weights. An operand of fp32 multiply-adds is a vector of channels of one pixel, or
+// of two pixels one above the other.
 #pragma once
 #include "cpu/simd/vec.h"
 
@@ -14,10 +14,10 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
-// An operand is kLanes channels of kRows pixels; its weights are kLanes words. V operands and V vectors of outputs that
-// are neighbours are loaded and stored together: 32 channels of 16 bits are one line of memory. kAtOnce: vectors that a
-// window takes where there are so many. kLooksAhead: where pixels come from far, windows ask for those of the newest
-// rows into the nearest cache, too. A vector is a line then, so that each line is asked for once.
+// An operand is kLanes channels of kRows pixels; its weights are kLanes words. kTogether: neighbouring vectors that are
+// loaded and stored together (32 channels of 16 bits are one cache line). kAtOnce: vectors that a window takes where
+// there are so many. kLooksAhead: windows prefetch pixels that come from far into the nearest cache as well. A vector
+// must be a line then, so that each line is prefetched once.
 template <class T>
 struct Pixels {
   static constexpr int kRows = 1, kTogether = 1, kAtOnce = kRegisters == 16 ? 2 : 1;
@@ -27,7 +27,7 @@ struct Pixels {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) x[v] = in_register(RKL_ISA::load(rows[0] + at + v * kLanes));
   }
-  // streamed: past the caches, where the vectors are whole lines.
+  // streamed: stores past the caches, where the vectors are whole cache lines.
   template <int V>
   static RKL_INLINE void store(T* to, const Vec (&y)[V], bool streamed) {
     if constexpr (V % kLineVectors<T> == 0)
@@ -43,18 +43,18 @@ struct Pixels {
 };
 
 #ifdef RKL_BF16_ONLY
-// _mm512_dpbf16_ps multiplies and adds the bf16 of both pixels, at the rate of one multiply-add of fp32 (Zen 4), and
-// nothing has to be widened: a filter of 3 rows takes 2 instructions a column, of 7 rows 4. It takes denormal numbers
-// for zero. (With one pixel and a zero beside it there is nothing to gain.)
+// _mm512_dpbf16_ps multiplies and adds the bf16 of both pixels at the rate of one fp32 multiply-add (Zen 4), and
+// nothing has to be widened: a column takes 2 instructions under a filter of 3 rows, 4 under 7. It treats denormal
+// numbers as zero. (One pixel with a zero beside it would gain nothing.)
 //
-// Two vectors go together as the unpack instructions leave them, an instruction each: channels 0 to 3, 8 to 11, 16 to
-// 19 and 24 to 27 in the first, the others in the second. Their weights, bias and sums lie in that order too. In the
-// order of memory a vector takes a permutation by places in a register, which it destroys (7 x 7, 14 px: 34 clocks a
-// vector, 31 crossed, 41 a vector alone; 5 x 5: 25, 22 and 27).
+// Two vectors loaded together are crossed: they lie as the unpack instructions leave them, which takes one instruction
+// each. Channels 0 to 3, 8 to 11, 16 to 19 and 24 to 27 are in the first, the others in the second; so are their
+// weights, bias and sums. The order of memory would take a permutation for each, which destroys its register of indices
+// (7 x 7, 14 px: 34 clocks a vector, 31 crossed, 41 a vector alone; 5 x 5: 25, 22 and 27).
 template <>
 struct Pixels<bf16> {
   static constexpr int kRows = 2, kTogether = 2, kAtOnce = 2;
-  static constexpr bool kLooksAhead = false;  // arithmetic hides the way: with it they took 1.03 times as long
+  static constexpr bool kLooksAhead = false;  // arithmetic hides the latency: with it, windows took 1.03 times as long
   template <int V>
   static RKL_INLINE void load(const bf16* const* rows, int64_t at, Vec (&x)[V]) {
     if constexpr (V == 1) {
@@ -79,7 +79,7 @@ struct Pixels<bf16> {
       streamed ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line) : write(to, line);
     }
   }
-  // Two vectors in the order of memory, crossed.
+  // Crosses two vectors that are in the order of memory.
   static RKL_INLINE void cross(Vec (&x)[2]) {
     const __m512 a = (__m512)x[0], b = (__m512)x[1];
     x[0] = (Vec)_mm512_shuffle_f32x4(a, b, 0x88);
@@ -91,12 +91,12 @@ struct Pixels<bf16> {
     x[0] = (Vec)_mm512_shuffle_f32x4(first, first, 0xd8);
     x[1] = (Vec)_mm512_shuffle_f32x4(second, second, 0xd8);
   }
-  // A zero in the place of the lower pixel.
+  // The operand with zeros in the place of the lower pixel.
   static RKL_INLINE Vec upper_alone(Vec x) { return (Vec)_mm512_maskz_mov_epi16(0x55555555, (__m512i)x); }
   static RKL_INLINE Vec add(Vec sum, Vec x, Vec weight) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
   }
-  // Both are bf16 numbers: their upper halves are all of them.
+  // Both weights are bf16 numbers as floats: their lower halves are zero.
   static RKL_INLINE Vec weight(Vec first, Vec second) {
     return (Vec)((VecBits)first >> 16 | ((VecBits)second & 0xffff0000u));
   }

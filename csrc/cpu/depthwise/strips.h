@@ -1,10 +1,11 @@
-// A row of outputs in strips of columns, lattices, and pieces of their taps: what one window makes.
+// Cuts a row of outputs into strips of columns, lattices, and pieces of a lattice's taps: what one window makes.
 #pragma once
 #include "cpu/depthwise/convolution_window.h"
 
 namespace rkl::cpu::RKL_ISA {
 
-// A row's lattice in pieces: one of no taps where it has none, as a gradient's may, whose outputs are the bias.
+// A row's lattice and its taps in pieces: one empty piece where it has no taps, as in a gradient (outputs are the
+// bias).
 struct Across {
   Lattice lattice;
   std::vector<Piece> pieces;
@@ -18,17 +19,17 @@ struct Across {
   }
 };
 
-// Some columns of a row of outputs, whole and in the parts in which they go past the caches (none: whole, too), and
-// where the pixels and the outputs of a strip that is not the first begin.
+// Some columns of a row of outputs: all at once (row), and in the parts in which they are written past the caches
+// (in_parts, empty where there is but one). read, written: where the strip's pixels and outputs begin.
 struct Strip {
   std::vector<Across> row, in_parts;
   int64_t read, written;
 };
 
-// Parts in which a row of outputs goes past the caches where neighbours lie `pitch` bytes apart: all channels of a part
-// are written before the next part. Memory takes lines that follow each other at 256 bytes, at 512 and at their
-// multiples at two thirds and a third of its rate (Zen 5: 128 channels in fp32 took 2.1 times as long by whole rows).
-// Vectors of 16 bits come slowly enough for the first; blocks write some lines of a pixel's neighbours anyway.
+// How many parts a row of outputs is written in past the caches, where neighbouring outputs lie `pitch` bytes apart;
+// all channels of a part come before the next part. Memory takes successive lines at two thirds of its rate where they
+// lie a multiple of 256 bytes apart, at a third for 512 (Zen 5: 128 channels in fp32 took 2.1 times as long by whole
+// rows). 16-bit vectors come slowly enough for 256; blocks write several neighbouring outputs at a time anyway.
 template <class T>
 int64_t parts_of_row(const std::vector<Lattice>& lattices, int64_t pitch) {
   constexpr int64_t kVectors = kLineVectors<T>;
@@ -41,7 +42,7 @@ int64_t parts_of_row(const std::vector<Lattice>& lattices, int64_t pitch) {
   return longest / (pitch % 512 ? 32 : 16 * kVectors);
 }
 
-// The i-th strip of a row. streamed_pitch: as `pitch` above; 0 of outputs that do not go past the caches.
+// Strip i of a row. streamed_pitch: `pitch` above, or 0 where outputs are not written past the caches.
 template <class T>
 Strip strip_of(const std::vector<Lattice>& row, int64_t i, int64_t strips, int64_t streamed_pitch) {
   const std::vector<Lattice> own = part_of(row, i, strips);

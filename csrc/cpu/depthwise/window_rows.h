@@ -1,4 +1,4 @@
-// Rows of outputs out of windows: which window serves a row's taps, what it reads and where its sums go.
+// Makes rows of outputs by windows: which window serves a row's taps, what it reads and where its sums go.
 #pragma once
 #include "cpu/depthwise/convolution_window.h"
 #include "cpu/depthwise/pack.h"
@@ -8,16 +8,16 @@
 
 namespace rkl::cpu::RKL_ISA {
 
-// An image of which a vector of channels is taken: elements from one row and one pixel to the next.
+// An image. row, pixel: elements from one row, and from one pixel, to the next.
 template <class T>
 struct Image {
   T* first;
   int64_t row, pixel;
   Distance distance = Distance::held;
-  bool streams = false;  // what is written goes past the caches; its vectors are whole lines then
+  bool streams = false;  // it is written past the caches; its vectors are then whole cache lines
 };
 
-// A row outside the image, of so many elements. Made when one is read: of images of one row it is as large as they are.
+// A row of zeros, for rows outside the image. Made when first read: for images of one row it is as large as the image.
 template <class T>
 class ZeroRow {
  public:
@@ -32,22 +32,22 @@ class ZeroRow {
   LineVector<T> zeros_;
 };
 
-// Vectors of so many pixels that one call makes before another one reads the same pixels: what both find in the nearest
-// cache, half of it. (A call each vector: gradients of 3 x 3 at stride 2 of 4 px took 1.7 times as long.)
+// How many vectors one call makes before another call reads the same pixels: half of the nearest cache, so that both
+// find them there. (A call for each vector: gradients of 3 x 3 at stride 2 of 4 px took 1.7 times as long.)
 template <class T>
 int64_t vectors_of_turn(int64_t pixels) {
   constexpr int64_t kTurn = int64_t(16) << 10, kAtOnce = Pixels<T>::kAtOnce;
   return std::max<int64_t>(1, kTurn / (pixels * kLanes * int64_t(sizeof(T))) / kAtOnce) * kAtOnce;
 }
 
-// Rows of outputs. One object a thread.
+// Makes rows of outputs. Each thread has one object.
 template <class T>
 class WindowRows {
   static constexpr int kRows = Pixels<T>::kRows, kTogether = Pixels<T>::kTogether;
 
  public:
-  // weights, bias: packed for the gather. strips: of a row's columns. streamed_pitch: bytes between neighbours of
-  // outputs that may go past the caches; 0 of others.
+  // weights, bias: packed for the gather. strips: how many strips a row's columns make. streamed_pitch: bytes from one
+  // output to the next where outputs may be written past the caches; else 0.
   WindowRows(const Gather& gather, const Lanes& lanes, const float* weights, const float* bias, Activation act,
              int64_t image_row, int64_t strips = 1, int64_t streamed_pitch = 0)
       : lanes_(lanes),
@@ -75,8 +75,8 @@ class WindowRows {
     sums_.resize(2 * most * kTogether * kLanes);
   }
 
-  // Whether every kernel that serves stores as many vectors at once as windows do. Of 16 registers blocks have one, and
-  // so has a row in pieces.
+  // Whether every kernel that serves stores kAtOnce vectors at once. With 16 registers, blocks store one, and so do
+  // rows in pieces.
   bool stores_all_at_once() const {
     const auto by_windows = [](const Across& across) {
       const int taps = across.pieces[0].taps;
@@ -85,18 +85,18 @@ class WindowRows {
     return kTogether == Pixels<T>::kAtOnce || std::all_of(strips_[0].row.begin(), strips_[0].row.end(), by_windows);
   }
 
-  // Pairs of rows of the longest of the lattices.
+  // Pairs of rows in the longest lattice.
   int64_t pairs() const { return pairs_; }
 
-  // Of the image's rows, those that the pairs before `pair` are.
+  // How many of the image's rows lie before those of `pair`.
   int64_t rows_before(int64_t pair) const { return pair / kRows * 2 * kRows * down_[0][0].pitch; }
 
-  // A row's classes one after the other, so that what has to stay in the cache are a window's rows of one class, not of
-  // all: step i makes pair i % pairs() of class i / pairs().
+  // Step i makes pair i % pairs() of class i / pairs(). The classes go one after the other, so that the cache need only
+  // hold the rows under the window of one class.
   int64_t classes() const { return int64_t(down_.size()); }
   int64_t steps() const { return classes() * pairs_; }
 
-  // A step's rows, of vectors [first, last). in, out: of row 0 and, unless the images are in place, of the vector.
+  // Makes the rows of a step, of vectors [first, last). in, out: from row 0 and channel 0 on.
   void make(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last,
             int64_t strip = 0) {
     const int64_t i = step / pairs_, pair = step % pairs_, j = pair / kRows * 2 * kRows + pair % kRows;
@@ -111,7 +111,7 @@ class WindowRows {
     int64_t vector;
   };
 
-  // In classes that share no input: a dilation's lattices are one each, the phases of a stride are one together.
+  // Groups lattices into classes that share no input: a dilation's lattices one by one, a stride's phases together.
   static std::vector<std::vector<Lattice>> by_origin(const std::vector<Lattice>& lattices) {
     std::vector<std::vector<Lattice>> classes;
     for (const Lattice& l : lattices) {
@@ -129,7 +129,7 @@ class WindowRows {
     return pairs;
   }
 
-  // The image's rows for rows j and j + kRows of the lattice's outputs.
+  // Sets the image's rows that rows j and j + kRows of the lattice's outputs read.
   void set_rows(const Image<const T>& in, const Lattice& l, int64_t j, int rows, Job<T>& job) {
     job.made = rows;
     job.units = operands<T>(l.taps);
@@ -140,7 +140,7 @@ class WindowRows {
     job.begin = units, job.end = 0;
     const int64_t needed = l.taps + (rows - 1) * job.shift * kRows;
     for (int i = 0; i < units * kRows; ++i) {
-      if (i >= needed) {  // a pixel that does not count: one that is at hand
+      if (i >= needed) {  // this pixel does not count: any row that exists will do
         rows_.push_back(rows_.back());
         continue;
       }
@@ -154,8 +154,8 @@ class WindowRows {
     job.rows = rows_.data();
   }
 
-  // The job that makes vectors [v, v + vectors) of the outputs of a lattice across in rows j and j + kRows, out of the
-  // rows of `base`. It asks for nothing.
+  // The job that makes vectors [v, v + vectors) of the outputs of lattice `across` in rows j and j + kRows, from the
+  // rows of `base`. It prefetches nothing.
   Job<T> job_of(const Job<T>& base, const Image<const T>& in, const Image<T>& out, const Lattice& down,
                 const Lattice& across, int64_t j, int rows, int64_t v, int64_t vectors) const {
     const Table& table = tables_[down.phase * phases_across_ + across.phase];
@@ -172,25 +172,25 @@ class WindowRows {
     job.out_pitch = across.pitch * out.pixel;
     job.count = across.count, job.inputs = across.inputs, job.step = across.step;
     job.vectors = vectors;
-    job.streams = out.streams && vectors % kLineVectors<T> == 0;  // whole lines alone
+    job.streams = out.streams && vectors % kLineVectors<T> == 0;  // only whole cache lines
     job.read = job.written = nothing(rows_.data());
     return job;
   }
 
-  // after: the lattice whose rows come behind this one's last ones.
+  // after: the lattice whose rows come after this one's, or null.
   void rows_of(const Image<const T>& in, const Image<T>& out, const Lattice& down, const Lattice* after, int64_t j,
                int rows, int64_t first, int64_t last, const Strip& strip) {
     constexpr int64_t size = sizeof(T), vector = kLanes * size;
     const bool linear = first == 0 && last == lanes_.vectors();
     Job<T> base{};
     set_rows(in, down, j, rows, base);
-    // What the next rows of outputs read first, and those rows: where pairs of rows lie in one another, all of theirs,
-    // shared between them.
+    // What to prefetch: the rows that the next rows of outputs read, and those outputs. Where two pairs of rows
+    // interleave, each pair prefetches half of what both need.
     const int64_t i = j % kRows;
     const RowsAhead ahead(down, j + i + 2 * kRows, after, i * rows);
     const char* read = reinterpret_cast<const char*>(in.first + ahead.read * in.row);
     const char* written = reinterpret_cast<const char*>(out.first + ahead.written * out.row);
-    int64_t taken = 0;  // steps
+    int64_t taken = 0;  // steps so far
     const auto make = [&](const Across& across, int64_t v, int64_t vectors) {
       const Lattice& l = across.lattice;
       Job<T> job = job_of(base, in, out, down, l, j, rows, v, vectors);
@@ -198,7 +198,7 @@ class WindowRows {
           linear ? taken * vector + strip.read * in.pixel * size : (l.first_input() * in.pixel + lanes_.at(v)) * size;
       const int64_t written_at =
           linear ? taken * vector + strip.written * out.pixel * size : (l.first * out.pixel + lanes_.at(v)) * size;
-      // Blocks ask for what is near, too: 5 x 5 of 240 channels of 14 px in bf16 took 1.3 times as long without.
+      // Blocks prefetch what is near, too: without, 5 x 5 of 240 channels of 14 px in bf16 took 1.3 times as long.
       const Distance asks_from = l.taps > kWindowTaps ? Distance::near : Distance::beyond;
       if (in.distance >= asks_from)
         job.read = {read + read_at, linear ? vector : l.step * job.pitch * size,
@@ -210,19 +210,19 @@ class WindowRows {
                        !linear};
       taken += run(job, across.pieces, down, rows);
     };
-    // One call makes all vectors of a turn where one window makes all of a row, up to the last one, which may overlap
-    // its neighbour.
+    // Where one window makes a whole row, one call makes all vectors of a turn, but for the last vector where it
+    // overlaps its neighbour.
     const int64_t whole = std::min(last, lanes_.channels / kLanes);
     for (int64_t start = first; start < last; start += turn_)
       for (const Across& across : out.streams && !strip.in_parts.empty() ? strip.in_parts : strip.row)
         for (int64_t v = start, vectors; v < std::min(start + turn_, last); v += vectors) {
-          const int64_t run = std::min(start + turn_, whole) - v;
-          vectors = across.pieces.size() == 1 && run > 0 ? run : vectors_together<T>(lanes_, v);
+          const int64_t rest = std::min(start + turn_, whole) - v;
+          vectors = across.pieces.size() == 1 && rest > 0 ? rest : vectors_together<T>(lanes_, v);
           make(across, v, vectors);
         }
   }
 
-  // How many steps it took.
+  // Makes a job's outputs, activation included. Returns for how many steps it prefetched.
   int64_t run(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down, int rows) {
     if (act_ == Activation::none) return run_pieces(job, pieces, down, rows);
     const Job<T> target = job;
@@ -232,12 +232,12 @@ class WindowRows {
     return taken;
   }
 
-  // Every piece of a row's taps, the sums of all but the last kept in scratch. The first one's steps.
+  // Makes a job for each piece of a row's taps. All but the last leave sums in scratch; only the first prefetches.
   int64_t run_pieces(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down, int rows) {
     int64_t taken = 0;
     for (size_t p = 0; p < pieces.size(); ++p) {
       const Piece& piece = pieces[p];
-      // From the first output on, whether a tap reaches it or not.
+      // The steps begin with the first output, whether a tap reaches it or not.
       job.first = std::min(piece.first, piece.most - 1), job.left = piece.left;
       const int64_t output = job.vectors * kLanes;
       float* scratch[2] = {sums_.data() + kMostTaps * output, sums_.data() + sums_.size() / 2 + kMostTaps * output};
@@ -261,7 +261,7 @@ class WindowRows {
     return taken;
   }
 
-  // As many vectors two by two as there are, the last one alone. A vector's steps: how often it asks for memory.
+  // Makes vectors two by two, and an odd last one alone. steps: how often a vector prefetches.
   static void call(const Code<T>& code, int64_t steps, const Job<T>& given) {
     const int64_t pairs = code.two ? given.vectors / 2 * 2 : 0;
     if (pairs == given.vectors) return code.two(given);
@@ -278,7 +278,7 @@ class WindowRows {
     code.one(job);
   }
 
-  // Has the outputs made in scratch, where finish() still finds them in a cache.
+  // Sends the outputs to scratch, where finish() finds them in a cache.
   void keep_outputs(Job<T>& job) {
     job.streams = false;
     job.out_pitch = job.vectors * kLanes;
@@ -287,10 +287,10 @@ class WindowRows {
     for (int r = 0; r < 2; ++r) job.out[r] = outputs_.data() + r * row;
   }
 
-  // The activation, in a pass of its own over outputs that are in the nearest cache: beside the sums a switch would
-  // cost them their registers.
+  // Activates the outputs in a pass of its own, while they are in the nearest cache: beside the sums, a switch over
+  // activations would cost the sums their registers.
   void finish(const Job<T>& made, const Job<T>& target, int rows) const {
-    constexpr int kTogether = kLineVectors<T>;
+    constexpr int kVectors = kLineVectors<T>;
     const int64_t channels = made.vectors * kLanes;
     for (int r = 0; r < rows; ++r) {
       const T* from = made.out[r];
@@ -300,9 +300,9 @@ class WindowRows {
         continue;
       }
       for (int64_t o = 0; o < made.count; ++o, from += made.out_pitch, to += target.out_pitch)
-        for (int64_t c = 0; c < channels; c += kTogether * kLanes) {
-          Vec y[kTogether];
-          for (int v = 0; v < kTogether; ++v) y[v] = activate(act_, load(from + c + v * kLanes), T{});
+        for (int64_t c = 0; c < channels; c += kVectors * kLanes) {
+          Vec y[kVectors];
+          for (int v = 0; v < kVectors; ++v) y[v] = activate(act_, load(from + c + v * kLanes), T{});
           stream(to + c, y);
         }
     }
