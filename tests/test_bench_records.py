@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from bench_rows import TINY, Net, row_of
 from benchmarks import compare, models, report, suite
 from rkl_kernels.bench.row import Row, from_json, to_json
 from rkl_kernels.bench.timing import Timing
+
+ROOT = Path(__file__).parents[1]
 
 
 def run_of(*rows: Row, noise: float = 0.05) -> suite.Run:
@@ -120,6 +123,17 @@ def test_what_a_run_does_not_reach_is_told(tmp_path: Path, capsys: pytest.Captur
     part = replace(old, rows=[other], models=[], only="backward")
     assert judged(tmp_path, part, old) == 0, "a part is held against that part"
     assert judged(tmp_path, replace(part, rows=[]), old) == 1
+
+
+def test_bench_compare_has_the_time_that_the_committed_records_took() -> None:
+    (line,) = re.findall(r"benchmarks\.suite .*--out runs/bench", (ROOT / "Makefile").read_text())
+    within = re.search(r"--within (\d+)", line)
+    for path in suite.RESULTS.glob("*-2-threads.json"):
+        record = suite.Run.load(path)
+        assert record.rows
+        assert not record.left_out
+        assert within, f"{line} ends before all rows are measured, and compare.py calls the others missing"
+        assert int(within[1]) > record.seconds
 
 
 def test_a_single_sample_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
