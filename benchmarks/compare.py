@@ -2,7 +2,7 @@
 
 Absolute times of two runs mean little, so shares of the floor are compared (for models: ratios to PyTorch), each taken
 within its run. A row has got slower when the change is more than the noise of both runs: three standard errors of the
-two medians, or what rows measured twice differed by, whichever is more. Exit code 1 if any has, if one that was timed
+medians, or what rows measured twice differed by, whichever is more. Exit code 1 if any has, if one that was timed
 now fails or is missing, or if there is nothing to compare. A rival that only one of the runs could time is named.
 """
 
@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import OURS, Row
-from rkl_kernels.bench.timing import Timing
 
 from .models import DIRECTIONS, ModelRow
 from .suite import RESULTS, Run
@@ -38,8 +37,8 @@ class Change:
         return self.slower > 1 + self.noise
 
 
-def _noise(run_noise: float, *timings: Timing) -> float:
-    return max(ERRORS * math.hypot(*(timing.noise for timing in timings)), run_noise)
+def _noise(run_noise: float, *noises: float) -> float:
+    return max(ERRORS * math.hypot(*noises), run_noise)
 
 
 def _row_changes(new: Row, old: Row, run_noise: float) -> list[Change]:
@@ -47,7 +46,7 @@ def _row_changes(new: Row, old: Row, run_noise: float) -> list[Change]:
     for name, timing in new.times.items():
         before, after = old.of_floor(name), new.of_floor(name)
         if name.startswith(OURS) and before and after:
-            noise = _noise(run_noise, timing, old.times[name], new.copy, old.copy)
+            noise = _noise(run_noise, timing.noise, old.times[name].noise, new.floor_noise, old.floor_noise)
             changes.append(Change(f"{new.case.id}, {name}", before / after, noise))
     return changes
 
@@ -56,8 +55,8 @@ def _model_changes(new: ModelRow, old: ModelRow, run_noise: float) -> list[Chang
     before, after = old.ratio(), new.ratio()
     if not before or not after:
         return []
-    timings = [row.times[name] for row in (new, old) for name in (row.best(OURS), row.best("eager")) if name]
-    return [Change(f"{new.model} {new.direction}", before / after, _noise(run_noise, *timings))]
+    noises = [row.times[name].noise for row in (new, old) for name in (row.best(OURS), row.best("eager")) if name]
+    return [Change(f"{new.model} {new.direction}", before / after, _noise(run_noise, *noises))]
 
 
 def compare(new: Run, old: Run) -> list[Change]:

@@ -182,6 +182,25 @@ def test_ratios_are_to_the_best_rival_and_to_the_floor() -> None:
     assert "1.50" in table([row])
 
 
+def test_the_noise_is_ours_and_that_of_what_the_floor_is() -> None:
+    row = replace(row_of(ours_nchw=4.0, noise=0.03), matrix_noise=0.04)
+    assert row.noise() == pytest.approx(math.hypot(0.03, 0.03)), "a copy is the floor"
+    slow_arithmetic = replace(row, matrix_rate=row.case.operations / 1.6)
+    assert slow_arithmetic.noise() == pytest.approx(0.05), "the product is the floor"
+    assert replace(slow_arithmetic, matrix_noise=math.inf).noise() == math.inf
+    for one in (slow_arithmetic, replace(row, matrix_noise=math.inf)):
+        assert from_json(json.loads(json.dumps(to_json(one), allow_nan=False))) == one
+    earlier = to_json(slow_arithmetic)
+    del earlier["matrix_noise"]
+    assert from_json(earlier).noise() == pytest.approx(math.hypot(0.03, 0.03)), "the copy's stands in for it"
+
+
+def test_the_matrix_rate_is_measured_with_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {row_module.COPY: summarize([1.0]), row_module.MATRIX: replace(summarize([2.0]), noise=0.25)}
+    monkeypatch.setattr(row_module, "interleave", lambda runs, *_, **__: {n: told.get(n, told["copy"]) for n in runs})
+    assert measure(TINY, [ours("nchw")]).matrix_noise == 0.25
+
+
 def test_work_is_counted_as_the_planner_counts_it() -> None:
     x, dw, pw = torch.zeros(2, 8, 9, 7), torch.zeros(8, 1, 3, 3), torch.zeros(5, 8, 1, 1)
     for operator, arguments, out in (("depthwise", (x, dw), 0), ("separable", (x, dw, pw), 5)):

@@ -41,6 +41,7 @@ class Row:
         rejected: contestants that were not timed, with why.
         copy: a plain copy over the case's unavoidable bytes.
         matrix_rate: operations a second of a large matrix product of the case's type.
+        matrix_noise: how far that rate may be off, as a share.
     """
 
     case: Case
@@ -49,6 +50,7 @@ class Row:
     times: dict[str, Timing] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     faulting: dict[str, Timing] = field(default_factory=dict)
+    matrix_noise: float = 0.0
 
     @property
     def floor(self) -> float:
@@ -58,6 +60,11 @@ class Row:
         thirds of its time.
         """
         return max(self.copy.seconds, self.case.operations / self.matrix_rate)
+
+    @property
+    def floor_noise(self) -> float:
+        """How far the floor may be off, as a share: of the two times, that of the longer one."""
+        return self.copy.noise if self.floor == self.copy.seconds else self.matrix_noise
 
     def best(self, mine: bool) -> str | None:
         """The fastest of our contestants, or of the rivals; None where there is none."""
@@ -88,9 +95,9 @@ class Row:
         return self.floor / self.times[name].seconds if name in self.times else None
 
     def noise(self) -> float | None:
-        """How far :meth:`of_floor` and :meth:`over_best` may be off, as a share."""
+        """How far :meth:`of_floor` may be off, as a share."""
         name = self.best(mine=True)
-        return math.hypot(self.times[name].noise, self.copy.noise) if name else None
+        return math.hypot(self.times[name].noise, self.floor_noise) if name else None
 
 
 @contextmanager
@@ -154,7 +161,7 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
         contestants = _recorded(contestants, rejected)
     times = interleave(contestants | {COPY: copier(case.bytes, device), MATRIX: product}, timer, budget, fastest=busy)
     copy, matrix = times.pop(COPY), times.pop(MATRIX)
-    row = Row(case, copy, operations / matrix.seconds, a_layer(times, chains), rejected)
+    row = Row(case, copy, operations / matrix.seconds, a_layer(times, chains), rejected, matrix_noise=matrix.noise)
     if faulting and device == "cpu":
         row.faulting = time_faulting(case, contestants, budget / 2, busy)
     return row
@@ -181,6 +188,7 @@ def to_json(row: Row) -> dict[str, Any]:
         "operations": row.case.operations,
         "copy": timing.to_json(row.copy),
         "matrix_rate": row.matrix_rate,
+        "matrix_noise": timing.noise_to_json(row.matrix_noise),
         "times": {name: timing.to_json(one) for name, one in row.times.items()},
         "faulting": {name: timing.to_json(one) for name, one in row.faulting.items()},
         "rejected": row.rejected,
@@ -188,9 +196,12 @@ def to_json(row: Row) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Row:
-    """The row that :func:`to_json` wrote; earlier records have no times with the allocator as it comes."""
+    """The row that :func:`to_json` wrote; earlier records have no times with the allocator as it comes, and no noise of
+    the matrix rate: the copy's, of the same rounds, stands in for it."""
     times, faulting = (
         {name: timing.from_json(one) for name, one in data.get(key, {}).items()} for key in ("times", "faulting")
     )
     copy = timing.from_json(data["copy"])
-    return Row(Case(**data["case"]), copy, data["matrix_rate"], times, dict(data["rejected"]), faulting)
+    noise = data.get("matrix_noise", copy.noise)
+    matrix_noise = math.inf if noise is None else noise
+    return Row(Case(**data["case"]), copy, data["matrix_rate"], times, dict(data["rejected"]), faulting, matrix_noise)

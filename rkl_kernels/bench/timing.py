@@ -82,9 +82,14 @@ class Timing:
     samples: int
 
 
+def noise_to_json(noise: float) -> float | None:
+    """A noise that is not known as None, since JSON has no infinity."""
+    return noise if math.isfinite(noise) else None
+
+
 def to_json(timing: Timing) -> dict[str, Any]:
-    """As plain values; a noise that is not known as None, since JSON has no infinity."""
-    return vars(timing) | {"noise": timing.noise if math.isfinite(timing.noise) else None}
+    """As plain values."""
+    return vars(timing) | {"noise": noise_to_json(timing.noise)}
 
 
 def from_json(data: Mapping[str, Any]) -> Timing:
