@@ -18,7 +18,7 @@ from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import OURS, Row
 
 from .models import DIRECTIONS, ModelRow
-from .suite import RESULTS, Run
+from .suite import RESULTS, Run, most_noise
 
 ERRORS = 3.0
 """Standard errors that a change must exceed: of some 400 unchanged rows, about one passes."""
@@ -61,7 +61,7 @@ def _model_changes(new: ModelRow, old: ModelRow, run_noise: float) -> list[Chang
 
 def compare(new: Run, old: Run) -> list[Change]:
     """Every row that both runs have, the most slowed first."""
-    run_noise = max(new.noise, old.noise)
+    run_noise = most_noise(new, old) or 0.0
     rows = {row.case.id: row for row in old.rows}
     models = {(row.model, row.direction): row for row in old.models}
     changes = [c for row in new.rows if row.case.id in rows for c in _row_changes(row, rows[row.case.id], run_noise)]

@@ -94,6 +94,13 @@ MODEL_COLUMNS = (
 )
 
 
+def measured_twice(run: Run) -> str:
+    """The run's own noise, as a sentence."""
+    return (
+        "No row was measured twice." if run.noise is None else f"Rows measured twice differ by up to {run.noise:.0%}."
+    )
+
+
 def markdown(run: Run, plot_name: str) -> str:
     """The whole run in words and tables."""
     copies = ", ".join(f"{size // 1_000_000} MB: {rate / 1e9:.0f}" for size, rate in run.copy_rates.items())
@@ -106,8 +113,8 @@ def markdown(run: Run, plot_name: str) -> str:
     later = f" Rows with {names} in their name are of later runs (`--again --only ...`)." if names else ""
     parts = [
         f"# {machine_line(run.machine)}",
-        f"Copy, GB/s by bytes moved: {copies}. Matrix product, GFLOP/s: {rates}. Rows measured twice differ by up to "
-        f"{run.noise:.0%}. The run took {run.seconds:.0f} s.{later}",
+        f"Copy, GB/s by bytes moved: {copies}. Matrix product, GFLOP/s: {rates}. {measured_twice(run)} "
+        f"The run took {run.seconds:.0f} s.{later}",
         "Ratios are how many times faster this package is: than PyTorch eager in the same layout (`x nchw`, `x nhwc`), "
         "and, in its better layout, than the best rival in any (`x best`). `of floor`: the share of the speed that the "
         "unavoidable bytes at copy bandwidth, or the operations at the matrix rate, allow. (A copy on a CPU reads "

@@ -55,7 +55,7 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     models: list[models.ModelRow] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    noise: float = 0.0
+    noise: float | None = None
     seconds: float = 0.0
     again: list[str] = field(default_factory=list)
     """What the names of rows of later runs contain, which stand in the places of this one's."""
@@ -68,7 +68,7 @@ class Run:
         rows = [measured.pop(row.case.id, row) for row in self.rows]
         left_out = [name for name in self.left_out if name not in measured]
         again = [*self.again, *([only] if only not in self.again else [])]
-        noise = max(self.noise, later.noise)
+        noise = most_noise(self, later)
         return replace(self, rows=rows + list(measured.values()), left_out=left_out, again=again, noise=noise)
 
     def save(self, path: Path) -> None:
@@ -133,10 +133,16 @@ def measure_machine(run: Run, budget: float) -> None:
     run.matrix_rates = {dtype: products[dtype][1] / timing.seconds for dtype, timing in timings.items()}
 
 
-def noise_between(pairs: list[tuple[Row, Row]]) -> float:
-    """The largest change, as a share, of any row's share of the floor from one measurement to the other."""
+def noise_between(pairs: list[tuple[Row, Row]]) -> float | None:
+    """The largest change, as a share, of any row's share of the floor from one measurement to the other; None where no
+    row was measured twice."""
     shares = [(one.of_floor(), other.of_floor()) for one, other in pairs]
-    return max((abs(a / b - 1) for a, b in shares if a and b), default=0.0)
+    return max((abs(a / b - 1) for a, b in shares if a and b), default=None)
+
+
+def most_noise(*runs: Run) -> float | None:
+    """The largest noise that a run found; None where none has any."""
+    return max((run.noise for run in runs if run.noise is not None), default=None)
 
 
 def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
@@ -232,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     with writing(parser):
         run.save(path)
         report.write(run, path)
-    print(machine_line(run.machine), f"{run.seconds:.0f} s, noise {run.noise:.0%}", sep="\n")
+    print(machine_line(run.machine), f"{run.seconds:.0f} s. {report.measured_twice(run)}", sep="\n")
     print(f"written: {', '.join(map(str, written(path)))}")
     return 0
 

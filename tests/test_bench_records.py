@@ -182,6 +182,17 @@ def test_rows_measured_again_stand_in_their_places(tmp_path: Path) -> None:
     assert "Rows with `depthwise forward` in their name are of later runs" in report.markdown(merged, "run.png")
 
 
+def test_a_run_without_a_row_measured_twice_has_no_noise(tmp_path: Path) -> None:
+    row = row_of(ours_nchw=4.0, eager_nchw=12.0)
+    run = replace(run_of(row), noise=suite.noise_between([]), models=[])
+    run.save(tmp_path / "run.json")
+    assert suite.Run.load(tmp_path / "run.json") == run
+    assert "No row was measured twice." in report.markdown(run, "run.png")
+    assert run.with_rows_of(run, "tiny").noise is None
+    assert run.with_rows_of(run_of(row, noise=0.2), "tiny").noise == 0.2
+    assert judged(tmp_path, run, run) == 0
+
+
 def test_again_wants_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--only", "trelu forward fp32"], []):
         with pytest.raises(SystemExit):
@@ -250,5 +261,7 @@ def test_the_suite_in_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     run.save(tmp_path / "run.json")
     report.write(suite.Run.load(tmp_path / "run.json"), tmp_path / "run.json")
     assert "| Net | training step | 2 x 8² |" in (tmp_path / "run.md").read_text()
-    assert suite.perform(tiny, with_models=False, within=0.0).left_out == [case.id for case in tiny]
+    nothing = suite.perform(tiny, with_models=False, within=0.0)
+    assert nothing.left_out == [case.id for case in tiny]
+    assert nothing.noise is None, "no row was measured twice"
     assert suite.noise_between([(row_of(ours_nchw=2.0), row_of(ours_nchw=2.5))]) == pytest.approx(0.25)
