@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rkl.training.files import UnwritableError
@@ -35,6 +35,12 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}; give one such as 1.5")
     return value
+
+
+def check_only(parser: argparse.ArgumentParser, only: str, names: Iterable[str]) -> None:
+    """End the program where ``--only`` is in no model's name: it would do nothing, and look as if it had."""
+    if not any(only in name for name in names):
+        parser.error(f"--only must be part of a model's name, such as 'mobilenet_v2', got {only!r}")
 
 
 @contextmanager

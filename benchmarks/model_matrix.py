@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +30,7 @@ import rkl_kernels as rk
 from rkl.training.files import check_writable, write_text
 from rkl_kernels.errors import told
 
-from .arguments import positive, writing
+from .arguments import check_only, positive, writing
 
 PAGE = Path(__file__).parents[1] / "docs/models.md"
 BATCH, SIZE, BATCHES = 2, 64, 3
@@ -227,6 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     page: Path = options.out or PAGE
     with writing(parser):
         check_writable(page)
+    if options.only:
+        check_only(parser, options.only, (name for name, _ in chain(candidates(), others())))
     warnings.filterwarnings("ignore")
     rows: list[Row] = []
     failed: dict[str, str] = {}

@@ -35,7 +35,7 @@ from rkl_kernels.bench.machine import machine, machine_line, slug
 from rkl_kernels.bench.table import geometric_mean
 from rkl_kernels.errors import told
 
-from .arguments import positive, writing
+from .arguments import check_only, positive, writing
 from .models import Model, ModelRow, measure_model, timm_model, torchvision_model
 from .suite import RESULTS
 
@@ -198,6 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not MATRIX.is_file():
         parser.error(f"needs the page of models, got none at {MATRIX}; run it from a checkout of the source tree")
+    if options.only:
+        check_only(parser, options.only, (name for name, _ in models(MATRIX)))
     warnings.filterwarnings("ignore")
     keep_freed_memory()
     facts, start = machine(), time.perf_counter()

@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--busy", action="store_true", help="one thread, its CPU time, shortest samples: to look while others work"
     )
     options = parser.parse_args(arguments)
+    if options.busy and (options.threads or 1) > 1:
+        parser.error(f"--threads must be 1 with --busy, got {options.threads}: CPU time is the sum of all threads'")
     if options.threads or options.busy:
         torch.set_num_threads(options.threads or 1)
     keep_freed_memory()
@@ -72,10 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
         shapes = select(options.only)
     except ValueError as problem:
         parser.error(str(problem))
+    chosen = cases(shapes, options.operator, options.direction, options.dtype, "cpu")
+    if not chosen:
+        parser.error(
+            f"--operator and --direction must have rows, got {','.join(options.operator)} and "
+            f"{','.join(options.direction)} for {options.only or 'all shapes'}; separable needs a shape "
+            "with a pointwise step, trelu has forward and backward"
+        )
     print(machine_line(machine()))
     print(line(COLUMNS), flush=True)
     rows: list[Row] = []
-    for case in cases(shapes, options.operator, options.direction, options.dtype, "cpu"):
+    for case in chosen:
         serving = [name for name in options.rivals if name not in runtimes.NAMES or runtimes.serves(case)]
         rivals = contestants(serving, options.layout)
         rows.append(measure(case, rivals, budget=options.budget, busy=options.busy, faulting=options.faulting))

@@ -6,6 +6,7 @@ JSON. These are guards against regressions, not claims of speed.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import re
@@ -177,6 +178,8 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
+    parser.parse_args()
     if not LIBRARY.exists() or not tool("cuobjdump"):
         raise SystemExit(
             f"the report needs {LIBRARY.name} and triton's cuobjdump; run `make build` with the extra [cuda]"

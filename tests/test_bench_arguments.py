@@ -10,7 +10,7 @@ import pytest
 import torch
 from bench_rows import row_of
 
-from benchmarks import compare, gpu, gpu_counts, gpu_report, model_matrix, model_speed, run, suite
+from benchmarks import compare, gpu, gpu_counts, gpu_report, model_matrix, model_speed, run, static_report, suite
 from rkl_kernels.bench import runtimes
 from rkl_kernels.bench.machine import machine, machine_line, slug
 
@@ -122,6 +122,38 @@ def test_a_part_of_the_models_does_not_replace_the_page(capsys: pytest.CaptureFi
     assert "error: --only must have --out" in told
     assert told.endswith("got --only 'nothing of that name' alone; add --out FILE")
     assert model_matrix.PAGE.read_text() == before
+
+
+@pytest.mark.parametrize("main", [model_matrix.main, model_speed.main])
+def test_models_that_are_not_there(
+    main: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    told = refused(main, ["--only", "mobilnet_v2", "--out", str(out)], capsys)
+    assert "--only must be part of a model's name, such as 'mobilenet_v2', got 'mobilnet_v2'" in told
+    assert not out.exists(), "no empty record is left behind"
+
+
+def test_operators_that_the_shapes_do_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(run.main, ["--operator", "separable", "--only", "kb-82,rep-"], capsys)
+    assert "--operator and --direction must have rows, got separable and forward for kb-82,rep-; " in told
+    told = refused(run.main, ["--operator", "trelu", "--direction", "data,weight"], capsys)
+    assert "must have rows, got trelu and data,weight for all shapes; " in told
+
+
+def test_busy_time_is_of_one_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--threads must be 1 with --busy, got 2" in refused(run.main, ["--busy", "--threads", "2"], capsys)
+
+
+def test_the_static_report_takes_no_arguments(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(static_report, "built_kernels", lambda: pytest.fail("the report is made, and written"))
+    monkeypatch.setattr("sys.argv", ["static_report.py", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        static_report.main()
+    assert exit.value.code == 0
+    assert "usage: python -m benchmarks.static_report [-h]" in capsys.readouterr().out
 
 
 def test_speeds_want_the_page_of_models(
