@@ -31,7 +31,7 @@ from torch import nn
 
 from rkl.training.files import write_text
 from rkl_kernels.allocator import keep_freed_memory
-from rkl_kernels.bench.machine import machine, machine_line, slug
+from rkl_kernels.bench.machine import machine, machine_line, other_machine, slug
 from rkl_kernels.bench.table import geometric_mean
 from rkl_kernels.errors import told
 
@@ -148,17 +148,23 @@ class Record:
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: there is a file already, and it is no such record.
+            ValueError: there is a file already, and it is no such record, or one of another machine or torch.
         """
         self.path, self.facts = path, facts
         try:
-            kept = json.loads(path.read_text()) if path.exists() else {"speeds": {}, "failed": {}}
+            kept = json.loads(path.read_text()) if path.exists() else {"machine": facts, "speeds": {}, "failed": {}}
             self.speeds = {name: speed_from_json(speed) for name, speed in kept["speeds"].items()}
             self.failed: dict[str, str] = dict(kept["failed"])
+            other = other_machine(kept["machine"], facts)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
             raise ValueError(
                 f"must be a folder whose record is one of models, got {path}: {told(problem)}"
             ) from problem
+        if other:
+            raise ValueError(
+                f"must be a folder whose record is of this machine and its versions, got {path}: {other}, and here it "
+                f"is {machine_line(facts)}"
+            )
 
     def save(self) -> None:
         plain = {name: speed_to_json(speed) for name, speed in self.speeds.items()}

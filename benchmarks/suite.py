@@ -23,7 +23,7 @@ import torch
 from rkl.training.files import check_writable, write_text
 from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench import Case, contestants, runtimes
-from rkl_kernels.bench.machine import held_to, machine, machine_line, slug
+from rkl_kernels.bench.machine import held_to, machine, machine_line, other_machine, slug
 from rkl_kernels.bench.rivals import TYPES
 from rkl_kernels.bench.row import Row, from_json, measure, to_json
 from rkl_kernels.bench.timing import copier, cpu_timer, interleave, multiplier
@@ -229,6 +229,11 @@ def main(arguments: list[str] | None = None) -> int:
         before = Run.load(path) if options.again else None
     except ValueError as problem:
         parser.error(f"--again {problem}; `make bench` writes one")
+    if before and (other := other_machine(before.machine, machine())):
+        parser.error(
+            f"--again must be for a record of this machine and its versions, got {path} of {other}, and here it is "
+            f"{machine_line(machine())}; leave --again out"
+        )
     if options.no_models and not options.again and path.exists():
         _check_without_models(parser, path)
     with writing(parser):

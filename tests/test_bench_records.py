@@ -226,10 +226,13 @@ def test_operators_alone_do_not_replace_models(
     assert "error: --out must be the record of a run, got " in capsys.readouterr().err
 
 
-def test_a_part_has_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_part_has_a_record_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     row = row_of(replace(TINY, name="rkl-4-k3"), ours_nchw=2.0, eager_nchw=4.0)
     whole = suite.record(tmp_path, "", again=False)
-    run_of(row, row_of(ours_nchw=1.0, eager_nchw=1.0)).save(whole)
+    here = replace(run_of(row, row_of(ours_nchw=1.0, eager_nchw=1.0)), machine=suite.machine())
+    here.save(whole)
     before = whole.read_text()
     monkeypatch.setattr(suite, "perform", lambda *_: replace(run_of(row), models=[]))
     assert suite.main(["--only", "forward fp32 rkl-4-k3", "--out", str(tmp_path)]) == 0
@@ -241,6 +244,12 @@ def test_a_part_has_a_record_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert compare.main([str(part)]) == 0, "against the same rows of the whole record"
     assert suite.main(["--only", "forward fp32 rkl-4-k3", "--again", "--out", str(tmp_path)]) == 0
     assert len(suite.Run.load(whole).rows) == 2
+    replace(here, machine=here.machine | {"torch": "2.11.0"}).save(whole)
+    with pytest.raises(SystemExit):
+        suite.main(["--only", "forward fp32 rkl-4-k3", "--again", "--out", str(tmp_path)])
+    told = capsys.readouterr().err
+    assert "error: --again must be for a record of this machine and its versions, got " in told
+    assert "torch 2.11.0" in told
 
 
 def test_the_suite_in_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

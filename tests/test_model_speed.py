@@ -59,7 +59,22 @@ def test_a_noise_that_is_not_known(out: Path, monkeypatch: pytest.MonkeyPatch) -
     speed = Speed(8, 1.5, math.inf, 2.0, 0.1)
     assert run(out, monkeypatch, speed)["speeds"]["Net"]["inference_noise"] is None
     (record,) = out.glob("*.json")
-    assert model_speed.Record(record, {}).speeds == {"Net": speed}
+    assert model_speed.Record(record, model_speed.machine()).speeds == {"Net": speed}
     text = record.with_suffix(".md").read_text()
     assert "| Net | 8 | 1.50 ± ? | 2.00 ± 0.20 |" in text
     assert "unknown at most" in text
+
+
+def test_rows_of_other_versions_stay_apart(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speed = Speed(8, 1.5, 0.1, 2.0, 0.1)
+    kept = run(out, monkeypatch, speed)
+    (record,) = out.glob("*.json")
+    record.write_text(text := json.dumps(kept | {"machine": kept["machine"] | {"torch": "2.11.0"}}))
+    with pytest.raises(SystemExit):
+        model_speed.main(["--out", str(out)])
+    assert record.read_text() == text, "the page would say of the kept rows that today's torch made them"
+    told = capsys.readouterr().err
+    assert f"error: --out must be a folder whose record is of this machine and its versions, got {record}: " in told
+    assert "torch 2.11.0" in told

@@ -69,6 +69,13 @@ def machine_line(facts: dict[str, Any]) -> str:
     )
 
 
+def other_machine(recorded: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The line of a record that is of another machine than this, or of other versions: their rows do not go together
+    under one line. None where both are alike."""
+    line = machine_line(recorded)
+    return None if line == machine_line(here) else line
+
+
 def slug(facts: dict[str, Any]) -> str:
     """The device's name as a file name, with what it is held to."""
     name = f"{facts['device']} {facts.get('held_to') or ''} {facts['threads']} threads"
