@@ -18,6 +18,7 @@ from test_rkl_train import QUICK, comparable, fails, tiny, train_interrupted
 from rkl.cli import main
 from rkl.config import Config
 from rkl.deploy import prune
+from rkl.paths import check_apart
 from rkl.train_options import read_options
 from rkl.training import checkpoint, learner, metrics
 from rkl.training import train as trainer
@@ -262,3 +263,19 @@ def test_resume_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "typo").exists()
     settings = read_options(["--resume", "--recipe", "paper", "--out", str(tmp_path / "new")]).settings
     assert settings == Config(tmp_path / "new"), "with a recipe it may begin one"
+
+
+def test_no_run_lies_among_its_images(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There it would be a class with its plots for images, and nothing would find what it was trained on."""
+    images = Path(shutil.copytree(run / "plots", tmp_path / "images" / "a")).parent
+    shutil.copytree(run / "plots", images / "b")
+    before, data = contents(tmp_path), f"folder:{images}"
+    for out in (images, images / "runs" / "first"):
+        for command in (["train"], ["experiments", "table5", "--scale", "smoke"]):
+            said = fails([*command, "--data", data, "--out", str(out)], capsys)
+            assert f"out must be outside the folder of the images, where it would be a class, got {out} in" in said
+        with pytest.raises(ValueError, match="out must be outside"):
+            trainer.train(tiny(out, data=data), start=torch.nn.Identity())
+    assert contents(tmp_path) == before
+    check_apart(tmp_path / "images-2", data)
+    check_apart(images / ".runs" / "first", data)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network.deployed import deployed
+from ..paths import check_apart
 from ..slimming import pruning
 from ..training import metrics
 from ..training.checkpoint import Run, check_data, example_image
@@ -91,6 +92,7 @@ def prune_run(
         )
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
+    check_apart(out, run.config.data)
     image = example_image(run)
     check_cuttable(run.model, image, f"run must be of another network than {run.config.model}", run.folder)
     check_data(run.folder, run.facts, load_data(run.config))

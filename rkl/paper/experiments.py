@@ -32,6 +32,7 @@ from rkl_kernels.errors import told
 
 from ..config import Config, from_plain, is_other_run, read_plain, read_yaml, to_plain
 from ..network.build import without_own_options
+from ..paths import check_apart
 from ..training.files import RunError, UnwritableError, read_json, understood, write_text
 from ..training.train import load_data, train
 from .compute import at_macs, cut_to_macs, macs
@@ -175,6 +176,7 @@ def run(
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
+    check_apart(plan.out, plan.data)
     rows = TABLES[plan.table].rows
     chosen = tuple(dict.fromkeys(only or rows))  # a row named twice is one row
     for row in chosen:

@@ -20,6 +20,7 @@ from ..data import Dataset
 from ..distill import gamma_l1, training_losses
 from ..network.build import check_options
 from ..network.model import Exits, ResNet, ResNetKL
+from ..paths import check_apart
 from ..slimming import early_exit, pruning
 from . import checkpoint, metrics, report
 from .cuts import check_reach, cut_ratio
@@ -57,6 +58,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         ValueError: the configuration, the data or the folder cannot be used; one line that says why. Nothing is left
             in the folder then.
     """
+    check_apart(config.out, config.data)
     # Every process checks all there is to check before it meets the others, so none writes before all have looked.
     fabric = make_fabric(config)
     if fabric.device.type == "cpu":
