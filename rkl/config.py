@@ -17,6 +17,7 @@ from rkl_kernels.errors import told
 
 from .distill import LossWeights
 from .network.blocks import ActivationName, BlockOptions, GateKind, ScaleMode
+from .paths import at_home
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Decay = Literal["filters", "all"]
@@ -252,9 +253,10 @@ def _in_utf8(name: object) -> bool:
 
 
 IN_UTF8 = _in_utf8, "a name in UTF-8"
+PATHS = ("out", "data", "data_root", "weights")
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("out", "data", "data_root", "weights"), IN_UTF8),
+    **dict.fromkeys(PATHS, IN_UTF8),
     "seed": (lambda v: 0 <= v < 2**32, "at least 0 and below 2^32"),
     "image_size": (lambda v: 8 <= v <= 2**14, "between 8 and 16384"),
     "val_fraction": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -340,7 +342,9 @@ def from_plain(plain: dict[str, Any], base: Config | None = None, source: str = 
     for key in plain:
         if key not in known:
             raise ValueError(f"{source}: keys must be fields of the configuration, got {reprlib.repr(key)}")
-    values = dict(plain)
+    values: dict[str, Any] = {
+        key: at_home(value) if key in PATHS and isinstance(value, str) else value for key, value in plain.items()
+    }
     if isinstance(values.get("loss"), dict):
         odd = set(values["loss"]) - {f.name for f in fields(LossWeights)}
         if odd:

@@ -13,6 +13,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from .paths import at_home
+
 EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
 """Which extra brings a package, where it is not `train`."""
 
@@ -23,11 +25,11 @@ def show(table: Table) -> None:
 
 
 def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
-    """``tyro.cli``, with its framed complaint turned into one line."""
+    """``tyro.cli``, with its framed complaint turned into one line, and with ``~`` read wherever a path begins."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, **options)
+            return tyro.cli(kind, args=[at_home(argument) for argument in arguments], **options)
     except SystemExit as stopped:
         if not stopped.code:
             raise

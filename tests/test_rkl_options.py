@@ -34,3 +34,15 @@ def test_a_file_goes_over_the_recipe_and_an_option_over_both(tmp_path: Path) -> 
 def test_settings_that_do_not_go_together(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**settings)
+
+
+def test_a_tilde_is_the_home_wherever_a_path_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell reads it in a word of its own alone, and nobody in a file: `out: ~/run` made a folder named `~`."""
+    monkeypatch.setenv("HOME", "/home/anna")
+    (tmp_path / "settings.yaml").write_text("out: ~/run\ndata: folder:~/photos\ndata_root: ~/sets\nweights: ~/first")
+    settings = read_options(["--config", str(tmp_path / "settings.yaml")]).settings
+    assert (settings.out, settings.data) == (Path("/home/anna/run"), "folder:/home/anna/photos")
+    assert (settings.data_root, settings.weights) == (Path("/home/anna/sets"), Path("/home/anna/first"))
+    settings = read_options(["--out=~/run", "--data", "folder:~/photos", "--data-root", "a~/~"]).settings
+    assert (settings.out, settings.data) == (Path("/home/anna/run"), "folder:/home/anna/photos")
+    assert settings.data_root == Path("a~/~")
