@@ -249,6 +249,10 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
             ["prune", str(run), "--out", str(tmp_path / "r"), "--target-latency-ms", "inf"],
             "above 0 and finite, got inf",
         ),
+        (
+            ["evaluate", str(run), "--early-exit", "--target-accuracy", "0.5", "--target-macs", "0.25"],
+            "target_macs must be left out beside target_accuracy 0.5, got 0.25",
+        ),
         (["evaluate", str(run), "--early-exit", "--split", "val"], "split must be 'test' with --early-exit"),
         (["bench", "--device", "cuda"], "operator must be trelu, depthwise or separable with --device, got none"),
         (["bench", "host", "--kernel-width", "5"], "or separable with --kernel-width, got host"),

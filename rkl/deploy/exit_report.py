@@ -42,8 +42,10 @@ def evaluate_early_exit(
 
     Raises:
         RunError: the model has one exit only, or the record cannot be written.
-        ValueError: the target cannot be reached.
+        ValueError: both targets, or one that cannot be reached.
     """
+    if accuracy is not None and macs_share is not None:
+        raise ValueError(f"target_macs must be left out beside target_accuracy {accuracy}, got {macs_share}")
     if not isinstance(run.model, ResNetKL):
         raise RunError(f"{run.folder}: early exit needs a model with several exits, got {run.config.model}")
     plot, file = run.folder / "plots" / "early_exit.png", run.folder / "early_exit.json"
