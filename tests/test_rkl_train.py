@@ -198,6 +198,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "file").write_text("")
     (tmp_path / "two.yaml").write_text("devices: 2\n")
     (tmp_path / "own.yaml").write_text("epochs: 1\ndata: digits\n")
+    (tmp_path / "vgg.yaml").write_text("model: vgg\n")
     experiments = ["experiments", "table5", "--data", "digits", "--scale", "smoke", "--out", str(tmp_path / "r")]
     mobilenet = ["train", "--out", str(tmp_path / "r"), "--model", "mobilenet"]
     for arguments, expected in [
@@ -262,6 +263,8 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
             [*experiments, "--config", str(tmp_path / "own.yaml")],
             "keys must not be of the command's own options, got data",
         ),
+        ([*experiments, "--config", str(tmp_path / "vgg.yaml")], "keys must not be model, which each row has"),
+        ([*experiments, "--rows"], "rows must be of table5's: ResNet, "),
         ([*experiments, "--config", str(tmp_path / "two.yaml")], "devices must be 1, as runs are trained side by side"),
         (["walk"], "the command must be one of"),
     ]:

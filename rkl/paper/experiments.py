@@ -147,6 +147,8 @@ def read_overrides(path: Path) -> dict[str, Any]:
     for name in ("data", "out", "seed"):
         if name in settings:
             raise ValueError(f"{path}: keys must not be of the command's own options, got {name}; remove it")
+    if "model" in settings:
+        raise ValueError(f"{path}: keys must not be model, which each row has its own of; remove it")
     if settings.get("devices", 1) != 1:  # the processes of such a run are this command, given again
         raise ValueError(f"{path}: devices must be 1, as runs are trained side by side, got {settings['devices']}")
     return settings
@@ -178,10 +180,10 @@ def run(
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     check_apart(plan.out, plan.data)
     rows = TABLES[plan.table].rows
-    chosen = tuple(dict.fromkeys(only or rows))  # a row named twice is one row
-    for row in chosen:
-        if row not in rows:
-            raise ValueError(f"rows must be of {plan.table}'s: {', '.join(rows)}; got {row!r}")
+    chosen = tuple(dict.fromkeys(rows if only is None else only))  # a row named twice is one row
+    odd = [repr(row) for row in chosen if row not in rows]
+    if odd or not chosen:
+        raise ValueError(f"rows must be of {plan.table}'s: {', '.join(rows)}; got {odd[0] if odd else 'none'}")
     # Seed by seed: a stop leaves whole pairs.
     cells = [(row, seed) for seed in range(plan.seeds) for row in chosen]
     configs = {cell: plan.config(*cell) for cell in cells}
