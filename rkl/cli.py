@@ -227,20 +227,15 @@ class Prune:
     """`cpu` or `cuda`, for the cut; the GPU where there is one."""
 
     def __call__(self) -> None:
-        from .deploy.prune import prune_run
+        from .deploy.prune import before_and_after, prune_run
         from .training import report
         from .training.checkpoint import open_run
 
         run = open_run(self.run, self.checkpoint, device_named(self.device))
-        before = report.read_metrics(self.run)
+        report.read_metrics(self.run)  # an unfinished run has none, and is told so
         if prune_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs) is None:
             return  # another process writes and speaks
-        after = report.read_metrics(self.out)
-        rows = [
-            [name, *report.size_rows(record)[-1][1:], f"{record['test'][-1]['accuracy']:.2%}"]
-            for name, record in (("before", before), ("after", after))
-        ]
-        show(report.rich_table("pruned", [*report.SIZE_HEADER, "test accuracy"], rows))
+        show(report.rich_table("pruned", *before_and_after(run, self.out)))
         print(f"report: {self.out / 'report.md'}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,20 @@ def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert metrics.count_macs(after, image) <= 0.5 * metrics.count_macs(before, image)
     assert pruning.channel_plan(after).keys() == pruning.channel_plan(before).keys()
     assert "after" in capsys.readouterr().out
+
+
+def test_latencies_before_and_after_a_cut_are_measured_together(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The run's record is of another time, and perhaps of another machine."""
+    before = Path(shutil.copytree(run, tmp_path / "before"))
+    record = json.loads((before / "metrics.json").read_text())
+    record["size"] |= {"latency_ms": 98765.0, "latency_batch": 3}
+    (before / "metrics.json").write_text(json.dumps(record))
+    main(["prune", str(before), "--out", str(tmp_path / "slim"), "--target-macs", "0.5", "--epochs", "1"])
+    said = capsys.readouterr().out
+    assert said.count(" ms for 16 ") == 2
+    assert "98765" not in said
 
 
 def test_a_cut_run_trains_on_by_the_runs_own_recipe(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

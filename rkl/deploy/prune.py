@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..network.deployed import deployed
 from ..paths import check_apart
 from ..slimming import pruning
-from ..training import metrics
-from ..training.checkpoint import Run, check_data, example_image
+from ..training import metrics, report
+from ..training.checkpoint import Run, check_data, example_image, open_run
 from ..training.guard import check_cuttable
 from ..training.train import load_data, train
 
@@ -115,3 +115,17 @@ def prune_run(
         weights=None,
     )
     return train(config, start=model)
+
+
+def before_and_after(run: Run, out: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table that ``rkl prune`` prints, of a run and the one in ``out`` that was cut from it:
+    what they recorded, but for the latencies. Those are measured here in turns, as the records' are of other times, and
+    perhaps of another machine."""
+    models = [deployed(run.model), deployed(open_run(out, device=run.device).model)]
+    latencies = metrics.measure_latencies(models, example_image(run).repeat(LATENCY_BATCH, 1, 1, 1))
+    rows = []
+    for name, folder, milliseconds in zip(("before", "after"), (run.folder, out), latencies, strict=True):
+        record = report.read_metrics(folder)
+        record["size"] |= {"latency_ms": milliseconds, "latency_batch": LATENCY_BATCH}
+        rows.append([name, *report.size_rows(record)[-1][1:], f"{record['test'][-1]['accuracy']:.2%}"])
+    return [*report.SIZE_HEADER, "test accuracy"], rows
