@@ -260,6 +260,16 @@ def test_cpu_kernels_are_named(memory, dtype):
         torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("columns", [15, 31])
+def test_wide_filters_in_16_bits_are_not_left_to_pytorch(columns):
+    """oneDNN's call does not come back."""
+    x = torch.randn(2, 12, 136, 136, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    w, padding = torch.randn(12, 1, 1, columns, dtype=torch.bfloat16), [0, columns // 2]
+    assert not torch.ops.rkl.cpu_depthwise_by_pytorch(x, w, [1, 1], padding, [1, 1])
+    want = rk.reference.depthwise_conv2d(x.float(), w.float(), padding=padding)
+    torch.testing.assert_close(rk.depthwise_conv2d(x, w, padding=padding).float(), want, rtol=2e-2, atol=1e-4)
+
+
 X8, W8, P8 = torch.zeros(2, 8, 9, 9), torch.zeros(8, 1, 3, 3), torch.zeros(4, 8, 1, 1)
 
 

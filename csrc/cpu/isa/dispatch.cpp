@@ -59,8 +59,12 @@ const Kernels& kernels(Dtype dtype) {
 // vectors (8 channels: 0.81 to 1.18, by way of oneDNN 0.69 to 0.87; 3 channels: 0.79 to 1.3), nor images whose pixels
 // count as channels, nor fewer than 32768 pixels: the way to oneDNN, 25 to 60 us, takes longer than it saves. All
 // measured with AVX-512.
+// In 16 bits it gets no filter of more than kMostColumns16 columns: from 15 on oneDNN's call in bf16 does not come back
+// (torch 2.13, Zen 5, stride and dilation 1).
 bool left_to_pytorch(const Conv2d& g, Dtype dtype) {
+  constexpr int kMostColumns16 = 14;
   const int64_t together = kernels(dtype).together;
+  if (dtype != Dtype::f32 && g.kernel_w > kMostColumns16) return false;
   if (together != (dtype == Dtype::f32 ? 16 : 32)) return false;
   if (!g.nhwc || g.batch * g.out_h * g.out_w < 32768) return false;
   return g.channels * pixels_as_channels(g, together) < 16 && (g.channels > 8 || g.batch == 1);
