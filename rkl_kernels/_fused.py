@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx.graph_module import reduce_graph_module
 from torch.nn.parameter import is_lazy
 
+from ._stand_in import Recorder, alone
 from ._state import counts_writes
 from .layers import is_altered
 
@@ -44,8 +45,11 @@ class FusedGraph(torch.fx.GraphModule):
 
 
 def _loaded(name: str, *saved: Any) -> FusedGraph:
-    """A graph that was saved, which ``torch.fx`` alone would make a plain ``GraphModule``, without its hooks."""
-    graph: Any = reduce_graph_module(*saved)
+    """A graph that was saved. ``torch.fx`` alone would make a plain ``GraphModule``, without its hooks, and read its
+    code by a tracer that takes writes for something else, and other threads' calls for the code's."""
+    saved[0]["_tracer_cls"] = Recorder
+    with alone:
+        graph: Any = reduce_graph_module(*saved)
     graph.__class__ = type(FusedGraph.__new__(FusedGraph))  # a class of this graph alone, which takes its forward
     graph.__class__.__name__ = name
     graph.recompile()

@@ -31,15 +31,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._backends import forced, use_backend
-from ._stand_in import StandIn
+from ._stand_in import Recorder, StandIn, alone
 from ._state import same, state
 from .errors import told
 from .fold import is_norm
 from .layers import is_altered
-
-_alone = threading.RLock()
-"""One thread reads at a time: torch.fx puts methods of its own into ``nn.Module`` meanwhile, and takes them out again
-in good order only if no other thread does the same."""
 
 
 def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> torch.fx.Graph | str:
@@ -53,7 +49,7 @@ def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> to
         taken: gets the layers whose tensors the forward takes by themselves, to write to them perhaps; and ``module``,
             where it takes some of layers that are not below it.
     """
-    with _alone:
+    with alone:
         return _why_not_called_with_an_image(module) or _read(module, closed, taken)
 
 
@@ -172,7 +168,11 @@ _WRITTEN = (bool, int, float, complex, str)
 """Constants that a graph's code writes. Of a subclass, such as ``numpy.float64``, it would write the ``repr``."""
 
 
-class _Tracer(torch.fx.Tracer):
+_CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
+"""Those that a graph's code makes as they are."""
+
+
+class _Tracer(Recorder):
     """Looks into every module that is not PyTorch's own, altered, or closed."""
 
     def __init__(self, closed: set[nn.Module], taken: set[nn.Module], none: str = "") -> None:
@@ -181,7 +181,6 @@ class _Tracer(torch.fx.Tracer):
         self.closed = closed
         self.none = none
         self.own: set[int] = set()
-        self.thread = threading.get_ident()
         self.surroundings = _surroundings()
         self.layers: dict[nn.Module, list[Any]] = {}
         self.made: list[weakref.ref[torch.fx.Proxy]] = []
@@ -200,9 +199,8 @@ class _Tracer(torch.fx.Tracer):
         return super().trace(root, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:  # torch.fx catches the calls of every thread
-            return forward(*args, **kwargs)
-        if m in self.layers and not same(state(m), self.layers[m]):
+        is_ours = threading.get_ident() == self.thread
+        if is_ours and m in self.layers and not same(state(m), self.layers[m]):
             self.refuse("it changes a layer for a call, which a graph does not hold")
         return super().call_module(m, forward, args, kwargs)
 
@@ -239,10 +237,8 @@ class _Tracer(torch.fx.Tracer):
         kind = type(a)
         if issubclass(kind, StandIn):
             return a.node
-        if kind is OrderedDict:  # fx would make a dict of it
-            return self.create_node("call_function", OrderedDict, ([self.create_arg(pair) for pair in a.items()],), {})
         named = issubclass(kind, tuple) and hasattr(kind, "_fields")
-        if issubclass(kind, (dict, list, tuple)) and kind not in (dict, list, tuple, torch.Size) and not named:
+        if issubclass(kind, (dict, list, tuple)) and kind not in _CONTAINERS and not named:
             self.refuse(f"it makes a {kind.__name__}, which a graph does not hold")
         if (named or is_dataclass(kind)) and not self._is_made_of_its_fields(a):
             self.refuse(f"it makes a {kind.__name__}, which is more than its fields, and a graph makes it of those")

@@ -6,18 +6,60 @@ from __future__ import annotations
 import dis
 import operator
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor
+from torch import Tensor, nn
 
 _MAY_BE_NONE = {"grad", "grad_fn", "_grad", "_base", "_backward_hooks", "_post_accumulate_grad_hooks"}
 """Attributes of a tensor that code compares with None. A stand-in would say that they are not."""
 
 
-class StandIn(torch.fx.Proxy):
+alone = threading.RLock()
+"""One thread traces at a time: torch.fx puts methods of its own into ``nn.Module`` meanwhile, and takes them out again
+in good order only if no other thread does the same."""
+
+
+class Recorded(torch.fx.Proxy):
+    """Records writes, too. Of ``x += y`` torch.fx makes ``x = x + y``, and ``x[0] = y`` it refuses."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _RecordedAttribute(self, name)
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, place, value), {})
+
+
+class _RecordedAttribute(Recorded, torch.fx.proxy.Attribute):
+    """An attribute: what a call of it makes, or the value itself."""
+
+
+class Recorder(torch.fx.Tracer):
+    """Takes down what code does in one thread, writes and an ``OrderedDict`` as such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:  # torch.fx catches the calls of every thread
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return Recorded(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:  # fx would make a dict of it
+            return self.create_node("call_function", OrderedDict, ([self.create_arg(pair) for pair in a.items()],), {})
+        return super().create_arg(a)
+
+
+class StandIn(Recorded):
     """Stands for what a call makes. Code that asks for its type, its length or what cannot be known gets no answer, but
     an error, which its tracer notes for when the code catches it."""
 
@@ -71,9 +113,6 @@ class StandIn(torch.fx.Proxy):
             self.tracer.refuse(f"it sets the {name} of a value")
         super().__setattr__(name, value)
 
-    def __setitem__(self, place: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, place, value), {})
-
 
 class _Attribute(StandIn, torch.fx.proxy.Attribute):
     """An attribute of a stand-in: what a call of it makes, or the value itself."""
@@ -88,7 +127,7 @@ def _written(name: str) -> Any:
     """``x += y`` writes to what others hold too, where fx would make ``x = x + y`` of it."""
     function = getattr(operator, f"i{name}")
 
-    def method(self: StandIn, other: Any) -> Any:
+    def method(self: Recorded, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     return method
@@ -109,4 +148,4 @@ for _name in (
     "lshift",
     "rshift",
 ):
-    setattr(StandIn, f"__i{_name}__", _written(_name))
+    setattr(Recorded, f"__i{_name}__", _written(_name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import threading
@@ -71,6 +72,22 @@ def test_models_are_called_while_another_is_fused():
         try:
             for _ in range(20):
                 assert rk.fuse_for_inference(chain(nn.ReLU())).fusion_report.fused
+        finally:
+            done.set()
+        assert calls.result() > 0
+
+
+def test_models_are_called_while_a_fused_one_is_loaded():
+    """torch.fx reads its code anew."""
+    file, done = io.BytesIO(), threading.Event()
+    torch.save(rk.fuse_for_inference(nn.Sequential(*chain(nn.ReLU()), *(nn.Tanh() for _ in range(50)))), file)
+    with ThreadPoolExecutor(THREADS) as pool:
+        calls = pool.submit(called, chain(nn.ReLU()), done)
+        try:
+            for loaded in pool.map(
+                lambda data: torch.load(io.BytesIO(data), weights_only=False), [file.getvalue()] * 40
+            ):
+                assert loaded.fusion_report.fused
         finally:
             done.set()
         assert calls.result() > 0
