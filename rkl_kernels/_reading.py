@@ -50,7 +50,8 @@ def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> to
             where it takes some of layers that are not below it.
     """
     with alone:
-        return _why_not_called_with_an_image(module) or _read(module, closed, taken)
+        why = _why_not_called_with_an_image(module) or _why_not_in_inference(module)
+        return why or _read(module, closed, taken)
 
 
 def _read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> torch.fx.Graph | str:
@@ -303,6 +304,11 @@ def _why_not_called_with_an_image(module: nn.Module) -> str | None:
     if len(parameters) == 1 and parameters[0].kind in kinds and parameters[0].default is inspect.Parameter.empty:
         return None
     return "its forward takes something else than one tensor"
+
+
+def _why_not_in_inference(module: nn.Module) -> str | None:
+    """A graph has no ``train`` of the model's own, which keeps a layer in training."""
+    return "it keeps a module in training" if any(part.training for part in module.modules()) else None
 
 
 def _surroundings() -> tuple[Any, ...]:

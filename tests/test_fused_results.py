@@ -311,6 +311,35 @@ def test_a_copy_that_is_converted_or_restored_after_fusing(change):
     torch.testing.assert_close(fused(X, True)[-1], fused(X), rtol=1e-4, atol=1e-4)
 
 
+class Sampling(nn.Module):
+    """Keeps a layer in training, by a ``train`` of its own: a dropout that samples, a norm that goes by the batch."""
+
+    def __init__(self, kept: nn.Module) -> None:
+        super().__init__()
+        self.body, self.kept = chain(nn.ReLU()), kept
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.kept.train()
+        return self
+
+    def forward(self, x):
+        return self.kept(self.body(x))
+
+
+@pytest.mark.parametrize("kept", [nn.Dropout(), nn.BatchNorm2d(4)], ids=["dropout", "norm"])
+def test_a_layer_that_a_model_keeps_in_training(kept):
+    plain = nn.Sequential(Sampling(kept)).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert fused.fusion_report.fused == [("0.body.0", "0.body.1", "0.body.2", "0.body.3")]
+    for model in (fused, copy.deepcopy(fused), fused.eval()):
+        results = []
+        for called in (model, plain):
+            torch.manual_seed(0)
+            results.append(called(X))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 class SilentlyTrained(nn.Sequential):
     """As many models have it, a ``train`` that returns nothing."""
 
