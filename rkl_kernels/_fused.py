@@ -64,7 +64,8 @@ class FusedSequential(nn.Sequential):
 
     Attributes:
         made: what the steps were made of.
-        above: the modules that it is in, but for a graph, which refuses by itself; in a tuple as the steps are.
+        above: the modules that it is in, but for a graph, which refuses by itself, and what ``torch.compile`` made of
+            one, which has no mode of its own; in a tuple as the steps are.
     """
 
     above: tuple[nn.Module, ...] = ()
@@ -99,6 +100,7 @@ class FusedSequential(nn.Sequential):
 
     def train(self, mode: bool = True) -> FusedSequential:
         if mode:  # where a module above was called, it has switched already, and what it holds before this one
+            self.training = False
             for above in self.above:
                 for module in takewhile(lambda module: module is not self, above.modules() if above.training else ()):
                     module.training = False
@@ -113,7 +115,8 @@ def tie(fused: nn.Module) -> None:
     """Let every part that can only be fused again know what it is in: whatever is called refuses before it changes."""
     for module in fused.modules():
         _refuse_loads(module)
-        for part in _sequentials(module) if not isinstance(module, FusedGraph) else ():
+        has_mode = "training" in vars(module) and not isinstance(module, FusedGraph)
+        for part in _sequentials(module) if has_mode else ():
             part.above = (*part.above, module)
 
 

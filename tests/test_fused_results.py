@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections import OrderedDict, namedtuple
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -338,6 +339,35 @@ def test_a_layer_that_a_model_keeps_in_training(kept):
             torch.manual_seed(0)
             results.append(called(X))
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+class Compiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flagged, self.body = (
+            torch.compile(Flagged(), backend="eager"),
+            torch.compile(chain(nn.ReLU()), backend="eager"),
+        )
+
+    def forward(self, x, scale=1):
+        return self.flagged(x) * scale, self.body(x)
+
+
+@pytest.mark.parametrize("came_by", [lambda model: model, copy.deepcopy, saved_and_loaded])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_copies_of_a_copy_with_compiled_parts(came_by, is_whole):
+    """What ``torch.compile`` makes of a module is made anew of that one when it is copied."""
+    plain = Compiled().eval()
+    if is_whole:
+        plain = torch.compile(plain, backend="eager")
+    fused = came_by(rk.fuse_for_inference(plain))
+    torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
+    assert runs_its_steps(fused.flagged._orig_mod)
+    for module in fused.modules():
+        with suppress(ValueError):
+            module.train()
+            module.train(False)  # where it was not refused
+        assert not any(part.training for part in fused.modules())
 
 
 class SilentlyTrained(nn.Sequential):
