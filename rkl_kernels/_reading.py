@@ -13,25 +13,23 @@ import enum
 import gc
 import inspect
 import operator
-import random
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from types import CodeType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._backends import forced, use_backend
-from ._stand_in import Recorder, StandIn, alone
+from ._modes import as_exported, cast_and_by_reference, random_state, same_random_numbers, surroundings
+from ._stand_in import Answering, Recorder, StandIn, alone
 from ._state import same, state
 from .errors import told
 from .fold import is_norm
@@ -56,21 +54,23 @@ def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> to
 
 def _read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> torch.fx.Graph | str:
     """The graph of a module that is called with one tensor, or why there is none."""
-    before, random_before = state(module), _random_state()
+    before, random_before = state(module), random_state()
     graphs = []
-    with _same_random_numbers():
-        for surroundings in (torch.enable_grad, torch.inference_mode, _cast_and_by_reference, _as_exported):
-            with surroundings():
+    with same_random_numbers():
+        for around in (torch.enable_grad, torch.inference_mode, cast_and_by_reference, as_exported):
+            with around():
                 graph = _traced(module, closed, taken)
             if isinstance(graph, str):
                 return graph
             graphs.append(graph)
-        if _random_state() != random_before:
+        if random_state() != random_before:
             return "its forward draws random numbers"
         if not same(state(module), before):
             return "its forward changes the module, or makes a tensor of its own"
         if any(_asks_for_none(module, closed, graphs[0], node) for node in graphs[0].nodes):
             return "its forward asks whether a module in it gives None"
+        if _reads_what_is_kept(module, closed, graphs[0]):
+            return "its forward reads what a module in it keeps of a call"
     if str(graphs[0]) != str(graphs[1]):
         return "its forward depends on whether gradients are recorded"
     if str(graphs[0]) != str(graphs[2]):
@@ -135,6 +135,33 @@ def _may_be_none(module: nn.Module, closed: set[nn.Module], node: torch.fx.Node)
     return attends or _may_be_none(module, closed, whole)
 
 
+def _reads_what_is_kept(module: nn.Module, closed: set[nn.Module], graph: torch.fx.Graph) -> bool:
+    """Whether a forward does something else where the modules below it that were not read have been called. Of calls
+    before this one, too: it is looked at twice. Spoils the module's state."""
+    if closed.isdisjoint(module.modules()):
+        return False
+    for _ in range(2):
+        tracer = _Running(closed)
+        with suppress(Exception), _NoWrites(tracer):
+            tracer.trace(module)
+        if _outline(tracer.graph, tracer.within) != _outline(graph, set()):
+            return True
+    return False
+
+
+def _outline(graph: torch.fx.Graph, left_out: set[torch.fx.Node]) -> list[tuple[Any, ...]]:
+    """The nodes of a graph in words, each by its place; parameters by name, as they are noted at their first use."""
+    nodes = [node for node in graph.nodes if node not in left_out and node.op != "get_attr"]
+    places = {node: place for place, node in enumerate(nodes)}
+    told = []
+    for node in nodes:
+        values = torch.fx.map_arg(
+            (node.args, node.kwargs), lambda arg: str(arg.target) if arg.op == "get_attr" else f"node {places.get(arg)}"
+        )
+        told.append((node.op, node.target, str(values)))
+    return told
+
+
 def _is_a_program(graph: torch.fx.Graph) -> bool:
     """Whether the code that a graph becomes is Python, and every name in it is known: constants are written as their
     ``repr`` says, an enum in a dict, say, as no program can."""
@@ -176,13 +203,15 @@ _CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
 class _Tracer(Recorder):
     """Looks into every module that is not PyTorch's own, altered, or closed."""
 
+    kind: type[StandIn] = StandIn
+
     def __init__(self, closed: set[nn.Module], taken: set[nn.Module], none: str = "") -> None:
         """none: the name of a node that gives None."""
         super().__init__()
         self.closed = closed
         self.none = none
         self.own: set[int] = set()
-        self.surroundings = _surroundings()
+        self.around = surroundings()
         self.layers: dict[nn.Module, list[Any]] = {}
         self.made: list[weakref.ref[torch.fx.Proxy]] = []
         self.taken = taken
@@ -225,7 +254,7 @@ class _Tracer(Recorder):
             owner = self.root.get_submodule(str(node.target).rpartition(".")[0])
             if owner in self.layers:
                 self.taken.add(owner)
-        stand_in = StandIn(node, self)
+        stand_in = self.kind(node, self)
         if node.op != "get_attr":  # fx keeps those of parameters
             self.made.append(weakref.ref(stand_in))
         return stand_in
@@ -271,12 +300,42 @@ class _Tracer(Recorder):
         return super().iter(obj)
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        if _surroundings() != self.surroundings:
+        if surroundings() != self.around:
             self.refuse("it changes gradient mode, autocast or backend for a part, which a graph does not hold")
         if args[0] == "output" and self.has_rebuilt:
             self.refuse("it returns a number or a text of a class that a graph does not hold")
         self.has_rebuilt = False
         return super().create_node(*args, **kwargs)
+
+
+class _Running(_Tracer):
+    """Runs the modules that are not looked into, as far as they run with stand-ins, for what they keep.
+
+    Attributes:
+        within: the nodes made in these.
+    """
+
+    kind = Answering  # a module asks for the class of what it keeps
+
+    def __init__(self, closed: set[nn.Module]) -> None:
+        super().__init__(closed, set())
+        self.within: set[torch.fx.Node] = set()
+        self.depth = 0
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # Hooks are not run: they may tell others.
+        if threading.get_ident() == self.thread and m in self.closed and not is_altered(m):
+            self.depth += 1
+            with suppress(Exception):
+                forward(*args, **kwargs)
+            self.depth -= 1
+        return Recorder.call_module(self, m, forward, args, kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        node = Recorder.create_node(self, *args, **kwargs)
+        if self.depth:
+            self.within.add(node)
+        return node
 
 
 class _NoWrites(TorchDispatchMode):
@@ -311,72 +370,9 @@ def _why_not_in_inference(module: nn.Module) -> str | None:
     return "it keeps a module in training" if any(part.training for part in module.modules()) else None
 
 
-def _surroundings() -> tuple[Any, ...]:
-    kinds = ("cpu", "cuda")
-    casts = tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), casts, forced()
-
-
-@contextmanager
-def _cast_and_by_reference() -> Iterator[None]:
-    """Autocast of every kind of device, and a backend other than the choice between them."""
-    kinds = ("cpu", "cuda")
-    before = [torch.is_autocast_enabled(kind) for kind in kinds]
-    for kind in kinds:
-        torch.set_autocast_enabled(kind, True)
-    try:
-        with torch.enable_grad(), use_backend("reference"):
-            yield
-    finally:
-        for kind, enabled in zip(kinds, before, strict=True):
-            torch.set_autocast_enabled(kind, enabled)
-
-
-QUESTIONS = (
-    (torch.compiler, "is_compiling"),
-    (torch.compiler, "is_dynamo_compiling"),
-    (torch.compiler, "is_exporting"),
-    (torch.jit, "is_tracing"),
-    (torch.onnx, "is_in_onnx_export"),
-)
-"""What a forward may ask of what it is called for: PyTorch's functions, which have no other way to be told."""
-
-
-@contextmanager
-def _as_exported() -> Iterator[None]:
-    """The answers of a compiler or an exporter, to this thread alone."""
-    reader, before = threading.get_ident(), [getattr(module, name) for module, name in QUESTIONS]
-    for (module, name), function in zip(QUESTIONS, before, strict=True):
-        setattr(module, name, lambda function=function: threading.get_ident() == reader or function())
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for (module, name), function in zip(QUESTIONS, before, strict=True):
-            setattr(module, name, function)
-
-
 def _is_any_alive(made: list[weakref.ref[torch.fx.Proxy]]) -> bool:
     """Whether anyone has kept a stand-in: the module, a container deep in it, or whatever else its code can reach."""
     if not any(stand_in() is not None for stand_in in made):
         return False
     gc.collect()
     return any(stand_in() is not None for stand_in in made)
-
-
-def _random_state() -> tuple[Any, ...]:
-    _, keys, position, *_ = np.random.get_state()  # noqa: NPY002  the model's code may draw from it
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(keys).tobytes(), position
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Whatever is drawn in the block, the caller's next numbers are those that would have come without it."""
-    state, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(state)
-        np.random.set_state(numbers)  # noqa: NPY002

@@ -260,3 +260,64 @@ def test_a_result_that_makes_itself(way):
             torch.testing.assert_close(value, held[1][name], rtol=1e-4, atol=1e-4)
         else:
             assert value == held[1][name]
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed: as its attribute, for whoever has the list, or how many images there were."""
+
+    def __init__(self, notes: list) -> None:
+        super().__init__()
+        self.body, self.notes, self.last, self.images = chain(nn.ReLU()), notes, None, 1
+
+    def forward(self, x):
+        y = self.body(x)
+        self.last, self.images = y.mean(), x.shape[0]
+        self.notes.append(y)
+        return y
+
+
+class AroundKeeping(nn.Module):
+    """A forward that reads what the module in it keeps, in a way that a test chooses, or has nothing to do with it."""
+
+    def __init__(self, way) -> None:
+        super().__init__()
+        self.notes: list = []
+        self.part, self.way = Keeping(self.notes), way
+        self.behind = nn.Sequential(nn.Conv2d(4, 6, 1), *chain(nn.ReLU()))
+
+    def forward(self, x):
+        self.notes.clear()
+        return self.way(self, x)
+
+
+def plainly(self, x):
+    return self.behind(self.part(x))
+
+
+def with_last(self, x):
+    return plainly(self, x), self.part.last
+
+
+def if_kept(self, x):
+    y = plainly(self, x)
+    return y if self.part.last is None else y * self.part.last
+
+
+def of_last_call(self, x):
+    before = self.part.images
+    return plainly(self, x) * before
+
+
+def with_notes(self, x):
+    y = plainly(self, x)
+    return y, sum(note.sum() for note in self.notes)
+
+
+@pytest.mark.parametrize("way", [plainly, with_last, if_kept, of_last_call, with_notes])
+def test_what_a_module_keeps_for_another(way):
+    plain = AroundKeeping(way).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert isinstance(fused, torch.fx.GraphModule) == (way is plainly)
+    assert len(fused.fusion_report.fused) == 2
+    for x in (X, X[:1], X + 1):
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-3, atol=1e-3)
