@@ -1,12 +1,12 @@
-// What the tensor cores have made, on its way out.
+// How the tensor cores' sums are written to shared memory.
 #pragma once
 #include "cuda/element.cuh"
 #include "cuda/ptx.cuh"
 
 namespace rkl::cuda {
 
-// The sums of two products of 16 by 8 as elements in shared memory, four 8 x 8 matrices: the lane's row of them begins
-// at `address`, as stmatrix_x4 has it.
+// Rounds the sums of two products of 16 by 8 to T and writes them as four 8 x 8 matrices. `address` is where the row
+// that this lane addresses begins, as stmatrix_x4 expects.
 template <class T>
 __device__ inline void put_row(uint32_t address, const float (&sums)[2][4]) {
   uint32_t words[4];

@@ -1,21 +1,23 @@
 // The row pipeline: depthwise convolution of NHWC images in 16 bits on the tensor cores.
 //
-// A tap of 8 channels is a diagonal 8 x 8 matrix. Pixels by channels, as NHWC has them, are an mma's left operand, and
-// two diagonal matrices above each other its right one: one m16n8k16 adds two taps of 16 pixels by 8 channels to their
-// sums. The products are exact and nothing is unpacked. 7 of 8 multiplications are by zero; still, the tensor cores do
-// 1.3 times what the fp32 units could, with a tenth of the instructions (measured on an H200).
+// A tap of 8 channels is a diagonal 8 x 8 matrix. The left operand of an mma is pixels by channels, as they lie in
+// NHWC. The right operand is two such diagonal matrices, one above the other. So one m16n8k16 adds two taps to the sums
+// of 16 pixels by 8 channels. The products are exact, and no element is unpacked. 7 of 8 multiplications are by zero;
+// still, the tensor cores do 1.3 times what the fp32 units could, with a tenth of the instructions (measured on an
+// H200).
 //
-// A warp has 8 channels ("a group") of 32 output columns ("a strip") and slides down the image. Rows of the image come
-// by cp.async into a ring in shared memory, several rows ahead, with one barrier a row. A tap's shift is an address. A
-// row meets every row of the filter while it is there, so kernel_h rows of sums are in flight; the first mma of each
-// takes the sums of the row before (its D is not its C), so that the window moves without moves.
+// A warp makes 8 channels ("a group") of 32 output columns ("a strip") and slides down the image. cp.async copies rows
+// of the image into a ring in shared memory, several rows ahead, with one barrier a row. A tap reads the row from a
+// shifted address. Every row of the filter is applied to a row while it is there, so kernel_h rows of sums are in
+// flight. The first mma of sums[j] takes sums[j + 1] as its C, so that the window slides without moves between
+// registers.
 //
-// A strip is four octets of 8 columns, counted through all images of the batch: of a map of 7 columns it has four
-// images, of one of 19 it ends in the middle of the next image. Octets of one image share their halo.
-// Such strips differ in their images alone, so a block takes several one after the other.
+// A strip is four octets of 8 columns, which are counted through all images of the batch. If maps have 7 columns, it
+// covers four images; if they have 19, it ends in the middle of the next image. Octets of one image share their halo.
+// Strips at the same place differ in their images alone, so a block makes several of them one after the other.
 //
-// A filter has the size of a compiled one or is smaller: zeros make up the rest. An input that is not finite makes NaN
-// of the outputs of its whole group within the compiled filter's window, since zero times infinity is NaN.
+// A filter that is smaller than the compiled one is filled up with zeros. An input that is not finite makes all outputs
+// of its group within the compiled filter's window NaN, since zero times infinity is NaN.
 #pragma once
 #include "activation.h"
 #include "cuda/element.cuh"
@@ -25,13 +27,13 @@
 
 namespace rkl::cuda::rows {
 
-// Where the octets of a strip lie: their images, counted from the first one of the task, their columns, and their
-// places in a row of inputs in shared memory.
+// Where each octet of a strip lies: its image, counted from the task's first one, its first column, and its first pixel
+// in a row of inputs in shared memory.
 struct Strip {
-  int image, octet;  // of the first one
+  int image, octet;  // those of the first octet
   int octets, octet_pixels, halo;
 
-  // Images between the first octet's and that of octet o, which is below 4.
+  // How many images octet o, which is below 4, lies after the first octet.
   __device__ int images_on(int o) const {
     const int c = octet + o;
     return (c >= octets) + (c >= 2 * octets) + (c >= 3 * octets);
@@ -42,16 +44,15 @@ struct Strip {
   __device__ int pixel(int o) const { return o * octet_pixels + images_on(o) * halo; }
 };
 
-// What a block works at: output rows of a strip. The rows are `dilation` apart, so that they meet the same rows of the
-// image.
+// What a block makes at a time: output rows of a strip. They are dilation_h apart, so that they share rows of inputs.
 struct Task {
   Strip strip;
-  int row, rows;      // the first one's number, and how many
-  int group, images;  // which images: so many from the group's first one on
-  int place = -1;     // of the strip and the rows in a group
+  int row, rows;      // the first output row, and how many
+  int group, images;  // the group of images, and how many it has
+  int place = -1;     // the number of the strip and rows within a group
 
-  // Goes to the task of that number. Returns whether it is at another place than the one before. Where it is not, only
-  // the images are others, and all that threads have found out about their pixels still holds.
+  // Becomes task `number`. Returns whether its place or the number of its images has changed. If not, its images are
+  // others, but what threads have computed about their pixels still holds.
   __device__ bool move_to(const Tiling& t, int number) {
     const int places = t.group_strips * t.chunks * t.dilation_h, place_before = place, images_before = images;
     group = number / places;
@@ -71,7 +72,7 @@ struct Task {
   }
 };
 
-// A thread's channels and its first pixel: a block's threads are 32 pixels by its groups.
+// The channels that a thread copies, and its first pixel: a block's threads are 32 pixels by t.groups groups.
 struct Lane {
   int pixel, group, channel;
 
@@ -81,13 +82,13 @@ struct Lane {
         channel((channel_block * t.groups + group) * 8) {}
 };
 
-// The steps of a task whose rows of inputs are not all padding. Rows of padding add nothing: of a map of 8 rows and a
-// filter of 7 they are 6 of 14.
+// The steps of a task whose rows of inputs are not all padding. Rows of padding add nothing; for a map of 8 rows and a
+// filter of 7 rows, they are 6 of 14.
 template <int stride>
 struct Inside {
   int begin, end;
 
-  // first: the row of the image that step 0 begins with. In a step of stride 2 the second row may be inside alone.
+  // first: the image row that step 0 begins with. Of the two rows of a step of stride 2, only the second may be inside.
   __device__ Inside(int first, int dilation, int height)
       : begin(max(0, stride == 1 ? (dilation - 1 - first) / dilation : -first / 2)),
         end((height - first + stride * dilation - 1) / (stride * dilation)) {}
@@ -101,14 +102,14 @@ __device__ inline int place(int pixel, int half) {
   return stride == 1 ? pixel : (pixel & 1) * half + (pixel >> 1);
 }
 
-// A thread's 16-byte pieces of each row that comes: the same channels of every 32nd pixel.
+// Copies rows to shared memory. A thread copies 16-byte pieces of each row: the same channels of every 32nd pixel.
 template <class T, int slots>
 struct RowLoader {
-  uint32_t to, step;                 // in the row, and from one piece to the next
+  uint32_t to, step;                 // bytes in shared memory: from the row to the first piece, and to the next piece
   uint32_t from[slots];              // elements, from the row's beginning in the group's first image
-  bool there[slots], copies[slots];  // whether there is such a piece, and whether it is not padding
+  bool there[slots], copies[slots];  // whether the row has this piece, and whether it is not padding
 
-  // Rows of inputs, with the strip's halo.
+  // For rows of inputs, with the strip's halo.
   template <int stride>
   __device__ void init_inputs(const Tiling& t, const Task& task, const Lane& lane) {
     const Strip& s = task.strip;
@@ -122,7 +123,7 @@ struct RowLoader {
     }
   }
 
-  // Rows of 32 columns without a halo, of the output's grid of columns.
+  // For rows of 32 columns of the output's grid, without a halo.
   __device__ void init_columns(const Tiling& t, const Task& task, const Lane& lane) {
     static_assert(slots == 1, "a thread has one piece of 32 columns");
     const int o = lane.pixel / kOctet, column = task.strip.column(o) + lane.pixel % kOctet;
@@ -130,8 +131,8 @@ struct RowLoader {
     set(0, t, true, task.images, task.strip.image_of(o), column, t.out_h, t.out_w, lane.channel);
   }
 
-  // Starts the copy of one row, which begins at element `row` of the images in the group's first one. Offsets are 32
-  // bits wide until the last step: 64-bit additions take two instructions each.
+  // Starts the copy of one row, which begins at element `row` in the group's first image. Offsets have 32 bits until
+  // they are added to the pointer, since a 64-bit addition takes two instructions.
   __device__ void load(uint32_t shared_row, const T* images, uint32_t row, bool inside) const {
     const uint32_t offset = opaque(inside ? row : 0), here = opaque(shared_row + to);
 #pragma unroll
@@ -154,7 +155,7 @@ struct RowLoader {
   }
 };
 
-// A group's filter as right operands: of columns 2 q and 2 q + 1 of row kh, and of the last column alone.
+// A group's filter as right operands: pair[kh][q] has columns 2 q and 2 q + 1 of row kh, the last one a single column.
 template <class T, int kernel_h, int kernel_w>
 struct Taps {
   uint32_t pair[kernel_h][kernel_w / 2 + 1][2];  // [1] of the last column is not used
@@ -177,8 +178,8 @@ struct Taps {
   }
 };
 
-// The lanes' addresses of a row's left operands, from the row's beginning: of 16 pixels each, columns 2 q and 2 q + 1
-// of the filter at once (`pair` and q steps); of 32 pixels the filter's last column.
+// The addresses from which lanes load a row's left operands, in bytes from the row's beginning. pair[i] + q * step: 16
+// pixels as filter columns 2 q and 2 q + 1 read them. last: all 32 pixels as the last column reads them.
 template <int kernel_w, int stride>
 struct Operands {
   uint32_t pair[2], step, last;
@@ -200,9 +201,8 @@ struct Operands {
 using Sums = float[2][4];
 __device__ inline float (&flat(Sums& sums))[8] { return reinterpret_cast<float (&)[8]>(sums); }
 
-// One row of inputs into the sums of the output rows in flight, sums[0] the oldest. Of the `stride` rows that an output
-// row is away from the next this is number `phase`; the first of them moves the window, and a new row begins with the
-// bias.
+// Adds one row of inputs to the sums of the output rows in flight, of which sums[0] is the oldest. phase: the row's
+// number modulo the stride. Phase 0 moves the window down by one output row, whose sums begin with the bias.
 template <class T, int kernel_h, int kernel_w, int stride, int phase>
 __device__ inline void add_row(uint32_t row, const Operands<kernel_w, stride>& at,
                                const Taps<T, kernel_h, kernel_w>& taps, const float (&bias)[4],
@@ -250,10 +250,10 @@ __device__ inline void begin_all(const float (&bias)[4], Sums (&sums)[flight]) {
   for (int i = 0; i < flight * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] = bias[i % 4];
 }
 
-// A thread's 16 bytes of each finished row: to shared memory as the tensor cores have them, from there to the image.
+// Copies a thread's 16 bytes of each finished row from shared memory, where put_row has written it, to the image.
 template <class T>
 struct RowWriter {
-  uint32_t begin, to, from;  // elements, from the group's first image: of the first row and the next; in the buffer
+  uint32_t begin, to, from;  // elements: of the first row in its group of images, of the next in all; bytes in buffer
   int pitch;                 // elements from a row to the next that is written
   bool writes;
 

@@ -6,7 +6,7 @@
 namespace rkl::cuda {
 namespace rows {
 
-// activated: a kernel of its own where there is an activation, since its switch would stand in every row's way.
+// activated: whether there is an activation. The others have kernels without the switch, which costs time in each row.
 template <class T, int k, bool activated>
 __global__ void __launch_bounds__(kConvolutions[k].threads(), kConvolutions[k].blocks())
     rows_convolution(Tiling t, const T* images, const T* weight, const T* bias, T* outputs, Activation act,
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kConvolutions[k].threads(), kConvolutions[k].b
     int s = first_step;
     for (; s < min(inside.end, steps); ++s) {
       cp_async_wait<kAhead - stride>();
-      // This step's rows are there for all. The slots of the rows before the last ones are free, and so is the buffer
-      // that was written before the last one.
+      // This step's rows have arrived for all threads. All warps are done with the step before, so the ring's slots of
+      // earlier rows are free, and so is the buffer that the step before copied to the image.
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < stride; ++i) load(s * stride + kAhead + i);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kConvolutions[k].threads(), kConvolutions[k].b
 void launch_rows_convolution(const Convolution& a, bool flipped, const Plan& plan, Dtype dtype, cudaStream_t stream) {
   using namespace rows;
   const Conv2d& g = a.g;
-  const bool here = is_short(a.act);  // else in a pass of its own
+  const bool here = is_short(a.act);  // else the activation is a pass of its own
   by_kernel<sizeof(kConvolutions) / sizeof(Kernel)>(plan.kernel, dtype, [&](auto k, auto zero) {
     by_flag(here && a.act != Activation::none, [&](auto activated) {
       using T = decltype(zero);

@@ -1,16 +1,17 @@
 // Gradients of filter and bias by the row pipeline (rows.cuh), and both gradients in one pass at 3 x 3.
 //
-// The filter's gradient is a product too: the inputs of two taps by 8 channels, over 16 pixels, times the output's
-// gradient of 8 channels. Only the diagonals of its two 8 x 8 blocks are wanted. ldmatrix turns pixels by channels
-// round on their way, and a tap's shift is an address, as ever. A block has every parts-th task and keeps its sums in
-// registers all the while.
+// The filter's gradient is a matrix product, too. The left operand is the inputs of two taps by 8 channels, over 16
+// pixels; the right one is the output's gradient of these pixels by 8 channels. Only the diagonals of its two 8 x 8
+// blocks are wanted. ldmatrix transposes the inputs, which lie as pixels by channels; a tap reads from a shifted
+// address. A block makes every parts-th task and keeps its sums in registers throughout.
 #include "cuda/rows_launch.cuh"
 
 namespace rkl::cuda {
 namespace rows {
 
-// The lanes' addresses of 16 pixels of two columns of the filter, transposed, in a row of haloed inputs. In `order`
-// columns begin at the window's left, in reverse at its right. The last column may have no other beside it.
+// The addresses from which lanes load transposed left operands in a row of haloed inputs: 16 pixels for two columns of
+// the filter. Columns count from the window's left, or with `reverse` from its right. last: for a column without a
+// pair.
 template <int kernel_w, int stride, bool reverse>
 struct TransposedOperands {
   uint32_t pair[2], last[2];
@@ -33,7 +34,7 @@ struct TransposedOperands {
   }
 };
 
-// Sums of a group's taps: of columns 2 q and 2 q + 1 of each row of the filter, and the bias's.
+// The sums of a group's taps, tap[kh][q] for columns 2 q and 2 q + 1 of row kh of the filter, and the bias's sums.
 template <class T, int kernel_h, int kernel_w>
 struct TapSums {
   static constexpr int kPairs = (kernel_w + 1) / 2;
@@ -66,7 +67,8 @@ __device__ inline uint32_t two_ones() {
   return pack2<T>(1.f, 1.f);
 }
 
-// Rows of the gradient (of the image, in one pass) that are in flight, as right operands of 32 pixels, the newest last.
+// Loads a row's 32 pixels as right operands, behind the older rows in flight. It is a row of the gradient, or of the
+// image where both gradients are made.
 template <int flight>
 __device__ inline void take_row(uint32_t address, uint32_t (&rows)[flight][4]) {
 #pragma unroll
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kFilterGrads[k].threads(), kFilterGrads[k].blo
       const int row = task.row + s * t.dilation_h;
       columns.load(grads + s % kRing * column_bytes, gradients, out_group + row * (t.out_w * t.channels), inside);
     };
-    // A row of the gradient is in the group of copies of the last of its rows of inputs.
+    // A row of the gradient is copied in one cp.async group with the last of its `stride` rows of inputs.
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
       if (s % stride == stride - 1) load_grad(s / stride);
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(kFilterGrads[k].threads(), kFilterGrads[k].blo
     const Inside<stride> inside(first, t.dilation_h, t.in_h);
     for (int s = 0; s < task.rows + flight - 1; ++s) {
       cp_async_wait<kAhead - stride>();
-      __syncthreads();  // this step's rows are there for all; the slots of the rows before last are free
+      __syncthreads();  // this step's rows have arrived for all threads; the slots of earlier rows are free
 #pragma unroll
       for (int i = 0; i < stride; ++i) {
         if (i == stride - 1) load_grad(s + kAhead / stride);
@@ -244,7 +246,7 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
       store(s);
       const uint32_t row = ring + s % kRing * row_bytes;
       add_row<T, kernel_h, kernel_w, 1, 0>(row, operands, taps, zeros, sums);
-      // This row of the gradient has met row kh of the filter at the image's row s - (kernel_h - 1) + kh.
+      // Row s of the gradient meets row kh of the filter at the image's row s - (kernel_h - 1) + kh.
       take_row(take_at + s % kRing * column_bytes, image);
 #pragma unroll
       for (int q = 0; q < pairs; ++q)
@@ -256,8 +258,8 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
 #pragma unroll
           for (int kh = 0; kh < kernel_h; ++kh)
             mma_m16n8k16<T>(tap_sums.tap[kh][q], in, image[kh][2 * i], image[kh][2 * i + 1], tap_sums.tap[kh][q]);
-          // The bias's gradient is the sum of what meets the filter's middle, which every element of the gradient does
-          // once: the second of the columns of pair 0.
+          // The bias's gradient sums what meets the filter's middle tap, as each element of the gradient does once.
+          // That tap is in the second column of pair 0.
           if (q == 0 && a.with_bias && s >= 1 && s <= task.rows)
             mma_m16n8k16<T>(tap_sums.bias, in, two_ones<T>(), two_ones<T>(), tap_sums.bias);
         }

@@ -8,7 +8,7 @@
 
 namespace rkl::cuda {
 
-// Between rows.cu and the kernels' files. flipped: the filter is read from its end to its beginning.
+// What rows.cu calls in the kernels' files. flipped: the filter is read from its end to its beginning.
 void launch_rows_convolution(const Convolution& a, bool flipped, const Plan& plan, Dtype dtype, cudaStream_t stream);
 void launch_rows_stride2_data_grad(const Convolution& a, const Plan& plan, Dtype dtype, cudaStream_t stream);
 void launch_rows_filter_grad(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStream_t stream);

@@ -10,10 +10,10 @@ namespace rkl::cuda {
 namespace rows {
 namespace {
 
-// Images of which a strip has octets, at most: the halo that its row of inputs has room for.
+// The most images that a strip may touch. Its row of inputs has room for the halos of so many.
 int images_of_a_strip(int octets) { return octets == 1 ? kOctets : octets % kOctets ? 2 : 1; }
 
-// Groups of 8 channels for a block, as large as the kernel may have them: those that leave the fewest idle. 728
+// How many groups of 8 channels a block has: of the numbers that leave the fewest groups idle, the largest. 728
 // channels are 13 blocks of 7 groups.
 int groups_of_a_block(int groups, int most) {
   if (groups <= most) return groups;
@@ -37,7 +37,7 @@ Tiling tiling(const Conv2d& g, const Kernel& kernel, int images, int rows) {
   t.channel_blocks = int(ceil_div(groups, t.groups));
   t.octets = int(ceil_div(g.out_w, kOctet));
   t.octet_pixels = kOctet * kernel.stride;
-  // Of a dilation far beyond the image in 64 bits; no kernel has room for a row that is too wide to be counted.
+  // In 64 bits, since a dilation may be far larger than the image. No kernel has room for a row too wide for an int.
   constexpr int64_t kMost = std::numeric_limits<int>::max();
   const int64_t halo = round_up((kernel.kernel_w - 1) * int64_t(g.dilation_w) + 1 - kernel.stride, kernel.stride);
   t.halo = int(std::min(halo, kMost));
@@ -62,15 +62,15 @@ int images_at_once(const Conv2d& g) {
 
 namespace {
 
-// A compiled kernel for a convolution, and what it is the kernel of: for pairs of stride 2's data gradient, of these.
+// A compiled kernel, and the convolution that it computes: for stride 2's data gradient, the convolution of pairs.
 struct Choice {
   int number = -1;
   Kernel kernel{};
   Conv2d tiled{};
 };
 
-// The smallest compiled kernel into which the filter fits and whose rows have room for its halo. tiled_by tells the
-// convolution that a kernel makes, and the kernel as it is seen from there.
+// The smallest compiled kernel that the filter fits into and whose rows have room for its halo. tiled_by(kernel): the
+// convolution that the kernel computes for g, and the kernel with the filter size of that convolution.
 template <int count, class F>
 Choice find(const Kernel (&kernels)[count], const Conv2d& g, F tiled_by) {
   Choice best;
@@ -87,8 +87,8 @@ Choice find(const Kernel (&kernels)[count], const Conv2d& g, F tiled_by) {
   return best;
 }
 
-// Rows of 32 columns that a kernel has in shared memory beside the ring of inputs: those that it stores, two at a time,
-// and another ring where it reads images and gradients.
+// How many rows of 32 columns a kernel has in shared memory beside the ring of inputs: `stored` rows on their way out,
+// and a second ring where it reads both images and gradients.
 int shared_columns(const Choice& c, Result result, int stored) {
   const bool two_rings = result == Result::filter_grad || result == Result::both_grads;
   return stored + (two_rings ? c.kernel.ring() : 0);
@@ -111,7 +111,7 @@ MaybePlan plan_kernel(const Choice& c, Result result, const Conv2d& g, int store
     cut_outputs(plan, height, c.kernel, at_once, with, output_cost);
   } else {
     cut_gradients(plan, height, c.kernel, at_once, with);
-    plan.parts *= int(ceil_div(g.batch, images));  // each launch has its own
+    plan.parts *= int(ceil_div(g.batch, images));  // each launch has parts of its own
   }
   return plan;
 }
@@ -138,7 +138,7 @@ MaybePlan plan_rows(Result result, const Conv2d& g, Dtype dtype, const Device& d
     case Result::filter_grad:
       return plan_kernel(find(kFilterGrads, g, itself), result, g, 0, device);
     case Result::both_grads: {
-      // The bias's gradient takes every element of the gradient at the filter's middle, which must fall on the image.
+      // The bias's gradient sums what meets the filter's middle tap. For each output that tap must fall on the image.
       const bool middle = g.padding_h <= g.dilation_h && g.padding_w <= g.dilation_w;
       if (g.stride_h != 1 || g.kernel_h != 3 || g.kernel_w != 3 || !middle) return std::nullopt;
       return plan_kernel(find(kBothGrads, g, gradient), result, g, 2, device);

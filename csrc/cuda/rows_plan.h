@@ -1,4 +1,4 @@
-// How the row pipeline's plans weigh rows a task against blocks, for its kernels and the fused separable ones.
+// How plans of the row pipeline, and of the fused separable kernels, choose between tall tasks and many blocks.
 #pragma once
 #include <algorithm>
 
@@ -6,23 +6,23 @@
 
 namespace rkl::cuda::rows {
 
-// Blocks that the GPU has at a time.
+// How many blocks run on the GPU at a time.
 inline int64_t blocks_at_once(int registers, const Plan& plan, const Device& device) {
   const int blocks = std::min({kRegistersOfAll / (registers * plan.threads), device.blocks_by_shared(plan.shared),
                                device.multiprocessor_threads / plan.threads, device.multiprocessor_blocks});
   return int64_t(std::max(1, blocks)) * device.multiprocessors;
 }
 
-// The cost of a cut, in rows. Its numbers are fitted to 1,500 cuts of benchmarks/shapes.py timed on an H100; the cuts
-// that it chooses are 2.5 % off the best of these on average.
+// The cost of a cut, in the time of a row. Its constants are fitted to 1,500 cuts of benchmarks/shapes.py timed on an
+// H100; the cuts that it chooses are 2.5 % off the best of these on average.
 
-// Of a task beside its own rows: the first copies' way; finding out about its pixels, where they are at another place
-// than those of the task before; and, of a gradient's block, its sums.
+// What is added to the cost of the rows. kWait: a task waits for its first copies. kPlace: a task at another place than
+// the one before computes its pixels' addresses anew. kSums: a gradient's block writes its sums.
 constexpr int kWait = 1, kPlace = 4, kSums = 10;
 
-// Blocks drift apart while they run, and neighbours that are apart share neither their halos in the cache nor DRAM's
-// open pages: of a 3 x 3 filter, blocks of 10 rows took 87 % of the time of one round of taller ones (147 px). Filters
-// of more rows wait for the tensor cores, not for memory.
+// Blocks drift apart while they run, and then neighbours share neither their halos in the cache nor DRAM's open pages.
+// With a 3 x 3 filter, blocks of 10 rows took 87 % of the time of one round of taller blocks (147 px). Filters of more
+// rows wait for the tensor cores, not for memory.
 inline double drift(const Tiling& t, const Kernel& kernel, int each, double a_row, int most) {
   if (kernel.kernel_h > 3 || t.dilation_h > 1) return 1;
   return 1 + a_row * std::min(each * t.rows * kernel.stride, most);
@@ -41,14 +41,14 @@ inline void take(Plan& plan, const Tiling& t, const Kernel& kernel, int64_t part
   plan.steps = t.tasks() * t.channel_blocks * t.groups * (t.rows + in_flight(kernel.kernel_h, kernel.stride) - 1);
 }
 
-// The cost of a block that makes outputs from `each` tasks of the tiling, and of all blocks.
+// The cost of all blocks, each of which makes the outputs of `each` tasks of the tiling.
 inline double output_cost(const Tiling& t, const Kernel& kernel, int each, double blocks_over_at_once) {
   const double rounds = blocks_over_at_once + 0.5;  // half a round is idle at the end
   return rounds * (kPlace + each * (t.rows + kWait)) * drift(t, kernel, each, 0.03, 30);
 }
 
-// Rows of a task and parts of the tasks (a block has every parts-th one) with which all are done soonest. With more
-// than one task a block, these are at one place of different images. tiling_with: the tiling with so many rows.
+// Chooses the rows of a task and the number of parts (a block makes every parts-th task) that cost least. If a block
+// has several tasks, they are at one place of different images. tiling_with(rows): the tiling with so many rows a task.
 template <class F, class Cost>
 void cut_outputs(Plan& plan, int64_t height, const Kernel& kernel, int64_t at_once, F tiling_with, Cost cost) {
   double least = 0;
@@ -64,7 +64,7 @@ void cut_outputs(Plan& plan, int64_t height, const Kernel& kernel, int64_t at_on
   });
 }
 
-// The same for gradients, whose blocks keep their sums until the end: parts for one, two or four rounds of blocks.
+// The same for filter gradients, whose blocks keep their sums to the end: parts for one, two or four rounds of blocks.
 template <class F>
 void cut_gradients(Plan& plan, int64_t height, const Kernel& kernel, int64_t at_once, F tiling_with) {
   double least = 0;

@@ -1,21 +1,21 @@
 // The data gradient at stride 2 by the row pipeline (rows.cuh).
 //
-// Rows and columns of dx, counted with the padding, go by two. The even one of a pair meets the filter's even taps, the
-// odd one its odd taps, and both the same rows and columns of the gradient. So this is a convolution of stride 1 of the
-// gradient with a filter of half the size (stride2_data_grad_as_pairs in plan.h), which has four outputs for each of
-// its places: of even and odd rows, of even and odd columns.
+// Rows and columns of dx, counted with the padding, are made in pairs. The even row of a pair meets the filter's even
+// rows, the odd row its odd rows, and both meet the same rows of the gradient; columns likewise. So dx is a stride-1
+// convolution of the gradient with a filter of half the size (stride2_data_grad_as_pairs in plan.h), which has four
+// outputs at each place: even and odd rows by even and odd columns.
 #include "cuda/rows_launch.cuh"
 
 namespace rkl::cuda {
 namespace rows {
 
-// dx, and how far its first row and column are from the first pair's.
+// dx's size, and how many rows and columns of the first pair lie outside of it.
 struct Image {
   int height, width, top, left;
 };
 
-// A group's filter for outputs of even (odd) columns, as Taps has it: row kh of the filter, columns of half of it, the
-// window's left first.
+// A group's filter as right operands, like Taps, for outputs in even and in odd columns. Each has all rows of the
+// filter and half of its columns, in the order in which the window's columns meet them from the left.
 template <class T, int kernel>
 struct ParityTaps {
   static constexpr int kHalf = (kernel + 1) / 2;
@@ -39,8 +39,8 @@ struct ParityTaps {
   }
 };
 
-// One row of the gradient into the pairs of rows in flight: sums[odd row][j][odd column], of pair j the row that meets
-// row 2 j of the filter, or 2 j + 1. The oldest is j = 0.
+// Adds one row of the gradient to the pairs of rows in flight: sums[odd row][j][odd column]. The even row of pair j
+// meets row 2 j of the filter, the odd row 2 j + 1. The oldest pair is j = 0.
 template <class T, int kernel>
 __device__ inline void add_gradient_row(uint32_t row, const Operands<(kernel + 1) / 2, 1>& at,
                                         const ParityTaps<T, kernel>& taps, Sums (&sums)[2][(kernel + 1) / 2][2]) {
@@ -92,13 +92,13 @@ __device__ inline void add_nothing(Sums (&sums)[2][half][2]) {
             j + 1 < half ? sums[parity][j + 1 < half ? j + 1 : 0][e / 8][e / 4 % 2][e % 4] : 0.f;
 }
 
-// A thread's pieces of each pair of rows of dx: both columns of its pair, in both rows.
+// Writes a thread's pieces of each pair of rows of dx: both columns of its pair, in both rows.
 template <class T>
 struct PairWriter {
   uint32_t begin, to,
-      from;        // elements, from the group's first image: of the first even row and the next; in the buffer
-  int row;         // of dx, of the next pair's even one
-  bool writes[2];  // the pair's columns
+      from;        // elements: of the first even row in its group of images, of the next in all; byte in the buffer
+  int row;         // the even row of the next pair, in dx
+  bool writes[2];  // whether dx has each column of the pair
 
   __device__ void init(const Tiling& t, const Task& task, const Lane& lane, const Image& dx) {
     const int o = lane.pixel / kOctet, image = task.strip.image_of(o);
