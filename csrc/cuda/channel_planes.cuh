@@ -1,5 +1,5 @@
-// Windows of images in shared memory as planes of single channels: what the tensor-core kernels of wide filters read.
-// An NHWC image's vectors of channels are transposed to words of neighbouring columns on their way.
+// Loads windows of images into shared memory as planes of single channels, which the tensor-core kernels of wide
+// filters read. Vectors of channels of an NHWC image are transposed to words of two neighbouring columns.
 #pragma once
 #include "cuda/element.cuh"
 #include "cuda/plan.h"
@@ -27,17 +27,17 @@ union Pixel {  // 8 neighbouring channels
   uint16_t half[8];
 };
 
-// The same rows and columns of neighbouring images. Rows are inside of the image; columns need not be: those before the
-// image, and from `end` on, come as zeros.
+// The same rows and columns of successive images. All rows lie in the image. Columns before the image, and from `end`
+// on, are loaded as zeros.
 template <class T>
 struct Window {
   const T* tensor;
   int64_t channels, h, w;  // of the tensor
-  int64_t image;           // the first one
+  int64_t image;           // the first image
   int images, top, rows, left, columns, end;
 
-  // The block's channels from c0 on, in vectors of 8: to planes + channel * plane + at(image, row, column), for even
-  // columns, of which there is an even number.
+  // Loads the block's channels from c0 on, in vectors of 8, to planes + channel * plane + at(image, row, column). The
+  // number of columns is even, and `at` is called with even columns alone.
   template <class At>
   __device__ void load_nhwc(int c0, int block_channels, T* planes, int plane, At at) const {
     const int vectors = block_channels / 8, pairs = columns / 2;
@@ -62,8 +62,8 @@ struct Window {
     }
   }
 
-  // One channel, by a warp, to plane + at(image, row, column). In vectors, left and w must be multiples of 8, and `at`
-  // asks for whole vectors; the caller waits for the copies.
+  // A warp loads one channel to plane + at(image, row, column). in_vectors: left and w must be multiples of 8, `at` is
+  // called once for each vector of 8, and the caller waits for the copies.
   template <class At>
   __device__ void load_nchw(int64_t channel, bool in_vectors, T* plane, At at) const {
     const int step = in_vectors ? 8 : 1, across = columns / step;

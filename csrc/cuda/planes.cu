@@ -1,8 +1,8 @@
 // Depthwise convolution of NCHW images, k = 3, 5 or 7, stride 1 or 2, and its data gradient.
 //
 // A block copies rows of a plane (several whole planes where they are small) into shared memory as one run.
-// Neighbouring threads make neighbouring columns, so shared memory is read without bank conflicts; each makes several
-// rows, so that a column of values that it has read serves them all.
+// Neighbouring threads make neighbouring columns, so shared memory is read without bank conflicts. Each thread makes
+// several rows, which share the column of inputs that it has read.
 #include "cuda/activation.cuh"
 #include "cuda/depthwise.h"
 #include "cuda/device.h"
@@ -21,7 +21,7 @@ struct Column {
 
 constexpr int kPairRows = 4;  // pairs of rows that a thread of stride 2's data gradient makes
 
-// Of a convolution.
+// How a convolution is cut.
 template <class T>
 Cut cut(const Conv2d& g, int thread_rows, int kernel, int stride) {
   Cut c = tile_of(g, thread_rows, kernel, stride, sizeof(T));
@@ -29,7 +29,7 @@ Cut cut(const Conv2d& g, int thread_rows, int kernel, int stride) {
   return c;
 }
 
-// Bytes of a block's shared memory: more than 32 bits hold where rows are wide enough. taps: of a plane's filter.
+// Bytes of a block's shared memory: 32 bits cannot count them where rows are very wide. taps: those of one filter.
 template <class T>
 int64_t bytes_of(const Cut& c, int taps) {
   return c.pitch * int64_t(sizeof(T)) + c.planes * taps * int64_t(sizeof(float));
@@ -47,7 +47,7 @@ struct Chunk {
         planes(int(min(int64_t(cut.planes), g.batch * g.channels - plane0))),
         y0(int(blockIdx.x % cut.chunks) * cut.rows),
         rows(min(cut.rows, int(g.out_h) - y0)),
-        // The rows that are in the image; of several planes, all rows of each.
+        // The input rows that exist; where planes are whole, all rows.
         top(cut.chunks == 1 ? 0 : max(0, y0 * stride - g.padding_h)),
         bottom(cut.chunks == 1 ? int(g.in_h) : min(int(g.in_h), (y0 + rows - 1) * stride - g.padding_h + kernel)),
         begin((plane0 * g.in_h + top) * g.in_w),
@@ -113,9 +113,9 @@ __global__ void __launch_bounds__(kThreads, 2) convolve_planes(Convolution a, bo
   }
 }
 
-// The data gradient at stride 2. Rows and columns of dx, counted with the padding, go by two: a pair's even one meets
-// the filter's even taps and its odd one the odd taps, with the same gradients. So it is a convolution of stride 1 of
-// the gradient, `pairs`, with a filter of half the size and four outputs, and a.y has the rows and columns of `image`.
+// The data gradient at stride 2 as a convolution of the gradient that makes pairs of rows and columns of dx
+// (stride2_data_grad_as_pairs in plan.h): a.g is that convolution, and has four outputs at each place. image: the
+// forward convolution, whose in_h and in_w are dx's size.
 template <class T, int kernel>
 __global__ void __launch_bounds__(kThreads, 2) stride2_grad_planes(Convolution a, Conv2d image, Cut cut) {
   constexpr int kTaps = kernel * kernel, kHalf = (kernel + 1) / 2, kInputs = kPairRows + kHalf - 1;
@@ -200,7 +200,7 @@ void launch(Result result, const Convolution& a, const Plan& plan, cudaStream_t 
 
 }  // namespace
 
-// kernel: columns of the filter.
+// Plan::kernel is the filter's size.
 MaybePlan plan_planes(Result result, const Conv2d& g, Dtype dtype, const Device& device) {
   if (result == Result::filter_grad) return plan_planes_filter_grad(g, dtype, device);
   if (result == Result::both_grads) return std::nullopt;

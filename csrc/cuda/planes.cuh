@@ -1,8 +1,8 @@
 // What the kernels of NCHW planes share: rows of a plane, or several whole planes, in shared memory; and how a
 // convolution is cut into such pieces.
 //
-// Rows of 7 or 19 elements begin at any address, so rows cannot be read in vectors; but rows that follow each other are
-// one run, which can, whatever the width. Padding is not stored: who reads the tile looks at the bounds.
+// Rows of 7 or 19 elements begin at any address, so a single row cannot be read in aligned vectors. Successive rows are
+// one run of memory, which can, whatever the width. Padding is not stored: whatever reads the tile checks the bounds.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -19,23 +19,24 @@ MaybePlan plan_planes_filter_grad(const Conv2d& g, Dtype dtype, const Device& de
 namespace planes {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTileBytes = 24 << 10;  // wanted for a block: four to eight of them fit on a multiprocessor
+constexpr int kTileBytes = 24 << 10;  // of inputs in a block: four to eight such blocks fit on a multiprocessor
 
 template <class T>
 struct PlaneRuns {
   static constexpr int V = Vec<T>::size;
 
-  T* tile;  // runs behind each other, `pitch` elements apart
+  T* tile;  // runs, `pitch` elements from one to the next
   const T* tensor;
   int64_t all;  // elements of the tensor
   int pitch;
 
-  // Room for a run of so many elements that begins anywhere in a vector.
+  // How many elements of room a run of `count` elements needs that begins anywhere in a vector.
   __host__ __device__ static int pitch_for(int count) { return (count + 2 * V - 2) / V * V; }
 
-  // Starts the copies of `runs` runs of `count` elements, from element `begin` on and `apart` from one to the next; all
-  // threads of the block call it, and commit and wait themselves. Vectors are aligned, so they begin up to V - 1
-  // elements early. A run of none may begin beyond the tensor: a chunk whose rows all lie in the padding.
+  // Starts the copies of `runs` runs of `count` elements, the first from element `begin` on, each next one `apart`
+  // later. All threads of the block call it, and commit and wait themselves. Copies are aligned vectors, so they begin
+  // up to V - 1 elements early. An empty run, where all rows of a chunk lie in the padding, may begin beyond the
+  // tensor.
   __device__ void load(int64_t begin, int count, int runs, int64_t apart, int thread, int threads) const {
     if (!count) return;
     const int vectors = pitch / V;
@@ -48,7 +49,7 @@ struct PlaneRuns {
     }
   }
 
-  // Element `begin` of a run that was loaded from there.
+  // Where element `begin` of the tensor lies, from which run `number` was loaded.
   __device__ const T* run(int number, int64_t begin) const { return tile + number * pitch + int(begin % V); }
 };
 
@@ -58,13 +59,13 @@ struct Cut {
   int pitch, grad_pitch;  // elements of shared memory for one run of inputs, and of the output's gradient
 };
 
-// Inputs of the longest run of a chunk.
+// How many inputs the longest run of a chunk has.
 inline int input_count(const Conv2d& g, const Cut& c, int kernel, int stride) {
   const int64_t window = int64_t(c.rows - 1) * stride + kernel;
   return int((c.chunks == 1 ? g.in_h : std::min(window, g.in_h)) * g.in_w);
 }
 
-// Rows, chunks and planes. thread_rows: outputs of a thread, of which a chunk is a multiple.
+// Chooses rows, chunks and planes. thread_rows: output rows of a thread; a chunk has a multiple of them.
 inline Cut tile_of(const Conv2d& g, int thread_rows, int kernel, int stride, int size) {
   const int64_t row_bytes = g.in_w * size, plane_bytes = g.in_h * row_bytes;
   Cut c{};
@@ -76,15 +77,15 @@ inline Cut tile_of(const Conv2d& g, int thread_rows, int kernel, int stride, int
     c.chunks = int(ceil_div(g.out_h, c.rows));
     return c;
   }
-  // So many planes that every thread has a column.
+  // Enough planes for every thread to have a column.
   const int64_t columns = ceil_div(g.out_h, thread_rows) * g.out_w, wanted = ceil_div(kThreads, columns);
   const int64_t fit = kTileBytes / (plane_bytes + 32);
   c.planes = int(std::min(wanted, std::max(fit, int64_t(1))));
   return c;
 }
 
-// Calls f with a kernel's filter size, as a constant: std::integral_constant<int, kernel>. False where there is none,
-// as of planes whose pixels and what a last vector has beside them 31 bits do not count.
+// Calls f with the filter's size as std::integral_constant<int, kernel>. Returns false where no kernel serves, e.g.
+// where 31 bits do not count a plane's pixels and the rest of its last vector.
 template <class F>
 bool by_kernel(const Conv2d& g, F&& f) {
   const bool square = g.kernel_h == g.kernel_w && g.stride_h == g.stride_w && g.dilation_h == 1 && g.dilation_w == 1;

@@ -74,10 +74,10 @@ __global__ void __launch_bounds__(kThreads, 2) filter_grad_planes(FilterGrad a, 
           for (int r = 0; r < kRows; ++r) sums[kh * kernel + kw] += d[r] * v[r * stride + kh];
       }
     }
-    __syncthreads();  // the tile that the next copies overwrite has been read by all
+    __syncthreads();  // all threads have read the tile, which the next copies overwrite
   }
 
-  // Lanes, then warps, in a fixed order.
+  // Adds the sums of lanes, then of warps, in a fixed order.
 #pragma unroll
   for (int tap = 0; tap <= kTaps; ++tap) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// The register kernels as a family: which serves a result.
+// Which of the register kernels makes which result.
 #include "cuda/registers_launch.cuh"
 
 namespace rkl::cuda {

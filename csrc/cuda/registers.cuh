@@ -1,15 +1,15 @@
 // Depthwise convolution of NHWC images in registers, without shared memory for the image: what all kernels share.
 //
-// A thread has a few channels (8 bytes of a pixel) and 4 columns, and slides down the image: each row that it loads
-// adds to the sums of all output rows that it touches, which are in flight in registers. Neighbours' columns meet in
-// the first cache. The next row's loads are issued before this row's arithmetic.
+// A thread makes a few channels (8 bytes of a pixel) of 4 columns and slides down the image. Each row that it loads
+// adds to the sums of all output rows that read it; these are in flight in registers. Threads of neighbouring columns
+// share inputs in the L1 cache. The next row's loads are issued before this row's arithmetic.
 #pragma once
 #include "cuda/element.cuh"
 #include "cuda/registers.h"
 
 namespace rkl::cuda::registers {
 
-// 8 bytes of a pixel's channels (4, where fewer sums must be held) in registers as they were loaded, and as float.
+// The word that a thread loads of a pixel: 8 bytes of channels (4, where it must hold fewer sums).
 template <class T, int channels>
 struct Raw;
 template <>
@@ -72,9 +72,9 @@ __device__ inline uint2 pack_word(const float (&from)[4]) {
   return {pack2<T>(from[0], from[1]), pack2<T>(from[2], from[3])};
 }
 
-// A row of an image from a thread's first column and channel on, seen at every dilation-th column. Only the row's
-// address takes 64 bits: a column's is that and a multiple of `pixel`, one instruction. It may begin outside of the
-// image, where nothing is read.
+// A row of an image from a thread's first column and channel on, at every dilation_w-th column. Only the row's address
+// takes 64 bits: a column's offset is a multiple of `pixel`, which one instruction adds. The row may begin outside of
+// the image, where nothing is read.
 template <class T, int channels>
 struct Row {
   using Word = typename Raw<T, channels>::Word;
@@ -82,7 +82,7 @@ struct Row {
   char* at;
   uint32_t next, pixel;  // bytes to the next row, and from column to column
 
-  // Of images of h rows of w pixels; at (y, x) of image n.
+  // For images of h rows of w pixels. The row begins at (y, x) of image n.
   __device__ Row(const void* tensor, const Sizes& s, int n, int h, int w, int y, int x, int c)
       : at(static_cast<char*>(const_cast<void*>(tensor)) +
            (((int64_t(n) * h + y) * w + x) * s.channels + c) * int64_t(sizeof(T))),
@@ -96,7 +96,7 @@ struct Row {
     if (wanted >> q & 1) v = __ldg(reinterpret_cast<const Word*>(column(q)));
     return v;
   }
-  // Columns 0 to count - 1; most threads want all of them, which saves a test each.
+  // Columns 0 to count - 1. Most threads want all columns, and then need not test each.
   template <int count>
   __device__ void load(uint32_t wanted, Word (&v)[count]) const {
     if (wanted == (1u << count) - 1) {
@@ -112,7 +112,7 @@ struct Row {
   }
 };
 
-// The columns, of `count` from x on, that are in a row of `w` pixels, as bits.
+// Which of `count` columns from x on lie in a row of `w` pixels, as bits.
 template <int count>
 __device__ inline uint32_t inside(int x, int dilation, int w) {
   uint32_t bits = 0;
@@ -136,8 +136,8 @@ struct Task {
   }
 };
 
-// The filter of a thread's channels, 0 beyond its size; a `flipped` one is read from its end to its beginning. In
-// registers where it is small, else in shared memory, [tap][channel of the block].
+// The filter of a thread's channels, filled up with zeros to the compiled size. flipped: it is read from its end to its
+// beginning. Small filters are in registers, others in shared memory as [tap][channel of the block].
 template <class T, int kernel, int channels, bool shared>
 struct Filter {
   float v[shared ? 1 : kernel * kernel][channels];
@@ -166,7 +166,7 @@ struct Filter {
     }
   }
 
-  // Row kh of it.
+  // Reads row kh of the filter.
   __device__ void read(int kh, float (&taps)[kernel][channels]) const {
 #pragma unroll
     for (int kw = 0; kw < kernel; ++kw) {

@@ -9,8 +9,8 @@ namespace rkl::cuda {
 namespace registers {
 namespace {
 
-// Adds a row of inputs to the sums of the output rows in flight, of which acc[0] is the oldest. `phase`: the row's
-// number modulo the stride. The first tap of a row's sum moves it up, so that the window costs no moves.
+// Adds a row of inputs to the sums of the output rows in flight, of which acc[0] is the oldest. phase: the row's number
+// modulo the stride. The first tap of phase 0 adds to acc[j + 1] and writes acc[j], so that the window needs no moves.
 template <class T, int kernel, int stride, int phase, int flight, int inputs, int across, int channels, class Word,
           class Taps>
 __device__ inline void add_row(const Taps& filter, const Word (&row)[inputs], float (&acc)[flight][across][channels]) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kernel, stride, sizeof(T))
   const uint32_t out_columns = inside<across>(x0, s.dilation_w, s.out_w);
   float acc[kFlight][across][channels] = {};
 
-  const auto load = [&](Word(&row)[kInputs]) {  // the next one, and nothing beyond the task's last
+  const auto load = [&](Word(&row)[kInputs]) {  // the next row; zeros outside of the image
     in.load(unsigned(in_y) < unsigned(s.in_h) ? in_columns : 0, row);
     in.at += in.next;
     in_y += s.dilation_h;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kernel, stride, sizeof(T))
     float v[across * channels];
 #pragma unroll
     for (int i = 0; i < across * channels; ++i) v[i] = acc[0][i / channels][i % channels];
-    if (a.bias) {  // read anew for each row: it would take registers that the sums need
+    if (a.bias) {  // read again for each row: kept, it would take registers that the sums need
 #pragma unroll
       for (int e = 0; e < channels; ++e) {
         const float bias = to_float(static_cast<const T*>(a.bias)[c + e]);

@@ -1,8 +1,8 @@
 // The gradient of the filter (and of the bias) in registers, and with it that of the image at 3 x 3, stride 1.
 //
-// A thread keeps the sums of all taps of its channels through all its tasks. In each it slides down the image, with the
-// rows of gradients that a row of inputs meets in registers. A row's inputs are loaded anew where they lie, each right
-// after its last use, so that the next row's take no registers of their own.
+// A thread keeps the sums of all taps of its channels through all its tasks. In each task it slides down the image and
+// keeps the rows of gradients that a row of inputs meets in registers. It loads an input of the next row right after
+// the last use of this row's, into the same register, so that the next row takes no registers of its own.
 #include "cuda/depthwise.h"
 #include "cuda/device.h"
 #include "cuda/registers.cuh"
@@ -12,7 +12,7 @@ namespace rkl::cuda {
 namespace registers {
 namespace {
 
-// A block's sums, over its threads along y in their order, into the workspace. The last ones are the bias's.
+// Adds a block's sums over its threads along y, in order, and writes them to the workspace. The bias's come last.
 template <int kernel, int channels>
 __device__ inline void write_sums(const FilterGrad& a, int part, int c,
                                   const float (&sums)[kernel * kernel + 1][channels]) {
@@ -38,8 +38,8 @@ __device__ inline void write_sums(const FilterGrad& a, int part, int c,
   }
 }
 
-// s: of the forward. Output row y0 + t meets, with the filter's row kh, input row t * stride + kh of the task; so after
-// step t, which brings that output row, its gradients lie in grads[t % flight].
+// s: the sizes of the forward convolution. Output row y0 + t meets input row t * stride + kh of the task with the
+// filter's row kh. Step t loads that output row's gradients; they lie in grads[t % flight].
 template <class T, int kernel, int stride, int channels>
 __global__ void __launch_bounds__(kThreads, filter_grad_blocks_of(kernel, stride, sizeof(T)))
     filter_grad_registers(FilterGrad a, Sizes s, int parts) {
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kThreads, filter_grad_blocks_of(kernel, stride
   write_sums<kernel, channels>(a, part, c, sums);
 }
 
-// Both gradients at 3 x 3 where the output has the image's size: three tensors are moved instead of four. A task is
-// rows and columns of dx; gradient row y0 + t - 1 lies in grads[t % 3].
+// Both gradients at 3 x 3 where the output has the image's size. One pass moves three tensors, two passes move four. A
+// task is rows and columns of dx; gradient row y0 + t - 1 lies in grads[t % 3].
 template <class T, int channels>
 __global__ void __launch_bounds__(kThreads, kBothBlocks) both_grads_registers(FilterGrad a, Sizes s, int parts) {
   constexpr int kernel = 3, kInputs = kAcross + kernel - 1;

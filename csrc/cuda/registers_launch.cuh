@@ -8,14 +8,14 @@
 
 namespace rkl::cuda::registers {
 
-// Between registers.cu and the kernels' files. flipped: with the filter from its end to its beginning.
+// What registers.cu calls in the kernels' files. flipped: the filter is read from its end to its beginning.
 void launch_convolution(const Convolution& a, bool flipped, const Plan& plan, Dtype dtype, cudaStream_t stream);
 void launch_stride2_data_grad(const Convolution& a, const Plan& plan, Dtype dtype, cudaStream_t stream);
 void launch_filter_grad(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStream_t stream);
 void launch_both_grads(const FilterGrad& a, const Plan& plan, Dtype dtype, cudaStream_t stream);
 
 // Calls f with a value of the element type and, as constants, the filter's compiled size and the stride. In 16 bits the
-// larger filters are for what `rows` declines at stride 1: channels that are no multiple of 8, dilations too wide.
+// larger filters serve only what `rows` declines at stride 1: channels not a multiple of 8, dilations too wide.
 template <class F>
 void by_kernel(int kernel, int64_t stride, Dtype dtype, F&& f) {
   by_type(dtype, [&](auto zero) {

@@ -7,8 +7,9 @@ namespace rkl::cuda {
 namespace registers {
 namespace {
 
-// Vectors of a block: as many for each, but whole sectors of 4. A sector that two blocks write is written twice: 15 of
-// 72 vectors took 320 us where 16, of the last block the half idle, take 188 (56 px, 144 channels, fp32, H100).
+// How many vectors each block has: equal shares, in whole sectors of 4. A sector that two blocks share is written
+// twice: 72 vectors took 320 us by 15 a block, and take 188 by 16, the last half idle (56 px, 144 channels, fp32,
+// H100).
 int vectors_of_block(int vectors, int most) {
   constexpr int kSector = 4;
   if (vectors <= most) return vectors;
@@ -37,20 +38,20 @@ Sizes sizes_of(const Conv2d& g, int rows, int columns, int vector, int most) {
 
 namespace {
 
-// The smallest compiled filter that the filter fits into, beyond which its taps are zero; 0 where there is none, or
-// most of its work would be in vain.
+// The size of the smallest compiled filter that the filter, filled up with zeros, fits into. 0 where there is none, or
+// where most of the work would be on zeros.
 int compiled_kernel(const Conv2d& g, Dtype dtype) {
   const int size = std::max(g.kernel_h, g.kernel_w), kernel = size <= 3 ? 3 : size <= 5 ? 5 : size <= 7 ? 7 : 0;
   if (kernel * kernel > 3 * g.kernel_h * g.kernel_w) return 0;
   return dtype == Dtype::f32 || kernel == 3 || g.stride_h == 1 ? kernel : 0;
 }
 
-// How a kernel is cut: its tiled convolution, its columns and channels of a thread, and the steps that a task of some
-// rows takes beside them: those that fill its window, and as many more as its beginning costs.
+// How a kernel is cut: the convolution that it computes, a thread's columns and channels, and the steps that a task
+// costs beside those of its rows: for filling its window, and for its beginning.
 struct Cut {
   Conv2d g;
   int columns, channels, kernel, extra_steps;
-  int64_t at_once;  // blocks that the GPU has at a time
+  int64_t at_once;  // blocks that run on the GPU at a time
 
   Sizes with(int rows) const { return sizes_of(g, rows, columns, channels, vectors_of(kernel)); }
   int height() const { return int(ceil_div(g.out_h, g.dilation_h)); }
@@ -69,7 +70,7 @@ void each_cut(const Cut& cut, F f) {
   }
 }
 
-// Rows so that the blocks, which come in waves where the GPU does not have all at once, are done soonest.
+// Chooses the rows with which the blocks are done soonest. They run in waves where the GPU does not hold all at once.
 void cut_outputs(const Cut& cut, Plan& plan) {
   int64_t least = 0;
   each_cut(cut, [&](const Sizes& s) {
@@ -83,8 +84,8 @@ void cut_outputs(const Cut& cut, Plan& plan) {
   });
 }
 
-// Parts as many as the GPU has blocks at once, if the parts' sums, written and read again, do not pass an eighth of
-// what is read; and rows so that the threads' tasks are done soonest.
+// Chooses as many parts as the GPU has blocks at once, but so few that their sums, which are written and read again, do
+// not pass an eighth of what is read. Chooses the rows with which the threads' tasks are done soonest.
 void cut_gradients(const Cut& cut, int size, Plan& plan) {
   const Conv2d& g = cut.g;
   const int64_t read = size * g.batch * (g.in_h * g.in_w + g.out_h * g.out_w);
@@ -106,7 +107,7 @@ void cut_gradients(const Cut& cut, int size, Plan& plan) {
 }
 
 bool serves(Result result, const Conv2d& g, int kernel, int size) {
-  // Bytes from a row of the dilated image to the next and from a column to the next, taps, tasks of a batch.
+  // 31 bits must hold the bytes between rows and between columns of a residue, all taps, and the tasks of a batch.
   constexpr int64_t kMost = (int64_t(1) << 31) - 1;
   const bool plain = g.dilation_h == 1 && g.dilation_w == 1;
   const int64_t row = g.dilation_h * std::max(g.in_w, g.out_w), columns = std::max<int64_t>(row, g.dilation_w);
@@ -123,7 +124,7 @@ bool serves(Result result, const Conv2d& g, int kernel, int size) {
 }  // namespace
 }  // namespace registers
 
-// kernel: the compiled filter's size.
+// Plan::kernel is the compiled filter's size.
 MaybePlan plan_registers(Result result, const Conv2d& g, Dtype dtype, const Device& device) {
   using namespace registers;
   const int size = size_of(dtype), kernel = compiled_kernel(g, dtype);
@@ -132,12 +133,12 @@ MaybePlan plan_registers(Result result, const Conv2d& g, Dtype dtype, const Devi
   plan.family = Family::registers;
   plan.kernel = kernel;
   const auto cut = [&](const Conv2d& tiled, int columns, int channels, int flight, int blocks_each) {
-    constexpr int kBeginning = 2;  // steps' worth of reading the filter and the first row
+    constexpr int kBeginning = 2;  // steps that reading the filter and the first row costs
     return Cut{
         tiled, columns, channels, kernel, flight - 1 + kBeginning, int64_t(device.multiprocessors) * blocks_each};
   };
   const int stride = g.stride_h, flight = int(ceil_div(kernel, stride));
-  // Of the output, or of the data gradient where that is a convolution too.
+  // Cuts the output, or the data gradient where it is a convolution, too.
   const auto cut_convolution = [&](const Conv2d& made) {
     cut_outputs(cut(made, is_narrow(made, kernel) ? kNarrow : kAcross, channels_of(kernel, size), flight,
                     blocks_of(kernel, stride, size)),

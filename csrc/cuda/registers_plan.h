@@ -5,8 +5,8 @@
 
 namespace rkl::cuda::registers {
 
-// Blocks of kThreads that a multiprocessor has at once: it bounds the registers of a thread, so that none is spilled.
-// size: bytes of an element.
+// How many blocks of kThreads a multiprocessor has at once. This bounds a thread's registers, and is so chosen that
+// none is spilled. size: bytes of an element.
 constexpr int blocks_of(int kernel, int stride, int size) {
   if (kernel == 3) return (size == 4 ? 5 : 4) - (stride == 2);
   if (kernel == 5) return size == 4 ? 4 : 3;
@@ -33,10 +33,9 @@ constexpr int filter_grad_channels_of(int kernel, int stride, int size) {
 }
 constexpr int kBothChannels = 2;
 
-// Outputs of a thread beside each other of a 3 x 3 convolution whose rows, or a dilation's residues of them, have no
-// more.
+// Neighbouring outputs of a thread in a 3 x 3 convolution whose rows, or their residues of the dilation, have no more.
 constexpr int kNarrow = 2;
 inline bool is_narrow(const Conv2d& g, int kernel) { return kernel == 3 && ceil_div(g.out_w, g.dilation_w) <= kNarrow; }
-constexpr int kPairsAcross = 2;  // pairs of columns of a thread, of the data gradient at stride 2
+constexpr int kPairsAcross = 2;  // pairs of columns that a thread makes of the data gradient at stride 2
 
 }  // namespace rkl::cuda::registers

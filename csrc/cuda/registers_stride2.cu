@@ -9,14 +9,14 @@ namespace rkl::cuda {
 namespace registers {
 namespace {
 
-// dx, and where its rows and columns begin that the first pair has: at 0, or before them where the padding is odd.
+// dx's size, and the row and column that its first pair begins with: 0, or the one before where the padding is odd.
 struct Image {
   int h, w, y, x;
 };
 
-// Adds a row of gradients to the sums of the pairs of rows in flight, of which acc[0] is complete after it: pair j
-// meets it with the filter's rows 2 j (its even row) and 2 j + 1 (its odd one). As in registers_convolution.cu, the
-// first tap of a sum moves it up.
+// Adds a row of gradients to the sums of the pairs of rows in flight, which completes acc[0]. The even row of pair j
+// meets it with the filter's row 2 j, the odd row with row 2 j + 1. As in registers_convolution.cu, the first tap adds
+// to acc[j + 1] and writes acc[j].
 template <class T, int kernel, int half, int inputs, int channels, class Word, class Taps>
 __device__ inline void add_row(const Taps& filter, const Word (&row)[inputs],
                                float (&acc)[half][kPairsAcross][2][2][channels]) {
@@ -51,7 +51,7 @@ __device__ inline void add_row(const Taps& filter, const Word (&row)[inputs],
     }
 }
 
-// s: of the pairs' convolution.
+// s: the sizes of the convolution of pairs.
 template <class T, int kernel, int channels>
 __global__ void __launch_bounds__(kThreads, data_grad_blocks_of(kernel))
     stride2_grad_registers(Convolution a, Sizes s, Image image) {

@@ -1,18 +1,19 @@
 // Depthwise convolution with wide filters (up to 33 columns) on the tensor cores: 16 bits, stride 1, either layout.
 //
-// For one channel and one row kh of its filter, 8 neighbouring outputs are a product of the inputs beside each other
-// with a banded matrix that has the filter's row along its diagonals (a Toeplitz matrix):
+// For one channel and one row kh of its filter, 8 neighbouring outputs are the product of neighbouring inputs with a
+// banded matrix that has the filter's row along its diagonals (a Toeplitz matrix):
 //   y[row][ox + n] += sum over j of x[row + kh][ox - padding + j] * t[j][n],  t[j][n] = weight[kh][j - n].
-// So 16 rows by 8 columns of outputs are one mma for each 16 columns of inputs, and t is the same for every place of
-// every image: it is read from shared memory once a filter row. Of its k_blocks * 8 rows, kernel_w are filled: 31 of
-// 40, 13 of 24. Zeros of t meet inputs that no output's window has; one that is not finite makes those outputs NaN too.
+// So 16 rows by 8 columns of outputs take one mma for each 16 columns of inputs. t is the same at every place of every
+// image: it is read from shared memory once a filter row. A column of t has k_blocks * 8 elements, of which kernel_w
+// are taps: 31 of 40, 13 of 24. Its zeros meet inputs outside of the output's window; if one is not finite, the output
+// is NaN.
 //
-// A warp has a channel, and of it a tile of up to 32 rows by 32 columns of outputs; a block has neighbouring channels.
-// The tile's inputs lie in shared memory as planes, to which NHWC images are transposed on their way, and the outputs
-// go the same way back. Rows above and below an image are not stored: their lanes read one row of zeros. The tile's
-// even rows are one mma and its odd rows another: what an odd row meets with filter row kh, the even one before it
-// meets with kh + 1, so that inputs are read from shared memory once for both. Else that reading would take longer than
-// the mmas.
+// A warp makes one channel of a tile of up to 32 rows by 32 columns of outputs; a block has neighbouring channels. The
+// tile's inputs lie in shared memory as planes: NHWC images are transposed on the way in, their outputs on the way out.
+// Rows above and below an image are not stored: lanes read one row of zeros instead. The tile's even rows are one mma
+// and its odd rows another. The inputs that an odd row meets with filter row kh are those that the even row before it
+// meets with kh + 1, so that they are read from shared memory once for both. Otherwise reading them would take longer
+// than the mmas.
 #include <algorithm>
 
 #include "cuda/activation.cuh"
@@ -24,27 +25,27 @@ namespace rkl::cuda {
 namespace {
 
 constexpr int kTileRows = 32, kTileColumns = 32;
-constexpr int kColumnTiles = kTileColumns / 8;  // of an mma
+constexpr int kColumnTiles = kTileColumns / 8;  // mmas beside each other
 constexpr int kPitch = 64;                      // elements of a row of inputs: eight 16-byte units
 constexpr int kLead = 8;                        // zeros before the first filter row
 
 // How the work is cut, and the places of a block's shared memory, in elements.
 struct Cut {
-  int height, width;  // outputs of a tile: an even number of rows, columns by 8; of small maps it has several images
-  int images;         // of a tile
+  int height, width;  // outputs of a tile in one image: an even number of rows, a multiple of 8 columns
+  int images;         // images of a tile: several where maps are small
   int down, across;   // tiles of an image
   int64_t tiles;      // of the whole batch
-  int channels;       // of a block: its warps
+  int channels;       // channels of a block, each with a warp
   int stored;         // rows of an image in shared memory
-  int columns;        // of inputs that are read
-  int plane, filter;  // of one channel
-  int left, shift;    // the tile begins `left` columns before its outputs, a multiple of 8; taps `shift` later
+  int columns;        // columns of inputs that are read
+  int plane, filter;  // elements of one channel
+  int left, shift;    // inputs begin `left` columns before the outputs, a multiple of 8; the taps begin `shift` later
   bool vectors;       // NCHW: rows begin at multiples of 16 bytes
 
   __host__ __device__ int elements() const { return channels * (plane + filter) + kPitch; }  // the row of zeros last
 };
 
-// A tile's columns begin with a multiple of 8, at or before the first one that its outputs read.
+// How many columns a tile's inputs begin before its outputs: a multiple of 8 that is not below the padding.
 constexpr int left_of(int padding) { return (padding + 7) >> 3 << 3; }
 
 Cut cut(const Conv2d& g, int k_blocks, bool flat) {
@@ -68,8 +69,8 @@ Cut cut(const Conv2d& g, int k_blocks, bool flat) {
   return c;
 }
 
-// Place of an element of a plane. The units of two rows are in another order than those of the next two, so that the
-// eight rows that ldmatrix reads at once, every other one, fall into different banks.
+// The place of an element in a plane. The order of 16-byte units changes with every second row, so that the eight rows
+// that ldmatrix reads at once, every second row, fall into different banks.
 __device__ inline int swizzled(int row, int column) { return row * kPitch + ((column ^ row / 2 % 8 * 8)); }
 
 // One tile of one block: its images, and its place in each.
@@ -87,7 +88,7 @@ struct Place {
         bottom(min(int(g.in_h), y - g.padding_h + c.height + g.kernel_h - 1)) {}
 };
 
-// An NHWC tile's outputs, from planes of words to memory in vectors of 8 channels.
+// Stores an NHWC tile's outputs: words of two columns are transposed to vectors of 8 channels.
 template <class T>
 __device__ void store_nhwc(const Conv2d& g, const Cut& c, const Place& at, const T* planes, int c0, void* y) {
   const int vectors = c.channels / 8, pairs = c.width / 2, rows = min(c.height, int(g.out_h) - at.y);
@@ -113,7 +114,7 @@ __device__ void store_nhwc(const Conv2d& g, const Cut& c, const Place& at, const
   }
 }
 
-// The outputs of an NCHW tile's one channel, by its warp.
+// A warp stores the outputs of its channel of an NCHW tile.
 template <class T>
 __device__ void store_nchw(const Conv2d& g, const Cut& c, const Place& at, const T* plane, int64_t channel, void* y) {
   const int lane = threadIdx.x % 32, rows = min(c.height, int(g.out_h) - at.y);
@@ -130,7 +131,7 @@ __device__ void store_nchw(const Conv2d& g, const Cut& c, const Place& at, const
   }
 }
 
-// A channel's filter, rows of kRow elements in the order in which they meet the image.
+// Loads a channel's filter as rows of kRow elements, in the order in which they meet the image.
 template <class T, int k_blocks>
 __device__ void load_bands(const Convolution& a, bool flipped, const Cut& c, int64_t channel, T* filter) {
   constexpr int kRow = 8 * k_blocks;  // `shift` zeros, the taps, at least 7 zeros
@@ -146,7 +147,7 @@ __device__ void load_bands(const Convolution& a, bool flipped, const Cut& c, int
 // The sums of a warp's tile: sum[0] of its even rows, sum[1] of its odd ones, for each 8 columns.
 using Sums = float[2][kColumnTiles][4];
 
-// Adds the products of 16 rows of inputs, x[j] of columns 16 j to 16 j + 15, with one filter row.
+// Adds the products of 16 rows of inputs with one filter row. x[j] has columns 16 j to 16 j + 15.
 template <class T, int k_blocks, int pairs>
 __device__ inline void multiply_row(const uint32_t (&x)[pairs][4], const uint32_t (&t)[k_blocks], int tiles,
                                     float (&sum)[kColumnTiles][4]) {
@@ -169,11 +170,11 @@ __device__ inline void multiply(const Conv2d& g, const Cut& c, const Place& at, 
   static_assert(k_blocks % 2 == 1, "a k of 8 comes last");
   constexpr int kPairs = (kColumnTiles + k_blocks - 1) / 2;  // of 8-column blocks
   const int lane = threadIdx.x % 32, tiles = c.width / 8;
-  // Lanes hold t[j][n] and t[j + 1][n] as one word, where j = 8 block + lane % 4 * 2 and n = lane / 4. Where n is odd,
-  // the two lie in two words.
+  // Lanes hold t[j][n] and t[j + 1][n] as one word, where j = 8 block + lane % 4 * 2 and n = lane / 4. In memory they
+  // are in one word where n is even, in two where n is odd.
   const int first = kLead + lane % 4 * 2 - lane / 4, half = (first & 1) * 16;
   const uint32_t* band = reinterpret_cast<const uint32_t*>(filter) + (first >> 1);
-  // For ldmatrix, lane l names the l % 16th even row, and of two neighbouring blocks of columns the l / 16th.
+  // For ldmatrix, lane l addresses even row number l % 16 in block l / 16 of two neighbouring blocks of columns.
   const int m = 2 * (lane % 16), image = m / c.height, unit = lane / 16 * 8;
   const bool used = image < at.images;
   const int y = at.y + m % c.height - g.padding_h, stored = image * c.stored - at.top;
@@ -270,10 +271,10 @@ __global__ void __launch_bounds__(32 * most_channels(nhwc), nhwc ? 1 : 2)
   }
 }
 
-// Rows of t by 8: the taps, the zeros before them, and one row more for each of the 8 columns but the first. 0 where
-// the family does not serve the convolution.
+// How many blocks of 8 rows t has: for the taps, for the zeros before them, and one row for each of the 8 columns but
+// the first. 0 where the family does not serve the convolution.
 int k_blocks_of(const Conv2d& g, Dtype dtype) {
-  constexpr int kTallest = 4096;  // its bands are more than all shared memory; far taller ones pass 32 bits
+  constexpr int kTallest = 4096;  // such a filter exceeds all shared memory; 32 bits cannot count far taller ones
   if (!is_wide(g, dtype) || g.kernel_h > kTallest) return 0;
   const int rows = g.kernel_w + left_of(g.padding_w) - g.padding_w + 7;
   return rows <= 24 ? 3 : rows <= 40 ? 5 : 0;
@@ -294,7 +295,7 @@ void launch(const Convolution& a, bool flipped, const Cut& c, const Plan& plan, 
 
 }  // namespace
 
-// kernel: k_blocks. A warp has a channel, so threads are 32 a channel of a block.
+// Plan::kernel is k_blocks. A block has 32 threads, a warp, for each channel.
 MaybePlan plan_toeplitz(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
   if (result == Result::filter_grad) return plan_toeplitz_filter_grad(g, dtype, aligned, device);
   if (result == Result::both_grads || (g.nhwc && !aligned)) return std::nullopt;
@@ -304,7 +305,7 @@ MaybePlan plan_toeplitz(Result result, const Conv2d& g, Dtype dtype, bool aligne
   if (!plan.kernel) return std::nullopt;
   Cut c = cut(f, plan.kernel, false);
   const auto bytes = [&] { return c.elements() * 2; };
-  // Half of the channels where all do not fit: NHWC then moves half of each 32 bytes in vain, but the caches keep them.
+  // Half of the channels where all do not fit. NHWC then uses only half of each 32 bytes moved; caches keep the rest.
   for (c.channels = most_channels(g.nhwc); bytes() > device.block_shared; c.channels /= 2)
     if (c.channels == 8) return std::nullopt;
   plan.rows = c.height;

@@ -1,16 +1,16 @@
 // The gradient of wide filters (9 columns and more) on the tensor cores: 16 bits, stride 1, either layout.
 //
-// For one channel and one row oy of the output's gradient, the taps of all filter rows are a product of a banded matrix
+// For one channel and one row oy of the output's gradient, the gradients of all taps are the product of a banded matrix
 // that has the gradient's row along its diagonals (a Toeplitz matrix) with rows of the image:
 //   dw[kh][kw] += sum over ix of t[kw][ix] * x[oy + kh - padding][ix],  t[kw][ix] = grad[oy][ix - kw + padding].
-// So 16 filter columns by 8 filter rows are one mma for each 16 columns of the image. Columns that the image does not
-// have are not multiplied at all, and of the matrix what has no gradient in it is left out. Zeros of t beside a row's
-// end meet inputs that the tap does not have; one that is not finite makes the tap NaN too.
+// So 16 filter columns by 8 filter rows take one mma for each 16 columns of the image. Columns outside of the image,
+// and blocks of t without any gradient, are not multiplied. The zeros of t beyond a row's ends meet inputs that the tap
+// does not read; if one is not finite, the tap's gradient is NaN.
 //
 // A warp has a channel and keeps its sums in registers through all tiles of its part of the batch. The filter's even
-// rows are one mma and its odd rows another: the image's rows that the even ones meet with one row of the gradient, the
-// odd ones meet with the row before it, so that inputs are read from shared memory once for both.
-// Filters larger than the sums that a warp has are cut into pieces, which are blocks of their own.
+// rows are one mma and its odd rows another. The image rows that even filter rows meet with one row of the gradient are
+// those that odd filter rows meet with the row before it, so that they are read from shared memory once for both. A
+// filter with more taps than a warp has sums is cut into pieces, each with blocks of its own.
 #include <algorithm>
 
 #include "cuda/channel_planes.cuh"
@@ -21,11 +21,11 @@ namespace rkl::cuda {
 namespace {
 
 constexpr int kTileRows = 32, kTileColumns = 32;     // of the gradient
-constexpr int kStep = 32, kMostColumns = 2 * kStep;  // of the image: those that a tile of the gradient meets
-constexpr int kGap = 16;  // zeros between two rows of the gradient: as far as a band that has some of it can reach
+constexpr int kStep = 32, kMostColumns = 2 * kStep;  // image columns: of a step; the most that a tile meets
+constexpr int kGap = 16;  // zeros between rows of the gradient: a band with some of it reaches no further
 
-// One of the kernels: its piece of the filter, whose sums a warp keeps, its channels, and how many blocks a
-// multiprocessor has at once, by registers.
+// One of the kernels: the piece of the filter whose sums a warp keeps, a block's channels, and how many blocks the
+// registers of a multiprocessor suffice for.
 template <class Element, int column_tiles, int row_tiles, bool is_nhwc>
 struct Variant {
   using T = Element;
@@ -37,7 +37,7 @@ struct Variant {
   using Sums = float[2][row_tiles][column_tiles][4];  // of even and odd rows
 };
 
-// Columns of the image that a tile of the gradient meets with a piece of the filter, and so many as are multiplied.
+// The image columns that a tile of the gradient meets with a piece of the filter. columns: how many are multiplied.
 struct Span {
   int left, right, columns;
 
@@ -51,16 +51,16 @@ struct Span {
 
 // How the work is cut, and the places of a block's shared memory, in elements.
 struct Cut {
-  int height, width;        // of a tile of the gradient; of small maps it has several images
-  int images;               // of a tile
+  int height, width;        // rows and columns of a tile of the gradient in one image
+  int images;               // images of a tile: several where maps are small
   int down, across;         // tiles of an image
   int64_t tiles;            // of the whole batch
-  int pieces_down, pieces;  // of the filter
-  int channels;             // of a block: its warps
-  int group;                // even and odd rows of an image lie apart, so many of each
+  int pieces_down, pieces;  // pieces of the filter: below each other, in all
+  int channels;             // channels of a block, each with a warp
+  int group;                // an image's even rows lie apart from its odd rows: how many there are of each
   int rows_alike;           // 1 where two rows fill the banks once and have their units in the same order, else 0
-  int pitch, grad_pitch;    // of a row of the image and of the gradient
-  int plane, gradient;      // of one channel
+  int pitch, grad_pitch;    // elements of a row of the image and of the gradient
+  int plane, gradient;      // elements of one channel
   int align;                // 8 where rows begin at multiples of 16 bytes, for NCHW's vectors
 
   __host__ __device__ int elements() const { return channels * (plane + gradient) + kStep; }  // zeros last
@@ -72,8 +72,8 @@ Cut cut(const Conv2d& g, bool flat) {
   c.align = flat && !g.nhwc && g.in_w % 8 == 0 && g.out_w % 8 == 0 ? 8 : 1;
   c.pieces_down = int(ceil_div(g.kernel_h, V::kRows));
   c.pieces = c.pieces_down * int(ceil_div(g.kernel_w, V::kColumns));
-  // Tiles as wide as fit; 8 columns always do. Each turn makes them narrower, since it visits all of them: with one
-  // tile more at a time, those of a long row would stay as wide for thousands of turns.
+  // Tiles are as wide as fits; 8 columns always fit. Each turn visits all tiles, so it must narrow them: if it only
+  // added one more tile, the tiles of a long row would stay as wide for thousands of turns.
   int most = kMostColumns + 1;
   for (int64_t width = kTileColumns; most > kMostColumns; width = c.width - 8) {
     c.width = int(round_up(ceil_div(g.out_w, ceil_div(g.out_w, width)), 8));
@@ -101,13 +101,13 @@ Cut cut(const Conv2d& g, bool flat) {
   return c;
 }
 
-// Place of an element of a plane. The 16-byte units of neighbouring rows are in different orders, so that the eight
+// The place of an element in a plane. The 16-byte units of neighbouring rows are in different orders, so that the eight
 // rows that ldmatrix reads at once fall into different banks.
 __device__ inline int swizzled(const Cut& c, int row, int column) {
   return row * c.pitch + (column ^ (row >> c.rows_alike & (c.pitch / 8 - 1)) * 8);
 }
 
-// One tile, and what it meets of the image with the block's piece of the filter, which begins with tap (kh, kw).
+// One tile, and the part of the image that it meets with the block's piece of the filter, whose first tap is (kh, kw).
 struct Place {
   int64_t image;
   int images, y, x;  // the first gradient
@@ -115,7 +115,7 @@ struct Place {
   int taps_down;     // of the piece
   int top, bottom;   // rows of the image
   Span span;
-  int row, band;  // the image's row, of those, that meets kh and row y; the gradient, from x on, that left and kw meet
+  int row, band;  // from top on, the image row that kh and row y meet; from x on, the gradient that left and kw meet
 
   template <class V>
   __device__ Place(V, const Conv2d& g, const Cut& c, int64_t tile, int kh, int kw)
@@ -168,26 +168,26 @@ __device__ inline void load(const FilterGrad& a, const Cut& c, const Place& at, 
   cp_async_commit();
 }
 
-// Adds one image's products over the kStep columns of the image from `column` on: a step, so that few bands are held in
+// Adds one image's products over kStep of its columns, from `column` on. They are few, so that few bands are held in
 // registers at a time.
 template <class V, class T = typename V::T>
 __device__ inline void multiply(const Cut& c, const Place& at, int image, int column, const T* plane, const T* gradient,
                                 const T* zeros, typename V::Sums& sum) {
-  // Blocks of 8 x 8 of the banded matrix, by their diagonal: of 8 image columns by 8 filter columns as far apart.
+  // A band stands for all 8 x 8 blocks of t on one diagonal, which are equal: 8 image columns by 8 filter columns.
   constexpr int kBefore = 2 * V::kColumnTiles - 1, kBands = kBefore + kStep / 8;
   const int lane = threadIdx.x % 32, stored = at.bottom - at.top, diagonal = at.band + column;
-  // Lanes hold t[kw][ix] and t[kw][ix + 1] as one word, where ix = lane % 4 * 2 and kw = lane / 4 of the block. Where
-  // kw is odd, the two lie in two words.
+  // Lanes hold t[kw][ix] and t[kw][ix + 1] as one word, where ix = lane % 4 * 2 and kw = lane / 4 of the block. In
+  // memory they may lie in two words.
   const int first = diagonal + lane % 4 * 2 - lane / 4, half = (first & 1) * 16;
   const uint32_t* words =
       reinterpret_cast<const uint32_t*>(gradient + kGap + image * c.height * c.grad_pitch) + (first >> 1);
-  unsigned filled = 0;  // the bands that have some of the gradient
+  unsigned filled = 0;  // bits of the bands that have some of the gradient
 #pragma unroll
   for (int b = 0; b < kBands; ++b) {
     const int begin = diagonal + 8 * (b - kBefore);
     if (begin - 7 < at.width && begin + 7 >= 0) filled |= 1u << b;
   }
-  // For ldmatrix, lane l names the l % 8th row of an mma, and of four neighbouring blocks of columns the l / 8th.
+  // For ldmatrix, lane l addresses row l % 8 of an mma in block l / 8 of four neighbouring blocks of columns.
   const int lane_row = at.row + lane % 8 * 2, unit = column + lane / 8 * 8;
   uint32_t t[2][kBands] = {};
 #pragma unroll 1
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(32 * (nhwc ? 16 : 8), Variant<T, column_tiles,
   T *plane = planes + warp * c.plane, *gradient = gradients + warp * c.gradient;
   T* zeros = gradients + c.channels * c.gradient;
   for (int i = threadIdx.x; i < c.channels * c.gradient + kStep; i += blockDim.x) gradients[i] = from_float<T>(0.f);
-  __syncthreads();  // what a tile fills is zero before it comes
+  __syncthreads();  // the zeros are written before a tile's gradient overwrites some of them
 
   typename V::Sums sum = {};
   float bias = 0.f;
@@ -301,8 +301,8 @@ __global__ void __launch_bounds__(32 * (nhwc ? 16 : 8), Variant<T, column_tiles,
   if (lane == 0) a.sum(part, g.kernel_h * g.kernel_w, channel) = bias;
 }
 
-// Parts of the batch: those with which the blocks' tiles, which come in rounds where the GPU does not have all blocks
-// at once, are done soonest. But a part's sums, written and read again, are not to pass an eighth of what it reads.
+// How many parts the batch has: those with which the tiles are done soonest, where blocks run in rounds if the GPU does
+// not hold all at once. But the sums of a part, written and read again, must not pass an eighth of what it reads.
 int parts_of(const Conv2d& g, const Cut& c, int64_t blocks, int64_t at_once) {
   constexpr int kMostRounds = 4;
   const int64_t sums = 8 * (g.kernel_h * g.kernel_w + 1), read = 2 * g.batch * (g.in_h * g.in_w + g.out_h * g.out_w);
@@ -332,11 +332,11 @@ bool by_variant(const Conv2d& g, Dtype dtype, F f) {
   return true;
 }
 
-enum Kernel { kScalars, kInVectors };  // of NCHW's copies
+enum Kernel { kScalars, kInVectors };  // how NCHW rows are copied
 
 }  // namespace
 
-// kernel: whether NCHW rows are copied in vectors. A warp has a channel, so threads are 32 a channel of a block.
+// Plan::kernel is a Kernel. A block has 32 threads, a warp, for each channel.
 MaybePlan plan_toeplitz_filter_grad(const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
   MaybePlan made;
   if (g.nhwc && !aligned) return made;
