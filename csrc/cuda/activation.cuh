@@ -1,7 +1,7 @@
-// The activations of csrc/activation.h for results that are stored as T. In 16 bits T-ReLU takes the hardware's tanh,
-// whose error of 2^-11 is no more than the rounding to fp16 and an eighth of that to bf16. The accurate one takes so
-// many instructions that a pass of T-ReLU ran at 88 % of a copy's speed, where this one runs at 99 % (measured on an
-// H200).
+// The activations of csrc/activation.h for results that are stored as T. In 16 bits T-ReLU uses the hardware's tanh,
+// whose error of 2^-11 is no more than that of rounding to fp16, and an eighth of that of rounding to bf16. The
+// accurate tanh takes so many instructions that a pass of T-ReLU ran at 88 % of a copy's speed; with the hardware's it
+// runs at 99 % (measured on an H200).
 #pragma once
 #include "activation.h"
 #include "cuda/ptx.cuh"
@@ -17,8 +17,8 @@ __device__ inline float activated(Activation act, float x) {
   return activate(act, x);
 }
 
-// Calls f with the activation as a function of a float; without one, not at all. One switch serves all values that a
-// thread has at a time. short_ones: there is no code for those that are not short.
+// Calls f with the activation as a function of a float, or does nothing if there is none. So one switch serves all
+// values that a thread has at a time. short_ones: leaves out the code of activations that are not short (rows.h).
 template <class T, bool short_ones = false, class F>
 __device__ inline void with_activation(Activation act, F&& f) {
   switch (act) {

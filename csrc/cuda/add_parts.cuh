@@ -1,12 +1,12 @@
-// The second stage of a sum over many pixels: the first leaves a sum of each part, this one adds the parts. Always in
-// the same order and without atomics, so that a result is the same at every run.
+// The second stage of a sum over many pixels. The first stage leaves a sum for each part; this one adds them, always in
+// the same order and without atomics, so that every run has the same result.
 #pragma once
 #include "cuda/device.h"
 #include "cuda/element.cuh"
 
 namespace rkl::cuda {
 
-// 16 threads a result: one alone waits for memory at each of up to a thousand parts (25 to 67 us, against 3.5 to 5 us).
+// 16 threads a result: a single one would wait for each of up to a thousand parts (25 to 67 us, against 3.5 to 5 us).
 constexpr int kSumResults = 32, kSumThreads = 16;
 
 // partial: (parts, results). destination(i): where result i goes, or null where it is not wanted.

@@ -1,4 +1,4 @@
-// Between depthwise.cu and the files of the kernel families: what a launch is told, and the launches. A family's launch
+// What depthwise.cu calls in the files of the kernel families: the launches, and their arguments. A family's launch
 // takes a plan that the same family made (plan.h).
 #pragma once
 #include <cuda_runtime.h>
@@ -8,8 +8,8 @@
 
 namespace rkl::cuda {
 
-// y = act(x * weight + bias) where x and y are image and output of g; or with Result::data_grad, where x is the
-// output's gradient and y the image's, without bias and activation. bias may be null.
+// y = act(x * weight + bias), where x and y are image and output of g; bias may be null. With Result::data_grad, x is
+// the output's gradient and y the image's, without bias and activation.
 struct Convolution {
   Conv2d g;
   const void *x, *weight, *bias;
@@ -17,8 +17,8 @@ struct Convolution {
   Activation act = Activation::none;
 };
 
-// The gradient of the filter and of the bias: part by part into `partial`, (parts, taps + 1, channels), the bias as one
-// tap more. The bias's sums may be left unwritten without with_bias. dx: where one pass makes both gradients.
+// The gradients of filter and bias: each part's sums go to `partial`, (parts, taps + 1, channels), where the last tap
+// is the bias. Without with_bias its sums may be left unwritten. weight, dx: where one pass makes both gradients.
 struct FilterGrad {
   Conv2d g;
   const void *grad, *x;

@@ -9,8 +9,8 @@
 namespace rkl::cuda {
 namespace {
 
-// Bytes of dynamic shared memory that need no leave: of 48 KiB, which a block's static ones (1.6 KiB at most) count
-// into.
+// Bytes of dynamic shared memory that every kernel may have: 48 KiB, less the static shared memory of a block (1.6 KiB
+// at most).
 constexpr int kAlwaysAllowed = 46 << 10;
 
 void check(cudaError_t error, const char* what) {
@@ -29,7 +29,7 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-std::mutex mutex;  // of the two maps; calls come from many threads
+std::mutex mutex;  // guards the two maps; calls come from many threads
 std::map<int, Device> devices;
 std::map<std::pair<const void*, int>, int> allowed;  // bytes, for each kernel and device
 

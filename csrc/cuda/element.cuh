@@ -57,7 +57,7 @@ __device__ inline void unpack2(uint32_t word, float& low, float& high) {
   }
 }
 
-// 16 bytes in registers as float, and back. A struct of 16-bit elements would be taken apart in narrow pieces.
+// 16 bytes in registers as floats, and back. The compiler would move a struct of 16-bit elements in narrow pieces.
 template <class T>
 __device__ inline void unpack(uint4 from, float (&to)[16 / sizeof(T)]) {
   const uint32_t words[4] = {from.x, from.y, from.z, from.w};

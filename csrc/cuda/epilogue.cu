@@ -1,5 +1,5 @@
-// What stands around a library's matrix product where the separable convolution is not fused: over dense rows of pixels
-// by channels, one pass each.
+// The steps around a library's matrix product where the separable convolution is not fused. Each is one pass over dense
+// rows of pixels by channels.
 #include <algorithm>
 
 #include "cuda/activation.cuh"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Calls f(elements a thread) with that of a 16-byte vector where it divides the count and all pointers, else with 1.
+// Calls f(elements a thread): those of a 16-byte vector where count and pointers are multiples of it, else 1.
 template <class T, class F>
 void by_width(int64_t count, const void* a, const void* b, const void* c, F&& f) {
   constexpr int size = 16 / sizeof(T);
@@ -23,8 +23,8 @@ void by_width(int64_t count, const void* a, const void* b, const void* c, F&& f)
 
 int64_t blocks_for(int64_t threads) { return ceil_div(threads, kThreads); }
 
-// Calls f(first element, elements) for pieces so small that offsets in them have 32 bits (a remainder of 64 costs as
-// much as the rest of a kernel): of whole rows or, of a row that is too large, of that one alone.
+// Calls f(first element, elements) for pieces so small that offsets in them have 32 bits (a remainder of 64 bits costs
+// as much as the rest of a kernel). A piece has whole rows, or a part of one row that is too large.
 template <class F>
 void by_pieces(int64_t rows, int64_t channels, F&& f) {
   constexpr int64_t kMost = int64_t(1) << 31;
@@ -50,7 +50,7 @@ __device__ inline void store(T* to, const float (&v)[width]) {
   else
     *reinterpret_cast<uint4*>(to) = pack<T>(v);
 }
-// From anywhere: in a vector where it is aligned.
+// Loads from any address: as a vector where it is aligned.
 template <class T, int width>
 __device__ inline void load_any(const T* from, bool aligned, float (&v)[width]) {
   if (aligned) return load(from, v);
@@ -58,8 +58,8 @@ __device__ inline void load_any(const T* from, bool aligned, float (&v)[width]) 
   for (int i = 0; i < width; ++i) v[i] = to_float(from[i]);
 }
 
-// Vectors of a thread. All are asked for before the first is used: with one a thread, a pass took 64 us where a copy
-// takes 44 (728 channels, 32 x 19^2 px, bf16, H100).
+// Vectors of a thread. All loads are issued before the first is used: with one vector a thread, a pass took 64 us where
+// a copy takes 44 (728 channels, 32 x 19^2 px, bf16, H100).
 constexpr int kEach = 4;
 
 // step: how many channels a thread's next vector lies after the one before, modulo the channels. The bias may begin
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) bias_and_activation(const T* z, cons
     if (const unsigned at = first + i * kThreads * width; at < n) store(out + at, v[i]);
 }
 
-// The same of NCHW images, whose bias is one number a plane. channel: the first plane's.
+// The same for NCHW images, where a plane has one bias. channel: the first plane's.
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads)
     plane_bias_and_activation(const T* z, const T* bias, Activation act, T* out, unsigned n, unsigned plane,
@@ -121,8 +121,9 @@ __global__ void __launch_bounds__(kThreads)
   store(out + at, v);
 }
 
-// Sums over rows in two stages, each in a fixed order: 32 columns by a slice of the rows a block, then over the slices.
-// The columns are beside each other in the grid, where there may be more: a filter's gradient has one for each element.
+// Sums over rows in two stages, each in a fixed order: a block sums 32 columns over a slice of the rows, then the
+// slices are added. Columns lie along the grid's x, which takes more blocks: a filter's gradient has one for each
+// element.
 constexpr int kColumns = 32, kLanes = kThreads / kColumns, kRowsOfSlice = 512, kMaxSlices = 1024;
 
 int64_t slices_of(int64_t rows) {
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const T* matrix, float* par
   partial[blockIdx.y * channels + c] = sum;
 }
 
-// Of NCHW images, each slice of a plane by a warp.
+// For NCHW images: a warp sums a slice of a plane.
 constexpr int kPixelsOfSlice = 4096;
 
 int64_t plane_slices(int64_t plane) {
@@ -184,7 +185,7 @@ void epilogue(const void* z, const void* bias, Activation act, void* out, int64_
     by_width<T>(channels, z, out, nullptr, [&](auto size) {
       constexpr int width = decltype(size)::value;
       by_pieces(rows, channels, [&](int64_t first, unsigned n) {
-        // As many as the piece has of a row, which it begins or lies in.
+        // All channels, or fewer where the piece is a part of one row.
         const unsigned across = unsigned(std::min<int64_t>(channels, n));
         const T* biases = bias ? static_cast<const T*>(bias) + first % channels : nullptr;
         bias_and_activation<T, width>

@@ -1,5 +1,5 @@
-// Depthwise convolution and its data gradient for every kernel size, stride, dilation and layout: what the fast paths
-// leave over. Neighbours in memory are neighbours in a warp, the caches do the rest.
+// Depthwise convolution and its data gradient for every kernel size, stride, dilation and layout: for what the faster
+// families decline. Neighbouring threads access neighbouring elements; the caches do the rest.
 #include "cuda/activation.cuh"
 #include "cuda/depthwise.h"
 #include "cuda/device.h"
@@ -9,16 +9,16 @@ namespace rkl::cuda {
 namespace general {
 namespace {
 
-// What the kernels are told: a convolution, or with `transposed` the data gradient of one, g then being the forward's.
-// A `flipped` filter is read from its end to its beginning: what makes the data gradient at stride 1 a convolution too.
+// What the kernels are given: a convolution or, with `transposed`, a data gradient, where g is the forward convolution.
+// flipped: the filter is read from its end to its beginning, which makes the data gradient at stride 1 a convolution.
 struct Task : Convolution {
   bool flipped;
 
-  // Place of a tap among the filter's values.
+  // The index of a tap among the filter's values.
   __device__ int from(int tap) const { return flipped ? g.kernel_h * g.kernel_w - 1 - tap : tap; }
 };
 
-// An output's number taken apart, in the order of its layout.
+// Splits an output's number into its coordinates, in the order of the layout.
 struct OutputIndex {
   Divider w, h, channels;
 
@@ -26,7 +26,7 @@ struct OutputIndex {
       : w(transposed ? g.in_w : g.out_w), h(transposed ? g.in_h : g.out_h), channels(g.channels) {}
 };
 
-// Scalars, either layout; the filter comes through the cache.
+// One output a thread, in either layout. The filter is read through the cache.
 template <class T, bool transposed>
 __global__ void __launch_bounds__(kThreads) any_scalar(Task a, OutputIndex index, int64_t total) {
   const Conv2d& g = a.g;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) any_scalar(Task a, OutputIndex index
   *y = from_float<T>(acc[0]);
 }
 
-// Groups of outputs beside each other, numbered through the images.
+// Groups of neighbouring outputs, numbered through all images.
 struct Groups {
   Row row;
   Divider across, down;
@@ -73,8 +73,8 @@ __device__ inline void read_weights(const unsigned char* from, float (&to)[V]) {
   unpack<T>(*reinterpret_cast<const uint4*>(from), to);
 }
 
-// Adds a row of the image under a row of the filter. column: the first output's first tap's, which may not exist. An
-// input is loaded where the one that leaves the window was, and used last of the next tap's.
+// Adds the products of a row of the image and a row of the filter. column: where the first output's first tap reads,
+// which may be outside. For each next tap an input is loaded in place of the one that leaves the window, and used last.
 template <class T, int outputs, int V>
 __device__ void slide(const Conv2d& g, const T* x, int column, int width, int64_t pixel, const unsigned char* weights,
                       float (&sums)[outputs * V]) {
@@ -105,14 +105,14 @@ __device__ void slide(const Conv2d& g, const T* x, int column, int width, int64_
   }
 }
 
-// The same where each output has inputs of its own, from the output's column `first` on.
+// The same where each output loads its own inputs. first: the first output's column.
 template <class T, bool transposed, int outputs, int V>
 __device__ void gather(const Conv2d& g, const T* x, int first, int width, int64_t pixel, const unsigned char* weights,
                        float (&sums)[outputs * V]) {
   for (int tap = 0; tap < g.kernel_w; ++tap, weights += kTapBytes) {
     float weight[V];
     read_weights<T>(weights, weight);
-    // Of a data gradient the quotient by the stride and what is left, which counts up to the stride with the outputs.
+    // In a data gradient, the quotient and remainder by the stride. From output to output the remainder counts up.
     int column = first * g.stride_w - g.padding_w + tap * g.dilation_w, rest = 0;
     if constexpr (transposed) {
       const int reach = first + g.padding_w - tap * g.dilation_w;
@@ -135,9 +135,9 @@ __device__ void gather(const Conv2d& g, const T* x, int first, int width, int64_
   }
 }
 
-// NHWC in vectors: a block owns 8 vectors of channels and 32 groups of outputs. The filter's rows come through shared
-// memory, some at a time, so that wide filters leave the first cache to the image's rows, which the next row of the
-// filter reads again.
+// NHWC in vectors: a block has 8 vectors of channels and 32 groups of outputs. Rows of the filter are staged in shared
+// memory, a few at a time, so that wide filters leave the L1 cache to the image's rows, which the filter's next row
+// reads again.
 template <class T, bool transposed, bool slides>
 __global__ void __launch_bounds__(kThreads, 2) any_vectors(Task a, Groups groups, int channel_blocks, int staged) {
   constexpr int V = vector_of(sizeof(T)), kOutputs = outputs_of(sizeof(T)), kChannels = kVectors * V;

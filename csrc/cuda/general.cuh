@@ -1,11 +1,11 @@
-// What the general kernels share: where elements stand, and which one a tap reads.
+// What the general kernels share: where elements lie, and which element a tap reads.
 #pragma once
 #include "cuda/element.cuh"
 #include "cuda/general.h"
 
 namespace rkl::cuda::general {
 
-// Where the pixels of an image stand: element (n, c, y, x) is at n * image + c * channel + y * row + x * pixel.
+// Where the pixels of an image lie: element (n, c, y, x) is at n * image + c * channel + y * row + x * pixel.
 struct Strides {
   int64_t image, channel, row, pixel;
 };
@@ -15,8 +15,8 @@ __host__ __device__ inline Strides strides_of(const Conv2d& g, int64_t h, int64_
   return {g.channels * h * w, h * w, w, 1};
 }
 
-// Division of numbers below 2^52 by a number known at the launch. The machine's own 64-bit division is a routine that
-// is called, at the price of spilled registers.
+// Division of numbers below 2^52 by a number known at the launch. CUDA's 64-bit division is a function call, which
+// spills registers.
 struct Divider {
   int64_t d;
   double inverse;
@@ -26,13 +26,13 @@ struct Divider {
   // Returns the remainder of i / d; i becomes the quotient.
   __device__ int remainder_of(int64_t& i) const {
     int64_t quotient = int64_t(double(i) * inverse), rest = i - quotient * d;
-    const int off = rest < 0 ? -1 : rest >= d ? 1 : 0;  // the rounded inverse is at most one step away
+    const int off = rest < 0 ? -1 : rest >= d ? 1 : 0;  // the inverse is rounded: it misses by at most one
     i = quotient + off;
     return int(rest - off * d);
   }
 };
 
-// The position along one axis that output o and filter tap k read, or -1: outside, or between two strides.
+// The position along one axis that output o reads with filter tap k. -1: it is outside, or between two strides.
 template <bool transposed>
 __device__ int source(int o, int k, int stride, int padding, int dilation, int size) {
   if (!transposed) {

@@ -1,8 +1,8 @@
 // The filter's and the bias's gradient for every kernel size, stride, dilation and layout.
 //
 // A thread keeps the sums of some taps of its channel, rows by columns of the filter, and goes along rows of the
-// output's gradient: each of those is loaded once for all the sums. At horizontal stride 1 the taps of a row share
-// their inputs, in a window that slides, so that a thread loads one number of each row of the image a step.
+// output's gradient. It loads each gradient once for all its sums. At horizontal stride 1 the taps of a row share their
+// inputs in a sliding window, so that at each step a thread loads one input of each row of the image.
 #include "cuda/depthwise.h"
 #include "cuda/device.h"
 #include "cuda/general.cuh"
@@ -25,7 +25,7 @@ struct Taps {
   int kh, kw;
   float sums[down][across] = {}, of_bias = 0.f;
 
-  // Of output row oy; x: the image's first row.
+  // The rows that output row oy meets. x: the image's first row.
   template <class T>
   __device__ ImageRows<T> rows(const Conv2d& g, int oy, const T* x, const Strides& s) const {
     const int first = oy * g.stride_h - g.padding_h + kh * g.dilation_h;
@@ -38,7 +38,7 @@ struct Taps {
     return {x + first * s.row, g.dilation_h * s.row, s.pixel, exist};
   }
 
-  // Column `column` of the rows under the taps, whose memory is at `at`: zeros where there is none.
+  // Loads column `column`, at address `at`, of the rows under the taps; zeros where it does not exist.
   template <class T>
   __device__ static void load(const ImageRows<T>& x, const T* at, int column, int width, float (&to)[down]) {
     const uint32_t inside = unsigned(column) < unsigned(width) ? x.exist : 0;
@@ -46,7 +46,7 @@ struct Taps {
     for (int i = 0; i < down; ++i) to[i] = inside >> i & 1 ? to_float(at[i * x.row]) : 0.f;
   }
 
-  // A row of the gradient: its columns from `beside` on, each `others`-th.
+  // Adds a row of the gradient: every others-th column from `beside` on.
   template <class T>
   __device__ void gather(const Conv2d& g, const T* grad, const ImageRows<T>& x, int beside, int others) {
     const int64_t step = g.dilation_w * x.pixel;
@@ -66,8 +66,8 @@ struct Taps {
     }
   }
 
-  // A row's columns of one residue of the dilation, one after the other. An input is loaded where the one that leaves
-  // the window was, and used last of the next column's.
+  // Adds a row's columns of one residue of the dilation, one after the other. For each next column an input is loaded
+  // in place of the one that leaves the window, and used last.
   template <class T>
   __device__ void slide(const Conv2d& g, const T* grad, const ImageRows<T>& x, int residue) {
     const int width = int(g.in_w), count = (int(g.out_w) - residue + g.dilation_w - 1) / g.dilation_w;
@@ -100,9 +100,9 @@ struct Taps {
   }
 };
 
-// Some taps of a group of channels, over a part of the batch's output rows. `lanes` threads lie along the channels
-// (NHWC) or all along the pixels (NCHW); those along the pixels, whole rows each where windows slide, are added up in a
-// fixed order.
+// A block makes some taps of a group of channels, over a part of the batch's output rows. In NHWC `lanes` threads lie
+// along the channels; the others, and all in NCHW, lie along the pixels, or along whole rows where windows slide. The
+// sums of the latter are added in a fixed order.
 template <class T, int across, bool slides>
 __global__ void __launch_bounds__(kThreads, 2)
     any_filter_grad(FilterGrad a, Divider out_h, int parts, int channels_aside, int channel_blocks) {

@@ -8,7 +8,7 @@ namespace rkl::cuda {
 namespace general {
 namespace {
 
-// Whether 32 bits hold the columns of a thread's neighbouring outputs and of their inputs, past a row's ends too.
+// Whether 32 bits hold the columns of a thread's neighbouring outputs and of their inputs, even past a row's ends.
 bool counts_neighbours(const Conv2d& g) {
   constexpr int64_t kMost = int64_t(1) << 31;
   return std::max(g.in_w, g.out_w) + std::abs(g.padding_w) + int64_t(g.dilation_w) * (g.kernel_w + kSums) < kMost;
@@ -22,7 +22,7 @@ Plan plan_filter_grad(const Conv2d& g, const Device& device) {
   Plan plan{Family::general};
   plan.kernel = slides(g) ? kSliding : kApart;
   plan.parts = filter_grad_parts(g, channel_blocks, device);
-  // A row at least for each thread beside the channels.
+  // At least a row for each of the threads that share a channel.
   if (slides(g))
     plan.parts = int(std::min<int64_t>(plan.parts, ceil_div(g.batch * g.out_h, kThreads / kChannelsAside)));
   plan.blocks = channel_blocks * groups * plan.parts;
@@ -30,7 +30,7 @@ Plan plan_filter_grad(const Conv2d& g, const Device& device) {
   return plan;
 }
 
-// Of a convolution or, `transposed`, of the data gradient of one.
+// Plans a convolution or, if transposed, a data gradient.
 Plan plan_output(const Conv2d& g, bool transposed, Dtype dtype, bool aligned, const Device& device) {
   const int64_t height = transposed ? g.in_h : g.out_h, width = transposed ? g.in_w : g.out_w;
   const int vector = vector_of(size_of(dtype)), outputs = outputs_of(size_of(dtype));
@@ -53,7 +53,7 @@ Plan plan_output(const Conv2d& g, bool transposed, Dtype dtype, bool aligned, co
 }  // namespace
 }  // namespace general
 
-// kernel: as general::Kernel has them; rows: of the filter, in shared memory at once.
+// Plan::kernel is a general::Kernel; Plan::rows counts the filter's rows that are in shared memory at once.
 Plan plan_general(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device) {
   if (result == Result::filter_grad) return general::plan_filter_grad(g, device);
   if (result == Result::output) return general::plan_output(g, false, dtype, aligned, device);

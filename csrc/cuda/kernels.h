@@ -22,22 +22,22 @@ void plane_epilogue(const void* z, const void* bias, Activation act, void* out, 
 // out = grad * act', from the activation's output or its input.
 void activation_backward(const void* grad, const void* values, Activation act, bool from_output, void* out, int64_t n,
                          Dtype dtype, cudaStream_t stream);
-// workspace: so many floats as column_sums_workspace tells.
+// Each column's sum; workspace: as many floats as column_sums_workspace returns.
 int64_t column_sums_workspace(int64_t rows, int64_t channels);
 void column_sums(const void* matrix, void* out, int64_t rows, int64_t channels, float* workspace, Dtype dtype,
                  cudaStream_t stream);
-// Each channel's sum over NCHW images; workspace: so many floats as plane_sums_workspace tells.
+// Each channel's sum over NCHW images; workspace: as many floats as plane_sums_workspace returns.
 int64_t plane_sums_workspace(int64_t images, int64_t channels, int64_t plane);
 void plane_sums(const void* image, void* out, int64_t images, int64_t channels, int64_t plane, float* workspace,
                 Dtype dtype, cudaStream_t stream);
 
-// Dense NCHW images to NHWC, or back; where can_transpose agrees.
+// Transposes dense NCHW images to NHWC, or back, where can_transpose returns true.
 bool can_transpose(int64_t images, int64_t channels, int64_t pixels, Dtype dtype, const void* from);
 void transpose(const void* from, void* to, bool to_nhwc, int64_t images, int64_t channels, int64_t pixels, Dtype dtype,
                cudaStream_t stream);
 
-// Separable convolution in one kernel, over NHWC images; the biases may be null. The plan is plan_separable's: nothing
-// where no kernel serves, and the unfused steps are to run. aligned: whether x begins at a multiple of 16 bytes, as the
+// Separable convolution in one kernel, over NHWC images; the biases may be null. The plan is plan_separable's, which is
+// nullopt where no kernel serves and the steps run unfused. aligned: whether x begins at a multiple of 16 bytes; the
 // pointwise filter must.
 MaybePlan plan_separable(const Conv2d& g, int64_t c_out, Activation inner, Activation act, Dtype dtype, bool aligned,
                          const Device& device);
@@ -48,8 +48,8 @@ void fused_separable(const Plan& plan, const Conv2d& g, int64_t c_out, const voi
 // y = act(x * weight + bias); bias may be null.
 void depthwise(const Conv2d& g, const void* x, const void* weight, const void* bias, Activation act, void* y,
                Dtype dtype, cudaStream_t stream);
-// The gradients of image, filter and bias; each may be null where it is not wanted, and so may be what only the others
-// are made of. The plan is plan_depthwise_backward's for the same call; workspace: so many floats as the plan tells.
+// The gradients of image, filter and bias. Those that are not wanted are null, and so may be the inputs that only they
+// need. The plan is plan_depthwise_backward's for the same call; workspace: as many floats as the plan tells.
 BackwardPlan plan_depthwise_backward(const Conv2d& g, const void* grad, const void* x, const void* dx,
                                      const void* dweight, const void* dbias, Dtype dtype);
 void depthwise_backward(const BackwardPlan& plan, const Conv2d& g, const void* grad, const void* x, const void* weight,

@@ -78,13 +78,13 @@ struct CudaConv : TransposedFormats<CudaConv> {
   }
 };
 
-// A filter that begins at a multiple of 16 bytes, as the kernels of pointwise steps load it: a copy where it does not,
-// as a view into one buffer of all parameters may not.
+// The filter, or a copy where it does not begin at a multiple of 16 bytes, as the kernels of pointwise steps need. A
+// view into one buffer of all parameters may begin anywhere.
 Tensor aligned(const Tensor& filter) {
   return cuda::aligned_16(filter.const_data_ptr()) ? filter : torch::stable::clone(filter);
 }
 
-// out = act(image * filter + bias) over NHWC images in one kernel; nothing where it does not serve. filter: (C', C).
+// out = act(image * filter + bias) over NHWC images in one kernel; nullopt where it does not serve. filter: (C', C).
 std::optional<Tensor> pointwise_in_one(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias,
                                        Activation act, Dtype dtype) {
   const OnDeviceOf device(image);
@@ -108,8 +108,8 @@ struct CudaSeparable : CudaConv {
                                   int64_t rows, int64_t channels, Dtype dtype, const Tensor& like) {
     cuda::activation_backward(grad, values, act, from_output, out, rows * channels, dtype, OnDeviceOf(like).stream);
   }
-  // cuBLAS is the better one of whole 128-byte rows, and otherwise up to 1.7 times slower than cuDNN (728 to 728
-  // channels, 19 px, H100). fp32 stays with cuBLAS, whose products are exact by default, where cuDNN's are in TF32.
+  // cuBLAS is faster than cuDNN on whole 128-byte rows, and otherwise up to 1.7 times slower (728 to 728 channels, 19
+  // px, H100). fp32 stays with cuBLAS, whose products are exact by default; cuDNN's are in TF32.
   static bool by_cudnn(const SeparableCall& call, const Tensor& image, const Tensor& filter) {
     constexpr int64_t kRow = 64;
     return call.dtype != Dtype::f32 && (image.size(1) % kRow || filter.size(0) % kRow);
@@ -144,7 +144,7 @@ struct CudaSeparable : CudaConv {
     const Conv2d& g = call.g;
     const int64_t pixels = g.out_h * g.out_w, results = call.c_out * g.channels;
     if (g.nhwc) return filter_gradient_by_matrix(dz, hidden, out);
-    // An image's product each, and their sum: where a product is less than what transposing both images would move.
+    // One product for each image, and their sum, where a product is less than what transposing both would move.
     if (results >= (call.c_out + g.channels) * pixels)
       return filter_gradient_by_matrix(dense(dz, true), dense(hidden, true), out);
     const std::vector<int64_t> size{g.batch, call.c_out, g.channels};
@@ -218,7 +218,7 @@ Conv2d conv2d_of(const std::vector<int64_t>& geometry, bool nhwc) {
           small(8), small(9), small(10), small(11), small(12), small(13), nhwc};
 }
 
-// A GPU's facts as plan.h has them: the current device's where there are none.
+// A GPU's facts as plan.h has them; the current device's where `facts` is empty.
 cuda::Device device_of(const std::vector<int64_t>& facts) {
   if (facts.empty()) return cuda::current_device();
   STD_TORCH_CHECK(facts.size() == 6, "device must have 6 numbers, got ", facts.size());
@@ -232,12 +232,12 @@ std::vector<int64_t> numbers_of(const cuda::MaybePlan& plan, bool nhwc) {
           plan->threads,         plan->shared, plan->steps, nhwc};
 }
 
-// In the place of a family, and then the format alone follows: PyTorch's own convolution.
+// Stands in the place of a family for PyTorch's own convolution; the format alone follows it.
 constexpr int64_t kPyTorch = 5;
 
 // The plan of a depthwise convolution's result, for rk.explain and the tests: family, kernel, rows, parts, blocks,
-// threads, shared, steps, whether it is computed in NHWC, to which images may be transposed. All tensors begin at
-// multiples of 16 bytes. Nothing where no family makes the result, which may be so of Result::both_grads.
+// threads, shared, steps, and whether the result is computed in NHWC, to which images may be transposed. All tensors are
+// taken to begin at multiples of 16 bytes. Empty where no family makes the result, as may be for Result::both_grads.
 std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, int64_t dtype, int64_t result,
                                     std::vector<int64_t> device, bool with_bias) {
   Conv2d g = conv2d_of(geometry, nhwc);
@@ -247,8 +247,8 @@ std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, in
   return numbers_of(cuda::plan_result(wanted, g, Dtype(dtype), true, device_of(device)), g.nhwc);
 }
 
-// The same of a separable convolution in one kernel; nothing where it runs unfused, as of NCHW images that are taken
-// where they lie. nhwc: the output's format, which NHWC images have too.
+// The same for a separable convolution in one kernel. Empty where it runs unfused, as with NCHW images that are read as
+// they are. nhwc: the output's format, which is that of the images.
 std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, bool nhwc, int64_t c_out, int64_t inner,
                                     int64_t activation, int64_t dtype, std::vector<int64_t> device) {
   Conv2d g = conv2d_of(geometry, nhwc);

@@ -1,6 +1,5 @@
-// Plans that a thread has made before. To plan an output weighs up to hundreds of cuts, 8 to 10 us on one core of an
-// AMD EPYC, as long as all else that a call costs the host; and a network calls with the same few shapes again and
-// again.
+// Remembers the plans that a thread has made. Planning an output weighs up to hundreds of cuts and takes 8 to 10 us on
+// one core of an AMD EPYC, as long as all else that a call costs the host. A network repeats the same few shapes.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -14,7 +13,7 @@ namespace rkl::cuda {
 // Everything that a plan is made from, as numbers.
 using PlanKey = std::array<int64_t, 24>;
 
-// rest: what a plan is told beside the geometry, the type, the alignment and the device.
+// rest: what a plan depends on beside the geometry, the type, the alignment and the device.
 inline PlanKey plan_key(const Conv2d& g, Dtype dtype, bool aligned, const Device& d, int64_t rest) {
   return {g.batch,
           g.channels,
@@ -46,20 +45,20 @@ struct PlanKeyHash {
   size_t operator()(const PlanKey& key) const {
     uint64_t hash = 0;
     for (const int64_t number : key) {
-      hash = (hash ^ uint64_t(number)) * 0x9e3779b97f4a7c15u;  // odd, its bits half ones
+      hash = (hash ^ uint64_t(number)) * 0x9e3779b97f4a7c15u;  // odd, half of its bits ones
       hash ^= hash >> 32;
     }
     return hash;
   }
 };
 
-// The plan of that key: the one that this thread remembers, or what make() says. Each place that calls has a memory of
-// its own, so that keys of one place alone must differ.
+// The plan of that key: the one that this thread remembers, or else make()'s. Each call site, whose lambda is a type F
+// of its own, has its own memory, so that keys need differ only within one call site.
 template <class F>
 MaybePlan remembered(const PlanKey& key, F make) {
-  // Those of a few networks: a layer in NCHW asks for 6 to 8, which makes 68 to 72 different ones of MobileNetV2 and
-  // 88 to 92 of EfficientNet-B0. Where shapes have no end, all are forgotten when it is full. One is found in 30 ns,
-  // however many there are; to look through 92 in a row took 104 ns.
+  // Room for a few networks: a layer in NCHW asks for 6 to 8 plans; MobileNetV2 has 68 to 72 different plans,
+  // EfficientNet-B0 88 to 92. Where shapes never repeat, all plans are forgotten when the map is full. A plan is found
+  // in 30 ns, however many there are; a linear search through 92 took 104 ns.
   constexpr size_t kMostPlans = 512;
   thread_local std::unordered_map<PlanKey, MaybePlan, PlanKeyHash> plans;
   if (const auto found = plans.find(key); found != plans.end()) return found->second;

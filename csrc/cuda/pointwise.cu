@@ -1,11 +1,11 @@
 // The pointwise step in 16 bits: pixels by channels times a filter of outputs by channels on the tensor cores, with the
-// bias and the activation before the one rounding. A library's product writes its output for a pass that reads and
-// writes it again: of a MobileNetV2's inference that pass was 30 % (256 images, bf16, H100).
+// bias and the activation before the one rounding. After a library's product they take a pass that reads and writes the
+// output again. That pass was 30 % of a MobileNetV2's inference (256 images, bf16, H100).
 //
-// A block keeps the filter of up to 128 outputs in shared memory and makes tiles of 128 pixels, one after the other,
-// whose channels it reads by 32 into a ring. The ring runs on over the tiles: while one is finished, the next one's
-// channels come. Neighbouring blocks have the same pixels, which are read from memory once. Each of four warps makes
-// half of the pixels by half of the outputs.
+// A block keeps the filter of up to 128 outputs in shared memory and makes tiles of 128 pixels, one after the other. It
+// copies their channels by 32 into a ring, which runs on across tiles: while one tile is finished, the next one's
+// channels are copied. Neighbouring blocks share their pixels, which are read from memory once. Each of four warps
+// makes half of the pixels by half of the outputs.
 #include <algorithm>
 #include <iterator>
 
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kPixels = 128, kDeep = 32, kStages = 4, kThreads = 128;
 constexpr int kUnits = kDeep / 8;                                    // 16-byte pieces of a row of the ring
-constexpr int kWarpPixels = kPixels / 2, kTiles = kWarpPixels / 16;  // of an mma
+constexpr int kWarpPixels = kPixels / 2, kTiles = kWarpPixels / 16;  // pixels of a warp, and mmas that cover them
 
 struct Product {
   const void *image, *filter, *bias;
@@ -36,11 +36,11 @@ struct Product {
   __host__ __device__ int pitch() const { return units() | 1; }
 };
 
-// A piece's place in a stage of the ring. Two rows lie in 128 bytes; the order of a row's pieces changes with every
-// second row, so that eight rows' pieces of one number lie in different banks.
+// Where a piece lies in a stage of the ring. Two rows lie in 128 bytes. The order of a row's pieces changes with every
+// second row, so that the pieces of one number in eight successive rows lie in different banks.
 __device__ inline uint32_t place(int row, int unit) { return uint32_t(row * kUnits + (unit ^ row / 2 % kUnits)) * 16; }
 
-// A thread's pieces of a stage: the same channels of every 32nd of the tile's pixels.
+// Copies a thread's pieces of a stage: the same channels of every 32nd of the tile's pixels.
 template <class T>
 struct StageLoader {
   static constexpr int kRowStep = kThreads / kUnits;
@@ -65,7 +65,7 @@ struct StageLoader {
   }
 };
 
-// Starts the copies of a block's filter; they end with the first stage's.
+// Starts the copies of a block's filter. They are in one cp.async group with the first stage's.
 template <class T, int width>
 __device__ inline void load_filter(const Product& p, uint32_t filter, int first_output) {
   const int units = p.units(), pitch = p.pitch();
@@ -77,12 +77,12 @@ __device__ inline void load_filter(const Product& p, uint32_t filter, int first_
   }
 }
 
-// Blocks of a multiprocessor, by registers.
+// How many blocks the registers of a multiprocessor suffice for.
 constexpr int blocks_for(int width) { return width == 128 ? 2 : width == 96 ? 3 : width == 64 ? 4 : 5; }
 
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads, blocks_for(width)) multiply_pixels(Product p) {
-  constexpr int kPairs = width / 32;  // of 8 outputs, of a warp
+  constexpr int kPairs = width / 32;  // a warp makes so many pairs of 8 outputs
   constexpr int kStageBytes = kPixels * kDeep * 2, kPitch = 2 * kPairs + 1;
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for(width)) multiply_pixels(P
     float sums[kTiles][2 * kPairs][4] = {};
     for (int channel = 0; channel < p.channels; channel += kDeep) {
       cp_async_wait<kStages - 2>();
-      __syncthreads();  // this stage is there for all, and all have done with the one before, whose slot is next
+      __syncthreads();  // this stage has arrived for all; all have read the one before, whose slot is loaded next
       loader.load(p, ring + (slot + kStages - 1) % kStages * kStageBytes);
       const uint32_t stage = ring + slot * kStageBytes;
       slot = (slot + 1) % kStages;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, blocks_for(width)) multiply_pixels(P
   cp_async_wait<0>();
 }
 
-// Outputs of a tile. Idle ones cost their products; each tile across reads the pixels again, from the cache.
+// Outputs of a tile. Idle outputs cost their products; each tile across the outputs reads the pixels from the cache.
 int width_for(int64_t outputs) {
   constexpr int kWidths[] = {128, 96, 64, 32}, kAcross = 32;
   const auto cost = [&](int width) { return ceil_div(outputs, width) * (width + kAcross); };
@@ -197,8 +197,8 @@ void multiply(const Product& p, const Device& device, cudaStream_t stream) {
 
 }  // namespace
 
-// Of more channels the library's product, whose instructions are Hopper's own, and a pass behind it take less: 728 to
-// 728 channels 137 us instead of 229, 384 to 64 the same; 256 to 256 496 instead of 354 (bf16, H100).
+// With more channels, a library's product, which uses Hopper's own instructions, and a pass after it are faster: 728 to
+// 728 channels take 137 us instead of 229, 384 to 64 the same, but 256 to 256 take 496 instead of 354 (bf16, H100).
 constexpr int64_t kMostChannels = 256;
 constexpr int64_t kMostOutputs = (int64_t(1) << 31) / kMostChannels;  // offsets in the filter have 31 bits
 

@@ -7,8 +7,8 @@
 
 namespace rkl::cuda {
 
-// Whether `pointwise` can do it. aligned: whether the image begins at a multiple of 16 bytes, as the filter must and a
-// new output does.
+// Whether `pointwise` serves such a step. aligned: whether the image begins at a multiple of 16 bytes. The filter must;
+// a new output does.
 bool serves_pointwise(int64_t channels, int64_t outputs, Activation act, Dtype dtype, bool aligned,
                       const Device& device);
 

@@ -1,8 +1,8 @@
 // All inline PTX: shared memory by 32-bit addresses, asynchronous copies into it, the tensor cores, and tanh. On the
 // CPU the tests' emulator stands in.
 //
-// A shared address is 32 bits wide. Kernels that count instructions keep such addresses, not pointers: a pointer costs
-// two registers, and two instructions for every step that it makes.
+// A shared address is 32 bits wide. Kernels whose time is instructions keep such addresses instead of pointers: a
+// pointer takes two registers, and two instructions for every addition.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -48,13 +48,13 @@ inline float tanh_approx(float x) { return emulator::tanh_approx(x); }
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// The value itself, which the compiler is not to make anew at every use.
+// Returns x, and keeps the compiler from computing it again at every use.
 __device__ inline uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-// 16 bytes at a multiple of 16.
+// Loads 16 bytes from a multiple of 16.
 __device__ inline uint4 load_shared_16(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -82,14 +82,14 @@ __device__ inline void cp_async_16_or_zeros(uint32_t shared, const void* global,
 }
 // Closes a group of copies; a group may be empty.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most the newest groups_left groups are in flight. What others copied needs a __syncthreads after.
+// Waits until at most the newest groups_left groups are in flight. Other threads' copies also need a __syncthreads.
 template <int groups_left>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane 8 m + r gives the address of row r of matrix m. Fragment m holds, of
-// matrix m (of its transpose), row lane / 4, columns lane % 4 * 2 and the next.
+// Loads four 8 x 8 matrices of 16-bit elements. Lane 8 m + r gives the address of row r of matrix m. fragment[m] holds
+// row lane / 4, columns lane % 4 * 2 and the next, of matrix m or of its transpose.
 template <bool transpose = false>
 __device__ inline void ldmatrix_x4(uint32_t (&fragment)[4], uint32_t row) {
   if constexpr (transpose)
@@ -106,7 +106,7 @@ __device__ inline void ldmatrix_x4(uint32_t (&fragment)[4], uint32_t row) {
 
 __device__ inline void store_rows_of_matrices(uint32_t row, const uint32_t (&fragment)[4]);
 
-// The way back: lane 8 m + r gives the address of row r of matrix m. Other lanes read it after a __syncwarp.
+// Stores such fragments: lane 8 m + r gives the address of row r of matrix m. Other lanes read it after a __syncwarp.
 __device__ inline void stmatrix_x4(uint32_t row, const uint32_t (&fragment)[4]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(fragment[0]),
@@ -160,16 +160,16 @@ __device__ inline float tanh_approx(float x) {
 
 #endif
 
-// stmatrix_x4 where there is none, before sm_90: each lane stores its pair of every matrix, whose row's address it asks
-// of the lane that has it. The four lanes of a row fill 16 bytes, so rows that suit stmatrix have no bank conflicts
-// here.
+// stmatrix_x4 for GPUs older than sm_90, which lack the instruction. Each lane stores its pair of every matrix; it
+// takes the row's address from the lane that has it. The four lanes of a row fill 16 bytes, so rows that suit stmatrix
+// have no bank conflicts here.
 __device__ inline void store_rows_of_matrices(uint32_t row, const uint32_t (&fragment)[4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < 4; ++m) store_shared_4(__shfl_sync(~0u, row, m * 8 + lane / 4) + lane % 4 * 4, fragment[m]);
 }
 
-// By pointers.
+// The same with pointers.
 __device__ inline void cp_async_16(void* shared, const void* global, int valid) {
   cp_async_16(shared_address(shared), global, valid);
 }

@@ -24,7 +24,7 @@ SeparableTiling separable_outputs(const SeparableKernel& kernel, int64_t outputs
 
 namespace {
 
-// Every block loads the pointwise filters, so that few and long ones are best: one round of them, if they fit.
+// Every block loads the pointwise filters, so few blocks of many rows are best: one round of blocks, if they fit.
 double cost(const rows::Tiling& t, const rows::Kernel& kernel, int each, double blocks_over_at_once) {
   constexpr double kFilters = 8, kFew = 4;
   const double rounds = blocks_over_at_once < kFew ? std::ceil(blocks_over_at_once) : blocks_over_at_once + 0.5;

@@ -1,8 +1,8 @@
 // Separable convolution in one kernel by the row pipeline (rows.cuh): the depthwise output never leaves the chip.
 //
-// A block has all channels of a strip and slides down the image. In each step it makes a row of the depthwise output
-// into shared memory, multiplies the row before it by the pointwise filters, and stores the row before that: one
-// barrier a row. The depthwise row lies there as the product's left operand, 16 pixels by 16 channels at a time. A warp
+// A block makes all channels of a strip and slides down the image. In each step it writes a row of the depthwise output
+// to shared memory, multiplies the row before it by the pointwise filters, and stores the row before that, with one
+// barrier a row. The product loads its left operand from the depthwise row, 16 pixels by 16 channels at a time. A warp
 // makes 16 pixels by a slice of the output channels, whose filters it keeps in registers.
 #include <algorithm>
 
@@ -25,7 +25,7 @@ struct PointwiseFilters {
   uint32_t b[wide][deep][4];
   float bias[wide][2][2];
 
-  // outputs: all channels; first: the slice's.
+  // outputs: how many there are in all; first: the slice's first output.
   __device__ void load(const T* weight, const T* biases, int channels, int outputs, int first) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -33,7 +33,7 @@ struct PointwiseFilters {
 #pragma unroll
       for (int d = 0; d < deep; ++d)
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {  // the 8 outputs, and the half of the channels
+        for (int m = 0; m < 4; ++m) {  // m / 2: which 8 outputs; m % 2: which half of the channels
           const int o = first + e * 16 + m / 2 * 8 + lane / 4, c = d * 16 + m % 2 * 8 + lane % 4 * 2;
           b[e][d][m] = o < outputs && c < channels ? *reinterpret_cast<const uint32_t*>(weight + o * channels + c) : 0;
         }
@@ -47,11 +47,11 @@ struct PointwiseFilters {
   }
 };
 
-// A thread's 16-byte pieces of a finished row of outputs, whose number of channels is not that of the inputs.
+// Writes a thread's 16-byte pieces of a finished row of outputs, whose channels need not be as many as the inputs'.
 template <class T, int pieces>
 struct OutputWriter {
   uint32_t begin[pieces], from[pieces];
-  uint32_t row, pitch;  // elements: of the next row from the first, and from a row to the next
+  uint32_t row, pitch;  // elements: of the next row beyond `begin`, and from a row to the next
   bool writes[pieces];
 
   __device__ void init(const Tiling& t, const Task& task, const SeparableTiling& out) {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kSeparableKernels[k].window.threads(), kSepara
   if (a.depthwise_bias && c < t.channels)
 #pragma unroll
     for (int i = 0; i < 4; ++i) begin[i] = to_float(static_cast<const T*>(a.depthwise_bias)[c + i % 2]);
-  // Of the product: 16 pixels by a slice.
+  // This warp's share of the product: 16 pixels by a slice.
   const int half = warp / slices, first_output = (warp - half * slices) * wide * 16;
   PointwiseFilters<T, deep, wide> filters;
   filters.load(static_cast<const T*>(a.pointwise), static_cast<const T*>(a.pointwise_bias), t.channels, out.outputs,
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kSeparableKernels[k].window.threads(), kSepara
   const uint32_t take_at = opaque(hidden + ((half * 16 + lane % 16) * out.hidden_pitch + lane / 16) * 16);
   const uint32_t give_at =
       opaque(outputs + ((half * 16 + lane % 16) * out.output_pitch + first_output / 8 + lane / 16) * 16);
-  // Channels that no warp makes are zero, in both depthwise rows: the filters there are zero, and zero times whatever
-  // lies in fresh shared memory may be NaN.
+  // Channels that no warp makes are set to zero in both depthwise rows. Their filters are zero, but zero times what
+  // shared memory happens to hold may be NaN.
   for (int i = threadIdx.x; i < 2 * kStrip * (2 * deep - t.groups); i += blockDim.x) {
     const int pixel = i / (2 * deep - t.groups), piece = t.groups + i % (2 * deep - t.groups);
 #pragma unroll
@@ -163,11 +163,11 @@ __global__ void __launch_bounds__(kSeparableKernels[k].window.threads(), kSepara
 #pragma unroll
     for (int i = 0; i < flight * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] = 0.f;
 
-    // Step s ends the depthwise row s - (flight - 1), multiplies the one before and stores the one before that.
+    // Step s completes depthwise row s - (flight - 1), multiplies the row before it and stores the row before that.
     for (int s = 0; s < rows + flight + 1; ++s) {
       const int row = s - (flight - 1);
       cp_async_wait<kAhead - stride>();
-      __syncthreads();  // as in rows_convolution; and the depthwise row and the outputs of the step before are there
+      __syncthreads();  // as in rows_convolution; also, the step before has written its depthwise row and its outputs
 #pragma unroll
       for (int i = 0; i < stride; ++i) load(s * stride + kAhead + i);
       if (row >= 2) writer.write(y, outputs + (row & 1) * output_bytes);

@@ -4,9 +4,9 @@
 
 namespace rkl::cuda {
 
-// A compiled kernel: up to 16 * deep input channels, and for each 16 pixels and each slice of the output channels up to
-// 16 * wide of these. The pointwise filters stay in registers, 4 * deep * wide of them a thread: reading them from
-// shared memory for every row took 115 us where this takes 94 (32 to 64 channels, 112 px, H200).
+// A compiled kernel, for up to 16 * deep input channels. A warp multiplies 16 pixels by a slice of up to 16 * wide
+// output channels. The pointwise filters stay in registers, 4 * deep * wide a thread: reading them from shared memory
+// for every row took 115 us where this takes 94 (32 to 64 channels, 112 px, H200).
 struct SeparableKernel {
   rows::Kernel window;
   int deep, wide;
@@ -21,13 +21,13 @@ constexpr SeparableKernel kSeparableKernels[] = {
 
 // Sizes of a launch beside the depthwise step's tiling.
 struct SeparableTiling {
-  int outputs;                     // channels
+  int outputs;                     // output channels
   int hidden_pitch, output_pitch;  // 16-byte pieces between pixels of a depthwise row and of a row of outputs
   int hidden_bytes() const { return rows::kStrip * hidden_pitch * 16; }
   int output_bytes() const { return rows::kStrip * output_pitch * 16; }
 };
 
-// Counts the outputs' elements, where images_at_once looks at inputs and outputs of as many channels.
+// A convolution whose inputs are as large as the outputs, so that images_at_once counts the outputs' elements.
 inline Conv2d outputs_of(const Conv2d& g, int64_t outputs) {
   Conv2d of = g;
   of.channels = outputs, of.in_h = g.out_h, of.in_w = g.out_w;

@@ -15,8 +15,8 @@ constexpr int kTile = 2048;  // words of 4 bytes: 64 pixels of all images by 32 
 template <class T>
 constexpr int kPack = 4 / sizeof(T);
 
-// A tile of `words` words of channels. All of a thread's reads are on their way before the first is stored. A word of
-// padding behind each pixel's: pixels one below the other lie in different banks.
+// Transposes a tile of `words` words of channels. A thread issues all its reads before it stores the first. A word of
+// padding follows each pixel's words, so that one word of successive pixels lies in different banks.
 template <class T, int words, bool to_nhwc>
 __global__ void __launch_bounds__(kThreads)
     transpose_image(const T* __restrict__ from, T* __restrict__ to, int channels, int pixels, int all_pixels) {

@@ -21,9 +21,9 @@ struct Backward {
   __device__ float operator()(float y, float grad) const { return grad * trelu_derivative(y); }
 };
 
-// out[i] = f(a[i], b[i]), or f(a[i]) where f takes no second; `vectors` of them whole, then the tail one by one.
-// out may be a or b: every element is read before it is written, by the one thread that has it. What is read and
-// written once goes past the cache's older contents (__ldcs, __stcs).
+// out[i] = f(a[i], b[i]), or f(a[i]) where f takes one argument: `vectors` whole vectors, then the tail one by one.
+// out may be a or b: an element is read and then written by the same thread. What is read and written only once is
+// streamed (__ldcs, __stcs), so that it does not displace what the cache holds.
 template <class T, class F>
 __global__ void __launch_bounds__(kThreads)
     elementwise(const T* a, const T* b, T* out, int64_t n, int64_t vectors, F f) {
