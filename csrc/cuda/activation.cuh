@@ -12,7 +12,7 @@ template <class T>
 __device__ inline float activated(Activation act, float x) {
   if constexpr (sizeof(T) == 2) {
     if (act == Activation::trelu) return x > 0.f ? x : tanh_approx(x);
-    if (act == Activation::silu) return __fdividef(x, 1.f + __expf(-x));  // to a few units of fp32
+    if (act == Activation::silu) return __fdividef(x, 1.f + __expf(-x));  // accurate to a few ulp of fp32
   }
   return activate(act, x);
 }

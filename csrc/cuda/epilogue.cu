@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Calls f(elements a thread): those of a 16-byte vector where count and pointers are multiples of it, else 1.
+// Calls f(elements of a thread): those of a 16-byte vector where it divides the count and all pointers, else 1.
 template <class T, class F>
 void by_width(int64_t count, const void* a, const void* b, const void* c, F&& f) {
   constexpr int size = 16 / sizeof(T);
@@ -121,9 +121,8 @@ __global__ void __launch_bounds__(kThreads)
   store(out + at, v);
 }
 
-// Sums over rows in two stages, each in a fixed order: a block sums 32 columns over a slice of the rows, then the
-// slices are added. Columns lie along the grid's x, which takes more blocks: a filter's gradient has one for each
-// element.
+// Sums over rows in two stages, each in a fixed order: a block sums 32 columns over a slice of rows, then slices are
+// added. Columns lie along the grid's x, which takes more blocks: a filter's gradient has one for each element.
 constexpr int kColumns = 32, kLanes = kThreads / kColumns, kRowsOfSlice = 512, kMaxSlices = 1024;
 
 int64_t slices_of(int64_t rows) {
@@ -160,7 +159,7 @@ int64_t plane_slices(int64_t plane) {
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_planes(const T* image, float* partial, int64_t planes, int64_t plane) {
   const int64_t number = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (number >= planes) return;  // the whole warp
+  if (number >= planes) return;  // the whole warp leaves
   const int64_t of_slice = (plane + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * of_slice;
   const int64_t end = min(plane, begin + of_slice);
   float sum = 0.f;

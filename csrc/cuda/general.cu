@@ -112,7 +112,7 @@ __device__ void gather(const Conv2d& g, const T* x, int first, int width, int64_
   for (int tap = 0; tap < g.kernel_w; ++tap, weights += kTapBytes) {
     float weight[V];
     read_weights<T>(weights, weight);
-    // In a data gradient, the quotient and remainder by the stride. From output to output the remainder counts up.
+    // A data gradient divides by the stride. From output to output the remainder counts up, until it is the stride.
     int column = first * g.stride_w - g.padding_w + tap * g.dilation_w, rest = 0;
     if constexpr (transposed) {
       const int reach = first + g.padding_w - tap * g.dilation_w;

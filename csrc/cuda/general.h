@@ -9,7 +9,7 @@ constexpr int kVectors = 8;         // 16-byte vectors of a pixel that a block h
 constexpr int kChannelsAside = 32;  // channels of a block in NHWC's filter gradient
 constexpr int kSums = 32;           // sums of a thread: so many that its loads are few beside its multiply-adds
 constexpr int kPad = 16;            // bytes between taps in shared memory: without them all would begin in one bank
-constexpr int kStaged = 24 * 1024;  // bytes of filter rows in shared memory at once: the L1 cache has the rest
+constexpr int kStaged = 24 * 1024;  // bytes of filter rows in shared memory at once, to leave the L1 cache large
 
 // How a thread loads the inputs of its neighbouring outputs, or of its neighbouring taps of the filter's gradient.
 enum Kernel {

@@ -100,9 +100,9 @@ struct Taps {
   }
 };
 
-// A block makes some taps of a group of channels, over a part of the batch's output rows. In NHWC `lanes` threads lie
-// along the channels; the others, and all in NCHW, lie along the pixels, or along whole rows where windows slide. The
-// sums of the latter are added in a fixed order.
+// A block makes some taps of a group of channels, over a part of the batch's output rows. Its threads are `lanes`
+// channels (one in NCHW) by `others` pixels, or by `others` rows where windows slide. The sums over pixels or rows are
+// added in a fixed order.
 template <class T, int across, bool slides>
 __global__ void __launch_bounds__(kThreads, 2)
     any_filter_grad(FilterGrad a, Divider out_h, int parts, int channels_aside, int channel_blocks) {

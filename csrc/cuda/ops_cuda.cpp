@@ -248,7 +248,7 @@ std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, in
 }
 
 // The same for a separable convolution in one kernel. Empty where it runs unfused, as with NCHW images that are read as
-// they are. nhwc: the output's format, which is that of the images.
+// they are. nhwc: the output's format, which is NHWC wherever the images' is.
 std::vector<int64_t> separable_plan(std::vector<int64_t> geometry, bool nhwc, int64_t c_out, int64_t inner,
                                     int64_t activation, int64_t dtype, std::vector<int64_t> device) {
   Conv2d g = conv2d_of(geometry, nhwc);

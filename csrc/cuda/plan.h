@@ -62,8 +62,8 @@ struct BackwardPlan {
 // aligned: whether all images begin at multiples of 16 bytes, which most kernels' loads need. Filters and biases need
 // not: they may be views into one buffer of all parameters, so kernels read them element by element.
 std::optional<Plan> plan_result(Result result, const Conv2d& g, Dtype dtype, bool aligned, const Device& device);
-// Whether an NCHW separable convolution reads its images as they are, on any GPU, since NCHW has fast kernels for the
-// depthwise step. Otherwise transposing them is paid back by NHWC's faster kernels.
+// Whether an NCHW separable convolution reads its images as they are, on any GPU: NCHW has fast kernels for the
+// depthwise step, and NHWC's faster kernels would not pay for transposing.
 bool takes_planes(const Conv2d& g, Dtype dtype, bool backward);
 // Whether PyTorch's own convolution, here cuDNN's, is faster than these kernels. finished: the call has a bias or an
 // activation.
@@ -93,8 +93,7 @@ constexpr Int round_up(Int n, int to) {
 }
 
 // At stride 1 the image's gradient is a convolution too: of the output's gradient, with the filter read from its end to
-// its beginning. This is its geometry. Its padding is negative where the forward's padding is as wide as the filter or
-// wider.
+// its beginning. This is its geometry. Its padding is negative where the forward's is as wide as the filter or wider.
 inline Conv2d data_grad_as_convolution(Conv2d g) {
   const Conv2d f = g;
   g.in_h = f.out_h, g.in_w = f.out_w, g.out_h = f.in_h, g.out_w = f.in_w;

@@ -2,7 +2,7 @@
 // convolution is cut into such pieces.
 //
 // Rows of 7 or 19 elements begin at any address, so a single row cannot be read in aligned vectors. Successive rows are
-// one run of memory, which can, whatever the width. Padding is not stored: whatever reads the tile checks the bounds.
+// one run of memory, which can be, whatever the width. Padding is not stored: code that reads the tile checks bounds.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -34,9 +34,8 @@ struct PlaneRuns {
   __host__ __device__ static int pitch_for(int count) { return (count + 2 * V - 2) / V * V; }
 
   // Starts the copies of `runs` runs of `count` elements, the first from element `begin` on, each next one `apart`
-  // later. All threads of the block call it, and commit and wait themselves. Copies are aligned vectors, so they begin
-  // up to V - 1 elements early. An empty run, where all rows of a chunk lie in the padding, may begin beyond the
-  // tensor.
+  // later. All threads of the block call this, then commit and wait. Copies are aligned vectors and may begin V - 1
+  // elements early. An empty run, where all rows of a chunk lie in the padding, may begin beyond the tensor.
   __device__ void load(int64_t begin, int count, int runs, int64_t apart, int thread, int threads) const {
     if (!count) return;
     const int vectors = pitch / V;
@@ -49,7 +48,7 @@ struct PlaneRuns {
     }
   }
 
-  // Where element `begin` of the tensor lies, from which run `number` was loaded.
+  // The address of the tensor's element `begin`, from which run `number` was loaded.
   __device__ const T* run(int number, int64_t begin) const { return tile + number * pitch + int(begin % V); }
 };
 

@@ -8,7 +8,7 @@ namespace {
 
 using namespace planes;
 
-constexpr int kGradRows = 4;  // gradients of a thread, below each other
+constexpr int kGradRows = 4;  // rows of gradients that a thread adds at a time
 
 template <class T>
 Cut grad_cut(const Conv2d& g, int kernel, int stride) {

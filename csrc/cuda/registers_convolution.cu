@@ -1,4 +1,4 @@
-// Depthwise convolution in registers: the output, and the data gradient at stride 1, which is a convolution too.
+// Depthwise convolution in registers: the output, and the data gradient at stride 1, which is a convolution, too.
 #include "cuda/activation.cuh"
 #include "cuda/depthwise.h"
 #include "cuda/device.h"

@@ -1,7 +1,7 @@
 // The gradient of the filter (and of the bias) in registers, and with it that of the image at 3 x 3, stride 1.
 //
 // A thread keeps the sums of all taps of its channels through all its tasks. In each task it slides down the image and
-// keeps the rows of gradients that a row of inputs meets in registers. It loads an input of the next row right after
+// keeps in registers the rows of gradients that a row of inputs meets. It loads each input of the next row right after
 // the last use of this row's, into the same register, so that the next row takes no registers of its own.
 #include "cuda/depthwise.h"
 #include "cuda/device.h"

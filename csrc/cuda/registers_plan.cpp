@@ -7,9 +7,8 @@ namespace rkl::cuda {
 namespace registers {
 namespace {
 
-// How many vectors each block has: equal shares, in whole sectors of 4. A sector that two blocks share is written
-// twice: 72 vectors took 320 us by 15 a block, and take 188 by 16, the last half idle (56 px, 144 channels, fp32,
-// H100).
+// How many vectors a block has: equal shares, in whole sectors of 4. A sector that two blocks share is written twice:
+// 72 vectors took 320 us by 15 a block and take 188 by 16, the last half idle (56 px, 144 channels, fp32, H100).
 int vectors_of_block(int vectors, int most) {
   constexpr int kSector = 4;
   if (vectors <= most) return vectors;

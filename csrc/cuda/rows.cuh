@@ -1,16 +1,14 @@
 // The row pipeline: depthwise convolution of NHWC images in 16 bits on the tensor cores.
 //
 // A tap of 8 channels is a diagonal 8 x 8 matrix. The left operand of an mma is pixels by channels, as they lie in
-// NHWC. The right operand is two such diagonal matrices, one above the other. So one m16n8k16 adds two taps to the sums
-// of 16 pixels by 8 channels. The products are exact, and no element is unpacked. 7 of 8 multiplications are by zero;
-// still, the tensor cores do 1.3 times what the fp32 units could, with a tenth of the instructions (measured on an
-// H200).
+// NHWC. The right operand is two diagonal matrices, one above the other. So one m16n8k16 adds two taps to the sums of
+// 16 pixels by 8 channels. The products are exact and nothing is unpacked. 7 of 8 multiplications are by zero; still,
+// the tensor cores do 1.3 times what the fp32 units could, with a tenth of the instructions (measured on an H200).
 //
 // A warp makes 8 channels ("a group") of 32 output columns ("a strip") and slides down the image. cp.async copies rows
 // of the image into a ring in shared memory, several rows ahead, with one barrier a row. A tap reads the row from a
 // shifted address. Every row of the filter is applied to a row while it is there, so kernel_h rows of sums are in
-// flight. The first mma of sums[j] takes sums[j + 1] as its C, so that the window slides without moves between
-// registers.
+// flight. The first mma of sums[j] takes sums[j + 1] as its C, so that the window slides without register moves.
 //
 // A strip is four octets of 8 columns, which are counted through all images of the batch. If maps have 7 columns, it
 // covers four images; if they have 19, it ends in the middle of the next image. Octets of one image share their halo.

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kConvolutions[k].threads(), kConvolutions[k].b
     writer.to = writer.begin + task.group * (t.group_images * t.out_h * t.out_w * t.channels);
     const int first = task.row * stride - t.padding_h;
     const unsigned end = max(0, min(t.in_h, first + ((task.rows - 1) * stride + kernel_h - 1) * t.dilation_h + 1));
-    const auto load = [&](int s) {  // input row s of the task; those past its end are not read
+    const auto load = [&](int s) {  // copies the task's input row s; rows past its end are not read
       const int row = first + s * t.dilation_h;
       const bool inside = unsigned(row) < end;
       inputs.load(ring + s % kRing * row_bytes, images, group + row * (t.in_w * t.channels), inside);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kConvolutions[k].threads(), kConvolutions[k].b
     Sums sums[flight];
     begin_all(begin, sums);
 
-    const auto store = [&](int s) {  // the row that step s - 1 has finished
+    const auto store = [&](int s) {  // writes the row that step s - 1 has finished
       if (s >= flight) writer.write(outputs, buffers + (s - 1 & 1) * column_bytes);
     };
     const auto finish = [&](int s) {

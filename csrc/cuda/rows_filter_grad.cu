@@ -9,9 +9,8 @@
 namespace rkl::cuda {
 namespace rows {
 
-// The addresses from which lanes load transposed left operands in a row of haloed inputs: 16 pixels for two columns of
-// the filter. Columns count from the window's left, or with `reverse` from its right. last: for a column without a
-// pair.
+// The addresses from which lanes load transposed left operands in a row of inputs: 16 pixels for two columns of the
+// filter. Columns count from the window's left, or with `reverse` from its right. last: for a column without a pair.
 template <int kernel_w, int stride, bool reverse>
 struct TransposedOperands {
   uint32_t pair[2], last[2];
@@ -172,7 +171,7 @@ __global__ void __launch_bounds__(kFilterGrads[k].threads(), kFilterGrads[k].blo
   sums.write(a, t, first_part + part, channel);
 }
 
-// t is the tiling of the data gradient: its inputs are the output's gradient, its outputs dx.
+// t tiles the data gradient as a convolution: its inputs are the output's gradient, its outputs dx.
 template <class T, int k>
 __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks())
     rows_both_grads(Tiling t, FilterGrad a, const T* images, const T* gradients, const T* weight, T* image_gradients,

@@ -3,10 +3,9 @@
 // For one channel and one row kh of its filter, 8 neighbouring outputs are the product of neighbouring inputs with a
 // banded matrix that has the filter's row along its diagonals (a Toeplitz matrix):
 //   y[row][ox + n] += sum over j of x[row + kh][ox - padding + j] * t[j][n],  t[j][n] = weight[kh][j - n].
-// So 16 rows by 8 columns of outputs take one mma for each 16 columns of inputs. t is the same at every place of every
-// image: it is read from shared memory once a filter row. A column of t has k_blocks * 8 elements, of which kernel_w
-// are taps: 31 of 40, 13 of 24. Its zeros meet inputs outside of the output's window; if one is not finite, the output
-// is NaN.
+// So 16 rows by 8 columns of outputs take one mma per 16 columns of inputs. t is the same at each place of all images:
+// it is read from shared memory once a filter row. A column of t has k_blocks * 8 elements, of which kernel_w are taps:
+// 31 of 40, 13 of 24. Its zeros meet inputs outside of the output's window; any that is not finite makes it NaN.
 //
 // A warp makes one channel of a tile of up to 32 rows by 32 columns of outputs; a block has neighbouring channels. The
 // tile's inputs lie in shared memory as planes: NHWC images are transposed on the way in, their outputs on the way out.
@@ -34,7 +33,7 @@ struct Cut {
   int height, width;  // outputs of a tile in one image: an even number of rows, a multiple of 8 columns
   int images;         // images of a tile: several where maps are small
   int down, across;   // tiles of an image
-  int64_t tiles;      // of the whole batch
+  int64_t tiles;      // tiles of the whole batch
   int channels;       // channels of a block, each with a warp
   int stored;         // rows of an image in shared memory
   int columns;        // columns of inputs that are read
@@ -168,7 +167,7 @@ template <class T, int k_blocks>
 __device__ inline void multiply(const Conv2d& g, const Cut& c, const Place& at, const T* plane, const T* filter,
                                 const T* zeros, Sums& sum) {
   static_assert(k_blocks % 2 == 1, "a k of 8 comes last");
-  constexpr int kPairs = (kColumnTiles + k_blocks - 1) / 2;  // of 8-column blocks
+  constexpr int kPairs = (kColumnTiles + k_blocks - 1) / 2;  // pairs of 8-column blocks
   const int lane = threadIdx.x % 32, tiles = c.width / 8;
   // Lanes hold t[j][n] and t[j + 1][n] as one word, where j = 8 block + lane % 4 * 2 and n = lane / 4. In memory they
   // are in one word where n is even, in two where n is odd.

@@ -20,9 +20,9 @@
 namespace rkl::cuda {
 namespace {
 
-constexpr int kTileRows = 32, kTileColumns = 32;     // of the gradient
+constexpr int kTileRows = 32, kTileColumns = 32;     // of a tile of the gradient, at most
 constexpr int kStep = 32, kMostColumns = 2 * kStep;  // image columns: of a step; the most that a tile meets
-constexpr int kGap = 16;  // zeros between rows of the gradient: a band with some of it reaches no further
+constexpr int kGap = 16;  // zeros between rows of the gradient: bands that overlap a row reach no further
 
 // One of the kernels: the piece of the filter whose sums a warp keeps, a block's channels, and how many blocks the
 // registers of a multiprocessor suffice for.
@@ -54,7 +54,7 @@ struct Cut {
   int height, width;        // rows and columns of a tile of the gradient in one image
   int images;               // images of a tile: several where maps are small
   int down, across;         // tiles of an image
-  int64_t tiles;            // of the whole batch
+  int64_t tiles;            // tiles of the whole batch
   int pieces_down, pieces;  // pieces of the filter: below each other, in all
   int channels;             // channels of a block, each with a warp
   int group;                // an image's even rows lie apart from its odd rows: how many there are of each
@@ -80,7 +80,7 @@ Cut cut(const Conv2d& g, bool flat) {
     most = 0;
     for (int x = 0; x < g.out_w; x += c.width)
       for (int first = 0; first < g.kernel_w; first += V::kColumns) {
-        const Span span(g, x, c.width, first, V::kColumns, c.align);  // at most
+        const Span span(g, x, c.width, first, V::kColumns, c.align);  // the widest of the piece
         if (span.columns > most) most = span.columns;
       }
   }
@@ -111,8 +111,8 @@ __device__ inline int swizzled(const Cut& c, int row, int column) {
 struct Place {
   int64_t image;
   int images, y, x;  // the first gradient
-  int rows, width;   // of the gradient
-  int taps_down;     // of the piece
+  int rows, width;   // rows and columns of the gradient
+  int taps_down;     // rows of the piece
   int top, bottom;   // rows of the image
   Span span;
   int row, band;  // from top on, the image row that kh and row y meet; from x on, the gradient that left and kw meet
@@ -168,8 +168,8 @@ __device__ inline void load(const FilterGrad& a, const Cut& c, const Place& at, 
   cp_async_commit();
 }
 
-// Adds one image's products over kStep of its columns, from `column` on. They are few, so that few bands are held in
-// registers at a time.
+// Adds one image's products over kStep of its columns, from `column` on. With more columns at a time, more bands would
+// have to be in registers.
 template <class V, class T = typename V::T>
 __device__ inline void multiply(const Cut& c, const Place& at, int image, int column, const T* plane, const T* gradient,
                                 const T* zeros, typename V::Sums& sum) {
