@@ -1,4 +1,4 @@
-"""Autocast for the convolutions, as PyTorch does it for its own: images, filters and biases in the lower type."""
+"""Autocast for the convolutions: images, filters and biases are cast to the lower type, as for ``F.conv2d``."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from ._surroundings import settled_while_compiled
 
 CONVOLUTIONS = ("depthwise_conv2d", "separable_conv2d")
-"""The operators that are cast."""
+"""The operators whose arguments autocast casts."""
 
 KEYS = ("AutocastCPU", "AutocastCUDA")
-"""The dispatcher's keys of autocast on the devices that have kernels."""
+"""The dispatcher's autocast keys, for the devices that have kernels."""
 
 _KEYSET = reduce(or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in KEYS))
 
 
 @settled_while_compiled
 def _has_autocast(device: str) -> bool:
-    """Of meta tensors' device, say, torch will not be asked whether autocast is on."""
+    """Whether a device type has autocast. ``torch.is_autocast_enabled`` raises where it has none ("meta", say)."""
     return torch.amp.is_autocast_available(device)
 
 
 def autocast(x: Tensor, *others: Any) -> tuple:  # type: ignore[type-arg]
-    """The tensors in the active autocast type; unchanged outside autocast, and float64 always."""
-    if not torch._C._is_any_autocast_enabled():  # one question in C where there mostly is none
+    """The tensors cast to the active autocast type. Outside autocast they stay as they are; float64 always does."""
+    if not torch._C._is_any_autocast_enabled():  # the common case costs one call into C
         return (x, *others)
     if not isinstance(x, Tensor):
         return (x, *others)
@@ -44,14 +44,14 @@ def _is_cast(t: Any) -> bool:
 
 
 def below_autocast() -> Any:
-    """A block in which the operators take what they are given as it is. Autocast counts as off in it."""
+    """A context manager in which autocast is off: the operators do not cast their arguments."""
     return torch._C._ExcludeDispatchKeyGuard(_KEYSET)
 
 
 def register(library: torch.library.Library, name: str, registered: Any) -> None:
-    """Cast what an operator is given, for exported and traced graphs, which call it with no Python before it.
+    """Register a kernel that casts an operator's arguments. Exported and traced graphs call the operator directly.
 
-    ``torch.library.register_autocast`` would cast to one type, fixed when it is called.
+    ``torch.library.register_autocast`` would not do: the type that it casts to is fixed when it is called.
     """
 
     def cast(*args: Any) -> Any:

@@ -22,9 +22,9 @@ NAMES: tuple[Backend, ...] = get_args(Backend)
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 LEAST_CAPABILITY = (8, 0)
-"""Of a GPU: what the CUDA kernels are compiled for, and what Triton asks for."""
+"""The oldest compute capability that the CUDA kernels are compiled for, and that Triton supports."""
 
-# Triton reads the variable when it is imported, and so do the kernels: then they run on the CPU, for tests.
+# Triton reads this variable when it is imported. Where it is set, Triton kernels run on the CPU, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _forced = Setting("auto")
@@ -36,7 +36,7 @@ class Status:
 
     Attributes:
         available: whether it can.
-        reason: why not or, where it can, what it is.
+        reason: where it cannot, why; where it can, what the backend is.
 
     Examples:
         >>> rk.backends()["reference"]
@@ -48,7 +48,7 @@ class Status:
 
 
 def _load(module: str) -> str | None:
-    """Import an extension module; None where it loaded, else why it did not. No driver is asked anything by this."""
+    """Import an extension module. Return None where it loads, else why not. This calls no GPU driver."""
     try:
         importlib.import_module(f"rkl_kernels.{module}")
     except ImportError as error:
@@ -63,7 +63,7 @@ _BUILT = frozenset(device for device, problem in _problems.items() if problem is
 
 
 def _register_triton_kernels() -> torch.library.Library:
-    """Kernels that import Triton when they are first called: a saved program may call them with no other word."""
+    """Register kernels that import Triton at their first call: a saved program may call one before anything else."""
     library = torch.library.Library("rkl_triton", "IMPL")
 
     def register(name: str) -> None:
@@ -110,7 +110,7 @@ def _triton_status() -> Status:
 
 
 def _old_gpus() -> Status | None:
-    """What is said of a machine all of whose GPUs are too old; None where one is not."""
+    """The status of a machine whose GPUs are all too old; None where at least one GPU is new enough."""
     refusals = [_age_refusal(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
     return Status(False, str(refusals[0])) if refusals and all(refusals) else None
 
@@ -132,14 +132,14 @@ _STATUS: dict[str, Callable[[], Status]] = {
 
 
 def status(backend: str) -> Status:
-    """Whether a backend can serve calls here. Asks torch for a GPU, so it is not for the time of import."""
+    """Whether a backend can serve calls here. It asks torch for a GPU, so it must not be called at import."""
     return _STATUS[backend]()
 
 
 def backends() -> dict[str, Status]:
-    """Every backend with what it can do here and, where it cannot, why. ``python -m rkl_kernels`` prints it.
+    """The status of every backend: whether it can serve calls here, and why not. ``python -m rkl_kernels`` prints it.
 
-    It asks torch for a GPU, as importing the package does not.
+    This asks torch for a GPU; importing the package does not.
 
     Examples:
         >>> list(rk.backends())
@@ -150,10 +150,10 @@ def backends() -> dict[str, Status]:
 
 @contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Serve calls in the block by one backend.
+    """Serve all calls in a ``with`` block by one backend.
 
-    It holds for the calling thread, and for forward calls: a backward runs on the backend that served its forward.
-    A call that the backend cannot serve is an error, never a silent fall-back; "auto" is the choice that falls back.
+    The choice holds for the calling thread and for forward calls. A backward runs on the backend of its forward.
+    A call that the backend cannot serve raises an error. Only "auto" falls back to another backend.
 
     Args:
         name: "auto", "reference" (plain PyTorch), "cpu" (C++), "triton" or "cuda" (CUDA C++).
@@ -178,7 +178,7 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 def forced() -> str:
-    """What ``use_backend`` asks of this thread's calls; "auto" where it does not."""
+    """The backend that ``use_backend`` has set for this thread; "auto" outside its blocks."""
     return str(_forced.value)
 
 
@@ -191,8 +191,8 @@ def refusal(
     multiplied: bool = False,
     layout: torch.layout = torch.strided,
 ) -> str | None:
-    """Why ``backend`` cannot serve ``operator`` on such tensors; None where it can. ``multiplied``: several filters a
-    channel."""
+    """Why ``backend`` cannot serve ``operator`` on tensors of this device, dtype and layout; None where it can.
+    ``multiplied``: each channel has several filters."""
     if backend == "reference":
         return None
     found = status(backend)
@@ -207,7 +207,7 @@ def refusal(
         return f"it serves {served} tensors, got {device}"
     if served == "cuda" and (old := _age_refusal(device)):
         return old
-    if layout != torch.strided:  # oneDNN's own, say, which PyTorch's convolution takes
+    if layout != torch.strided:  # oneDNN's layout, say, which F.conv2d accepts
         return f"it serves strided tensors, got {layout}"
     if multiplied:
         return "it serves one filter a channel"
@@ -222,11 +222,11 @@ def refusal(
 
 
 def choose(operator: str, x: Tensor, multiplied: bool = False) -> str:
-    """The backend that serves ``operator`` on tensors like ``x``, here and now."""
+    """The backend that serves ``operator`` on tensors like ``x``, with the settings of this moment."""
     return _chosen(_forced.value, operator, x.device, x.dtype, differentiated(), multiplied, x.layout)
 
 
-# Settled once a compilation: nothing that it depends on changes while the process lives.
+# torch.compile may keep the result: it depends on the arguments and on facts that stay the same in a process.
 @settled_while_compiled
 def _chosen(forced: str, operator: str, device: torch.device, dtype: torch.dtype, *how: Any) -> str:
     return _decision(forced, operator, device, dtype, *how)
@@ -239,14 +239,14 @@ def _decision(forced: str, operator: str, device: torch.device, dtype: torch.dty
         if reason:
             raise RuntimeError(f"backend {forced!r} cannot serve this call: {reason}; use use_backend('auto')")
         return forced
-    # On a GPU, CUDA C++ first: its calls cost the host less.
+    # On a GPU, CUDA C++ comes before Triton: its calls take less time on the host.
     order = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
     fit = (backend for backend in order if refusal(backend, operator, device, dtype, *how) is None)
     return next(fit, "reference")
 
 
 def is_served(x: Tensor | None, weight: Tensor | None) -> bool:
-    """Whether the compiled kernels of their device serve an image and its depthwise filter."""
+    """Whether the compiled kernels of the image's device serve an image and its depthwise filter."""
     if x is None or weight is None:
         return False
     shape = x.shape
@@ -254,7 +254,7 @@ def is_served(x: Tensor | None, weight: Tensor | None) -> bool:
 
 
 def is_built(x: Tensor) -> bool:
-    """Whether the compiled kernels of an image's device, which serve its type and layout, may be called for it."""
+    """Whether the image's device has compiled kernels, they serve its dtype and layout, and no backend is forced."""
     is_any = _forced.value == "auto" and x.dtype in KERNEL_TYPES and _is_built_for(x.device)
     return is_any and x.layout == torch.strided
 

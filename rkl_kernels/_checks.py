@@ -1,4 +1,4 @@
-"""The rules for arguments, once: every message names the argument, the rule, the value got and the remedy.
+"""The rules for arguments. Every message names the argument, the rule, the value got and the remedy.
 
 The public functions call these before any backend is chosen, so a wrong call reads the same on every backend.
 C++ keeps one guard of its own (csrc/tensor_args.h), so that a direct ``torch.ops.rkl`` call cannot read out of bounds.
@@ -19,39 +19,39 @@ from ._surroundings import recorded, unrecorded
 Activation = Literal["relu", "relu6", "trelu", "silu", "gelu"]
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
-"""The activations' names; operators take the position here plus one, 0 for none (csrc/activation.h)."""
+"""The activations' names. An operator takes a name's position here plus one; 0 is no activation (csrc/activation.h)."""
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 CONVOLVED = (*FLOATING, torch.complex64, torch.complex128)
-"""Types of a convolution's tensors; complex ones are the reference's to serve, as ``F.conv2d`` does."""
+"""Types of a convolution's tensors. Complex types are served by the reference, which calls ``F.conv2d``."""
 
 LARGEST = 2**31 - 1
-"""Of a stride, a padding or a dilation."""
+"""The largest stride, padding or dilation."""
 
 IntPair = int | Sequence[int]
-"""Integers of other kinds too, NumPy's say: whatever has ``__index__``."""
+"""Any object with ``__index__`` counts as an integer, NumPy's integers for example."""
 
 Padding = IntPair | Literal["same", "valid"]
-"""Zeros around an image: so many rows and columns, as many as keep its size, or none."""
+"""Zeros around an image: a number of rows and columns, "same" (the image keeps its size) or "valid" (none)."""
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 """What a layer pads an image with."""
 
 
 class ArgumentError(ValueError, RuntimeError):
-    """An argument with a wrong value. A RuntimeError too: that is what ``F.conv2d`` raises, and what programs catch."""
+    """An argument with a wrong value. Also a RuntimeError: ``F.conv2d`` raises that type, and programs catch it."""
 
 
 class ArgumentTypeError(TypeError, RuntimeError):
-    """An argument of a wrong type, where ``F.conv2d`` raises a RuntimeError."""
+    """An argument of a wrong type. Also a RuntimeError, as ``F.conv2d`` raises here."""
 
 
 class Window(NamedTuple):
     """How a filter moves over an image: stride, symmetric padding and dilation, each (height, width).
 
-    ``extra`` is what must be padded onto the image's bottom and right first: "same" with an even filter is
-    lopsided, and PyTorch puts the odd row and column there. ``multiplied`` says that channels have several filters.
+    ``extra``: rows and columns to pad onto the image's bottom and right first. "same" padding with an even filter is
+    asymmetric, and PyTorch puts the odd row and column there. ``multiplied``: each channel has several filters.
     """
 
     stride: list[int]
@@ -61,12 +61,12 @@ class Window(NamedTuple):
     multiplied: bool = False
 
     def pad_extra(self, x: Tensor) -> Tensor:
-        """``x`` with the lopsided part of "same" padding added (``x`` itself where there is none)."""
+        """``x`` with the asymmetric part of "same" padding added; ``x`` itself where there is none."""
         return x if self.extra == (0, 0) else F.pad(x, (0, self.extra[1], 0, self.extra[0]))
 
 
 def floating(name: str, x: object, types: tuple[torch.dtype, ...] = FLOATING) -> None:
-    """A tensor of one of the types that some backend serves."""
+    """Check that ``x`` is a tensor of one of ``types``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in types:
@@ -76,8 +76,8 @@ def floating(name: str, x: object, types: tuple[torch.dtype, ...] = FLOATING) ->
 
 
 def pair(name: str, value: IntPair, least: int) -> list[int]:
-    """An integer or a pair of integers, each at least ``least``, as [height, width]."""
-    if type(value) is int and least <= value <= LARGEST:  # the common cases: these checks weigh on small images
+    """Check an integer or a pair of integers, each at least ``least``; return [height, width]."""
+    if type(value) is int and least <= value <= LARGEST:  # fast paths: small images feel these checks
         return [value, value]
     if type(value) is tuple and len(value) == 2:
         first, second = value
@@ -95,14 +95,14 @@ def pair(name: str, value: IntPair, least: int) -> list[int]:
 
 
 def count(name: str, value: int, least: int) -> int:
-    """One integer of at least ``least``."""
+    """Check one integer, at least ``least``."""
     if _integer(value) is None:
         raise ArgumentTypeError(f"{name} must be an int, got {value!r}")
     return pair(name, value, least)[0]
 
 
 def _integer(value: Any) -> Any:
-    """As an int, or one that a compiler stands for; None for anything else, an array of several among it."""
+    """``value`` as an int or a compiler's SymInt; None for anything else, such as an array of several values."""
     try:
         return value if isinstance(value, torch.SymInt) else operator.index(value)
     except TypeError:
@@ -110,9 +110,9 @@ def _integer(value: Any) -> Any:
 
 
 def unchecked(*window: Any) -> list[tuple[int, int]] | None:
-    """Stride, padding and dilation as pairs, whose values C++'s guard looks at.
+    """Stride, padding and dilation as pairs. The C++ guard checks their values.
 
-    None where one is neither an int nor a pair of ints: PyTorch's conversion takes a set or a fraction for numbers.
+    None where one is neither an int nor a pair of ints: PyTorch's own conversion would accept a set or a fraction.
     """
     pairs = []
     for value in window:
@@ -135,14 +135,14 @@ def activation(name: str, value: str | None) -> int:
 
 
 def activation_name(number: int) -> Activation | None:
-    """The activation of an operator's number; None for 0."""
+    """The activation's name for an operator's number; None for 0."""
     return ACTIVATIONS[number - 1] if number else None
 
 
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: IntPair, padding: Padding, dilation: IntPair
 ) -> Window:
-    """Check the arguments of a depthwise convolution against each other and settle its window."""
+    """Check the arguments of a depthwise convolution against each other and return its window."""
     if recorded():
         with unrecorded():
             return depthwise(x, weight, bias, stride, padding, dilation)
@@ -163,7 +163,7 @@ def separable(
     padding: Padding,
     dilation: IntPair,
 ) -> Window:
-    """The same for a separable convolution."""
+    """Check the arguments of a separable convolution against each other and return its depthwise window."""
     if recorded():
         weights = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
         with unrecorded():
@@ -187,7 +187,7 @@ def _window(
     name: str,
     may_multiply: bool = False,
 ) -> Window:
-    """Check image and depthwise filter against each other and settle "same" and "valid" padding.
+    """Check image and depthwise filter against each other; turn "same" and "valid" padding into pixels.
 
     ``may_multiply``: every channel may have several filters, the same number for each.
     """
@@ -233,7 +233,7 @@ def _window(
 
 
 def _same_kind(x: Tensor, name: str, other: Tensor) -> None:
-    """The other tensor has the device and the type of ``x``."""
+    """Check that the other tensor has the device and the type of ``x``."""
     if not isinstance(other, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(other).__name__}")
     if other.device != x.device:
@@ -243,14 +243,14 @@ def _same_kind(x: Tensor, name: str, other: Tensor) -> None:
 
 
 def _bias(name: str, value: Tensor, channels: int, x: Tensor) -> None:
-    """One value an output channel."""
+    """Check that a bias has one value for each output channel."""
     _same_kind(x, name, value)
     if value.shape != (channels,):
         raise ArgumentError(f"{name} must have shape ({channels},), one value a channel, got {tuple(value.shape)}")
 
 
 def _pointwise(weight: Tensor, x: Tensor) -> None:
-    """A 1 x 1 filter over the channels of ``x``."""
+    """Check that ``weight`` is a 1 x 1 filter over the channels of ``x``."""
     _same_kind(x, "pointwise_weight", weight)
     channels = x.shape[-3]
     if weight.dim() != 4 or weight.shape[0] < 1 or weight.shape[1:] != (channels, 1, 1):

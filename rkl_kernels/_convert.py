@@ -1,8 +1,8 @@
 """Swap the layers of an existing model for this package's, in place, and back.
 
-A swap gives a module another class and touches nothing else: it stays the same object, wherever it is used, with its
-parameters, keys, hooks and mode. Each layer is decided by itself, from what it is. Nothing is concluded from how the
-model calls it, so nothing that a model does at a call, or that is done to it later, can make a swap wrong.
+A swap changes a module's class and nothing else. The module stays the same object wherever it is used, with its
+parameters, keys, hooks and mode. Whether a layer is swapped depends on the layer alone, never on how the model calls
+it. So nothing that a model does in a call, or that is done to the model later, can make a swap wrong.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.nn.utils import parametrize
 from .layers import DepthwiseConv2d, TReLU, has_own_forward
 
 _WAS = "_rkl_was"
-"""The attribute of a swapped module that holds the class it had."""
+"""The attribute in which a swapped module keeps its former class."""
 
 _NESTED = "_rkl_use_nested_tensor"
-"""The attribute of an ``nn.TransformerEncoder`` with swapped modules that holds its ``use_nested_tensor`` before."""
+"""The attribute in which an ``nn.TransformerEncoder`` with swapped modules keeps its former ``use_nested_tensor``."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Conversion:
     Attributes:
         depthwise: names of the depthwise convolutions that were swapped.
         activations: names of the activations that were replaced.
-        left: names of the depthwise convolutions that stay PyTorch's, with why.
+        left: names of the depthwise convolutions that stay PyTorch's, each with the reason.
 
     Examples:
         >>> report = rk.convert(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 3, groups=8)))
@@ -49,17 +49,17 @@ class Conversion:
 def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Conversion:
     """Swap a model's depthwise convolutions for ``rk.DepthwiseConv2d``, in place.
 
-    Equivalent to leaving the model as it is, but for speed and rounding: it gives what it gave, in training and in
-    inference, with the same parameters, state_dict keys and hooks; a swapped layer is the same object with another
-    class. Converting twice changes nothing more; ``rk.restore`` undoes it. To fuse a whole chain of layers for
-    inference, see ``rk.fuse_for_inference``.
+    Equivalent to the model as it was, but for speed and rounding, in training and in inference. Parameters,
+    state_dict keys and hooks stay the same; a swapped layer is the same object with another class. Converting twice
+    has no further effect. ``rk.restore`` undoes a conversion. To fuse a whole chain of layers for inference, see
+    ``rk.fuse_for_inference``.
 
     Args:
-        model: any module, itself a layer perhaps; its children are searched, at every depth.
+        model: any module; it may be a layer itself. Its submodules are searched at every depth.
         activation: "trelu" to replace every ``nn.ReLU`` too, which changes what the model computes; None leaves them.
 
     Returns:
-        The report of what was done, and of the depthwise convolutions that were left, with why.
+        The report of what was swapped, and of the depthwise convolutions that were left, each with the reason.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -94,13 +94,13 @@ def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Con
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Undo ``rk.convert``, in place: every module that it swapped has its former class again.
+    """Undo ``rk.convert``, in place: every module that it swapped gets its former class back.
 
-    The modules stay the same objects, with the parameters, keys and hooks that they have by now. Layers that were
-    built as this package's stay so. Restoring twice changes nothing more.
+    The modules stay the same objects and keep their present parameters, keys and hooks. Layers that were created as
+    this package's keep their class. Restoring twice has no further effect.
 
     Args:
-        model: a module that was converted, or a copy of one, or a module that holds such.
+        model: a module that was converted, a copy of one, or a module that contains one.
 
     Returns:
         The names of the modules that were restored.
@@ -124,7 +124,7 @@ def restore(model: nn.Module) -> list[str]:
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Whether every input channel has filters of its own. With one channel any convolution is, and gains nothing."""
+    """Whether each input channel has its own filters. One channel does not count: there our kernels gain nothing."""
     return conv.groups == conv.in_channels > 1
 
 
@@ -146,9 +146,9 @@ def _why_left(conv: nn.Conv2d) -> str | None:
 
 
 def _tell_transformers(model: nn.Module, swapped: set[nn.Module]) -> None:
-    """An ``nn.TransformerEncoderLayer`` notes when it is made that its activation is relu, which its fast path for
-    inference then computes by itself. An ``nn.TransformerEncoder`` notes that its layers take nested tensors, which
-    T-ReLU does not."""
+    """Update what transformers recorded when they were created. An ``nn.TransformerEncoderLayer`` records that its
+    activation is relu, and its fast path for inference then computes relu itself. An ``nn.TransformerEncoder`` records
+    that its layers accept nested tensors; T-ReLU does not."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and module.activation in swapped:
             module.activation_relu_or_gelu = int(type(module.activation) is nn.ReLU)
@@ -167,8 +167,8 @@ def _swap(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _give_class(module: nn.Module, was: type[nn.Module], kind: type[nn.Module]) -> None:
-    """Change the class that a module's is made of: itself or, below a class made for the module (by a parametrization,
-    by FSDP), a base."""
+    """Replace class ``was`` of a module by ``kind``. A parametrization or FSDP gives a module a class of its own, of
+    which ``was`` is a base; then that class is made again over the new base."""
     module.__class__ = _rebased(type(module), was, kind)
 
 

@@ -1,4 +1,4 @@
-"""A deep copy of a model that holds nothing of the model, in functions neither."""
+"""A deep copy that shares no module or tensor with the model, not even through functions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy. What hooks make before each call (a pruned weight, say) is copied as a plain tensor. Functions that
-    were set on a module, as its forward or a hook, refer to the copy's modules and tensors; ``copy.deepcopy`` leaves
-    them as they are.
+    """A deep copy. Tensors that hooks compute before each call (a pruned weight, say) are copied as plain tensors.
+    Functions that were set on a module, as its forward or a hook, are copied so that they refer to the copy's modules
+    and tensors. ``copy.deepcopy`` would leave such functions as they are.
 
     Args:
-        memo: gets the copies by the ``id`` of what was copied, as ``copy.deepcopy``'s does.
+        memo: is filled with the copies, each under the ``id`` of its original, as by ``copy.deepcopy``.
     """
     memo = {} if memo is None else memo
     for module in model.modules():
@@ -28,7 +28,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         for name, value in vars(module).items():
-            if type(value) in (dict, OrderedDict):  # of hooks, for one: what removes them refers to the dict
+            if type(value) in (dict, OrderedDict):  # such as hooks: their handles refer to this dict
                 value.update({key: _of_copy(part, memo) for key, part in value.items()})
             else:
                 vars(module)[name] = _of_copy(value, memo)
@@ -36,13 +36,13 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def _of_copy(value: Any, memo: dict[int, Any]) -> Any:
-    """What a copy refers to where the model refers to ``value``: its copy; a function or a container made anew, where
-    that refers to something that was copied; or ``value`` itself."""
+    """What the copy refers to where the model refers to ``value``. This is the copy of ``value``, if it was copied; a
+    new function or container, if ``value`` leads to something that was copied; else ``value`` itself."""
     if id(value) in memo:
         return memo[id(value)]
     if not _refers_to(memo, value, set()):
         return value
-    memo.setdefault(id(memo), []).append(value)  # alive, as its number stands in the memo: copy.deepcopy's own way
+    memo.setdefault(id(memo), []).append(value)  # as copy.deepcopy does: its id is a key while it lives
     kind = type(value)
     if kind is FunctionType:
         return _function_of_copy(value, memo)
@@ -53,7 +53,7 @@ def _of_copy(value: Any, memo: dict[int, Any]) -> Any:
         return partial(function, *args, **keywords)
     if kind in (tuple, set, frozenset):
         return kind(_of_copy(part, memo) for part in value)
-    twin = memo[id(value)] = kind()  # first: it may hold itself
+    twin = memo[id(value)] = kind()  # before its parts: it may contain itself
     if kind is list:
         twin.extend(_of_copy(part, memo) for part in value)
     else:
@@ -64,18 +64,18 @@ def _of_copy(value: Any, memo: dict[int, Any]) -> Any:
 def _function_of_copy(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     cells = tuple(CellType() for _ in function.__closure__ or ())
     twin = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
-    memo[id(function)] = twin  # first: it may refer to itself
+    memo[id(function)] = twin  # before its parts: it may refer to itself
     twin.__defaults__ = _of_copy(function.__defaults__, memo)
     twin.__kwdefaults__ = _of_copy(function.__kwdefaults__, memo)
     twin.__dict__.update(_of_copy(vars(function), memo))
     for cell, given in zip(cells, function.__closure__ or (), strict=True):
-        if given != CellType():  # an empty one has no contents
+        if given != CellType():  # reading an empty cell is an error
             cell.cell_contents = _of_copy(given.cell_contents, memo)
     return twin
 
 
 def _refers_to(memo: dict[int, Any], value: Any, seen: set[int]) -> bool:
-    """Whether a value was copied, or leads to what was through functions and containers."""
+    """Whether a value was copied, or leads through functions and containers to something that was copied."""
     if id(value) in memo or id(value) in seen:
         return id(value) in memo
     seen.add(id(value))
@@ -83,7 +83,7 @@ def _refers_to(memo: dict[int, Any], value: Any, seen: set[int]) -> bool:
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """What a function or a container of a class of Python's own refers to; of other objects, nothing."""
+    """What a function or a built-in container refers to; nothing for other objects."""
     kind = type(value)
     if kind is FunctionType:
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]

@@ -1,4 +1,4 @@
-"""What is to be done when another module is imported, if ever: imports that this package must not cause itself."""
+"""Calls that wait until the program imports another module, which this package must not import itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def when_imported(name: str, then: Callable[[], None]) -> None:
-    """Call ``then()`` once module ``name`` is imported: now, where it is so already."""
+    """Call ``then()`` when module ``name`` is imported, or now if it already is."""
     if name in sys.modules:
         then()
     else:
@@ -20,7 +20,7 @@ def when_imported(name: str, then: Callable[[], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds the one module where all others look for it, and goes when it is loaded."""
+    """Finds one module through the other finders. It removes itself when the module is loaded."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
         self.name, self.then, self.asks = name, then, False
@@ -38,7 +38,7 @@ class _Watch(MetaPathFinder):
         return spec
 
     def loaded(self) -> None:
-        if self in sys.meta_path:  # looked for is not loaded: a program may only ask whether there is one
+        if self in sys.meta_path:  # still there until the first load: a program may find a module and not load it
             sys.meta_path.remove(self)
             self.then()
 
@@ -51,7 +51,7 @@ class _Loader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # Others ask a module's loader for its source and its data (pkgutil.get_data, say), which this one has not.
+        # Libraries ask a module's loader for its source and data (pkgutil.get_data, say); only the original has them.
         module.__loader__ = self.loader
         if module.__spec__:
             module.__spec__.loader = self.loader

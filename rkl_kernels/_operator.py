@@ -1,10 +1,10 @@
-"""Calling an operator: with what its surroundings need, and no more.
+"""How an operator is called, with as little overhead as its surroundings allow.
 
-The dispatcher's way through an operator's registered gradient costs 7 us a call, whether or not a gradient is wanted
+A call through the gradient that is registered with the dispatcher costs 7 us more, whether or not a gradient is wanted
 (depthwise, 1 x 8 x 4 x 4, one thread of an AMD EPYC). ``torch.compile``, ``torch.export``, ``torch.vmap`` and
-``torch.jit.trace`` need that way. A plain call does not: without gradients it goes below autograd at once, with
-gradients through one ``torch.autograd.Function`` made of the same formulas. The depthwise convolution has a gradient
-in C++.
+``torch.jit.trace`` need that path. A plain call does not. Without gradients it goes straight below autograd; with
+gradients it goes through one ``torch.autograd.Function`` made of the same formulas. The depthwise convolution has its
+gradient in C++.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Formula = tuple[Callable[..., None], Callable[..., Any]]
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 convolution = torch.ops.aten.convolution_overrideable.default
-"""PyTorch's extension point for a device's own convolutions, which the kernels of ``torch.ops.rkl`` serve where a
-convolution is depthwise."""
+"""PyTorch's extension point for a device's own convolutions. The kernels of ``torch.ops.rkl`` serve its depthwise
+calls."""
 
 
 class Operator:
@@ -34,7 +34,7 @@ class Operator:
 
     Attributes:
         registered: the operator as the dispatcher knows it.
-        function: the same with its gradient, for plain calls; None where there is no gradient.
+        function: the operator with its gradient, for plain calls; None where it has no gradient.
     """
 
     def __init__(self, registered: Any) -> None:
@@ -42,7 +42,7 @@ class Operator:
         self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        """A call on tensors that are cast where autocast casts them: of a function of this package or a gradient."""
+        """A call from a function of this package or a gradient, whose tensors autocast has already cast."""
         if watched():
             return self.registered(*args)
         try:
@@ -53,9 +53,9 @@ class Operator:
             raise
 
     def plain(self, *args: Any) -> Any:
-        """A call that no compiler and no transform looks at."""
+        """A call outside compilers and function transforms."""
         if self.function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if any(map(_is_many, args)):  # their wrapper would hide the function's node
+            if any(map(_is_many, args)):  # their wrapper would hide the Function's node in the graph
                 return self.registered(*args)
             return self.function.apply(*args)
         with below_autograd():
@@ -84,14 +84,14 @@ class Operator:
 
 
 class DepthwiseOperator(Operator):
-    """The depthwise convolution of ``torch.ops.rkl``, whose kernels serve PyTorch's extension point for a device's own
-    convolutions too. That is differentiated in C++; what a gradient in Python costs in a network stands, with its
-    program, in benchmarks/NOTES.md.
+    """The depthwise convolution of ``torch.ops.rkl``. A plain call uses PyTorch's extension point for a device's own
+    convolutions, whose gradient is in C++. benchmarks/NOTES.md has the cost of a gradient in Python in a network, with
+    the program that measured it.
     """
 
     def __call__(self, *args: Any) -> Any:
-        # Modes and classes of tensors know our operators, and not that one. watched() first: a compiler that follows
-        # this line cannot trace intercepted().
+        # Dispatch modes and tensor subclasses know our operators, not the extension point. watched() comes first: a
+        # compiler that traces this line cannot trace intercepted().
         if watched() or intercepted(*args[:3]):
             return self.registered(*args)
         return super().__call__(*args)
@@ -101,9 +101,9 @@ class DepthwiseOperator(Operator):
 
 
 def reword(error: RuntimeError, rules: Callable[[], Any] = lambda: None) -> None:
-    """Raise what is better than the error of a plain call: the words of the rules for its arguments, where these refuse
-    them, or the type that programs look for where a GPU has no memory. (Every error of an extension comes as
-    RuntimeError.)"""
+    """Raise a better error than the RuntimeError that an extension raises for everything. If ``rules`` refuse the
+    arguments, raise their error. If the GPU is out of memory, raise ``torch.OutOfMemoryError``, which programs catch.
+    Else return: the caller raises the error as it is."""
     try:
         rules()
     except Exception as refusal:
@@ -113,13 +113,13 @@ def reword(error: RuntimeError, rules: Callable[[], Any] = lambda: None) -> None
 
 
 def _is_many(value: Any) -> bool:
-    """Whether ``autograd.grad(is_grads_batched=True)`` has put many gradients into one tensor. It has a vmap of its
-    own, which is no function transform."""
+    """Whether ``autograd.grad(is_grads_batched=True)`` has put many gradients into one tensor. It uses an old vmap,
+    which does not count as a function transform."""
     return isinstance(value, Tensor) and torch._C._functorch.is_legacy_batchedtensor(value)
 
 
 def _refuse_unfollowed(x: Tensor) -> None:
-    """PyTorch's own refusals to overwrite what autograd cannot follow, a leaf or some views, before any write."""
+    """Refuse, before any write, to overwrite a leaf or a view that autograd cannot follow, as PyTorch does."""
     base = x._base
     if base is not None:
         made = torch._C._autograd._get_creation_meta(x)

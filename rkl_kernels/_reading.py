@@ -1,7 +1,7 @@
-"""What a module's forward does, read once with stand-ins for tensors: a ``torch.fx`` graph, or why there is none.
+"""Traces a module's forward with stand-ins for tensors. The result is a ``torch.fx`` graph, or why there is none.
 
-A graph is taken only where it is the whole truth about a call in inference: the forward decides nothing on data, leaves
-no trace, draws no random numbers, and does the same with gradients, autocast and the choice of a backend on and off,
+A graph is used only where it says all that a call in inference does. So the forward must not decide on data, change
+anything or draw random numbers. It must do the same with gradients, autocast or a forced backend on and off, and when
 compiled or exported.
 """
 
@@ -39,13 +39,13 @@ from .layers import is_altered
 def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> torch.fx.Graph | str:
     """The graph of ``module``'s forward in inference, or one line that says why there is none.
 
-    ``module`` must be one whose state may be spoilt, a copy: a forward that is refused has been run in part.
+    ``module`` must be a copy, since its state may be spoilt: a forward that is refused has been run in part.
 
     Args:
-        module: in inference mode.
-        closed: modules below it that are called as they are, not looked into.
-        taken: gets the layers whose tensors the forward takes by themselves, to write to them perhaps; and ``module``,
-            where it takes some of layers that are not below it.
+        module: the module, in eval mode.
+        closed: its submodules that are called as they are and not traced.
+        taken: is filled with the layers whose tensors the forward reads directly, and may write to; and with ``module``
+            itself, where it reads tensors of layers outside of it.
     """
     with alone:
         why = _why_not_called_with_an_image(module) or _why_not_in_inference(module)
@@ -90,9 +90,9 @@ def _traced(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) ->
             traced = tracer.trace(module)
     except Exception as error:  # whatever the model's code raises on a stand-in for a tensor
         return f"torch.fx cannot trace its forward: {told(error)}"
-    if tracer.refused:  # the model's code caught the error that said so
+    if tracer.refused:  # the model's code caught the error
         return f"torch.fx cannot trace its forward: {tracer.refused}"
-    graph = torch.fx.Graph()  # one that does not refer to the tracer, so that it can be saved
+    graph = torch.fx.Graph()  # a copy that does not refer to the tracer, so that it can be saved
     graph.output(graph.graph_copy(traced, {}))
     made = tracer.made
     del tracer, traced
@@ -102,25 +102,25 @@ def _traced(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) ->
 
 
 def _asks_for_none(module: nn.Module, closed: set[nn.Module], graph: torch.fx.Graph, doubtful: torch.fx.Node) -> bool:
-    """Whether a forward does something else where the value of one node is None, as what was not read may give. With
-    None in its place, others make the same graph, or as much of it as they make before an error."""
+    """Whether a forward takes another path where the ``doubtful`` node gives None, as code that was not traced may. The
+    forward is traced again with None there. It passes if the graph is the same, up to an error if one is raised."""
     if not _may_be_none(module, closed, doubtful):
         return False
     tracer = _Tracer(closed, set(), doubtful.name)
-    with suppress(Exception), _NoWrites(tracer):  # that of code which does something with None as with a tensor
+    with suppress(Exception), _NoWrites(tracer):  # raised by code that uses None as a tensor
         tracer.trace(module)
     made = [_told(node, "") for node in tracer.graph.nodes]
     return bool(tracer.refused) or made != [_told(node, doubtful.name) for node in graph.nodes][: len(made)]
 
 
 def _told(node: torch.fx.Node, none: str) -> tuple[Any, ...]:
-    """A node in words, with None for the node of a name."""
+    """A node in a form that can be compared. The node named ``none`` becomes None in its arguments."""
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda arg: None if arg.name == none else arg)
     return node.op, node.target, str(args), str(kwargs)
 
 
 def _may_be_none(module: nn.Module, closed: set[nn.Module], node: torch.fx.Node) -> bool:
-    """Whether a node is a call of code that was not read, or an item of what such gives, or of what attention does."""
+    """Whether a node calls code that was not traced, or takes an item of its result or of attention's result."""
     if node.op == "call_module":
         called = module.get_submodule(str(node.target))
         return called in closed or "forward" in vars(called)
@@ -163,8 +163,8 @@ def _outline(graph: torch.fx.Graph, left_out: set[torch.fx.Node]) -> list[tuple[
 
 
 def _is_a_program(graph: torch.fx.Graph) -> bool:
-    """Whether the code that a graph becomes is Python, and every name in it is known: constants are written as their
-    ``repr`` says, an enum in a dict, say, as no program can."""
+    """Whether a graph's code is valid Python and every name in it is known. Constants are written by their ``repr``,
+    which for some (an enum in a dict, say) is no Python expression."""
     written = graph.python_code("self")
     try:
         functions = [part for part in compile(written.src, "graph", "exec").co_consts if isinstance(part, CodeType)]
@@ -180,20 +180,20 @@ def _is_a_program(graph: torch.fx.Graph) -> bool:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is a layer: called as it is, never looked into."""
+    """Whether a module is a layer: it is called as it is, never traced."""
     known = isinstance(module, nn.Conv2d) or is_norm(module) or type(module).__module__.startswith("rkl_kernels.")
     return known or torch.fx.Tracer().is_leaf_module(module, "")
 
 
 def has_own_call(module: nn.Module) -> bool:
-    """Whether a call of a module begins in code of the model's own, before PyTorch's: a graph begins in forward."""
+    """Whether a module's class has a ``__call__`` of the model's own. A graph starts at forward and would skip it."""
     classes = type(module).__mro__
     calls = (vars(kind).get("__call__") for kind in classes[: classes.index(nn.Module)])
     return any(call and call.__module__.partition(".")[0] != "torch" for call in calls)  # torch.fx gives graphs one
 
 
 _WRITTEN = (bool, int, float, complex, str)
-"""Constants that a graph's code writes. Of a subclass, such as ``numpy.float64``, it would write the ``repr``."""
+"""Types of constants that a graph's code can write. Of a subclass (``numpy.float64``) it writes the ``repr``."""
 
 
 _CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
@@ -206,7 +206,7 @@ class _Tracer(Recorder):
     kind: type[StandIn] = StandIn
 
     def __init__(self, closed: set[nn.Module], taken: set[nn.Module], none: str = "") -> None:
-        """none: the name of a node that gives None."""
+        """none: the name of a node whose value is None in this trace."""
         super().__init__()
         self.closed = closed
         self.none = none
@@ -219,7 +219,7 @@ class _Tracer(Recorder):
         self.has_rebuilt = False
 
     def refuse(self, why: str) -> None:
-        """An error, and a note of it for when the model's code catches the error."""
+        """Raise an error, and record it in case the model's code catches the error."""
         self.refused = self.refused or why
         raise RuntimeError(why)
 
@@ -243,7 +243,7 @@ class _Tracer(Recorder):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def gives_tensor(self, node: torch.fx.Node) -> bool:
-        """Whether a node is known to give a tensor: the module's image, or what a layer makes of one."""
+        """Whether a node is known to give a tensor: it is the forward's input, or the output of a layer."""
         if node.op != "call_module":
             return node.op == "placeholder"
         layer: nn.Module = self.root.get_submodule(str(node.target))
@@ -279,7 +279,7 @@ class _Tracer(Recorder):
         return base(a)
 
     def _is_made_of_its_fields(self, a: Any) -> bool:
-        """Whether a named tuple or a dataclass made anew of its fields is the same, and does nothing meanwhile."""
+        """Whether a named tuple or a dataclass rebuilt from its fields is the same, and building it records no node."""
         kind, steps = type(a), len(self.graph.nodes)
         names = [field.name for field in fields(kind)] if is_dataclass(kind) else kind._fields
         values = {name: getattr(a, name) for name in names}
@@ -339,7 +339,7 @@ class _Running(_Tracer):
 
 
 class _NoWrites(TorchDispatchMode):
-    """Refuses writes to tensors that there are, whatever way they take: a graph does not hold them."""
+    """Refuses every write to an existing tensor: a graph does not hold it."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ class _NoWrites(TorchDispatchMode):
 
 
 def _why_not_called_with_an_image(module: nn.Module) -> str | None:
-    """A further argument may be None or a flag, and a stand-in for one would decide for the other."""
+    """Why a forward does not take exactly one tensor. Another may be None or a flag: no stand-in fits both."""
     if torch.nn.modules.module._has_any_global_hook():
         return "hooks are registered for all modules"
     try:
@@ -371,7 +371,7 @@ def _why_not_in_inference(module: nn.Module) -> str | None:
 
 
 def _is_any_alive(made: list[weakref.ref[torch.fx.Proxy]]) -> bool:
-    """Whether anyone has kept a stand-in: the module, a container deep in it, or whatever else its code can reach."""
+    """Whether a stand-in is still referred to: by the module, or by anything else that its code can reach."""
     if not any(stand_in() is not None for stand_in in made):
         return False
     gc.collect()

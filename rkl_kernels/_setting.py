@@ -1,4 +1,4 @@
-"""Settings that hold in a ``with`` block of one thread."""
+"""Settings that hold for one thread in a ``with`` block."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ T = TypeVar("T")
 
 
 class Setting(threading.local, Generic[T]):
-    """A value of each thread's own.
+    """A value that each thread has its own copy of.
 
-    A thread's rather than a context variable, since torch.compile can read, set and guard on the one and not on the
-    other (torch 2.13).
+    It is not a context variable, since torch.compile can read, set and guard on a thread-local value, but not on a
+    context variable (torch 2.13).
     """
 
-    def __init__(self, value: T) -> None:  # called again in each thread that asks
+    def __init__(self, value: T) -> None:  # threading.local calls this in each thread that uses it
         self.value = value
 
     @contextmanager
     def held(self, value: T) -> Iterator[None]:
-        """``value`` in the block, what was there before after it."""
+        """Set ``value`` in the block and restore the former value after it."""
         before, self.value = self.value, value
         try:
             yield

@@ -1,5 +1,5 @@
-"""What stands for a tensor while a forward is read: it records what is done with it, and answers no question whose
-answer a graph could not hold."""
+"""The stand-in for a tensor while a forward is traced. It records every operation on itself, and refuses a question
+whose answer a graph could not hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.fx
 from torch import Tensor, nn
 
 _MAY_BE_NONE = {"grad", "grad_fn", "_grad", "_base", "_backward_hooks", "_post_accumulate_grad_hooks"}
-"""Attributes of a tensor that code compares with None. A stand-in would say that they are not."""
+"""Attributes of a tensor that code compares with None. A stand-in's attribute would never be None."""
 
 
 alone = threading.RLock()
@@ -72,7 +72,7 @@ class StandIn(Recorded):
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
-        return torch.fx.Proxy.__torch_function__(*args, **kwargs)  # for one class: it compares others with its own
+        return torch.fx.Proxy.__torch_function__(*args, **kwargs)  # not cls: fx compares classes with it
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -86,7 +86,7 @@ class StandIn(Recorded):
         return _Attribute(self, name)
 
     def __iter__(self) -> Iterator[Any]:
-        """Parts by place for ``a, b = x``, as fx tells such code. (Its own method leaves frames that refer to x.)"""
+        """The items of ``a, b = x``, which is detected as fx does. (The method of fx leaves frames that refer to x.)"""
         caller = sys._getframe(1)
         for now in dis.get_instructions(caller.f_code):
             if now.offset == caller.f_lasti and now.opname == "UNPACK_SEQUENCE":
@@ -94,22 +94,22 @@ class StandIn(Recorded):
         return iter(self.tracer.iter(self))
 
     def __hash__(self) -> int:
-        self.tracer.refuse("it looks a value up")  # a set or a dict would answer by identity
+        self.tracer.refuse("it looks a value up")  # a set or a dict would compare by identity
         raise AssertionError
 
     def __str__(self) -> str:
         self.tracer.refused = self.tracer.refused or "it makes a text of a value"
-        return repr(self)  # no error: what says what went wrong may hold a value
+        return repr(self)  # no error: an error message may contain a value
 
     def __format__(self, how: str) -> str:
-        return repr(self)  # models make messages for assertions in advance
+        return repr(self)  # no refusal: models format messages for assertions that hold
 
     def __len__(self) -> int:
         self.tracer.refused = self.tracer.refused or "it asks for a length"
         return super().__len__()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node", "root", "attr", "_node"):  # fx's own
+        if name not in ("tracer", "node", "root", "attr", "_node"):  # attributes that fx sets
             self.tracer.refuse(f"it sets the {name} of a value")
         super().__setattr__(name, value)
 
@@ -123,7 +123,7 @@ class Answering(StandIn):
 
 
 class _Attribute(StandIn, torch.fx.proxy.Attribute):
-    """An attribute of a stand-in: what a call of it makes, or the value itself."""
+    """An attribute of a stand-in. The code may call it as a method or use it as a value."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -132,7 +132,7 @@ class _Attribute(StandIn, torch.fx.proxy.Attribute):
 
 
 def _written(name: str) -> Any:
-    """``x += y`` writes to what others hold too, where fx would make ``x = x + y`` of it."""
+    """The method for ``x += y``, recorded as a write to x, which others may hold. fx would record ``x = x + y``."""
     function = getattr(operator, f"i{name}")
 
     def method(self: Recorded, other: Any) -> Any:

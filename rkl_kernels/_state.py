@@ -1,4 +1,4 @@
-"""What a module holds, to be compared with what it holds later: a forward that is read must leave no trace."""
+"""A snapshot of what a module holds, to be compared with a later one: a forward that is traced must change nothing."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _NOT_LOOKED_INTO = sys.stdlib_module_names | {"torch", "numpy"}
 
 
 def state(module: nn.Module) -> list[Any]:
-    """Every attribute of every module, with what is in containers and in objects of the model's own, and of each tensor
-    which memory it has and how often it was written."""
+    """Every attribute of every module, including what containers and objects of the model's own classes hold. For each
+    tensor also its memory and how often it was written."""
     seen: set[int] = set()
     return [item for value in module.modules() for item in _inside(value, seen)]
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
-    """The same objects; numbers by value."""
+    """Whether two snapshots hold the same objects. Integers are compared by value."""
     return len(a) == len(b) and all(x is y or (type(x) is int and x == y) for x, y in zip(a, b, strict=True))
 
 
 def counts_writes(tensor: Tensor) -> bool:
-    """Not so one that was made in inference mode, nor a lazy module's before its first call."""
+    """Whether a tensor counts writes. Inference tensors and a lazy module's uninitialized parameters do not."""
     return not (is_lazy(tensor) or tensor.is_inference())
 
 
 def _inside(value: Any, seen: set[int]) -> Iterator[Any]:
     yield value
-    kind = type(value)  # a stand-in that was left behind does not say what it is an instance of
+    kind = type(value)  # not isinstance: a stand-in that was left behind refuses to tell its class
     if id(value) in seen:
         return
     if issubclass(kind, Tensor):
@@ -58,12 +58,12 @@ def _parts(value: Any, kind: type) -> Iterator[Any]:
 
 
 def _is_the_models_own(kind: type) -> bool:
-    """Whether instances of a class are looked into: those that have attributes, and that no library made."""
+    """Whether instances of a class are looked into: they have attributes, and the class is from no known library."""
     return kind.__dictoffset__ != 0 and kind.__module__.partition(".")[0] not in _NOT_LOOKED_INTO
 
 
 def _memory(tensor: Tensor) -> int:
-    """Which memory a tensor has, as a number that is another one after ``x.data = ...``; 0 where it has none."""
+    """A number that identifies a tensor's memory, and changes after ``x.data = ...``; 0 where it has no memory."""
     if is_lazy(tensor):
         return 0
     try:

@@ -1,4 +1,4 @@
-"""What surrounds a call: function transforms and tracers, which want a call in a form that they understand."""
+"""What surrounds a call: compilers, function transforms and tracers, which need a call in a form they understand."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def settled_while_compiled(function: F) -> F:
-    """Let torch.compile call ``function`` while it traces and keep the result, rather than trace what it does.
+    """Let torch.compile call ``function`` while it traces and keep the result as a constant.
 
-    ``torch.compiler.assume_constant_result`` says the same, but imports the compiler, and Triton with it.
+    ``torch.compiler.assume_constant_result`` does the same, but imports the compiler, and Triton with it.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -27,11 +27,11 @@ _DIFFERENTIAL = ("Grad", "Jvp")
 
 
 def differentiated() -> bool:
-    """Whether ``torch.func`` (grad, vjp, jvp and what is made of them) or forward-mode AD differentiates the call.
+    """Whether ``torch.func`` (grad, vjp, jvp and functions built on them) or forward-mode AD differentiates the call.
 
-    Both see through PyTorch's own operators only. Reverse mode, ``backward()``, is no part of this.
+    Both can differentiate PyTorch's own operators only. Reverse mode, ``backward()``, does not count here.
     """
-    # The level is read where torch.compile sees it, which guards on it then.
+    # The level is read in code that torch.compile traces, so that it guards on the level.
     return forward_ad._current_level >= 0 or _is_transformed()
 
 
@@ -49,7 +49,7 @@ def recorded() -> bool:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Keep ``torch.jit.trace`` from recording what is done in the block."""
+    """Keep ``torch.jit.trace`` from recording the operations in the block."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
@@ -59,7 +59,7 @@ def unrecorded() -> Iterator[None]:
 
 
 def watched() -> bool:
-    """Whether the call must pass through the dispatcher whole: a compiler, a tracer or ``torch.vmap`` looks on."""
+    """Whether a compiler, a tracer or ``torch.vmap`` is active: the call must then be one call of the dispatcher."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -71,7 +71,7 @@ _PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
 def intercepted(*tensors: Tensor | None) -> bool:
-    """Whether Python code sees what the call does: a mode of the dispatcher's, or the class of one of the tensors."""
+    """Whether Python code intercepts the call: a dispatch mode, or the class of one of the tensors."""
     return torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, tensors))
 
 
@@ -79,7 +79,7 @@ _DEFAULTS = (Tensor.__torch_function__.__func__, Parameter.__torch_function__)  
 
 
 def overrides_functions(*tensors: Any) -> bool:
-    """Whether a tensor's class has a ``__torch_function__`` of its own, which may know ``F.conv2d``, and not ours."""
+    """Whether a tensor's class has its own ``__torch_function__``: it may know ``F.conv2d``, but not our functions."""
     if _PLAIN.issuperset(map(type, tensors)):
         return False
     handlers = [type(tensor).__torch_function__ for tensor in tensors if issubclass(type(tensor), Tensor)]
@@ -87,6 +87,6 @@ def overrides_functions(*tensors: Any) -> bool:
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether a call on these has nothing around it: no compiler, transform, mode, autocast or forward-mode AD."""
+    """Whether a call on these is plain: no compiler, transform, mode, tensor subclass, autocast or forward-mode AD."""
     around = watched() or torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0
     return not (around or intercepted(*tensors))

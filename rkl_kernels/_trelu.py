@@ -16,9 +16,9 @@ from .ops import rkl
 def trelu(x: Tensor, inplace: bool = False) -> Tensor:
     """T-ReLU: the identity above zero, tanh below, smooth at zero (equation 6).
 
-    Equivalent to ``torch.where(x > 0, x, torch.tanh(x))``, in one kernel, and only the output is kept for backward:
-    the gradient is 1 where y > 0 and 1 - y^2 elsewhere. NaN gives NaN, -inf gives -1 with gradient 0. The CUDA kernels
-    take the hardware's tanh in 16 bits: off by at most 2^-11 of the value, beside the rounding to the type.
+    Equivalent to ``torch.where(x > 0, x, torch.tanh(x))``, in one kernel. Only the output is kept for backward: the
+    gradient is 1 where y > 0 and 1 - y^2 elsewhere. NaN gives NaN, -inf gives -1 with gradient 0. In 16 bits the CUDA
+    kernels use the hardware's tanh, whose error is at most 2^-11 of the value, before the rounding to the type.
 
     Args:
         x: any shape and strides; float32, bfloat16, float16 or float64.
@@ -28,7 +28,7 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
         A tensor of the shape, type and layout of ``x``.
 
     Raises:
-        TypeError: ``x`` is no tensor, or no floating one.
+        TypeError: ``x`` is no tensor, or its type is not served.
 
     Examples:
         >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
@@ -41,7 +41,7 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
     """
     if has_torch_function_unary(x):
         return handle_torch_function(trelu, (x,), x, inplace)
-    if not inplace and type(x) is Tensor and is_plain(x) and is_built(x):  # the common case, without the rules below
+    if not inplace and type(x) is Tensor and is_plain(x) and is_built(x):  # the common case skips the rules below
         try:
             return rkl.trelu.plain(x)
         except RuntimeError as error:
@@ -53,11 +53,11 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
         return reference.trelu(x, inplace)
     if not inplace:
         return operators.trelu(x)
-    # A compiler finds out by itself where a copy can be spared. A mode that keeps what operators return, selective
-    # checkpointing, would take one that returns nothing for done, and not write again. DTensor has a rule for copies.
+    # A compiler removes the copy where it can. Selective checkpointing keeps what operators return: it would count an
+    # operator that returns nothing as done, and not write again. DTensor has a rule for copy_.
     if watched() or intercepted(x) or x.is_neg():
         return x.copy_(operators.trelu(x))
-    if x.is_inference() and not torch.is_inference_mode_enabled():  # autograd would not be told of the write
+    if x.is_inference() and not torch.is_inference_mode_enabled():  # autograd would not see the write
         raise RuntimeError("x must not be an inference tensor, written outside of inference mode; clone it first")
     operators.trelu_(x)
     return x

@@ -1,6 +1,6 @@
-"""How a process holds its memory on a CPU: settings of glibc's allocator, for programs that train or measure.
+"""Settings of glibc's memory allocator, for programs that train or measure on a CPU.
 
-The library calls none of these: they are for the whole process, so its owner's choice.
+The library never calls these functions: they change the whole process, so the program must decide.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc's allocator keep what is freed for what comes next, from here on.
+    """From now on, make glibc's allocator keep freed memory for the next allocations.
 
-    By default every tensor over 32 MiB is mapped anew and freed memory goes back to the kernel, so that each 4 KiB cost
-    a page fault again: 32,768 of them for two tensors of 64 MiB, at each step of a loop that makes them
-    (tests/test_rkl_memory.py). A process with any caching allocator does not pay that.
+    By default glibc maps every tensor over 32 MiB anew and returns freed memory to the kernel. Then each 4 KiB cost a
+    page fault again: 32,768 faults for two tensors of 64 MiB, at each step of a loop that allocates them
+    (tests/test_rkl_memory.py). A process with a caching allocator does not have this cost.
 
     Returns:
-        False where the allocator is not glibc's; nothing is changed then.
+        Whether the allocator is glibc's. Where it is not, nothing is changed.
 
     Examples:
         >>> from rkl_kernels.allocator import keep_freed_memory
         >>> kept = keep_freed_memory()
     """
-    # 0 mappings: the heap alone serves. -1: its free end is never given back (mallopt(3)).
+    # 0 mappings: all memory comes from the heap. -1: the free end of the heap is never returned (mallopt(3)).
     return _mallopt((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
 
 
 def return_gaps() -> bool:
-    """Give the kernel, once, the pages of the heap that hold nothing; False where there is no glibc.
+    """Return the unused pages of the heap to the kernel, once. False where the C library is not glibc.
 
-    A gap between two tensors in use is rarely taken again by one of the same size, since aligned memory needs more room
-    than it keeps. So a heap grows, kept or not, where large and small tensors come and go.
+    A gap between two tensors rarely fits another tensor of the same size, since an aligned allocation asks for more
+    room than it keeps. So a heap grows where large and small tensors come and go, whether freed memory is kept or not.
     """
     trim = glibc_function("malloc_trim")
     if trim is None:
@@ -43,10 +43,10 @@ def return_gaps() -> bool:
 
 
 def glibc_function(name: str) -> Any:
-    """A function of the C library that glibc alone has; None elsewhere."""
+    """A function that only glibc has; None with another C library."""
     try:
         return getattr(ctypes.CDLL(None), name)
-    except (AttributeError, OSError, TypeError):  # another C library, or a system whose programs cannot be asked so
+    except (AttributeError, OSError, TypeError):  # another C library, or a system where ctypes cannot open the program
         return None
 
 

@@ -1,7 +1,7 @@
-"""The operators under ``torch.vmap``: the new dimension becomes part of the batch or of the channels, and one call of
-the same operator serves all of it.
+"""The operators under ``torch.vmap``: the mapped dimension becomes part of the batch or of the channels, and one call
+of the same operator serves all of it.
 
-A rule takes ``(info, in_dims, *arguments)`` and gives ``(output, out_dims)``, as ``torch.library.register_vmap`` wants.
+A rule takes ``(info, in_dims, *arguments)`` and returns ``(output, out_dims)``: see ``torch.library.register_vmap``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .decompositions import separable_conv2d_backward
 
 Rule = Callable[..., tuple[Any, Any]]
 Dims = Sequence[Any]
-"""Of each argument: the mapped dimension, or None."""
+"""For each argument, its mapped dimension, or None."""
 
 
 def rules(ops: Any) -> dict[str, Rule]:
@@ -63,7 +63,7 @@ def rules(ops: Any) -> dict[str, Rule]:
             images = x.movedim(in_dims[0], 0)
             y = ops.separable_conv2d(images.flatten(0, 1), *weights, *settings)
             return y.unflatten(0, images.shape[:2]), 0
-        # A pointwise filter for each is a grouped convolution, which is PyTorch's to serve.
+        # A pointwise filter for each mapped element is a grouped convolution, which PyTorch serves.
         size, (*window, inner, outer) = info.batch_size, settings
         places = zip((x, *weights), in_dims, (1, 0, 0, 0, 0), strict=False)
         x, depthwise, pointwise, depthwise_bias, bias = (_into_channels(t, d, size, at) for t, d, at in places)
@@ -92,11 +92,11 @@ def rules(ops: Any) -> dict[str, Rule]:
 
 
 def _front(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """``x`` with its mapped dimension in front; the same for each where it has none."""
+    """``x`` with its mapped dimension first. Without a mapped dimension ``x`` is expanded to ``size`` copies."""
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def _into_channels(x: Any, dim: int | None, size: int, channels: int) -> Any:
-    """The mapped dimension as the outer part of dimension ``channels``: each channel has a filter of its own anyway.
-    None stays None."""
+    """``x`` with the mapped dimension as the outer part of dimension ``channels``. A depthwise convolution allows that,
+    since each channel has its own filter. None stays None."""
     return None if x is None else _front(x, dim, size).movedim(0, channels).flatten(channels, channels + 1)

@@ -1,6 +1,6 @@
-"""What ``torch.utils.flop_counter`` counts for the operators: what it counts for PyTorch's own convolutions; T-ReLU,
-like ReLU, as nothing. What a backward makes again is not counted: the same
-work is the same number, however it is done."""
+"""FLOP formulas for ``torch.utils.flop_counter``. They count the operators as it counts PyTorch's own convolutions, and
+T-ReLU, like ReLU, as nothing. What a backward computes again is not counted, so that the count does not depend on how
+a kernel works."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ FORMULAS = {
     "separable_conv2d": _separable,
     "separable_conv2d_backward": _separable_backward,
 }
-"""By operator; arguments as ``torch.utils.flop_counter.register_flop_formula`` passes them, tensors as their shapes."""
+"""The formula of each operator. ``register_flop_formula`` passes the operator's arguments, each tensor as its shape."""
 
 
 def register(packets: Any) -> None:
-    """Tell ``torch.utils.flop_counter``, which must be imported, of a namespace's operators."""
+    """Register a namespace's operators with ``torch.utils.flop_counter``, which must already be imported."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     formulas = {getattr(packets, name): formula for name, formula in FORMULAS.items()}
-    formulas[torch.ops.aten.convolution_backward_overrideable] = _depthwise_backward  # of a plain call's gradient
+    formulas[torch.ops.aten.convolution_backward_overrideable] = _depthwise_backward  # the gradient of a plain call
     for operator, formula in formulas.items():
         if operator not in flop_registry:
             declare: Any = register_flop_formula(operator)

@@ -1,7 +1,7 @@
-"""The operators in PyTorch's own: for exporters that know no others (ONNX gets Conv, Where and Tanh), for DTensor, and
-for what PyTorch is to differentiate or to map again.
+"""The operators written in PyTorch's own operators: for exporters that know no others (ONNX gets Conv, Where and Tanh),
+for DTensor, and where PyTorch must differentiate or vmap an operator's formula.
 
-``torch.compile`` does not ask for these: there the operators stay whole.
+``torch.compile`` does not use these: there the operators stay whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def trelu_backward(grad: Tensor, y: Tensor) -> Tensor:
-    """Derivative 1 where y > 0, 1 - y^2 elsewhere."""
+    """``grad`` times T-ReLU's derivative, from the output ``y``: 1 where y > 0, 1 - y^2 elsewhere."""
     return torch.where(y > 0, grad, grad * (1 - y * y))
 
 
@@ -46,7 +46,7 @@ def separable_conv2d(
     inner_activation: int,
     activation: int,
 ) -> Tensor:
-    """The reference, with numbers for activations."""
+    """The reference function, with activations as operators' numbers."""
     names = _checks.activation_name(inner_activation), _checks.activation_name(activation)
     weights = depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias
     with _as_they_are(x):
@@ -68,8 +68,8 @@ def separable_conv2d_backward(
     mask: Any,
     groups: int = 1,
 ) -> tuple[Tensor, ...]:
-    """Gradients of image, both filters and both biases where ``mask`` says so, empty tensors elsewhere. ``groups``: of
-    the pointwise step."""
+    """Gradients of image, both filters and both biases where ``mask`` says so, empty tensors elsewhere. ``groups``: the
+    groups of the pointwise convolution."""
     inner = _checks.activation_name(inner_activation)
     if y is not None:
         grad = times_derivative(_checks.activation_name(activation), grad, y, y)
@@ -96,15 +96,15 @@ def separable_conv2d_backward(
 
 
 def _as_they_are(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast has cast an operator's arguments before it was called, or was off then; here it is to cast nothing."""
+    """Autocast off, since it has already cast the operator's arguments where it was on."""
     kind = x.device.type
     available = torch.amp.is_autocast_available(kind)
     return torch.autocast(kind, enabled=False) if available and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def times_derivative(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """``grad`` times the activation's derivative. ``x``: its input, ``y``: its output. relu, relu6 and trelu may be
-    given the output for both."""
+    """``grad`` times the derivative of activation ``name`` with input ``x`` and output ``y``. For relu, relu6 and trelu
+    both may be the output."""
     if name == "relu":
         return aten.threshold_backward(grad, x, 0)
     if name == "relu6":
@@ -114,7 +114,7 @@ def times_derivative(name: str | None, grad: Tensor, x: Tensor, y: Tensor) -> Te
     if name == "silu":
         if not torch.is_grad_enabled() and not differentiated():
             return aten.silu_backward(grad, x)
-        gate = torch.sigmoid(x)  # written out, since silu_backward has no gradient of its own
+        gate = torch.sigmoid(x)  # written out, since aten.silu_backward is not differentiable
         return grad * gate * (1 + x * (1 - gate))
     return aten.gelu_backward(grad, x) if name == "gelu" else grad
 

@@ -39,21 +39,21 @@ def depthwise_conv2d(
 
     Args:
         x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.
-        weight: (C, 1, kh, kw), or (m C, 1, kh, kw) for m filters a channel: those are served by PyTorch's own
-            convolution, on every device (backend "reference").
+        weight: (C, 1, kh, kw), or (m C, 1, kh, kw) for m filters a channel. More than one filter a channel is served
+            by PyTorch's own convolution on every device (backend "reference").
         bias: (C,) or None; (m C,) with m filters a channel.
         stride: pixels between two outputs, an int or (height, width).
         padding: zeros around the image, an int or (height, width), or "same" or "valid".
         dilation: pixels between two taps of the filter, an int or (height, width).
 
     Returns:
-        (N, C, H', W') with H' = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1, m C channels with m filters
-        a channel, in the memory format that ``F.conv2d`` gives.
+        (N, C, H', W') with H' = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1, and W' likewise; (N, m C,
+        H', W') with m filters a channel. The memory format is that of ``F.conv2d``.
 
     Raises:
         TypeError: an argument has a type that is not served.
         ValueError: shapes, devices or the window do not fit together.
-        RuntimeError: each of these is one too where ``F.conv2d`` raises it.
+        RuntimeError: where ``F.conv2d`` raises it, the errors above are RuntimeErrors too.
 
     Examples:
         >>> x, weight = torch.randn(2, 8, 32, 32), torch.randn(8, 1, 3, 3)
@@ -66,7 +66,7 @@ def depthwise_conv2d(
     if has_torch_function_variadic(x, weight, bias):
         tensors = x, weight, bias
         return handle_torch_function(depthwise_conv2d, tensors, *tensors, stride, padding, dilation)
-    # The common case first: between two layers of a network Python is in no cache, and the rules below take longest.
+    # The common case skips the rules below. They are slow in a network, whose layers evict Python from the caches.
     plain = is_plain(x, weight, bias) and is_served(x, weight)
     if plain and (pairs := _checks.unchecked(stride, padding, dilation)):
         try:

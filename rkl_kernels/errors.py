@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; some say nothing, such as that of a bare ``assert``.
+    """The first line of an error's message, or "without a message" (a bare ``assert``, say, has none).
 
     Examples:
         >>> first_line(ValueError("no such row\\nmore of it"))
@@ -14,7 +14,7 @@ def first_line(error: BaseException) -> str:
 
 
 def told(error: BaseException) -> str:
-    """Its kind, and the first line of what it says.
+    """An error's type and the first line of its message.
 
     Examples:
         >>> told(AssertionError())

@@ -1,7 +1,7 @@
 """The operators in plain PyTorch: the ground truth that every kernel is held against.
 
-Same names and signatures as the public functions; any device, any floating type (float64 for gradcheck), autograd by
-PyTorch itself. Nothing here is meant to be fast.
+Names and signatures are those of the public functions. Any device and floating type is served (float64 for gradcheck);
+PyTorch itself differentiates. Nothing here is meant to be fast.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def trelu(x: Tensor, inplace: bool = False) -> Tensor:
         >>> rk.reference.trelu(torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64))
         tensor([-0.7616,  0.0000,  2.0000], dtype=torch.float64)
     """
-    # oneDNN's own layout has no torch.where. Asked of the type: what stands for a tensor while a model is read may have
-    # no layout, though it passes for one.
+    # torch.where does not take oneDNN's layout. issubclass rather than isinstance: a stand-in for a tensor, while
+    # fuse_for_inference traces a model, refuses to tell its class and layout.
     if issubclass(type(x), Tensor) and x.layout == torch._mkldnn:  # type: ignore[attr-defined]
         y = trelu(x.to_dense()).to_mkldnn()
     else:
@@ -43,7 +43,7 @@ def activate(x: Tensor, name: Activation | None) -> Tensor:
         name: "relu", "relu6", "trelu", "silu", "gelu" (erf form) or None.
 
     Raises:
-        KeyError: no such activation; the public functions check the name before.
+        KeyError: no such activation; the public functions check the name first.
 
     Examples:
         >>> rk.reference.activate(torch.tensor([-1.0, 4.0, 8.0]), "relu6")
@@ -67,10 +67,10 @@ def depthwise_conv2d(
     padding: Padding = 0,
     dilation: IntPair = 1,
 ) -> Tensor:
-    """Depthwise convolution, equation (3): a filter or more a channel.
+    """Depthwise convolution, equation (3): each channel has one filter or several.
 
-    Equivalent to ``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, which it calls; arguments as in
-    ``rk.depthwise_conv2d``, and complex types too.
+    Equivalent to ``F.conv2d(x, weight, bias, stride, padding, dilation, groups=C)``, which it calls. Arguments are
+    those of ``rk.depthwise_conv2d``; complex types are served too.
 
     Examples:
         >>> rk.reference.depthwise_conv2d(torch.ones(1, 2, 3, 3), torch.ones(2, 1, 3, 3)).flatten()
@@ -93,7 +93,7 @@ def separable_conv2d(
 ) -> Tensor:
     """Depthwise then pointwise convolution, equation (5), each with an optional bias and activation.
 
-    Two calls of ``F.conv2d``; arguments as in ``rk.separable_conv2d``, and complex types too.
+    Equivalent to two calls of ``F.conv2d``. Arguments as in ``rk.separable_conv2d``; complex types are served too.
 
     Examples:
         >>> depthwise, pointwise = torch.ones(2, 1, 3, 3), torch.ones(4, 2, 1, 1)

@@ -33,9 +33,9 @@ def separable_conv2d(
     """Depthwise, then pointwise convolution, each with an optional bias and activation (equation 5).
 
     Equivalent to ``act(F.conv2d(inner_act(F.conv2d(x, depthwise_weight, depthwise_bias, stride, padding, dilation,
-    groups=C)), pointwise_weight, pointwise_bias))``. The depthwise output is not kept for backward: it is made again.
+    groups=C)), pointwise_weight, pointwise_bias))``. The depthwise output is not kept: backward computes it again.
 
-    Infinities and NaNs spread between channels on a GPU as ``depthwise_conv2d`` says.
+    On a GPU infinities and NaNs spread between channels as in ``depthwise_conv2d``.
 
     Args:
         x: (N, C, H, W) or (C, H, W); contiguous, channels_last or any other strides.
@@ -43,20 +43,20 @@ def separable_conv2d(
         pointwise_weight: (C', C, 1, 1).
         depthwise_bias: (C,) or None.
         pointwise_bias: (C',) or None.
-        stride: of the depthwise step, pixels between two outputs, an int or (height, width).
-        padding: of the depthwise step, zeros around the image, an int or (height, width), or "same" or "valid".
-        dilation: of the depthwise step, pixels between two taps of the filter, an int or (height, width).
+        stride: pixels between two outputs of the depthwise step, an int or (height, width).
+        padding: zeros around the image in the depthwise step, an int or (height, width), or "same" or "valid".
+        dilation: pixels between two taps of the depthwise filter, an int or (height, width).
         inner_activation: after the depthwise step: "relu", "relu6", "trelu", "silu", "gelu" (erf form) or None.
-        activation: after the pointwise step, one of the same.
+        activation: after the pointwise step: one of the same names, or None.
 
     Returns:
-        (N, C', H', W') with H' and W' as ``depthwise_conv2d`` has them, in the memory format that ``F.conv2d`` gives
-        the depthwise step.
+        (N, C', H', W') with H' and W' as in ``depthwise_conv2d``. The memory format is that of ``F.conv2d`` in the
+        depthwise step.
 
     Raises:
         TypeError: an argument has a type that is not served.
         ValueError: shapes, devices, the window or an activation's name do not fit.
-        RuntimeError: each of these is one too where ``F.conv2d`` raises it.
+        RuntimeError: where ``F.conv2d`` raises it, the errors above are RuntimeErrors too.
 
     Examples:
         >>> x, depthwise, pointwise = torch.randn(2, 8, 32, 32), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
@@ -73,12 +73,12 @@ def separable_conv2d(
         return handle_torch_function(separable_conv2d, tensors, *tensors, *rest)
     inner = _checks.activation("inner_activation", inner_activation)
     outer = _checks.activation("activation", activation)
-    # Backward needs the pre-activation of silu and gelu. The activation stands outside there and autograd keeps it, or
-    # backward makes it again: after torch.jit.trace, whose graph is to be the same in every grad mode, and wherever
-    # nobody could tell here that a gradient will be wanted.
+    # Backward needs the pre-activation of silu and gelu. Where a gradient is wanted, the activation is applied outside
+    # the operator, so that autograd keeps its input. Else backward computes it again: under torch.jit.trace, whose
+    # graph must be the same in every grad mode, and where this line cannot know that a gradient will be wanted.
     outside = activation not in (None, *INVERTIBLE) and not recorded() and _wants_gradient(tensors)
     fused = 0 if outside else outer
-    # The common case first, as in depthwise_conv2d.
+    # The common case skips the rules below, as in depthwise_conv2d.
     plain = is_plain(*tensors) and is_served(x, depthwise_weight)
     if plain and (pairs := _checks.unchecked(stride, padding, dilation)):
         try:

@@ -1,5 +1,5 @@
-"""DTensor: the separable backward sharded along the batch, or not at all. The other operators are taken apart into
-PyTorch's own (decompositions.py), whose rules DTensor has."""
+"""DTensor's sharding rule for the separable backward: shard the batch, or nothing. The other operators need no rule:
+DTensor decomposes them into PyTorch's own (decompositions.py), for which it has rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def register(packets: Any) -> None:
-    """Tell ``torch.distributed.tensor``, which must be imported, of a namespace's operators."""
+    """Register a namespace's rule with ``torch.distributed.tensor``, which must already be imported."""
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
