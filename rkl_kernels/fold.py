@@ -1,8 +1,8 @@
-"""Depthwise convolution, norm, activation, pointwise convolution, norm, activation: one layer for inference; and any
-other convolution with the norm after it. A ``SeparableConv2d`` counts as its steps.
+"""Makes one layer for inference out of a depthwise convolution, norm, activation, pointwise convolution, norm and
+activation, or out of any other convolution and the norm after it. A ``SeparableConv2d`` counts as its steps.
 
-A norm with running statistics is a scale and a shift of each channel. They go into the filter and the bias of the
-convolution before it, computed in float64 and rounded once.
+In inference a norm with running statistics scales and shifts each channel. Scale and shift are folded into the filter
+and the bias of the convolution before the norm, in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ._surroundings import overrides_functions
 from .folded import ActivatedConv2d, ActivatedDepthwiseConv2d
 from .layers import DepthwiseConv2d, SeparableConv2d, TReLU, is_altered, is_pointwise, is_single
 
-# By name, so that neither library is imported to ask.
+# By name, so that neither torchvision nor timm has to be imported.
 _NORMS = {
     "torch.nn.modules.batchnorm.BatchNorm2d",
     "torch.nn.modules.batchnorm.SyncBatchNorm",
@@ -31,7 +31,7 @@ _NORMS = {
     "timm.layers.norm_act.FrozenBatchNormAct2d",
 }
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)
-"""What does nothing in inference."""
+"""Layers that do nothing in inference."""
 
 _ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.ReLU: "relu",
@@ -51,7 +51,7 @@ class Affine:
     """A scale and a shift of each channel, in float64.
 
     Attributes:
-        dtype: the only type of an image that keeps its type; None where every image does.
+        dtype: the only image type that the norm does not change; None where the norm changes no type.
     """
 
     scale: Tensor
@@ -61,14 +61,14 @@ class Affine:
 
 @dataclass(frozen=True)
 class Fused:
-    """A layer that does in inference what so many modules in a row did."""
+    """A layer for inference that replaces ``modules`` successive modules."""
 
     layer: nn.Module
     modules: int
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module's class is one of the norms that are known here; its own code is then not read."""
+    """Whether a module's class is one of the norms that are known here. The code of such a norm is never traced."""
     return _class_name(module) in _NORMS
 
 
@@ -90,10 +90,10 @@ def why_not_first(module: nn.Conv2d) -> str | None:
 
 
 def fuse(modules: Sequence[nn.Module]) -> Fused | None:
-    """The layer that does what the first of these modules do, as many as can be; None where nothing is gained.
+    """One layer that replaces the first of these modules, as many as possible; None where nothing is gained.
 
     Args:
-        modules: in the order of their calls, in inference mode, each the only reader of the one before.
+        modules: in the order of their calls, in eval mode; only the next module reads a module's output.
     """
     reader = _Reader(modules)
     first = reader.depthwise()
@@ -114,13 +114,13 @@ def fuse(modules: Sequence[nn.Module]) -> Fused | None:
 
 
 def fold_norm(modules: Sequence[nn.Module]) -> Fused | None:
-    """A convolution that does what the first of these modules, the norm after it and the activation after that do; None
-    where there is no norm.
+    """One convolution that replaces the first of these modules, the norm after it and the activation after the norm;
+    None where no norm follows.
 
-    It saves the norm's pass over memory, and on a GPU that of the bias or the activation.
+    It saves the norm's pass over memory, and on a GPU the pass of the bias or the activation.
 
     Args:
-        modules: in the order of their calls, in inference mode, each the only reader of the one before.
+        modules: in the order of their calls, in eval mode; only the next module reads a module's output.
     """
     reader = _Reader(modules)
     first = reader.dense()
@@ -132,8 +132,8 @@ def fold_norm(modules: Sequence[nn.Module]) -> Fused | None:
 
 
 def _fused(layer: nn.Module | None, reader: _Reader) -> Fused | None:
-    """The layer with what is left of the last module read. None where it is too large for its type, in 16 bits, or does
-    what one module did."""
+    """The layer, followed by the steps of the last module that it does not include. None where it replaces one module
+    only, or where a parameter is not finite (it may overflow in 16 bits)."""
     served, rest = reader.served()
     if layer is None or served == 1 or not all(torch.isfinite(p).all() for p in layer.parameters()):
         return None
@@ -141,8 +141,8 @@ def _fused(layer: nn.Module | None, reader: _Reader) -> Fused | None:
 
 
 class _Reader:
-    """Goes along what modules do in inference: an affine map, nothing at all, the steps of a separable convolution, or
-    the module itself."""
+    """Reads modules as the steps that they do in inference, one after another (see :func:`_steps`). Each method returns
+    the next step and goes on, or returns None where the next step is of another kind."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.steps = [(number, step) for number, module in enumerate(modules) for step in _steps(module)]
@@ -182,19 +182,19 @@ class _Reader:
         return self.dense() if isinstance(step, nn.Conv2d) and is_pointwise(step) else None
 
     def served(self) -> tuple[int, list[nn.Module]]:
-        """How many modules are read, the last perhaps in part, and what is left of that one."""
+        """How many modules have been read, and the steps of the last of them that are left."""
         last = self.steps[self.at - 1][0]
         return last + 1, [step for number, step in self.steps[self.at :] if number == last]
 
 
 def _is_readable(module: nn.Module) -> bool:
-    """Whether the values of a module's tensors are there, and are what its call takes them for."""
+    """Whether a module's tensors have values (none is on meta) and no ``__torch_function__`` of their own."""
     tensors = [*module.parameters(), *module.buffers()]
     return not overrides_functions(*tensors) and not any(tensor.is_meta for tensor in tensors)
 
 
 def _activation(step: Any) -> Activation | None:
-    """The name of what activates: a layer, or a separable convolution's own, which goes by its name."""
+    """The activation of a step: a layer, or the name of a separable convolution's activation. None for other steps."""
     if isinstance(step, str):
         return cast(Activation, step)
     name = _ACTIVATIONS.get(type(step))
@@ -202,14 +202,14 @@ def _activation(step: Any) -> Activation | None:
 
 
 def _has_usual_settings(activation: nn.Module) -> bool:
-    """Whether gelu has its erf form, and relu6 its own bounds."""
+    """Whether gelu has its erf form, and relu6 its default bounds."""
     bounds = getattr(activation, "min_val", 0), getattr(activation, "max_val", 6)
     return getattr(activation, "approximate", "none") == "none" and bounds == (0, 6)
 
 
 def _steps(module: nn.Module) -> list[Any]:
-    """What a module does in inference. Of a norm with an activation inside, both; of a separable convolution, its two
-    convolutions and the names of their activations."""
+    """The steps that a module does in inference. A norm becomes an ``Affine``, and its dropout and activation where it
+    has them; a separable convolution its two convolutions and the names of their activations."""
     if is_altered(module):
         return [module]
     if type(module) is SeparableConv2d and is_single(module) and _is_readable(module):
@@ -225,7 +225,7 @@ def _steps(module: nn.Module) -> list[Any]:
 
 
 def _affine(norm: Any) -> Affine | None:
-    """None where the norm takes its statistics from the batch, or where they do not give finite numbers."""
+    """A norm as a scale and a shift. None where it uses the batch's statistics, or these numbers are not finite."""
     if norm.running_mean is None or norm.running_var is None or norm.training or not _is_readable(norm):
         return None
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -235,13 +235,13 @@ def _affine(norm: Any) -> Affine | None:
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
     finite = torch.isfinite(scale).all() and torch.isfinite(shift).all()
-    # Frozen norms multiply and add by themselves, and so give the wider type of two.
+    # Frozen norms are plain products and sums, so their output has the wider type of image and statistics.
     dtype = norm.running_var.dtype if "Frozen" in type(norm).__name__ else None
     return Affine(scale, shift, dtype) if finite else None
 
 
 def _folded(conv: nn.Conv2d, affine: Affine | None) -> tuple[Tensor, Tensor | None]:
-    """A convolution's filter and bias with the affine map after it; copies, in the convolution's own type."""
+    """Copies of a convolution's filter and bias with an affine map folded in, in the convolution's type."""
     weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
     if affine is None:
         return weight.clone(), None if bias is None else bias.clone()
@@ -256,7 +256,7 @@ def _depthwise(conv: nn.Conv2d, affine: Affine | None) -> DepthwiseConv2d:
     layer = DepthwiseConv2d(
         conv.in_channels, conv.kernel_size, conv.stride, dilation=conv.dilation, device="meta", **as_it_is
     )
-    layer._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice  # PyTorch's, of when it was made
+    layer._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice  # computed when conv was created
     return _with(layer, weight, bias)
 
 
@@ -277,14 +277,14 @@ def _separable(
 
 
 def _with(layer: C, weight: Tensor, bias: Tensor | None) -> C:
-    """The layer with these values in place of its own; they are not for training."""
+    """The layer with these parameters in place of its own, which need no gradient, in eval mode."""
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer.eval()
 
 
 def _activated(kind: type[A], layer: nn.Conv2d, activation: Activation | None) -> A:
-    """The layer as one of a kind that activates too, which has nothing of its own but that."""
+    """The layer with class ``kind`` and an activation. ``kind`` adds no other attribute."""
     layer.__class__ = kind
     activated: Any = layer
     activated.activation = activation

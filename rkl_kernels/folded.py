@@ -1,9 +1,9 @@
 """Layers that :mod:`rkl_kernels.fold` makes for inference: a convolution with a norm in its filter and the activation
 behind it.
 
-Where no gradient is wanted and nothing looks on, bias and activation cost no pass over memory of their own, or one for
-both. PyTorch's own on a GPU take two: 4.1 of the 7.3 ms of a MobileNetV2 (256 images of 224 px, bf16, H100). Elsewhere
-each layer calls PyTorch's convolution, or the package's, and then its activation.
+In a plain call without gradients, bias and activation take no pass over memory of their own, or one for both. PyTorch's
+own operators on a GPU take two: 4.1 of the 7.3 ms of a MobileNetV2 (256 images of 224 px, bf16, H100). In other calls
+each layer calls PyTorch's convolution, or this package's, and then its activation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .ops import rkl
 
 
 class ActivatedConv2d(nn.Conv2d):
-    """A convolution of PyTorch's and an activation.
+    """PyTorch's convolution and an activation.
 
     Equivalent to ``nn.Sequential(nn.Conv2d(...), activation)``.
 
@@ -62,15 +62,15 @@ class ActivatedDepthwiseConv2d(DepthwiseConv2d):
 
 
 def _is_inference(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether a call is plain, on an image of four dimensions and the filter's type, and no gradient is wanted."""
-    # is_plain() before the gradient: a compiler, for which it is False, cannot follow _any_requires_grad().
+    """Whether a call is plain, its image has four dimensions and the filter's type, and no gradient is wanted."""
+    # is_plain() comes first: it is False under a compiler, which cannot trace _any_requires_grad().
     if not (x.dim() == 4 and x.dtype == conv.weight.dtype and is_plain(x, conv.weight, conv.bias)):
         return False
     return not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, conv.weight, conv.bias))
 
 
 def activate_in_place(x: Tensor, name: Activation | None) -> Tensor:
-    """The activation, written over ``x``, which nobody else reads, where no gradient needs it and PyTorch can."""
+    """The activation of ``x``, which nobody else reads. In place where no gradient needs ``x`` and PyTorch can."""
     if x.requires_grad or name in (None, "gelu"):
         return activated(x, name)
     if name == "trelu":

@@ -1,10 +1,10 @@
-"""The operators' gradients: each formula once, for every backend, for plain calls and for the dispatcher.
+"""The operators' gradients. Each formula is written once, for every backend, for plain calls and for the dispatcher.
 
-A formula is a pair ``setup(ctx, inputs, output)`` and ``backward(ctx, *gradients)``. Each is made of a backend's own
-operators, which is why it is built from them: ``ops`` has each as an attribute.
+A formula is a pair ``setup(ctx, inputs, output)`` and ``backward(ctx, *gradients)``. It calls operators of the same
+backend, which are the attributes of ``ops``.
 
-A gradient that is not there comes as None and goes on as None, as through PyTorch's own layers: zeros in its place
-would have an optimizer decay the weights of a part that is cut off.
+A missing gradient arrives as None and is passed on as None, as in PyTorch's own layers. With zeros instead, an
+optimizer would decay the weights of a part of the network that is cut off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._surroundings import differentiated
 from .decompositions import separable_conv2d_backward, times_derivative
 
 INVERTIBLE = ("relu", "relu6", "trelu")
-"""Activations whose gradient can be told from their output, so that no pre-activation need be kept."""
+"""Activations whose gradient follows from their output, so that the pre-activation need not be kept."""
 
 
 def formulas(ops: Any) -> dict[str, Formula]:
@@ -33,18 +33,18 @@ def _none_where_unwanted(mask: list[bool], grads: tuple[Tensor, ...]) -> list[Te
 
 
 def _served(ops: Any, name: str) -> Any:
-    """A backward operator or, where forward mode differentiates the backward itself, the same in PyTorch's own."""
+    """A backend's operator. Under ``torch.func`` or forward-mode AD, the same in PyTorch's own operators."""
     return decompositions.DECOMPOSITIONS[name] if differentiated() else getattr(ops, name)
 
 
 def _gradients(function: Any, tensors: list[Tensor], seconds: Any) -> list[Tensor | None]:
-    """Of ``function(*tensors)``, weighed by ``seconds``: themselves differentiable where gradients are recorded.
+    """The gradients of ``function(*tensors)``, weighted by ``seconds``. In grad mode they are differentiable again.
 
-    Not by ``torch.func.vjp``, which refuses to run under hooks on saved tensors (``save_on_cpu``, checkpoints).
+    ``torch.func.vjp`` is not used: it refuses to run under hooks on saved tensors (``save_on_cpu``, checkpoints).
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views: one of the tensors may depend on another, which is not to count.
+        # Views, since one of the tensors may depend on another, and that dependence must not count here.
         inputs = [t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in tensors]
         pairs = [(y, s) for y, s in zip(function(*inputs), seconds, strict=True) if y.requires_grad and s is not None]
         if not pairs:
@@ -54,7 +54,7 @@ def _gradients(function: Any, tensors: list[Tensor], seconds: Any) -> list[Tenso
 
 
 def _trelu(ops: Any) -> dict[str, Formula]:
-    """dy/dx = 1 where y > 0, 1 - y^2 elsewhere: the output is all that is kept."""
+    """dy/dx = 1 where y > 0, 1 - y^2 elsewhere. So only the output is kept."""
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.set_materialize_grads(False)
@@ -78,8 +78,8 @@ def _trelu(ops: Any) -> dict[str, Formula]:
 
 
 def _depthwise(ops: Any) -> dict[str, Formula]:
-    """The image's gradient is a convolution with the flipped filter, the filter's a correlation of image and gradient;
-    both are bilinear, so their own gradients are made of the same two operators."""
+    """The image's gradient is a convolution with the flipped filter. The filter's gradient is a correlation of image
+    and gradient. Both are bilinear, so their own gradients use the same two operators."""
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
         x, weight, _, *ctx.window = inputs
@@ -121,8 +121,8 @@ def _depthwise(ops: Any) -> dict[str, Formula]:
 
 
 def _separable(ops: Any) -> dict[str, Formula]:
-    """The depthwise output is made again in backward: one activation less is kept. So is the pre-activation where the
-    last activation's gradient needs it. Differentiated again, the gradient is PyTorch's own of the reference."""
+    """Backward computes the depthwise output again, so that it need not be kept, and the pre-activation too, where the
+    last activation's gradient needs it. PyTorch differentiates the reference formula for the second derivative."""
 
     def setup(ctx: Any, inputs: Any, output: Tensor) -> None:
         *tensors, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation = inputs

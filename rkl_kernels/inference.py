@@ -1,4 +1,4 @@
-"""A copy of a model for inference, in which whole chains of layers are one operator each."""
+"""Copies a model for inference and fuses each chain of layers into one operator."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Fusion:
     """What ``rk.fuse_for_inference`` did; print it.
 
     Attributes:
-        fused: for each fused layer, the names of the modules whose work it does, in the order of their calls.
-        folded: likewise, for each other convolution with the norm after it folded into its filter, and the
-            activation after that in the same layer.
-        left: names of the depthwise convolutions that are in no fused layer, with why.
+        fused: for each fused layer, the names of the modules that it replaces, in the order of their calls.
+        folded: the same for each other convolution whose norm was folded into its filter. An activation after the
+            norm is part of the layer too.
+        left: names of the depthwise convolutions that are in no fused layer, each with the reason.
 
     Examples:
         >>> chain = nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
@@ -47,27 +47,27 @@ class Fusion:
 
 
 def fuse_for_inference(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` for inference, its chains of depthwise convolution, batch norm, activation, pointwise
-    convolution, batch norm and activation fused into one operator each, the norms folded into the filters. The
-    steps of an ``rk.SeparableConv2d`` begin such a chain too. The norms after other convolutions are folded likewise.
-    A model without depthwise convolutions is copied as it is.
+    """Copy ``model`` for inference. Each chain of depthwise convolution, batch norm, activation, pointwise convolution,
+    batch norm and activation becomes one operator, with the norms folded into the filters. An ``rk.SeparableConv2d``
+    can begin a chain too. Norms after other convolutions are folded likewise. A model without depthwise convolutions
+    is copied as it is.
 
-    Equivalent to ``model.eval()`` in what a call returns, up to rounding; it has no gradients but the input's. The
-    model itself is not touched, nor called with data, nor is random state. The copy is for calls alone: to train, to
-    load weights or to change a layer, do so to the model and fuse again.
+    Equivalent to ``model.eval()`` in what a call returns, up to rounding. Only the input has a gradient. The model is
+    neither changed nor called with data, and random state stays as it is. The copy is for calls alone: to train, load
+    weights or change a layer, use the model and fuse again.
 
-    The copy is read by ``torch.fx``. A module whose forward cannot be read, since it decides on data, draws random
-    numbers, changes itself or takes flags, say, keeps its own code, and in it only the layers of an ``nn.Sequential``
-    are fused, for calls of that as a whole. What the model's Python code decides on its own attributes is decided as
-    they are now. Depthwise layers that are not fused are swapped as by ``rk.convert``.
+    ``torch.fx`` traces the copy. Some forwards cannot be traced: they decide on data, draw random numbers, change the
+    module or take flags, for example. Such a module keeps its own code. In it only the layers of an ``nn.Sequential``
+    are fused, for calls of that ``nn.Sequential`` as a whole. Where the model's code branches on its own attributes,
+    the copy keeps the branch of now. Depthwise layers that are not fused are swapped as by ``rk.convert``.
 
     Args:
-        model: any module; of any dtype, on any device.
+        model: any module, of any dtype, on any device.
 
     Returns:
-        A copy in inference mode: a ``torch.fx.GraphModule`` where the whole model could be read and something was
-        fused, else a module of the model's own class. Its attribute ``fusion_report`` is a ``Fusion``: what was fused
-        and folded, and why the rest was left.
+        A copy in eval mode: a ``torch.fx.GraphModule`` where the whole model could be traced and something was fused,
+        else a module of the model's own class. Its attribute ``fusion_report`` is a ``Fusion``: what was fused and
+        folded, and why the rest was left.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -82,9 +82,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         True
     """
     check_module(model)
-    with torch.inference_mode(False):  # its tensors do not count the writes that tell of a forward that changes them
+    with torch.inference_mode(False):  # inference tensors do not count writes, which show that a forward changes them
         whole = copied(model)
-        whole.eval()  # some models' own train() returns nothing
+        whole.eval()  # not chained: some models override train() and return nothing
         for parameter in whole.parameters():
             parameter.requires_grad = False  # TorchScript's modules have no requires_grad_()
         convert(whole)
@@ -92,7 +92,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         fused = fuser.fuse()
     vars(fused)["fusion_report"] = fuser.report
     if isinstance(fused, torch.fx.GraphModule):
-        fused.meta["_user_preserved_attributes"] = {"fusion_report": fuser.report}  # what torch.fx's deep copies keep
+        fused.meta["_user_preserved_attributes"] = {"fusion_report": fuser.report}  # kept in deep copies
     return fused
 
 
@@ -100,8 +100,8 @@ class _Fuser:
     """Fuses one copy of a model.
 
     Attributes:
-        closed: modules that keep their own code, with why.
-        taken: layers whose tensors the model's code takes by themselves, to write to them perhaps: they stay.
+        closed: modules that keep their own code, with the reason.
+        taken: layers whose tensors the model's code reads directly, and may write to. They are not fused.
     """
 
     def __init__(self, whole: nn.Module) -> None:
@@ -119,7 +119,7 @@ class _Fuser:
         self._read(self.whole, set())
         if self.whole not in self.graphs:  # a layer, or a container without a forward
             self.closed.setdefault(self.whole, "it is called as it is")
-        elif _reading.has_own_call(self.whole):  # of a module below, its own code is among what was read
+        elif _reading.has_own_call(self.whole):  # a submodule's own __call__ is traced with its caller
             self.closed.setdefault(self.whole, "its class has a __call__ of its own")
         fused = self.whole
         if self.whole not in self.closed:
@@ -136,7 +136,7 @@ class _Fuser:
         return fused
 
     def _read(self, module: nn.Module, seen: set[nn.Module]) -> None:
-        """Read every module, those below first: what cannot be read is not looked into from above."""
+        """Trace every module, children first: a child that cannot be traced is closed when its parent is traced."""
         if module in seen:
             return
         seen.add(module)
@@ -148,7 +148,7 @@ class _Fuser:
         probe = copied(module, memo)
         taken: set[nn.Module] = set()
         graph = _reading.read(probe, {memo[id(m)] for m in self.closed if id(m) in memo}, taken)
-        if probe in taken and isinstance(graph, str):  # it may write to whatever it holds beside its children
+        if probe in taken and isinstance(graph, str):  # it may write to any module that it refers to
             taken.update(memo[id(m)] for m in self.names.keys() - set(module.modules()) if id(m) in memo)
         self.taken.update(m for m in self.names if memo.get(id(m)) in taken - {probe})
         if isinstance(graph, str):
@@ -159,7 +159,7 @@ class _Fuser:
             self.closed[module] = "it has hooks, or a forward of its own"
 
     def _sequentials(self, module: nn.Module) -> Iterator[nn.Module]:
-        """A module that keeps its own code, where it is an ``nn.Sequential``, or the outermost below it."""
+        """The outermost ``nn.Sequential`` modules in a module that keeps its own code, or the module itself."""
         if type(module) is nn.Sequential and module in self.graphs and not has_own_forward(module):
             yield module
         elif type(module) is not FusedSequential:
@@ -173,7 +173,7 @@ class _Fuser:
             vars(sequential).update(steps=(steps,), made=Made.of(sequential))
 
     def _fused(self, module: nn.Module) -> FusedGraph | None:
-        """The graph of a module with its chains fused, over the module's own layers; None where it has no chain."""
+        """A graph module with the module's chains fused and its other layers shared; None where it has no chain."""
         graph = self.graphs[module]
         parts: dict[str, Any] = {}
         for node in list(graph.nodes):
@@ -189,7 +189,7 @@ class _Fuser:
         return FusedGraph(parts, graph, type(module).__name__).eval()
 
     def _fuse_from(self, module: nn.Module, node: torch.fx.Node, parts: dict[str, Any]) -> None:
-        """Put a fused layer in the place of ``node`` and the nodes after it, where it begins a chain."""
+        """Replace ``node`` and the nodes after it by a fused layer, if ``node`` begins a chain."""
         nodes = _chain(node)
         called = (module.get_submodule(str(n.target)) for n in nodes)
         modules = list(takewhile(lambda m: self.taken.isdisjoint(m.modules()), called))
@@ -218,7 +218,7 @@ class _Fuser:
             node.graph.erase_node(done)
 
     def _why_not_read(self, name: str) -> str:
-        """The reason that keeps the nearest module above closed."""
+        """Why a depthwise convolution was not traced: the reason why the nearest module around it is closed."""
         if not name:
             return "it is the whole model"
         if self.whole.get_submodule(name) in self.taken:
@@ -232,7 +232,7 @@ class _Fuser:
 
 
 def _chain(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """``node`` and the modules called after it, each with one argument and alone in reading the one before."""
+    """``node`` and the module calls after it. Each takes one argument: the last call's output, which it alone reads."""
     nodes = [node]
     if len(node.args) != 1 or node.kwargs:
         return nodes[:0]

@@ -1,4 +1,4 @@
-"""Drop-in layers over the public functions; parameters and initial values as in ``torch.nn``."""
+"""Drop-in layers that call the public functions. Parameters and initial values are those of ``torch.nn``."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class TReLU(nn.Module):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution as a layer, (N, C, H, W) to (N, m C, H', W'), m filters a channel.
+    """Depthwise convolution as a layer, (N, C, H, W) to (N, m C, H', W') with m filters a channel.
 
     Equivalent to ``nn.Conv2d(channels, multiplier * channels, kernel_size, groups=channels)``. It is an ``nn.Conv2d``,
-    with its attributes, initial values and state_dict keys, so tools that look for one (weight decay filters, pruning,
-    converters) go on working. With a ``multiplier`` above 1 PyTorch's own convolution serves it, on every device.
+    with its attributes, initial values and state_dict keys, so tools that look for ``nn.Conv2d`` (weight decay filters,
+    pruning, converters) still work. With a ``multiplier`` above 1 PyTorch's own convolution serves it on every device.
 
     Args:
         channels: C.
@@ -54,8 +54,8 @@ class DepthwiseConv2d(nn.Conv2d):
         stride: as in ``rk.depthwise_conv2d``.
         padding: as in ``rk.depthwise_conv2d``.
         dilation: as in ``rk.depthwise_conv2d``.
-        bias: whether a bias is added, one value an output channel.
-        padding_mode: what the image is padded with; "reflect", "replicate" and "circular" pad it before the kernel.
+        bias: whether a bias is added, one value for each output channel.
+        padding_mode: what the image is padded with. "reflect", "replicate" and "circular" pad it before the kernel.
         multiplier: m, the filters a channel.
         device: where the parameters are made.
         dtype: their type.
@@ -104,7 +104,7 @@ class DepthwiseConv2d(nn.Conv2d):
         weight, bias = self.weight, self.bias
         replaced = _is_conv_replaced(self) or overrides_functions(input, weight, bias)
         if replaced or self.groups != self.in_channels or _is_for_others(input, self):
-            return super().forward(input)  # which pads another way, say, or refuses the image
+            return super().forward(input)  # it may pad another way, or refuse the image
         image, padding = padded(input, self)
         return depthwise_conv2d(image, weight, bias, self.stride, padding, self.dilation)
 
@@ -114,20 +114,20 @@ class SeparableConv2d(nn.Module):
 
     Equivalent to ``nn.Sequential(nn.Conv2d(c_in, c_in, kernel_size, groups=c_in), nn.Conv2d(c_in, c_out, 1))`` with
     the activations between and after; (N, c_in, H, W) to (N, c_out, H', W'). Parameters: ``depthwise.weight``,
-    ``pointwise.weight`` and their biases. Where a step was replaced, pruned, hooked or parametrized, the two are called
-    one after the other, and do whatever they do by now.
+    ``pointwise.weight`` and their biases. Where a step was replaced, pruned, hooked or parametrized, the two steps are
+    called as modules, one after the other.
 
     Args:
         c_in: channels before.
         c_out: channels after.
         kernel_size: taps of the depthwise filter, an int or (height, width).
-        stride: of the depthwise step, as in ``rk.depthwise_conv2d``; so are the next two.
-        padding: of the depthwise step.
-        dilation: of the depthwise step.
+        stride: of the depthwise step, as in ``rk.depthwise_conv2d``.
+        padding: of the depthwise step, as in ``rk.depthwise_conv2d``.
+        dilation: of the depthwise step, as in ``rk.depthwise_conv2d``.
         bias: whether a bias is added after the pointwise step.
-        depthwise_bias: whether one is added after the depthwise step.
+        depthwise_bias: whether a bias is added after the depthwise step.
         inner_activation: after the depthwise step, a name as in ``rk.separable_conv2d``.
-        activation: after the pointwise step.
+        activation: after the pointwise step, a name as in ``rk.separable_conv2d``.
         padding_mode: as in ``rk.DepthwiseConv2d``.
         device: where the parameters are made.
         dtype: their type.
@@ -186,13 +186,13 @@ class SeparableConv2d(nn.Module):
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says: it has hooks, or a forward on the object."""
+    """Whether a call of the module may differ from its class: it has hooks, or its forward was replaced."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or has_own_forward(module)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether what a layer's call goes through was replaced, on the object or below a convolution."""
+    """Whether a layer's forward was replaced on the object or, for a convolution, anything that its forward calls."""
     return "forward" in vars(module) or (isinstance(module, nn.Conv2d) and _is_conv_replaced(module))
 
 
@@ -201,32 +201,32 @@ _CONV_FORWARD, _INNER_FORWARD, _CONV2D = nn.Conv2d.forward, nn.Conv2d._conv_forw
 
 
 def _is_conv_replaced(conv: nn.Conv2d) -> bool:
-    """Whether what PyTorch's layer would call was replaced: a method on the object, in a subclass, or in PyTorch's own,
-    or ``F.conv2d``, as programs do that emulate number formats or count."""
+    """Whether anything that ``nn.Conv2d.forward`` calls was replaced: a method (on the object, in a subclass or in
+    PyTorch's class) or ``F.conv2d``. Programs that emulate number formats or count operations do that."""
     inner, forward = type(conv)._conv_forward, nn.Conv2d.forward
     is_own = "_conv_forward" in vars(conv) or inner is not _INNER_FORWARD or forward is not _CONV_FORWARD
     return is_own or F.conv2d is not _CONV2D
 
 
 def _is_for_others(x: Any, conv: nn.Conv2d) -> bool:
-    """Whether an image has other channels than a layer is for. The function would take the layer's filters for several
-    a channel."""
+    """Whether an image has another number of channels than the layer. ``depthwise_conv2d`` could take that for several
+    filters a channel, where ``nn.Conv2d`` raises an error."""
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
         return False
     channels = x.shape[-3]
-    if type(channels) is not int and recorded():  # a tensor then; asked second, as it takes longest
+    if type(channels) is not int and recorded():  # slow, so second: sizes are tensors then
         with unrecorded():
             channels = x.shape[-3]
     return channels != conv.groups
 
 
 def _has_one_filter(module: nn.Module) -> bool:
-    """Whether a module is a depthwise layer of one filter a channel, and nothing more."""
+    """Whether a module is a plain depthwise layer with one filter a channel."""
     return _is_plain(module, DepthwiseConv2d) and module.out_channels == module.in_channels == module.groups
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is PyTorch's own 1 x 1 convolution, and nothing more."""
+    """Whether a module is PyTorch's own 1 x 1 convolution, plain, dense and without stride or padding."""
     if not _is_plain(module, nn.Conv2d):
         return False
     window: Any = module.kernel_size, module.stride, module.groups
@@ -234,22 +234,22 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def is_single(separable: SeparableConv2d) -> bool:
-    """Whether both steps are what their classes say, so that one operator does them."""
+    """Whether both steps are plain layers, so that one operator can serve them."""
     return not _has_any_global_hook() and _has_one_filter(separable.depthwise) and is_pointwise(separable.pointwise)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of a module is what its class says."""
+    """Whether a module has exactly this class, and a call does what the class says."""
     return type(module) is kind and not is_altered(module)
 
 
 def activated(x: Tensor, name: Activation | None) -> Tensor:
-    """The named activation of ``x``, T-ReLU by the kernels."""
+    """The named activation of ``x``. T-ReLU is served by the kernels, the others by PyTorch."""
     return trelu(x) if name == "trelu" else reference.activate(x, name)
 
 
 def padded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Any]:
-    """The image with the padding that is not zeros, and the zeros that are left for the kernel to pad with."""
+    """The image and the zero padding that is left to the kernel. Other padding modes are applied to the image here."""
     if conv.padding_mode == "zeros":
         return x, conv.padding
     return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0

@@ -1,20 +1,20 @@
-"""The operators: schema and shape rule of each, and all that is registered with them, once, for every backend.
+"""The operators: their schemas, their shape rules, and all that is registered with them, once for every backend.
 
 A backend is a namespace of ``torch.ops`` with these operators in it: ``rkl`` (C++ on the CPU, CUDA C++ on a GPU; the
 dispatcher tells them apart by the tensors' device) and ``rkl_triton``. Schemas stand here rather than in C++, so that
-the operators exist where no extension is built, and so that every backend shares the formulas. The kernels register
-themselves: csrc/ops.cpp, csrc/cuda/ops_cuda.cpp and rkl_kernels/triton/__init__.py.
+the operators exist where no extension is built, and every backend shares the formulas. The kernels are registered in
+csrc/ops.cpp, csrc/cuda/ops_cuda.cpp and _backends.py (Triton's, from rkl_kernels/triton/__init__.py).
 
-Forward and backward are operators of their own. The depthwise pair is closed under differentiation, so it can be
+Forward and backward are separate operators. The gradients of the depthwise pair use the same pair, so it can be
 differentiated any number of times.
 
     gradients.py        the gradients' formulas
     _autocast.py        what is cast under torch.autocast
     batching.py         the rules of torch.vmap
-    decompositions.py   the same in PyTorch's own operators, for exporters that know no others
+    decompositions.py   the operators written in PyTorch's own, for exporters that know no others
     counting.py         floating-point operations, for torch.utils.flop_counter
     sharding.py         what torch.distributed.tensor shards
-    _operator.py        how a plain call goes around what it does not need of these
+    _operator.py        how a plain call skips those of these that it does not need
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ SCHEMAS = {
         "(Tensor x, Tensor depthwise_weight, Tensor pointwise_weight, Tensor? depthwise_bias, Tensor? pointwise_bias, "
         f"{_WINDOW}, int inner_activation, int activation) -> Tensor"
     ),
-    # y: the forward's output, from which the last activation's gradient is told; None where there is no activation.
-    # mask: which of the gradients of (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias).
+    # y: the forward's output, which gives the last activation's gradient; None where there is no activation.
+    # mask: which gradients of (x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias) are wanted.
     "separable_conv2d_backward": (
         "(Tensor grad, Tensor? y, Tensor x, Tensor depthwise_weight, Tensor pointwise_weight, Tensor? depthwise_bias, "
         f"{_WINDOW}, int inner_activation, int activation, bool[5] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -59,8 +59,8 @@ INFERENCE_SCHEMAS = {
     "depthwise_conv2d_activated": f"(Tensor x, Tensor weight, Tensor? bias, {_WINDOW}, int activation) -> Tensor",
     "conv2d_activated": (f"(Tensor x, Tensor weight, Tensor? bias, {_WINDOW}, int groups, int activation) -> Tensor"),
 }
-"""What the layers of folded.py call where no gradient is wanted and nothing looks on: steps without a gradient, and of
-the compiled backends alone."""
+"""Operators that the layers of folded.py use in plain calls without gradients. They have no gradient, and only the
+compiled backends have them."""
 
 _libraries: list[torch.library.Library] = []
 
@@ -72,14 +72,14 @@ def output_size(x: Tensor, kernel: torch.Size, stride: Any, padding: Any, dilati
 
 
 def output_format(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """channels_last where the image or the filter is: the rule of ``F.conv2d``."""
+    """The output's memory format: channels_last if the image or the filter is channels_last, as in ``F.conv2d``."""
     if torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight)):
         return torch.channels_last
     return torch.contiguous_format
 
 
 def wanted(mask: Sequence[bool], *like: Tensor) -> tuple[Tensor, ...]:
-    """Gradients yet to be filled: shaped as ``like`` where wanted, empty elsewhere. An image's has its format."""
+    """Uninitialized gradients: of the shape and memory format of ``like`` where ``mask`` says so, empty elsewhere."""
     return tuple(
         torch.empty_like(t, memory_format=suggest_memory_format(t)) if m else t.new_empty(0)
         for m, t in zip(mask, like, strict=True)
@@ -141,9 +141,9 @@ _FAKES: dict[str, Any] = {
 
 
 def define(namespace: str) -> Any:
-    """Define every operator in ``torch.ops.<namespace>`` with all that PyTorch wants to know of it but its kernels.
+    """Define every operator in ``torch.ops.<namespace>``, with everything that PyTorch needs except its kernels.
 
-    Returns what calls them (:class:`Operator`), as attributes by name.
+    Returns an object that has an :class:`Operator` for each of them, as an attribute of its name.
     """
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
@@ -176,8 +176,8 @@ def define(namespace: str) -> Any:
 
 
 def _keep_whole(names: list[str]) -> None:
-    """Inductor calls the operators as they are. Where the environment has CI set, it refuses an operator that has a
-    decomposition and no place in this list."""
+    """Let Inductor call the operators as they are. Where the environment variable CI is set, Inductor refuses an
+    operator that has a decomposition and is not in this list."""
     from torch._inductor import lowering
 
     for name in names:
@@ -185,7 +185,7 @@ def _keep_whole(names: list[str]) -> None:
 
 
 def _register_in_place(library: torch.library.Library, operator: Operator) -> None:
-    """An in-place operator below autograd and with it: PyTorch counts its writes, and has its gradient."""
+    """Register an in-place operator's kernels for autograd and below it: one differentiates, one counts the write."""
     registered = operator.registered
 
     def count(keyset: Any, x: Tensor) -> None:
@@ -213,7 +213,7 @@ def _define_for_inference(ops: SimpleNamespace) -> None:
 rkl = define("rkl")
 _define_for_inference(rkl)
 _libraries.append(torch.library.Library("aten", "FRAGMENT"))
-torch.library.register_fake(  # for compiled autograd, which follows the backward of a plain call
+torch.library.register_fake(  # for compiled autograd, which traces the backward of a plain call
     "aten::convolution_backward_overrideable", _fake_plain_backward, lib=_libraries[-1]
 )
 rkl_triton = define("rkl_triton")

@@ -1,4 +1,4 @@
-"""Which backend and kernel serve a call, and by what count."""
+"""Says which backend and kernel serve a call, and what the call costs at least."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class _SeparableCall:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call would be served, and the work that cannot be avoided.
+    """How a call would be served, and the least work that it needs.
 
     Attributes:
         operator: the public function's name.
         backend: the backend that serves the call.
-        kernel: what it calls: an operator of ``torch.ops``, or the reference's function.
-        bytes: each input read once, each output written once.
+        kernel: what the backend calls: an operator of ``torch.ops``, or a function of the reference.
+        bytes: bytes to move, with each input read once and each output written once.
         operations: floating-point operations, a multiply-add counted as two.
-        floor: which of the two sets the least time that the call can take, and why.
+        floor: whether bytes or operations set the least time that the call can take, and why.
         fused: for a separable convolution, whether both steps are done at once, so that the depthwise output is not
             written to memory; None for the other operators.
-        reason: why fused or not.
-        kernels: for a depthwise convolution by the CUDA extension, the kernels of output and gradients.
+        reason: why the steps are fused or not.
+        kernels: for a depthwise convolution by a compiled backend, what computes the output (on a GPU, gradients too).
 
     Examples:
         >>> rk.explain("trelu", torch.zeros(100)).bytes
@@ -80,19 +80,19 @@ class Explanation:
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would serve ``rk.<operator>(*args, **kwargs)`` and what the call costs at least.
 
-    Nothing is computed. The choice of backend is overruled by ``rk.use_backend``.
+    The call itself is not made. ``rk.use_backend`` determines the backend, as for the call.
 
     Args:
         operator: "trelu", "depthwise_conv2d" or "separable_conv2d".
         *args: the arguments of the call; tensors may be on any device.
-        **kwargs: the same.
+        **kwargs: the keyword arguments of the call.
 
     Returns:
-        Backend, kernel, bytes and operations; print it.
+        An ``Explanation`` with backend, kernel, bytes and operations; print it.
 
     Raises:
-        TypeError: as the call itself.
-        ValueError: no such operator, or as the call itself.
+        TypeError: where the call itself raises it.
+        ValueError: no such operator, or the call itself raises it.
 
     Examples:
         >>> x, weight = torch.zeros(2, 8, 10, 10), torch.zeros(8, 1, 3, 3)
@@ -123,8 +123,8 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
 
 @dataclass(frozen=True)
 class _Rates:
-    """What a GPU moves and does in a second by its data sheet: bytes from memory, operations on tensor cores in 16 bits
-    and on scalar units."""
+    """A GPU's rates per second by its data sheet: bytes from memory, operations on tensor cores in 16 bits, and
+    operations on scalar units."""
 
     memory: float
     tensor: float
@@ -136,7 +136,7 @@ _HOPPER = _Rates(memory=3.35e12, tensor=989e12, scalar=67e12)  # H100 SXM
 
 
 def _floor(moved: int, operations: int, x: Tensor) -> str:
-    """Memory or arithmetic: the call's operations a byte against those at which a device does both in the same time."""
+    """Whether memory or arithmetic binds: the call's operations a byte, against those at which both take as long."""
     intensity = operations / max(moved, 1)
     if x.device.type != "cuda":
         return f"{intensity:.2g} FLOP a byte; which side binds on a CPU, `rkl bench` measures"
@@ -147,7 +147,7 @@ def _floor(moved: int, operations: int, x: Tensor) -> str:
 
 
 def _cast(operator: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments as the call's autocast makes them."""
+    """The arguments, cast as autocast would cast them for the call."""
     if operator == "trelu":
         return args, kwargs
     bound = inspect.signature(_SeparableCall if operator == "separable_conv2d" else _depthwise).bind(*args, **kwargs)
@@ -186,7 +186,7 @@ def _fusion(backend: str, call: _SeparableCall) -> tuple[bool | None, str]:
     return (True, _CUDA_FUSED) if plan else (False, _CUDA_COMPOSED)
 
 
-# SeparablePlan and FilterGradient in csrc/cpu/separable/plan.h have the rules.
+# The rules are those of SeparablePlan and FilterGradient in csrc/cpu/separable/plan.h.
 _CPU_STEPS = "the depthwise step over all images, the pointwise step over its output"
 _CPU_BANDS = (
     "the pointwise step takes each band of depthwise rows while it is in the cache, where rows of NCHW images are "
@@ -199,7 +199,7 @@ _CPU_FILTER_GRADIENTS = (
     "the depthwise output is made again, and the library makes the pointwise filter's gradient by output channels",
 )
 
-# csrc/cuda/separable_plan.cpp has the rule, and takes_planes in csrc/cuda/plan.h that of contiguous images.
+# The rule is in csrc/cuda/separable_plan.cpp; for contiguous images, takes_planes in csrc/cuda/plan.h.
 _CUDA_FUSED = "one kernel makes the depthwise rows and multiplies them on the chip; backward makes them again"
 _CUDA_COMPOSED = (
     "the one kernel serves 16-bit images, k = 3 at stride 1 or 2, k = 5 or 7 at stride 1 (contiguous images at 1 only, "
@@ -210,7 +210,7 @@ _CUDA_COMPOSED = (
 )
 
 
-# By Family in csrc/cuda/plan.h.
+# Indexed by Family in csrc/cuda/plan.h.
 _CUDA_FAMILIES = (
     "the general kernel",
     "rows on the tensor cores (16 bits, NHWC)",
@@ -222,12 +222,12 @@ _CUDA_FAMILIES = (
 
 
 HOPPER = [90, 132, 227 << 10, 228 << 10, 2048, 32]
-"""Of an H100 or H200: compute capability, multiprocessors, shared memory of a block and of a multiprocessor, and
-threads and blocks that a multiprocessor has at once."""
+"""Facts of an H100 or H200: compute capability, number of multiprocessors, shared memory of a block and of a
+multiprocessor, and the threads and the blocks that a multiprocessor can hold."""
 
 
 def _facts_of(x: Tensor) -> list[int]:
-    """Device in csrc/cuda/plan.h: nothing for the tensor's own GPU, HOPPER for a CPU that plays one."""
+    """The numbers of Device in csrc/cuda/plan.h: none for the tensor's GPU, HOPPER where a CPU stands in for a GPU."""
     return [] if x.is_cuda else HOPPER
 
 
@@ -238,10 +238,10 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
 def _cuda_kernels(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1
 ) -> str:
-    """Which kernels of the CUDA extension make a depthwise convolution's output and gradients."""
+    """Which kernels of the CUDA extension compute a depthwise convolution's output and gradients."""
     geometry, x = _geometry(x, weight, stride, padding, dilation)
 
-    def family(result: int, layout: torch.memory_format) -> str:  # result: Result's number in csrc/cuda/plan.h
+    def family(result: int, layout: torch.memory_format) -> str:  # result: number of Result in csrc/cuda/plan.h
         nhwc = layout == torch.channels_last
         dtype = KERNEL_TYPES.index(x.dtype)
         numbers = torch.ops.rkl.cuda_depthwise_plan(geometry, nhwc, dtype, result, _facts_of(x), bias is not None)
@@ -263,7 +263,7 @@ def _cuda_kernels(
 def _cpu_kernels(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1
 ) -> str:
-    """What makes a depthwise convolution's output on a CPU."""
+    """Which kernels compute a depthwise convolution's output on a CPU."""
     geometry, x = _geometry(x, weight, stride, padding, dilation)
     window = geometry[8:10], geometry[10:12], geometry[12:14]
     by_pytorch = torch.ops.rkl.cpu_depthwise_by_pytorch(x, weight, *window)
@@ -274,8 +274,8 @@ _KERNELS: dict[str, Callable[..., str]] = {"cuda": _cuda_kernels, "cpu": _cpu_ke
 
 
 class _Work(NamedTuple):
-    """What a call cannot avoid: elements read and written, operations; the batched image, and whether its channels
-    have several filters."""
+    """The least work of a call: elements read and written, and operations. Also the batched image, and whether each of
+    its channels has several filters."""
 
     elements: int
     operations: int
@@ -289,7 +289,7 @@ def _trelu(x: Tensor, inplace: bool = False) -> _Work:
 
 
 def _geometry(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> tuple[list[int], Tensor]:
-    """The numbers of csrc/geometry.h's Conv2d, in its order, and the batched image."""
+    """The fields of Conv2d in csrc/geometry.h, in their order, and the batched image."""
     window = _checks.depthwise(x, weight, None, stride, padding, dilation)
     x = window.pad_extra(x if x.dim() == 4 else x[None])
     kernel, (steps, padded, apart) = weight.shape[2:], window[:3]
