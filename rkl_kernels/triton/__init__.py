@@ -1,6 +1,6 @@
-"""The Triton kernels, by the operator of ``torch.ops.rkl_triton`` that each makes. Importing this imports Triton.
+"""The Triton kernel of each operator of ``torch.ops.rkl_triton``. Importing this module imports Triton.
 
-They serve CUDA tensors; with TRITON_INTERPRET=1 in the environment, CPU tensors through Triton's interpreter.
+The kernels serve CUDA tensors. With TRITON_INTERPRET=1 in the environment, Triton interprets them on CPU tensors.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The activations' formulas and derivatives for Triton kernels, once; the same as csrc/activation.h, in float32."""
+"""The activations' formulas and derivatives for Triton kernels. They are those of csrc/activation.h, in float32."""
 
 import triton
 import triton.language as tl
 
 from .._checks import ACTIVATIONS
 
-# Numbers as operators take them: position in ACTIVATIONS plus one; 0 is none.
+# An operator's number for an activation is its position in ACTIVATIONS plus one; 0 is no activation.
 _NUMBER = {name: number for number, name in enumerate(ACTIVATIONS, 1)}
 RELU = tl.constexpr(_NUMBER["relu"])
 RELU6 = tl.constexpr(_NUMBER["relu6"])
@@ -16,8 +16,8 @@ GELU = tl.constexpr(_NUMBER["gelu"])
 
 @triton.jit
 def tanh(x):
-    """tanh to 2 ulp. Below 0.55 an odd polynomial, since 1 - 2 / (exp(2x) + 1) cancels there; no library call, so that
-    it is the same function on every GPU and in the interpreter."""
+    """tanh to 2 ulp. Below 0.55 it is an odd polynomial, since 1 - 2 / (exp(2x) + 1) cancels there. No library is
+    called, so that tanh is the same function on every GPU and in the interpreter."""
     square = x * x
     small = x + x * square * (-0.33332768 + square * (0.13315299 + square * (-0.052304076 + square * 0.015739683)))
     magnitude = tl.abs(x)
@@ -27,19 +27,19 @@ def tanh(x):
 
 @triton.jit
 def trelu(x):
-    """Equation (6): x above zero, tanh(x) below. NaN fails the comparison and passes through tanh."""
+    """Equation (6): x above zero, tanh(x) elsewhere. NaN fails the comparison, and tanh keeps it NaN."""
     return tl.where(x > 0, x, tanh(x))
 
 
 @triton.jit
 def trelu_derivative(y):
-    """dy/dx from the output: 1 where y > 0, else 1 - tanh^2 = 1 - y^2."""
+    """T-ReLU's derivative dy/dx, from its output: 1 where y > 0, else 1 - tanh^2 = 1 - y^2."""
     return tl.where(y > 0, 1.0, 1.0 - y * y)
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """The activation of ``x``; the comparisons are written so that NaN stays NaN."""
+    """The activation of ``x``. The comparisons are written so that NaN stays NaN."""
     if ACTIVATION == RELU:
         x = tl.where(x < 0, 0.0, x)
     elif ACTIVATION == RELU6:
@@ -55,8 +55,8 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def derivative_from_output(y, ACTIVATION: tl.constexpr):
-    """The activation's derivative, from its output; silu and gelu are not monotonic, so they have none. A NaN
-    lets the gradient pass, as in PyTorch."""
+    """The activation's derivative, from its output. silu and gelu are not served: they are not monotonic, so the output
+    does not give the derivative. At NaN the gradient passes, as in PyTorch."""
     derivative = tl.full(y.shape, 1.0, tl.float32)
     if ACTIVATION == RELU:
         derivative = tl.where(y <= 0, 0.0, 1.0)
@@ -83,7 +83,7 @@ def derivative_from_input(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def times_derivative(grad, derivative, ACTIVATION: tl.constexpr):
-    """The gradient behind the activation. relu and relu6 select, as in PyTorch: infinity times 0 would be NaN."""
+    """The gradient times the derivative. relu and relu6 select, as in PyTorch, since infinity times 0 would be NaN."""
     if (ACTIVATION == RELU) | (ACTIVATION == RELU6):
         product = tl.where(derivative == 0, 0.0, grad)
     else:

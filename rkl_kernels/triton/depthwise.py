@@ -1,9 +1,8 @@
-"""Depthwise convolution in Triton: the portable path, any layout through strides, any window.
+"""Depthwise convolution in Triton: the portable path. It serves any strides and any window.
 
-The forward pass and, at stride 1, the data gradient go by a moving window (window.py) where that serves. Elsewhere both
-are one gather: each pixel of the output (or of the image's gradient) adds its taps from the image (or from the output's
-gradient). The weight gradient goes in two stages, so that sums have a fixed
-order without atomics.
+Where the moving window (window.py) serves, it computes the output and, at stride 1, the image's gradient. Elsewhere
+both are a gather: each pixel of the output (or of the image's gradient) sums its taps from the image (or from the
+output's gradient). The weight gradient has two stages, so that its sums have a fixed order without atomics.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from .activation import activate
 from .launch import aligned, alignment, block, is_wide, run, span, sum_splits
 
 UNROLLED_TAPS = tl.constexpr(9)
-"""Filters up to 3 x 3 are unrolled whole: the loads of all taps are in flight. A 7 x 7 unrolled whole spills."""
+"""Filters up to 3 x 3 are unrolled whole, so that the loads of all taps are in flight. A whole 7 x 7 spills."""
 UNROLLED_WIDTH = tl.constexpr(7)
-"""Of larger ones a row is, up to this width; 31 taps in a row go through a loop."""
+"""Larger filters of up to this width are unrolled by row. Wider rows, 31 taps say, go through a loop."""
 
 
 @triton.jit
 def source(at, tap, stride, padding, dilation, size, TRANSPOSED: tl.constexpr):
-    """Row (or column) that ``tap`` reads for the one at ``at``, and whether it lies inside."""
+    """The row (or column) that ``tap`` reads for output row (or column) ``at``, and whether it lies in the image."""
     if TRANSPOSED:
         reach = at + padding - tap * dilation
         return reach // stride, (reach >= 0) & (reach % stride == 0) & (reach // stride < size)
@@ -41,7 +40,7 @@ def source(at, tap, stride, padding, dilation, size, TRANSPOSED: tl.constexpr):
 def add_tap(
     total, i, j, x, weight, rows, columns, valid, base, c, C, sizes, strides, window, KW, TRANSPOSED: tl.constexpr
 ):
-    """``total`` (pixels, channels) plus tap (i, j): one vector of the filter and one tile of the image."""
+    """``total`` (pixels, channels) plus the product of tap (i, j): a vector of the filter times a tile of the image."""
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w = window
     h, in_rows = source(rows, i, stride_h, padding_h, dilation_h, sizes[0], TRANSPOSED)
     w, in_columns = source(columns, j, stride_w, padding_w, dilation_w, sizes[1], TRANSPOSED)
@@ -71,7 +70,7 @@ def gather(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The depthwise sums of a tile (PIXELS, CHANNELS) in float32, in registers; 0 where not ``valid``.
+    """The depthwise sums of a tile (PIXELS, CHANNELS), in float32 registers; 0 where not ``valid``.
 
     ``weight`` is (KH, KW, C): see :func:`by_tap`.
     """
@@ -100,7 +99,7 @@ def gather(
 
 @triton.jit
 def pixel(m, sizes):
-    """Image, row and column of the ``m``-th pixel of a batch."""
+    """The image, row and column of pixel ``m`` of a batch."""
     return m // (sizes[0] * sizes[1]), m // sizes[1] % sizes[0], m % sizes[1]
 
 
@@ -164,10 +163,10 @@ def _weight_gradient_kernel(
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One split's sums of image times gradient, to ``partial`` (splits, C * TAPS filter values, then C of the bias).
+    """One split's sums of image times gradient, written to ``partial`` (splits, C * TAPS filter values, C of the bias).
 
-    The bias is the filter's last tap, over an image of ones. Without FILTER there is the block of that tap alone, and
-    the image is not read.
+    The bias counts as the filter's last tap, over an image of ones. Without FILTER only the block of that tap is
+    computed, and the image is not read.
     """
     grad_strides, _ = aligned(grad_strides, C, ALIGNMENT, WIDE)
     x_strides, C = aligned(x_strides, C, ALIGNMENT, WIDE)
@@ -205,15 +204,15 @@ def _weight_gradient_kernel(
 
 
 def by_tap(weight: Tensor) -> Tensor:
-    """The filter (C, 1, kh, kw) as (kh, kw, C), a copy of a few kilobytes: a tap of 8 channels is then one vector load
-    instead of 8 scattered ones, which were two thirds of all loads."""
+    """A copy of the filter (C, 1, kh, kw) as (kh, kw, C), of a few kilobytes. One tap of 8 channels is then one vector
+    load instead of 8 scattered loads, which were two thirds of all loads."""
     return weight.squeeze(1).permute(1, 2, 0).contiguous()
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, window: tuple[int, ...],
               activation: int = 0) -> None:  # fmt: skip
     stride, padding = window[:2], window[2:4]
-    # The window has programs for each row of a dilation; one tap is not apart from others, whatever its dilation.
+    # The moving window has programs for each row of a dilation. A single tap needs none, whatever its dilation.
     dilation = [d if taps > 1 else 1 for d, taps in zip(window[4:], weight.shape[2:], strict=True)]
     if moving.serves(weight.shape[2:], stride, dilation):
         moving.launch(x, by_tap(weight), bias, y, stride[0], padding, dilation, activation)
@@ -222,7 +221,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, window:
 
 
 def _image_gradient(grad: Tensor, weight: Tensor, dx: Tensor, window: tuple[int, ...]) -> None:
-    """At stride 1 a convolution too: of the gradient, with the filter from its end to its beginning."""
+    """Computes the image's gradient. At stride 1 that is a convolution of ``grad`` with the flipped filter."""
     stride, padding, dilation = window[:2], window[2:4], window[4:]
     if stride == (1, 1):
         reach = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
@@ -270,12 +269,12 @@ def depthwise_conv2d(
     dilation: Sequence[int],
     activation: int = 0,
 ) -> Tensor:
-    """The operator; ``activation`` is for the separable operator's first step."""
+    """The kernel of the operator. ``activation`` serves the first step of the separable operator."""
     size = ops.output_size(x, weight.shape[2:], stride, padding, dilation)
     shape = (*x.shape[:2], *size)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=ops.output_format(x, weight))
     if y.numel():
-        dense = None if bias is None else bias.contiguous()  # the kernels read a bias as it is written
+        dense = None if bias is None else bias.contiguous()  # the kernels read a bias without strides
         _convolve(x, weight, dense, y, (*stride, *padding, *dilation), activation)
     return y
 
@@ -331,7 +330,7 @@ def depthwise_conv2d_backward(
     dilation: Sequence[int],
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of image, filter and bias; those that ``mask`` leaves out come back empty."""
+    """Gradients of image, filter and bias where ``mask`` says so, empty tensors elsewhere."""
     dx, dw, db = ops.wanted(mask, x, weight, x.new_empty(x.shape[1]))
     window = (*stride, *padding, *dilation)
     if not grad.numel():

@@ -1,6 +1,6 @@
-"""Launching: the one place through which every kernel goes, and what all of them are told about tensors.
+"""How kernels are launched: all of them go through :func:`run`. Also what they are told about tensors.
 
-``benchmarks/static_triton.py`` stands in for :func:`run` to compile each launch ahead of time instead.
+``benchmarks/static_triton.py`` replaces :func:`run` to compile each launch ahead of time instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .._backends import INTERPRETED
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Launch ``kernel`` on the device of its first argument."""
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whatever the tensors' is
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, not the tensors'
         kernel[grid](*args, **constants)
 
 
@@ -30,7 +30,7 @@ def _double(x, y):
 
 @cache
 def interpreter_serves_bf16() -> bool:
-    """Whether the interpreter in use can add: Triton's own (3.6, 3.7) takes bfloat16 for bit patterns, in silence."""
+    """Whether the interpreter can add bfloat16. Triton's own (3.6, 3.7) silently takes it for bit patterns."""
     x = torch.ones(1, dtype=torch.bfloat16)
     y = torch.zeros_like(x)
     run(_double, (1,), x, y)
@@ -38,19 +38,19 @@ def interpreter_serves_bf16() -> bool:
 
 
 def span(*tensors: Tensor) -> int:
-    """One more than the furthest element of any of the tensors, counted from its first."""
+    """The largest number of elements that any of the tensors spans, from its first element to its last."""
     return max(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors)
 
 
 def is_wide(elements: int) -> bool:
-    """Whether offsets need 64 bits; the margin is what the last, masked block may count beyond the end."""
+    """Whether offsets need 64 bits. The margin is for the last, masked block, whose offsets exceed the end."""
     return elements > 2**31 - 2**20
 
 
 def alignment(x: Tensor) -> int:
-    """Largest power of two, up to 16, that divides the channels and every stride but the channels' own.
+    """The largest power of two, up to 16, that divides the channels and every stride but that of the channels.
 
-    Triton looks for 16 alone; told 8, it loads 728 channels of 16 bits as whole 16-byte vectors too.
+    Triton by itself looks for 16 alone. Told of 8, it also loads 728 channels of 16 bits as 16-byte vectors.
     """
     n, c, h, w = x.stride()
     return math.gcd(16, x.shape[1], n, h, w) if c == 1 else 1
@@ -58,9 +58,9 @@ def alignment(x: Tensor) -> int:
 
 @triton.jit
 def aligned(strides, C, ALIGNMENT: tl.constexpr, WIDE: tl.constexpr):
-    """The same strides and channels, told to the compiler to be multiples of ALIGNMENT, as :func:`alignment` found.
+    """The same strides and channels, in a form that shows the compiler that they are multiples of ALIGNMENT.
 
-    In 64 bits where offsets need them: each factor may fit into 32 where the product does not, within one image too.
+    Where WIDE they have 64 bits: each factor may fit into 32 bits where the product does not, even within one image.
     """
     c = strides[1]
     if WIDE:
@@ -76,7 +76,7 @@ def aligned(strides, C, ALIGNMENT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def block(index, SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """Element numbers of the ``index``-th block."""
+    """The element numbers of block ``index``."""
     if WIDE:
         index = index.to(tl.int64)
     return index * SIZE + tl.arange(0, SIZE)
@@ -96,7 +96,7 @@ def _sum_kernel(partial, out, length, row, splits, SPLITS: tl.constexpr, BLOCK: 
 def sum_splits(partial: Tensor, out: Tensor) -> None:
     """``out`` (dense) = ``partial`` (splits, out.numel()) summed over its first dimension, always in the same order.
 
-    16 splits at once: a thread that adds up to a thousand alone waits for memory at each of them.
+    It adds 16 splits at once: a thread that adds up to a thousand splits alone would wait for memory at each of them.
     """
     size = 1 << 14 if INTERPRETED else 32
     grid = (triton.cdiv(out.numel(), size),)

@@ -1,6 +1,6 @@
 """Separable convolution in Triton: the depthwise kernel, then the library's matrix product.
 
-The depthwise output exists in memory, but is not kept from forward to backward: it is made again.
+The depthwise output is written to memory, but not kept for backward, which computes it again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The library's product over channels with ``weight`` (C', C): (N, C, H, W) to (N, C', H, W), in the same layout.
+    """The library's matrix product of channels and ``weight`` (C', C): (N, C, H, W) to (N, C', H, W), in x's layout.
 
-    matmul rather than F.conv2d: it obeys torch.backends.cuda.matmul.allow_tf32, and NHWC makes it one product.
+    It is a matmul and not F.conv2d: matmul obeys torch.backends.cuda.matmul.allow_tf32, and NHWC is one product.
     """
     n, c, h, w = x.shape
     if suggest_memory_format(x) == torch.channels_last:
@@ -46,7 +46,7 @@ def separable_conv2d(
     inner: int,
     activation: int,
 ) -> Tensor:
-    """The operator."""
+    """The kernel of the operator."""
     depthwise_out = depthwise_conv2d(x, depthwise, depthwise_bias, stride, padding, dilation, inner)
     y = activate(_product(depthwise_out, pointwise.flatten(1), pointwise_bias), activation)
     return y.contiguous(memory_format=ops.output_format(x, depthwise))
@@ -66,7 +66,7 @@ def separable_conv2d_backward(
     activation: int,
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of image, both filters and both biases; those that ``mask`` leaves out come back empty."""
+    """Gradients of image, both filters and both biases where ``mask`` says so, empty tensors elsewhere."""
     depthwise_mask = [mask[0], mask[1], mask[3]]
     of_pointwise, of_bias, depthwise_out = (grad.new_empty(0) for _ in range(3))
     if y is not None:

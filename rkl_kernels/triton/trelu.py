@@ -14,8 +14,8 @@ from .._backends import INTERPRETED
 from . import activation as act
 from .launch import block, is_wide, run
 
-# 1024 elements for 4 warps: one 16-byte vector of 16-bit elements a thread, two of float32.
-# The interpreter's cost is by program: there blocks are large.
+# 1024 elements for 4 warps: each thread has one 16-byte vector of 16-bit elements, or two of float32.
+# The interpreter is slow for each program, so its blocks are large.
 BLOCK = 1 << 16 if INTERPRETED else 1024
 
 
@@ -43,13 +43,13 @@ def _run(kernel: Any, n: int, *tensors: Tensor, **constants: Any) -> None:
 
 
 def laid_out_like(x: Tensor, layout: Tensor) -> Tensor:
-    """``x`` in the dense layout of ``layout``; itself where it is so already (strides of sizes of 1 do not count)."""
+    """``x`` in the dense layout of ``layout``; ``x`` itself if it has it (strides of sizes of 1 do not count)."""
     pairs = zip(x.shape, x.stride(), layout.stride(), strict=True)
     return x if all(a == b for size, a, b in pairs if size > 1) else torch.empty_like(layout).copy_(x)
 
 
 def activate(x: Tensor, number: int) -> Tensor:
-    """The activation of ``x`` (its number in the operators; 0, none, gives ``x`` itself)."""
+    """The activation of ``x``, by its number in the operators. 0 is no activation and returns ``x`` itself."""
     if not number:
         return x
     y = torch.empty_like(x)  # dense, in the order of x's dimensions, whatever gaps x has
@@ -59,7 +59,7 @@ def activate(x: Tensor, number: int) -> Tensor:
 
 
 def times_derivative(grad: Tensor, value: Tensor, number: int, from_output: bool) -> Tensor:
-    """``grad`` times the activation's derivative at ``value``, its output or its input."""
+    """``grad`` times the activation's derivative. ``value`` is the activation's output or its input."""
     if not number:
         return grad
     dx = torch.empty_like(value)

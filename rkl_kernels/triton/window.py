@@ -1,8 +1,8 @@
-"""Depthwise convolution by a window that moves down the image: the fast path of :mod:`.depthwise`.
+"""Depthwise convolution with a window that moves down the image: the fast path of :mod:`.depthwise`.
 
-A program has some columns of some channels and slides over the rows. Each row of the image is read once for each column
-of the filter and added to every output row that it belongs to, so a pixel costs KW loads instead of KH * KW; those sums
-move up by one register name a row. Which columns lie inside of the image is known before the first row.
+A program has some columns of some channels and slides over the rows. It reads each row of the image once for each
+column of the filter, and adds it to every output row that needs it. So a pixel costs KW loads instead of KH * KW.
+After each row the sums move on by one register name. Which columns lie in the image is known before the first row.
 """
 
 # ruff: noqa: RUF005  (Triton reads no starred tuples)
@@ -19,16 +19,16 @@ from .activation import activate
 from .launch import aligned, alignment, block, is_wide, run, span
 
 MOST_TAPS = 7
-"""Of a row and of a column: more sums than these in flight do not fit into a thread's registers."""
+"""The most taps of a row and of a column. With more, the sums in flight do not fit into a thread's registers."""
 MOST_APART = 65535
-"""Rows of a dilation: their programs are along the grid's third axis, of which CUDA takes no more."""
+"""The largest dilation of rows. Its programs lie along the grid's third axis, and CUDA allows no more of them."""
 HELD_TAPS = tl.constexpr(9)
-"""So many taps stay in registers; those of larger filters are read again for each row, from the cache."""
+"""Up to this many taps stay in registers. Larger filters read their taps again for each row, from the cache."""
 
 
 @triton.jit
 def _column(weight, j, c, C, KH: tl.constexpr, KW: tl.constexpr):
-    """Tap j of every row of the filter."""
+    """The taps of column j of the filter, one for each row."""
     taps = ()
     for kh in tl.static_range(KH):
         taps = taps + (tl.load(weight + (kh * KW + j) * C + c, mask=c < C, other=0.0),)  # type: ignore[assignment]
@@ -37,7 +37,7 @@ def _column(weight, j, c, C, KH: tl.constexpr, KW: tl.constexpr):
 
 @triton.jit
 def _pixels(row, column, j, valid, channels, sizes, strides, padding, dilation, STRIDE: tl.constexpr):
-    """What tap j of a row reads for each output column, in float32; ``row``: the addresses of column 0."""
+    """The pixels that tap j of a row reads for each output column, in float32. ``row``: the addresses of column 0."""
     w = column * STRIDE - padding[1] + j * dilation[1]
     inside = valid & (w >= 0) & (w < sizes[1])
     return tl.load(row + (w * strides[3])[:, None], mask=inside[:, None] & channels, other=0.0).to(tl.float32)
@@ -45,8 +45,8 @@ def _pixels(row, column, j, valid, channels, sizes, strides, padding, dilation, 
 
 @triton.jit
 def _add(sums, value, taps, part: tl.constexpr, KH: tl.constexpr, STRIDE: tl.constexpr):
-    """The sums of the output rows in flight plus a row of the image's: the i-th takes row i * STRIDE + part of the
-    filter, if there is one."""
+    """The sums of the output rows in flight, with a row of the image added. Sum i uses row i * STRIDE + part of the
+    filter, if the filter has that row."""
     added = ()
     for i in tl.static_range((KH + STRIDE - 1) // STRIDE):
         if i * STRIDE + part < KH:
@@ -80,7 +80,7 @@ def _window_kernel(
     CHANNELS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``columns``: of all images side by side. A program has ``rows`` output rows, as far apart as the filter's are."""
+    """``columns``: of all images, side by side. A program has ``rows`` output rows, spaced like the filter's rows."""
     y_strides, _ = aligned(y_strides, C, ALIGNMENT, WIDE)
     x_strides, C = aligned(x_strides, C, ALIGNMENT, WIDE)
     at = block(tl.program_id(0), COLUMNS, WIDE)
@@ -96,7 +96,7 @@ def _window_kernel(
     if KH * KW <= HELD_TAPS:
         for j in tl.static_range(KW):
             columns_of_taps = columns_of_taps + (_column(weight, j, c, C, KH, KW),)  # type: ignore[assignment]
-    IN_FLIGHT: tl.constexpr = (KH + STRIDE - 1) // STRIDE  # output rows that a row of the image may belong to
+    IN_FLIGHT: tl.constexpr = (KH + STRIDE - 1) // STRIDE  # output rows that a row of the image is added to
     zero = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     sums = (zero,) * IN_FLIGHT
     for step in range(count + IN_FLIGHT - 1):
@@ -109,7 +109,7 @@ def _window_kernel(
                 for j in tl.static_range(KW):
                     value = _pixels(row, column, j, inside, channels, x_sizes, x_strides, padding, dilation, STRIDE)
                     sums = _add(sums, value, columns_of_taps[j], part, KH, STRIDE)
-            else:  # in a loop: unrolled, the loads of a whole row of taps would take all registers
+            else:  # a loop, since the loads of an unrolled row of taps would take all registers
                 for j in range(KW):
                     value = _pixels(row, column, j, inside, channels, x_sizes, x_strides, padding, dilation, STRIDE)
                     sums = _add(sums, value, _column(weight, j, c, C, KH, KW), part, KH, STRIDE)
@@ -122,7 +122,7 @@ def _window_kernel(
 
 
 def serves(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Filters up to 7 x 7, at stride 1 with any dilation that a grid takes and at stride 2 without."""
+    """Whether the window serves: filters up to 7 x 7, at stride 1 with any dilation that fits a grid, at 2 without."""
     plain = stride[0] == stride[1] and (stride[0] == 1 or (stride[0] == 2 and max(dilation) == 1))
     return plain and max(kernel) <= MOST_TAPS and dilation[0] <= MOST_APART
 
@@ -136,7 +136,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: in
     columns, height = y.shape[0] * y.shape[3], y.shape[2]
     across = triton.cdiv(columns, of_program), triton.cdiv(C, channels)
     of_one = triton.cdiv(height, dilation[0])  # output rows that one program could have
-    # Enough programs for every processor, but not so short ones that they read the rows around theirs in vain.
+    # Enough programs for every processor, but not so short that much of what they read is rows around their own.
     pieces = min(triton.cdiv(2 * tiles.PROGRAMS, across[0] * across[1] * dilation[0]), triton.cdiv(of_one, 4 * kh))
     rows = triton.cdiv(of_one, max(1, pieces))
     run(
