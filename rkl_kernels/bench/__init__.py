@@ -1,6 +1,6 @@
-"""The benchmark harness: this package's operators against their rivals, in rounds, with the floors beside them.
+"""The benchmark harness: times this package's operators and their rivals in turns, and compares them with the floor.
 
-From an installed wheel, with torch and NumPy (ONNX Runtime and OpenVINO join in where they are installed)::
+It works from an installed wheel, with torch and NumPy. ONNX Runtime and OpenVINO are timed where installed::
 
     from rkl_kernels import bench
     print(bench.operator_report("separable", (32, 128, 56, 56), kernel=5))      # what `rkl bench` prints
@@ -8,15 +8,15 @@ From an installed wheel, with torch and NumPy (ONNX Runtime and OpenVINO join in
 
 ``benchmarks/`` in the source tree runs the same harness over the shapes of published models.
 
-    case.py      what is timed, with its unavoidable bytes and operations
+    case.py      what is timed, with the least bytes and operations that it needs
     rivals.py    the contestants on PyTorch tensors, the inputs, the float64 reference
     runtimes.py  ONNX Runtime and OpenVINO
     timing.py    clocks (CPU, CUDA), interleaving, medians and their noise
-    faulting.py  contestants once more, in a process whose allocator is as it comes
+    faulting.py  contestants timed again in a process with the default allocator
     memory.py    a step's peak memory
-    machine.py   the machine's line
+    machine.py   one line that describes the machine
     host.py      what a call costs the host
-    row.py       one case measured on all of them; ratios
+    row.py       one case measured on all contestants; ratios
     table.py     rows as text
 """
 
@@ -41,7 +41,7 @@ RIVALS = ("eager", "compile", *runtimes.NAMES)
 
 
 def contestants(rivals: Sequence[str] = ("eager",), layouts: Sequence[str] = LAYOUTS) -> list[Rival]:
-    """This package in the layouts, then the named rivals in those of the layouts that they have."""
+    """This package in each layout, then the named rivals in each of the layouts that they support."""
     chosen = [ours(layout) for layout in layouts]
     for name in rivals:
         if name in ("eager", "compile"):
@@ -72,13 +72,13 @@ def operator_report(
     Args:
         operator: "trelu", "depthwise" or "separable".
         shape: (N, C, H, W) of the image.
-        kernel, stride, dilation, padding: of the depthwise step; the padding keeps the map's size unless given.
-        kernel_width: for a filter of another width than height.
-        out_channels: of the separable convolution; as many as C unless given.
+        kernel, stride, dilation, padding: of the depthwise step; the default padding keeps the image's size.
+        kernel_width: width of a filter whose width differs from its height.
+        out_channels: of the separable convolution; C by default.
         dtype: "fp32", "bf16" or "fp16".
         layout: "nchw", "nhwc" or None for both.
         direction: "forward", "backward", "data" or "weight".
-        seconds: of timing, for all contestants together.
+        seconds: time for all contestants together.
 
     Returns:
         The machine's line and a table of one row.
@@ -126,11 +126,11 @@ def operator_report(
 
 
 def four_lines(seconds: float = 10.0, batch: int = 16) -> list[str]:
-    """This machine, then the three operators against PyTorch's better layout on a layer of ResNet-KL, in fp32.
+    """The machine's line, then the three operators against PyTorch's better layout on a layer of ResNet-KL, in fp32.
 
     Args:
-        seconds: for everything; some two thirds of them go to timing, the others to making and checking the inputs.
-        batch: images a call.
+        seconds: for everything. About two thirds are spent on timing, the rest on making and checking the inputs.
+        batch: images in a call.
     """
     keep_freed_memory()
     lines = [machine_line(machine())]

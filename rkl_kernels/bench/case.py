@@ -1,4 +1,4 @@
-"""What is timed: one operator on one shape, in one type and one direction, with the work that cannot be avoided.
+"""What is timed: one operator on one shape, in one type and one direction, with the least work that it needs.
 
 Plain data and counting, without torch.
 """
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 OPERATORS = ("trelu", "depthwise", "separable")
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Types by their short name, with the bytes of an element."""
+"""The types' short names, with the bytes of an element."""
 DIRECTIONS = ("forward", "backward", "data", "weight")
-"""backward: every gradient at once; data, weight: the image's gradient alone, the filters' alone."""
+"""backward: all gradients at once; data: the image's gradient alone; weight: the filters' gradients alone."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Case:
     Attributes:
         operator: "trelu", "depthwise" or "separable" (depthwise, then pointwise).
         batch, channels, height, width: of the image.
-        out_channels: C' of the pointwise step; of no meaning elsewhere.
-        kernel, stride, dilation, padding: of the depthwise step, the same in height and width ...
-        kernel_width: ... but for a filter of another width than height.
-        tf32: products of fp32 values in TF32, for every contestant; elsewhere in fp32.
+        out_channels: C' of the pointwise step; ignored for the other operators.
+        kernel, stride, dilation, padding: of the depthwise step, the same in height and width.
+        kernel_width: width of a filter whose width differs from its height.
+        tf32: whether every contestant multiplies fp32 values in TF32, rather than in fp32.
         activation: after the pointwise step, a name as in :func:`rkl_kernels.separable_conv2d`, or None.
-        name: what the tables call the shape.
+        name: the shape's name in tables.
     """
 
     operator: str
@@ -112,19 +112,19 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Bytes that cannot stay unmoved: each input read once, each output written once."""
+        """The least bytes to move: each input read once, each output written once."""
         image = self.batch * self.channels * self.height * self.width
         if self.operator == "trelu":  # backward reads the gradient and the output, and writes a gradient
             return (2 if self.direction == "forward" else 3) * image * DTYPES[self.dtype]
         channels = self.out_channels if self.operator == "separable" else self.channels
         result = self.batch * channels * self.out_height * self.out_width
-        # Each of the one-step directions touches all three; backward writes the gradients of image and filters on top.
+        # Forward, data and weight touch image, filters and result once. Backward adds the gradients of the first two.
         once = image + self._filters + result
         return (once + (image + self._filters if self.direction == "backward" else 0)) * DTYPES[self.dtype]
 
     @property
     def operations(self) -> int:
-        """Floating-point operations at least, a multiply-add counted as two; T-ReLU counts one a value."""
+        """The least floating-point operations. A multiply-add counts as two; T-ReLU counts one for each value."""
         if self.operator == "trelu":
             return self.batch * self.channels * self.height * self.width
         forward = 2 * self.batch * self.out_height * self.out_width * self._filters

@@ -1,7 +1,7 @@
-"""Contestants once more in a process whose allocator is as it comes.
+"""Times contestants again in a process with the default allocator.
 
-In a process of its own: where freed memory was kept, large tensors find room in the heap ever after, whatever the
-allocator is told then, and none of them costs a page fault.
+This needs a process of its own. Once an allocator has kept freed memory, large tensors find room in its heap from then
+on, whatever its settings are, and cost no page faults.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAKERS = {"ours": ours, "eager": eager}
 
 
 def time_faulting(case: Case, names: Iterable[str], budget: float, busy: bool) -> dict[str, Timing]:
-    """Seconds a layer of this package and PyTorch on the CPU, by the ids among ``names`` that are theirs."""
+    """Seconds a layer on the CPU, for those of the ids ``names`` that belong to this package or to PyTorch."""
     mine = [name for name in names if name.split()[0] in MAKERS]
     return process().submit(_timed, case, mine, budget, busy, torch.get_num_threads()).result()
 

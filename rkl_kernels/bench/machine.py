@@ -1,4 +1,4 @@
-"""The machine's line: what every table of figures begins with."""
+"""The machine's line, with which every table of figures begins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import rkl_kernels as rk
 
 
 def _cpu_name() -> str:
-    """The processor's name. On x86 its family and model follow: a virtual machine may call several kinds alike."""
+    """The processor's name. On x86 its family and model follow: a virtual machine may give several kinds one name."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -25,7 +25,7 @@ def _cpu_name() -> str:
 
 
 def held_to() -> str | None:
-    """The instruction set, lower than AVX-512, that ATEN_CPU_CAPABILITY holds torch and the CPU kernels to."""
+    """The instruction set below AVX-512 to which ATEN_CPU_CAPABILITY limits torch and the CPU kernels, or None."""
     limit = os.environ.get("ATEN_CPU_CAPABILITY")
     return limit if limit in ("default", "avx2") else None
 
@@ -33,14 +33,14 @@ def held_to() -> str | None:
 def check_device(device: str) -> None:
     """
     Raises:
-        ValueError: nothing can be timed on it here.
+        ValueError: the device cannot be timed here.
     """
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where torch sees a GPU, got {device!r}")
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Device, threads, instruction set and versions."""
+    """Facts about the machine: device, threads, instruction set and versions."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
@@ -54,15 +54,15 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def capacity(device: str) -> int:
-    """Bytes of memory that the device has in all."""
+    """The device's total memory in bytes."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def machine_line(facts: dict[str, Any]) -> str:
-    """The same in one line."""
-    held = " held to" if facts.get("held_to") else ""  # older records do not say
+    """The facts of :func:`machine` in one line."""
+    held = " held to" if facts.get("held_to") else ""  # older records lack the key
     return (
         f"{facts['device']}, {facts['threads']} of {facts['cores']} cores,{held} {facts['isa']}, "
         f"torch {facts['torch']}, Python {facts['python']}"
@@ -77,6 +77,6 @@ def other_machine(recorded: dict[str, Any], here: dict[str, Any]) -> str | None:
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """The device's name as a file name, with what it is held to."""
+    """A file name for the device: its name, the instruction set that it is limited to, and the threads."""
     name = f"{facts['device']} {facts.get('held_to') or ''} {facts['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""How much memory a piece of work needs at its peak: what backward keeps must show."""
+"""Measures the peak memory of a piece of work, which must show what is kept for backward."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 from ..allocator import glibc_function
 
 PERIOD = 5e-4
-"""Seconds between two looks: a training step holds its peak, where forward ends, for longer than that."""
+"""Seconds between two samples. A training step stays at its peak, the end of forward, for longer."""
 
 
 class _Mallinfo2(ctypes.Structure):
     """``struct mallinfo2`` of glibc's malloc.h."""
 
-    _fields_ = [  # as ctypes wants it
+    _fields_ = [  # the name that ctypes requires
         (name, ctypes.c_size_t)
         for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()  # noqa: SIM905
     ]
@@ -27,10 +27,10 @@ if _mallinfo2 is not None:
 
 
 def allocated() -> int | None:
-    """Bytes that this process has allocated and not freed, by torch, its libraries and the kernels' own scratch.
+    """Bytes that this process has allocated and not freed: by torch, its libraries and the kernels' scratch.
 
-    Asked of the allocator, as the process's resident size also holds what has been freed and kept. None where the
-    allocator is not glibc's (2.33 or newer).
+    The allocator tells the number. The process's resident size would include memory that was freed and kept. None where
+    the allocator is not glibc's (2.33 or newer).
     """
     if _mallinfo2 is None:
         return None
@@ -39,10 +39,10 @@ def allocated() -> int | None:
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes allocated at the peak of ``run()`` above those allocated before it, looked at every half millisecond.
+    """Bytes allocated at the peak of ``run()``, less those allocated before it. Sampled every half millisecond.
 
     Raises:
-        RuntimeError: the allocator does not tell.
+        RuntimeError: the allocator does not tell what is allocated.
     """
     before = allocated()
     if before is None:

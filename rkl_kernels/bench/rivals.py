@@ -1,8 +1,8 @@
 """The contestants on PyTorch tensors: this package and PyTorch itself, each in both memory layouts.
 
-A contestant is prepared for a :class:`Case` on given inputs, and gives back a function that does the work once, on the
-case's own image or, forward, on another one, and returns the tensors that :func:`reference` returns for the case: the
-output, or the gradients.
+A contestant is prepared for a :class:`Case` and returns a function that does the work once. A forward function may be
+given another image than the case's own. It returns the same tensors as :func:`reference` for the case: the output, or
+the gradients.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .case import Case
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 TOLERANCES = {"fp32": 2e-4, "tf32": 4e-3, "bf16": 2e-2, "fp16": 4e-3}
-"""Largest error served, as a share of the largest value: room for another order of summation and, in 16 bits, for the
-rounding of one intermediate tensor; a wrong result is orders of magnitude off."""
+"""Largest error accepted, as a share of the largest value. It allows another order of summation and, in 16 bits, the
+rounding of one intermediate tensor. A wrong result is orders of magnitude off."""
 
 PART = 16
-"""Images compared at a time: a copy of everything in float64 is four times as large as the results are."""
+"""Images compared at a time. A float64 copy of all results would be four times as large as the results."""
 
 Results = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The image, the weights and the gradient that arrives from behind; in float32, contiguous."""
+    """The image, the weights and the output's gradient, in float32 and contiguous."""
 
     x: Tensor
     weights: Results
@@ -61,7 +61,7 @@ def _inputs(case: Case, device: str) -> Inputs:
 
 
 def inputs(case: Case, device: str = "cpu") -> Inputs:
-    """The case's tensors on the device that draws them, the same for every type and direction."""
+    """The case's tensors, drawn on the device. They are the same for every type and direction."""
     return _inputs(replace(case, dtype="fp32", direction="forward", name="", tf32=False), device)
 
 
@@ -80,7 +80,7 @@ def function(case: Case, library: Any = rk) -> Callable[..., Tensor]:
 def runner(
     case: Case, operator: Callable[..., Tensor], x: Tensor, weights: Results, grad: Tensor
 ) -> Callable[..., Any]:
-    """The work of one call in the case's direction; backward runs on a graph recorded beforehand."""
+    """A function that does the work of one call in the case's direction. Backward runs on a graph recorded here."""
     if case.direction == "forward":
 
         def forward(image: Tensor = x) -> Results:
@@ -105,14 +105,14 @@ def _reference(case: Case, device: str) -> Results:
 
 def reference(case: Case, device: str = "cpu") -> Results:
     """The right results in float64: the output, or the gradients in the order image, weights."""
-    if case.direction in ("data", "weight"):  # parts of backward, which may be there already
+    if case.direction in ("data", "weight"):  # parts of backward, which may be cached
         results = reference(replace(case, direction="backward"), device)
         return results[:1] if case.direction == "data" else results[1:]
     return _reference(replace(case, dtype="fp32", name="", tf32=False), device)
 
 
 def error(got: Results, want: Results) -> float:
-    """The largest error of any result as a share of the largest value of that result; inf where something is NaN."""
+    """The largest error of any result, as a share of that result's largest value; inf where an error is not finite."""
     worst = 0.0
     for result, right in zip(got, want, strict=True):
         if result.shape != right.shape:
@@ -127,15 +127,15 @@ def error(got: Results, want: Results) -> float:
 
 
 LAYERS = 4
-"""Layers in a row, where a layer's output can be the next one's image."""
+"""Layers in a row, where a layer's output can be the next layer's image."""
 
 
 def layers(case: Case, run: Callable[..., Any], device: str = "cpu") -> tuple[Callable[[], None], int]:
-    """The work as a network does it, and how many layers that is: what a call gives is read by what comes next.
+    """The work as in a network, where the next operation reads a call's output, and the number of layers in it.
 
-    Layers in a row where the shape allows it; elsewhere, on a CPU, an in-place ReLU over the result. A call that is
-    timed over and over while nobody reads its output rewards what keeps it out of the caches, where a network would
-    look for it. On a GPU the shapes exceed the cache, and the ReLU would take up to as long as the work.
+    Several layers run in a row where the shape allows it. Elsewhere, on a CPU, an in-place ReLU follows the call. If
+    nobody read the output, a kernel that keeps it out of the caches would look faster than it is in a network. On a GPU
+    the shapes exceed the cache, and the ReLU would take up to as long as the work.
     """
     if case.repeats:
 
@@ -155,7 +155,7 @@ def layers(case: Case, run: Callable[..., Any], device: str = "cpu") -> tuple[Ca
 
 
 def _placed(case: Case, layout: str, device: str) -> tuple[Tensor, Results, Tensor]:
-    """The inputs in the case's type and the layout asked for; all contestants share them."""
+    """The inputs in the case's type and the given layout. All contestants share them."""
     return _of_type(replace(case, direction="forward", name="", tf32=False), layout, device)
 
 
@@ -168,10 +168,10 @@ def _of_type(case: Case, layout: str, device: str) -> tuple[Tensor, Results, Ten
 
 @dataclass(frozen=True)
 class Rival:
-    """A contestant: ``prepare(case, device)`` gives the function that does the work once.
+    """A contestant. ``prepare(case, device)`` returns the function that does the work once.
 
     Attributes:
-        name: as in the tables; "ours" alone is not a rival.
+        name: the name in tables; "ours" is this package itself.
         layout: "nchw" or "nhwc".
     """
 
@@ -185,7 +185,7 @@ class Rival:
 
 
 def ours(layout: str, backend: Backend = "auto") -> Rival:
-    """This package; named "ours", or by the backend where one is asked for."""
+    """This package, named "ours", or "ours-" and the backend where one is given."""
 
     def prepare(case: Case, device: str) -> Callable[..., Any]:
         if backend == "auto":
@@ -212,12 +212,12 @@ def eager(layout: str) -> Rival:
 
 
 def compiled(layout: str, mode: str = "default") -> Rival:
-    """The same through torch.compile; ``mode`` as there."""
+    """The operators of :func:`eager` through ``torch.compile``, in its mode ``mode``."""
 
     def prepare(case: Case, device: str) -> Callable[..., Any]:
-        # Each case is compiled for itself: the compiler's memory of the last one only leads to recompilation limits.
+        # Each case is compiled alone: the compiler's caches of earlier cases would only lead to recompilation limits.
         torch._dynamo.reset()
-        # Backward runs many times on one graph, so the compiler may not reuse the buffers kept for it.
+        # Backward runs many times on one graph, so the compiler must not reuse the buffers kept for backward.
         torch._functorch.config.donated_buffer = False
         operator = torch.compile(function(case, rk.reference), mode=mode, dynamic=False, fullgraph=True)
         return runner(case, operator, *_placed(case, layout, device))

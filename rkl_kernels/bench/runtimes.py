@@ -1,6 +1,6 @@
-"""The contestants outside PyTorch: ONNX Runtime and OpenVINO, forward in fp32, on one ONNX graph built here.
+"""The contestants outside PyTorch: ONNX Runtime and OpenVINO. Both run forward in fp32, on an ONNX graph made here.
 
-Weights are constants of the graph, so both may pack them beforehand; both get as many threads as torch.
+Weights are constants of the graph, so both may pack them beforehand. Both get as many threads as torch.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ OPSET = 17
 
 
 def installed(name: str) -> bool:
-    """Whether the runtime and the onnx package, which builds its graph, can be imported."""
+    """Whether the runtime can be imported, and the onnx package, which builds its graph."""
     return all(importlib.util.find_spec(module) is not None for module in (name, "onnx"))
 
 
 def rival(name: str) -> Rival:
-    """One of :data:`NAMES` as a contestant; its images are contiguous, what it makes of them inside is its affair."""
+    """One of :data:`NAMES` as a contestant. Its images are contiguous; it may use any layout inside."""
     return Rival(name, "nchw", {"onnxruntime": _onnxruntime, "openvino": _openvino}[name])
 
 
 def serves(case: Case, device: str = "cpu") -> bool:
-    """Both run forward in fp32 on the CPU; of the activations, those that a graph of few nodes makes.
+    """Whether the runtimes serve a case: forward in fp32 on the CPU, with an activation that takes few ONNX nodes.
 
-    Not where torch is held to lower instructions: they choose theirs by themselves.
+    They serve none where torch is limited to older instructions, since they choose instructions by themselves.
     """
     if held_to():
         return False
@@ -114,7 +114,7 @@ def _openvino(case: Case, device: str) -> Callable[..., Any]:
         "INFERENCE_PRECISION_HINT": "f32",
     }
     compiled = core.compile_model(core.read_model(model(case)), "CPU", settings)
-    # Two in turns, so that a layer does not write where it reads.
+    # Two requests take turns, so that a layer does not write where it reads.
     requests = itertools.cycle([compiled.create_infer_request() for _ in range(2)])
     given = inputs(case)
 

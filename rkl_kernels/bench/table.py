@@ -1,4 +1,4 @@
-"""Rows as a table in plain text."""
+"""Formats rows as a table in plain text."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .row import OURS, Row
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:
-    """Of the values there are; None where there is none."""
+    """The geometric mean of the values that are not None; None where all are."""
     logs = [math.log(v) for v in values if v]
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
 def _cell(value: float | None, form: str) -> str:
-    """Not measured: "-"; not known, as the noise of a single sample: "?"."""
+    """A formatted value: "-" where it was not measured, "?" where it is unknown, as the noise of a single sample."""
     if value is None:
         return "-"
     return format(value, form) if math.isfinite(value) else "?"
@@ -46,7 +46,7 @@ WIDTHS = (40, 10, 11, 11, 12, 12, 18, 9, 9, 8, 10, 10, 6)
 
 
 def cells(row: Row) -> list[str]:
-    """One line of a table, in the order of :data:`COLUMNS`."""
+    """The cells of a row, in the order of :data:`COLUMNS`."""
     times = [_milliseconds(row, f"{name} {layout}") for name in (OURS, "eager") for layout in ("nchw", "nhwc")]
     ratios = [row.same_layout("nchw"), row.same_layout("nhwc"), row.over_best(), row.same_layout_faulting("nhwc")]
     return [
@@ -61,7 +61,7 @@ def cells(row: Row) -> list[str]:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """Geometric means over the rows, and the lowest, in the order of :data:`COLUMNS`."""
+    """Geometric means over the rows, and the lowest ratio to the best rival, in the order of :data:`COLUMNS`."""
     means = [
         geometric_mean(r.same_layout("nchw") for r in rows),
         geometric_mean(r.same_layout("nhwc") for r in rows),
@@ -81,17 +81,17 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def line(texts: Sequence[str]) -> str:
-    """Cells in fixed columns: the first to the left, the others to the right."""
+    """Cells in fixed columns: the first aligned to the left, the others to the right."""
     return f"{texts[0]:<40}" + "".join(text.rjust(WIDTHS[i]) for i, text in enumerate(texts[1:], start=1))
 
 
 def notes(row: Row) -> list[str]:
-    """Why contestants were not timed."""
+    """One line for each contestant that was not timed, with the reason."""
     return [f"not timed: {row.case.id}, {name}: {why}" for name, why in row.rejected.items()]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, with why contestants were not timed."""
+    """The rows as text, followed by the reasons why contestants were not timed."""
     return "\n".join(
         [line(COLUMNS), *(line(cells(row)) for row in rows), *(note for row in rows for note in notes(row))]
     )
