@@ -1,4 +1,4 @@
-"""``rkl`` and ``python -m rkl``: the command line, or one sentence where what it needs is not installed."""
+"""``rkl`` and ``python -m rkl``: the command line, or one sentence where a package that it needs is not installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 def main() -> None:
     """Run :func:`rkl.cli.main`."""
-    if sys.stdout is None:  # closed by who started this, as `rkl info >&-` does; no other file may get its number
+    if sys.stdout is None:  # closed, as by `rkl info >&-`; else the next file would be opened as stdout
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         from .cli import main as run
@@ -19,14 +19,14 @@ def main() -> None:
         print(sentence, file=sys.stderr)
         raise SystemExit(2) from None
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a file's name may be in no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # as for stderr: a file's name may not be encodable
     try:
         try:
             run()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would complain
+    except BrokenPipeError:  # the reader has stopped reading, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush would fail
         raise SystemExit(128 + signal.SIGPIPE) from None
 
 

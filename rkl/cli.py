@@ -21,7 +21,7 @@ def train(arguments: Sequence[str]) -> None:
 
     options = read_options(arguments)
     folder = run(options.settings, resume=options.resume)
-    if folder is None:  # another process writes and speaks
+    if folder is None:  # another process writes and prints
         return
     for table in report.rich_tables(report.read_metrics(folder)):
         show(table)
@@ -64,7 +64,7 @@ class Evaluate:
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
         run = open_run(self.run, self.checkpoint, device_named(self.device))
-        from .training import metrics, report  # these take seconds to import, which a wrong folder need not wait for
+        from .training import metrics, report  # imported late: they take seconds, and a wrong folder is refused before
         from .training.evaluation import collect
         from .training.train import load_data
 
@@ -388,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        if debug or isinstance(error, BrokenPipeError):  # nobody reads any more: __main__ ends it
+        if debug or isinstance(error, BrokenPipeError):  # the reader is gone: __main__ handles it
             raise
         complain(missing_package(error) if isinstance(error, ModuleNotFoundError) else error)
         raise SystemExit(2) from None

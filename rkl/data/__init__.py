@@ -1,4 +1,4 @@
-"""Data sets as tensors: :func:`load` gives one, :func:`batches` iterates over a split of it on the device."""
+"""Data sets as tensors. :func:`load` returns a data set; :func:`batches` iterates over a split of it on the device."""
 
 from . import augment
 from .dataset import DataError, Dataset, Split, class_weights

@@ -1,7 +1,7 @@
-"""Augmentation on the device: a few kernels a batch, every draw from a generator on the CPU.
+"""Augmentation on the device, by a few kernels for each batch. All random numbers come from a generator on the CPU.
 
-The draws are small (offsets, boxes, one mixing weight) and go over in one copy; the pixels never leave the device. What
-draws from the global generator (torchvision's transforms) runs with it seeded from ours.
+The random numbers are few (offsets, boxes, one mixing weight) and are copied to the device at once. The pixels never
+leave the device. torchvision's transforms draw from the global generator, which is seeded from ours while they run.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Generator, Tensor
 from torchvision.transforms import v2
 
 SHARED = 8
-"""Images of a batch that share one draw of TrivialAugment: kernel launches for every image cost more than the step."""
+"""Images that share one random transform of TrivialAugment: launches for each image would cost more than the step."""
 
 
 @contextmanager
 def seeded(generator: Generator) -> Iterator[None]:
-    """The global generator, seeded by one draw from ``generator`` and as it was afterwards."""
+    """Seed the global generator by one draw from ``generator`` for the block, and restore its state after it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         yield
 
 
 def crop_and_flip(images: Tensor, indices: Tensor, padding: int, flip: bool, generator: Generator) -> Tensor:
-    """The images at ``indices``, each shifted by up to ``padding`` pixels each way with zeros moving in, and where
-    ``flip`` is set mirrored with probability one half: one gather for the batch."""
+    """The images at ``indices``, each shifted by up to ``padding`` pixels each way and filled with zeros. With ``flip``
+    each is mirrored with probability one half. The whole batch is one gather."""
     count, (channels, height, width) = len(indices), images.shape[1:]
     drawn = torch.randint(2 * padding + 1, (3, count, 1), generator=generator)
     drawn[2] = torch.rand(count, 1, generator=generator) < 0.5 * flip
@@ -47,14 +47,14 @@ def crop_and_flip(images: Tensor, indices: Tensor, padding: int, flip: bool, gen
 
 
 def trivial_augment(images: Tensor, generator: Generator) -> Tensor:
-    """TrivialAugment (Müller and Hutter, 2021) of uint8 images, one random transform for every eight of them."""
+    """TrivialAugment (Müller and Hutter, 2021) of uint8 images. Each eight images share one random transform."""
     transform = v2.TrivialAugmentWide()
     with seeded(generator):
         return torch.cat([transform(part) for part in images.split(SHARED)])
 
 
 def erased(images: Tensor, heights: Tensor, widths: Tensor, generator: Generator) -> Tensor:
-    """A rectangle set to zero (the mean) in each image around a uniform centre, clipped at the border.
+    """The images, in each of which a rectangle is set to zero (the mean). Its centre is uniform; the border clips it.
 
     Args:
         heights, widths: (N,) integers on the CPU; 0 erases nothing.
@@ -69,13 +69,13 @@ def erased(images: Tensor, heights: Tensor, widths: Tensor, generator: Generator
 
 
 def random_cutout(images: Tensor, size: int, generator: Generator) -> Tensor:
-    """A ``size`` x ``size`` square in each image (DeVries and Taylor, 2017)."""
+    """Cutout: erase a ``size`` x ``size`` square in each image (DeVries and Taylor, 2017)."""
     sizes = torch.full((len(images),), size)
     return erased(images, sizes, sizes, generator)
 
 
 def random_erasing(images: Tensor, probability: float, generator: Generator) -> Tensor:
-    """With a probability, a rectangle of 2% to 33% of the image and an aspect of 0.3 to 3.3 (Zhong et al., 2020)."""
+    """With a probability, erase a rectangle of 2% to 33% of the image, of aspect 0.3 to 3.3 (Zhong et al., 2020)."""
     count, (height, width) = len(images), images.shape[-2:]
     taken, area, aspect = torch.rand(3, count, generator=generator)
     pixels = (0.02 + 0.31 * area) * height * width * (taken < probability)
@@ -88,7 +88,7 @@ def mixed(
     images: Tensor, labels: Tensor, num_classes: int, cutmix: float, mixup: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """The batch mixed with itself: by CutMix (equation 1; Yun et al., 2019) with probability ``cutmix``, else by mixup
-    (Zhang et al., 2018) with Beta(``mixup``, ``mixup``) where that is above 0; then the labels are soft."""
+    (Zhang et al., 2018) with Beta(``mixup``, ``mixup``) if ``mixup`` is above 0. Labels of a mixed batch are soft."""
     draw = float(torch.rand((), generator=generator))
     if draw < cutmix:
         transform = v2.CutMix(num_classes=num_classes)

@@ -1,4 +1,4 @@
-"""What a data set is: three splits of uint8 images with integer labels, and the rules they keep."""
+"""What a data set is: three splits of uint8 images with integer labels, and the rules for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class DataError(ValueError):
-    """A file or argument that breaks a rule; the message is one line that names it, the rule and the value got."""
+    """A file or argument breaks a rule. The message is one line that names it, the rule and the value got."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Split:
     Attributes:
         images: (N, C, H, W) uint8.
         labels: (N,) int64.
-        mean, std: one value a channel, in units of 0 to 1; what :func:`rkl.data.batches` normalises with.
-        flip: whether a mirrored image keeps its class (not so for digits).
+        mean, std: one value for each channel, for pixels of 0 to 1; :func:`rkl.data.batches` normalises with them.
+        flip: whether a mirrored image keeps its class (a digit does not).
     """
 
     images: Tensor
@@ -35,7 +35,7 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Split:
-        """The split on a device: once there, no batch is ever copied."""
+        """The split on a device. Its batches are made there, without further copies."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def select(self, indices: Tensor) -> Split:
@@ -44,16 +44,16 @@ class Split:
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def counts(self, num_classes: int) -> Tensor:
-        """Samples of each class, (num_classes,) int64."""
+        """The number of samples of each class, (num_classes,) int64."""
         return torch.bincount(self.labels, minlength=num_classes)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set: train and val are cut from the training images, test is apart and the same for every seed.
+    """A named data set. train and val are cut from the training images; test is separate and the same for every seed.
 
     Attributes:
-        fingerprint: what tells whether a later load finds the same images: a SHA-256 for each part that was read.
+        fingerprint: a SHA-256 for each part that was read. It shows whether a later load finds the same images.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Dataset:
 
 
 def fingerprint(split: Split) -> str:
-    """SHA-256 of a split's labels and pixels, in their order: by its place an image comes into a part of it."""
+    """SHA-256 of a split's labels and pixels in their order. The order matters, since val is cut out by index."""
     sha = hashlib.sha256(repr(tuple(split.images.shape)).encode())
     for values in (split.labels, split.images):
         sha.update(values.reshape(-1).numpy().data)
@@ -85,14 +85,14 @@ def fingerprint(split: Split) -> str:
 
 
 def class_weights(split: Split, num_classes: int) -> Tensor:
-    """Weights for cross entropy that give every class the same say: N / (classes * count), (num_classes,) float32."""
+    """Weights for cross entropy under which all classes count alike: N / (classes * count), (num_classes,) float32."""
     return len(split) / (num_classes * split.counts(num_classes).clamp_min(1).float())
 
 
 def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of a random ``share`` of every class, and of the rest; both ascending.
+    """Indices of a random ``share`` of every class, and of the rest, both ascending.
 
-    Every class with two samples or more has at least one on either side, so that no metric is blind to it.
+    A class with two samples or more has at least one in both, so that every metric sees the class.
     """
     generator = torch.Generator().manual_seed(seed)
     taken = torch.zeros(len(labels), dtype=torch.bool)
@@ -106,7 +106,7 @@ def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]
 
 
 def subset(split: Split, size: int | None, option: str) -> Split:
-    """About ``size`` samples, every class in its share, the same ones for every seed; the split itself for None."""
+    """About ``size`` samples with the split's class shares, the same for every seed. None: the split itself."""
     if size is None:
         return split
     if not 0 < size <= len(split):
@@ -117,7 +117,7 @@ def subset(split: Split, size: int | None, option: str) -> Split:
 def long_tailed(split: Split, num_classes: int, imbalance: float) -> Split:
     """Keep n * imbalance^(-c / (classes - 1)) samples of class c: the usual exponential profile (Cui et al., 2019).
 
-    Never fewer than two, so that training and validation both know every class.
+    At least two samples are kept, so that training and validation both have every class.
     """
     if imbalance < 1:
         raise DataError(f"imbalance must be at least 1 (first class to last), got {imbalance}")
@@ -132,13 +132,13 @@ def long_tailed(split: Split, num_classes: int, imbalance: float) -> Split:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """uint8 images at ``size`` x ``size``: bilinear, antialiased where they shrink; files are scaled likewise
-    (:func:`rkl.data.formats.image_tensor`)."""
+    """uint8 images scaled to ``size`` x ``size``: bilinear, and antialiased where they shrink. Image files are scaled
+    likewise (:func:`rkl.data.formats.image_tensor`)."""
     if images.shape[-2:] == (size, size):
         return images
     parts = [
         F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round_().to(torch.uint8)
-        for part in images.split(4096)  # as floats, all of a data set's may be more than memory holds
+        for part in images.split(4096)  # in parts, since a whole data set in floats may not fit in memory
     ]
     return torch.cat(parts)
 
@@ -154,7 +154,7 @@ def assemble(
     val_fraction: float,
     seed: int,
 ) -> Dataset:
-    """Cut the validation split (unless the data set brings one), check every split, settle the normalisation."""
+    """Cut the validation split (unless the data set brings one), check every split and compute mean and std."""
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
     if val is None:
@@ -188,7 +188,7 @@ def _check_labels(where: str, split: Split, classes: list[str]) -> None:
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel from its histogram: exact, and no float copy of the images."""
+    """Mean and standard deviation of each channel. A histogram gives them exactly, without float copies of images."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in range(images.shape[1]):

@@ -1,4 +1,4 @@
-"""Readers of the on-disk formats. Each names the file and the rule when one is broken, and runs no code from a file."""
+"""Readers of the formats on disk. Their errors name the file and the rule. No reader runs code from a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rkl_kernels.errors import told
 from .dataset import DataError, Split
 
 MOST_UNPACKED = 2**28
-"""Bytes that a packed file may unpack to: five times the largest there is."""
+"""The most bytes that a packed file may unpack to: five times the largest known file."""
 IMAGE_SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = {
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content, unpacked where its name ends in .gz."""
+    """A file's content, unpacked if its name ends in .gz."""
     try:
         if path.suffix != ".gz":
             return path.read_bytes()
@@ -46,7 +46,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def class_names(path: Path) -> list[str]:
-    """The words of a text file."""
+    """The words of a text file, which are the names of classes."""
     try:
         return read_bytes(path).decode().split()
     except UnicodeDecodeError as error:
@@ -54,7 +54,7 @@ def class_names(path: Path) -> list[str]:
 
 
 def checked_split(path: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> Split:
-    """Images and the labels read from ``path``, one a image and each below ``classes``."""
+    """A split of images and labels from ``path``. There must be one label for each image, each below ``classes``."""
     if len(images) != len(labels):
         raise DataError(f"{path}: must hold one label an image, got {len(labels)} labels for {len(images)} images")
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
@@ -74,7 +74,7 @@ def idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def _records(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """Bytes as an array of ``shape``; -1 leads where the file's length decides the count."""
+    """Bytes as an array of ``shape``. If its first size is -1, the file's length gives the count."""
     record = math.prod(shape[1:])
     count = len(content) // max(1, record) if shape[0] == -1 else shape[0]
     if len(content) != count * record or not count * record:
@@ -84,14 +84,14 @@ def _records(path: Path, content: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles containers, strings and NumPy arrays, as CIFAR's files hold, and refuses every other global."""
+    """Unpickles containers, strings and NumPy arrays, which CIFAR's files hold. It refuses every other global."""
 
     _ARRAY = object()
 
     @classmethod
     def _empty(cls, kind: object, shape: object, code: object) -> np.ndarray:
-        """The array that its state, which says shape and values, is then put into. No more than that: NumPy's own
-        function, or ndarray itself, would make one of any size."""
+        """An empty array, whose shape and values are set by its pickled state afterwards. NumPy's own function, or
+        ndarray itself, would let the pickle allocate an array of any size."""
         if kind is not cls._ARRAY:
             raise pickle.UnpicklingError("an array must be of NumPy's own class")
         return np.zeros(0, np.uint8)
@@ -109,7 +109,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How protocol 2 spells bytes when Python 3 wrote the file."""
+    """Bytes, which protocol 2 stores as latin1 text when Python 3 writes the file."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"encoding {encoding!r} is not allowed")
     return text.encode("latin1")
@@ -123,7 +123,7 @@ def arrays_pickle(path: Path) -> dict[bytes, Any]:
         content = _ArraysOnly(BytesIO(read_bytes(path)), encoding="bytes").load()
     except DataError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
+    except Exception as error:  # a damaged pickle may raise anything
         raise DataError(
             f"{path}: must be a pickle of arrays and strings, got {error or type(error).__name__}"
         ) from None
@@ -171,7 +171,7 @@ def cifar_pickles(
 def cifar_binaries(
     folder: Path, train: list[str], test: str, meta: str, label_bytes: int
 ) -> tuple[Split, Split, list[str]]:
-    """CIFAR's "binary version": records of ``label_bytes`` (the last one is the class) and 3,072 pixel bytes."""
+    """CIFAR's "binary version": records of ``label_bytes`` (the last byte is the class) and 3,072 pixel bytes."""
     classes = class_names(folder / meta)
 
     def part(name: str) -> Split:
@@ -201,7 +201,7 @@ def stl10_binaries(folder: Path) -> tuple[Split, Split, list[str]]:
 
 
 def idx_files(folder: Path, classes: list[str], suffix: str) -> tuple[Split, Split, list[str]]:
-    """The four files of MNIST and those shaped like it; ``suffix`` is ".gz" or ""."""
+    """The four files of MNIST or a data set of the same format; ``suffix`` is ".gz" or ""."""
 
     def part(name: str) -> Split:
         images = idx(folder / f"{name}-images-idx3-ubyte{suffix}", 3)
@@ -212,7 +212,7 @@ def idx_files(folder: Path, classes: list[str], suffix: str) -> tuple[Split, Spl
 
 
 def image_folder(folder: Path, classes: list[str], size: int) -> Split:
-    """One folder a class of image files, as torchvision's ImageFolder: RGB, short side ``size``, centre crop."""
+    """One folder of image files a class, as in torchvision's ImageFolder: RGB, short side ``size``, centre crop."""
     files = [(path, label) for label, name in enumerate(classes) for path in _image_files(folder / name)]
     if not files:
         raise DataError(f"{folder}: must hold images in the folders {', '.join(classes[:5])}, got none")
@@ -222,8 +222,8 @@ def image_folder(folder: Path, classes: list[str], size: int) -> Split:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """The images below a folder, in links to folders too, each folder once. Hidden ones are nobody's images: macOS
-    writes `._0001.png` beside an image, Jupyter a second one into `.ipynb_checkpoints`."""
+    """The images below a folder. Links to folders are followed, and each folder is read once. Hidden files are left
+    out: macOS writes `._0001.png` beside an image, and Jupyter writes copies into `.ipynb_checkpoints`."""
     found: list[Path] = []
     seen: set[str] = set()
     for place, inner, names in os.walk(folder, followlinks=True):
@@ -239,7 +239,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 @cache
 def _image_formats() -> tuple[str, ...]:
-    """What an image file may be, whatever its name. Not all that Pillow reads: for EPS it runs Ghostscript."""
+    """The formats that an image file may have, whatever its name. Not all of Pillow's: for EPS it runs Ghostscript."""
     from PIL import Image
 
     Image.init()
@@ -248,8 +248,8 @@ def _image_formats() -> tuple[str, ...]:
 
 
 def image_tensor(path: Path | str, size: int, channels: int = 3) -> Tensor:
-    """One image file as uint8 (channels, size, size): turned as its EXIF orientation says, short side scaled to
-    ``size`` by the filter of :func:`rkl.data.dataset.resized`, centre cropped."""
+    """One image file as uint8 (channels, size, size). It is turned by its EXIF orientation, its short side is scaled to
+    ``size`` with the filter of :func:`rkl.data.dataset.resized`, and its centre is cropped."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -266,13 +266,13 @@ def image_tensor(path: Path | str, size: int, channels: int = 3) -> Tensor:
         raise
     except UnidentifiedImageError:
         raise DataError(f"{path}: must be a readable image, got none of {', '.join(_image_formats())}") from None
-    except Exception as error:  # a damaged image raises whatever its decoder runs into
+    except Exception as error:  # a damaged image may raise anything
         raise DataError(f"{path}: must be a readable image, got {told(error)}") from None
     return torch.from_numpy(np.array(fitted)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
 
 
 def _eight_bits(path: Path | str, image: Any) -> Any:
-    """Greys of 16 bits and of floats as 8 bits, which Pillow's own conversion would clip instead."""
+    """Greys of 16 bits or floats, scaled to 8 bits. Pillow's own conversion would clip them."""
     from PIL import Image
 
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
@@ -283,25 +283,25 @@ def _eight_bits(path: Path | str, image: Any) -> Any:
         values = 255 * values
     elif image.mode != "F" and low >= 0 and high <= 65535:
         values = values / 257
-    elif not (low >= 0 and high <= 255):  # nan keeps to no range
+    elif not (low >= 0 and high <= 255):  # written so that nan is refused
         rule = "0 to 1 or 0 to 255" if image.mode == "F" else "0 to 65,535"
         raise DataError(f"{path}: greys must be within {rule}, got {low:g} to {high:g}")
     return Image.fromarray(np.round(values).astype(np.uint8))
 
 
 def folders(folder: Path) -> list[str]:
-    """The names of the folders in ``folder``, hidden ones aside, in their order."""
+    """The sorted names of the folders in ``folder``, without hidden ones."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in ``folder``: its classes."""
+    """The names of the classes: those of the folders in ``folder``."""
     if not folder.is_dir():
         raise DataError(f"{folder}: must be a folder with one folder a class, got no such folder")
     classes = folders(folder)
     if len(classes) < 2:
         raise DataError(f"{folder}: must hold at least two folders, one a class, got {len(classes)}")
     for name in classes:
-        if not name.isprintable():  # bytes that are not UTF-8 are lone surrogates, which no file of a run can hold
+        if not name.isprintable():  # not UTF-8: Python has surrogates there, which no file of a run can hold
             raise DataError(f"{folder}: names of classes must be printable, got {name!r}; rename the folder")
     return classes

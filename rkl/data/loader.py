@@ -1,7 +1,7 @@
-"""Batches on the device, so that no step waits for data.
+"""Batches that are made on the device, so that no step waits for data.
 
-Every random draw of a batch comes from one CPU generator seeded by (seed, epoch, the batch's number): the same batches
-on every device, on any number of processes, and again after a resume.
+All random numbers of a batch come from one CPU generator, seeded by (seed, epoch, the batch's number). So the batches
+are the same on every device, with any number of processes, and after a resume.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def batches(
     """Iterate once over a split, on its own device.
 
     Args:
-        augment: "standard" is a random crop from the image padded by an eighth, and a mirror where the split allows it;
-            "trivial" adds TrivialAugment.
-        cutmix: probability that a batch is mixed with itself (equation 1); the labels become soft.
-        mixup: alpha of mixup for the batches that CutMix leaves; 0 for none.
+        augment: "standard" crops at random from the image padded by an eighth, and mirrors at random where the split
+            allows it; "trivial" adds TrivialAugment.
+        cutmix: probability that a batch is mixed with itself (equation 1), which makes its labels soft.
+        mixup: alpha of mixup, for batches without CutMix; 0 for none.
         cutout: side of a square set to the mean, in pixels; 0 for none.
         erasing: probability that a rectangle of an image is set to the mean.
         sampling: "balanced" draws every class equally often, with replacement.
-        shuffle: a new order each epoch; False gives the split's own order, for evaluation.
-        drop_last: leave out a last batch smaller than the others (batch norm needs several samples).
-        seed, epoch: together decide the order and every draw.
+        shuffle: whether each epoch has a new order; False keeps the split's order, for evaluation.
+        drop_last: whether a smaller last batch is left out (batch norm needs several samples).
+        seed, epoch: together they determine the order and all random numbers.
         rank, world_size: this process takes every ``world_size``-th batch.
 
     Yields:
@@ -89,7 +89,7 @@ def batches(
 
 
 def _mixed(*numbers: int) -> int:
-    """One generator seed from several numbers, well apart for neighbouring ones (a 64-bit linear congruence)."""
+    """One seed from several numbers. Neighbouring numbers give very different seeds (a 64-bit linear congruence)."""
     state = 0
     for number in numbers:
         state = ((state ^ number) * 6364136223846793005 + 1442695040888963407) % 2**64

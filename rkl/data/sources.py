@@ -1,4 +1,4 @@
-"""The data sets by name, and where their files are."""
+"""The named data sets, and where their files are."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Source:
     """A data set on disk.
 
     Attributes:
-        readers: for each form its files come in, the file that marks it (below the root) and what reads its folder.
+        readers: one for each form of the files: a file below the root that identifies the form, and its reader.
         flip: whether a mirrored image keeps its class.
-        torchvision: the class there that downloads it.
-        places: where else than in the default root the files usually are.
+        torchvision: the torchvision class that downloads the data set.
+        places: other usual folders of the files, after the default root.
     """
 
     readers: dict[str, Reader]
@@ -87,7 +87,7 @@ SOURCES = {
 }
 
 NAMES = (*(f"{name}{tail}" for name in ("digits", *SOURCES) for tail in ("", "-lt")), "folder:PATH")
-"""What :func:`load` takes."""
+"""The names that :func:`load` accepts."""
 
 
 def load(
@@ -102,21 +102,21 @@ def load(
     imbalance: float = 100,
     download: bool = False,
 ) -> Dataset:
-    """A data set in memory, its validation split cut from the training images by ``seed``, class by class.
+    """Load a data set into memory. Its validation split is cut from the training images by ``seed``, class by class.
 
     Args:
-        name: one of :data:`NAMES`. ``folder:PATH`` holds one folder a class, or folders train, val and test of those;
-            what it lacks is cut from train. ``-lt`` is the long-tailed form of the training images.
-        root: folder of the data set's files; where they usually are by default.
-        image_size: pixels a side; the data set's own by default (digits: 16, twice their own; folders: 64).
+        name: one of :data:`NAMES`. ``folder:PATH`` has one folder for each class, or has such folders in train, val and
+            test; a missing val or test is cut from train. ``-lt`` makes the training images long-tailed.
+        root: folder of the data set's files; by default the usual folders are searched.
+        image_size: height and width; the data set's own by default (digits: 16, twice their own; folders: 64).
         val_fraction: share of the training images held out for validation.
-        seed: decides which ones.
-        train_size, test_size: a fixed part of the training (validation included) and test images, for small runs.
-        imbalance: of the long-tailed form, images of the first class over those of the last.
+        seed: determines which training images are held out.
+        train_size, test_size: use only so many training (validation included) and test images, for small runs.
+        imbalance: of the long-tailed form: images of the first class divided by those of the last.
         download: fetch missing files with torchvision into ``root``.
 
     Raises:
-        DataError: an unknown name, a missing or damaged file, a class missing from a split: one line that says which.
+        DataError: an unknown name, a missing or damaged file, or a class missing from a split; one line says which.
     """
     if image_size is not None and image_size < 8:
         raise DataError(f"image_size must be at least 8, got {image_size}")
@@ -135,7 +135,7 @@ def load(
         if name.endswith("-lt"):
             train = long_tailed(train, len(classes), imbalance)
     train, test = subset(train, train_size, "train_size"), subset(test, test_size, "test_size")
-    # Of the images before they are scaled: another machine may round that otherwise.
+    # Fingerprints are of the images before scaling, which another machine may round differently.
     parts = {"train": train, "val": val, "test": test}
     seen = {part: fingerprint(split) for part, split in parts.items() if split is not None}
     if image_size is not None:
@@ -145,7 +145,7 @@ def load(
 
 
 def _digits() -> tuple[Split, Split, list[str]]:
-    """1,797 scans of handwritten digits (UCI, in scikit-learn's wheel); a fixed fifth of each class is the test set."""
+    """1,797 scans of handwritten digits (UCI, in scikit-learn's wheel). A fixed fifth of each class is the test set."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -173,7 +173,7 @@ def _read(name: str, root: str | Path | None, download: bool) -> tuple[Split, Sp
 
 
 def _find(source: Source, roots: tuple[Path, ...]) -> tuple[Reader, Path] | None:
-    """The first form whose marking file is there; a root may also be the innermost folder itself."""
+    """The first form whose identifying file exists. A root may also be the folder that holds this file."""
     for root in roots:
         for marker, reader in source.readers.items():
             for path in (root / marker, root / Path(marker).name):
@@ -193,7 +193,7 @@ def _download(name: str, source: Source, root: Path) -> None:
 
 
 def _folder(path: Path, size: int) -> tuple[Split, Split | None, Split, list[str]]:
-    """The user's own images: train, val and test folders, or one folder a class; a missing test is a fixed fifth."""
+    """The user's images: folders train, val and test, or one folder a class. Without test, a fixed fifth is cut out."""
     divided = (path / "train").is_dir()
     beside = [name for name in formats.folders(path) if name not in ("train", "val", "test")] if divided else []
     if beside:
