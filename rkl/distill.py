@@ -48,7 +48,7 @@ class LossWeights:
     def __post_init__(self) -> None:
         if not 0 <= self.x <= 1:
             raise ValueError(f"x must be between 0 and 1, got {self.x}")
-        if not 1e-100 <= self.temperature <= 1e100:  # its square is a number, too
+        if not 1e-100 <= self.temperature <= 1e100:  # its square must be a finite float, too
             raise ValueError(f"temperature must be between 1e-100 and 1e100, got {self.temperature}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must be at least 0 and below 1, got {self.smoothing}")
@@ -61,17 +61,17 @@ class LossWeights:
 def logit_distillation(student: Tensor, teacher: Tensor, temperature: float, t_squared: bool = True) -> Tensor:
     """T^2 * CE(student / T, softmax(teacher / T)) with the teacher detached (equation 2's first term, without x).
 
-    Both sides are divided by T: with the teacher alone divided, the target is nearly uniform for the student's own
-    scale, and the term is label smoothing.
+    Both sides are divided by T. If only the teacher were, the target would be nearly uniform at the student's scale,
+    and the term would be label smoothing.
 
     Args:
         student: (N, classes) logits.
         teacher: (N, classes) logits; no gradient reaches them.
         temperature: T.
-        t_squared: whether T^2 is there.
+        t_squared: whether the loss is multiplied by T^2.
 
     Returns:
-        A scalar, the mean of the batch.
+        A scalar, the mean over the batch.
 
     Examples:
         >>> from rkl.distill import logit_distillation
@@ -85,15 +85,15 @@ def logit_distillation(student: Tensor, teacher: Tensor, temperature: float, t_s
 
 
 def feature_distillation(student: Tensor, teacher: Tensor, legacy: bool = False) -> Tensor:
-    """Squared distance of the L2-normalised feature maps, averaged over the samples; the teacher is detached.
+    """Squared distance of the L2-normalised feature maps, averaged over the samples. The teacher is detached.
 
-    For a sample it is 2 - 2 cos of the angle between the two, whatever the map's and the batch's size. ``legacy`` is
-    ``torch.dist`` of the two, one norm over the whole batch (Zhang et al., 2019, "Be Your Own Teacher").
+    For one sample it is 2 - 2 cos of the angle between the two maps, whatever the size of map and batch. ``legacy`` is
+    ``torch.dist`` of the maps, one norm over the whole batch (Zhang et al., 2019, "Be Your Own Teacher").
 
     Args:
         student: (N, C, H, W), or any shape with samples first.
         teacher: of the same shape; no gradient reaches it.
-        legacy: the norm over the batch.
+        legacy: whether to use the norm over the whole batch.
 
     Returns:
         A scalar, from 0 to 4.
@@ -113,17 +113,17 @@ def feature_distillation(student: Tensor, teacher: Tensor, legacy: bool = False)
 def training_losses(
     exits: Exits, labels: Tensor, weights: LossWeights, class_weights: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The weighted terms whose sum is the training loss, apart; those a model has no use for are left out.
+    """The weighted terms of the training loss, which is their sum. Terms that the model does not have are left out.
 
     Args:
         exits: every head's output, shallow to deep; the deepest is the teacher.
         labels: (N,) classes, or (N, classes) soft labels as CutMix gives them.
-        weights: of the terms.
+        weights: weights of the terms.
         class_weights: (classes,) weights for the cross entropy with the labels.
 
     Returns:
-        deepest: plain cross entropy of the deepest head. heads: (1 - x) * cross entropy of the shallow heads, summed.
-        logits: x * logit distillation, summed over them. feature: beta * feature distillation, summed over them.
+        deepest: plain cross entropy of the deepest head. heads: (1 - x) * cross entropy, summed over the shallow heads.
+        logits: x * logit distillation, summed likewise. feature: beta * feature distillation, summed likewise.
 
     Examples:
         >>> from rkl.distill import LossWeights, training_losses
@@ -153,7 +153,7 @@ def training_losses(
 
 
 def gammas(model: nn.Module) -> list[nn.Parameter]:
-    """The batch norm layers' gains.
+    """The gains (gamma) of the batch norm layers.
 
     Examples:
         >>> from rkl.distill import gammas
@@ -166,14 +166,14 @@ def gammas(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def add_l1_gradient(model: nn.Module, l1: float, scale: Tensor | float = 1.0) -> None:
-    """Add the subgradient of l1 * sum |gamma| over the batch norm layers; call it between backward and step.
+    """Add the subgradient of l1 * sum |gamma| over the batch norm layers. Call it between backward and step.
 
-    Three kernels whatever the model's depth; as a term of the loss it would be hundreds in backward.
+    It takes three kernels at any depth of the model. As a term of the loss it would take hundreds in backward.
 
     Args:
-        model: any module; norms without a gradient are left.
+        model: any module; norms without a gradient are left out.
         l1: lambda.
-        scale: that of a gradient scaler, which the gradients of the other terms have.
+        scale: the scale of a gradient scaler, by which the other terms' gradients are multiplied.
 
     Examples:
         >>> from rkl.distill import add_l1_gradient

@@ -1,13 +1,13 @@
-"""The networks that the paper compares with, through one registry, fitted to small images by one rule.
+"""The networks that the paper compares with, in one registry. One rule fits them to small images.
 
-The rule, the same for all and that of ResNet-KL's own stem:
+The rule is the same for all, and for ResNet-KL's own stem:
 
 - up to 64 px the first convolution becomes 3 x 3 with stride 1 and the pooling of the stem goes;
 - up to 128 px it becomes 3 x 3 with stride 2 and the pooling of the stem goes;
 - larger images get the standard model unchanged.
 
-Up to 128 px unpadded poolings round up, so that no map vanishes, and a head pools to no more than the last map.
-``width`` scales every layer alike, 64 being the standard model. Every network starts from the same initialisation.
+Up to 128 px, poolings without padding round sizes up, so that no map vanishes, and a head pools to at most the size of
+the last map. ``width`` scales every layer alike; 64 is the standard model. All networks use the same initialisation.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ STANDARD_WIDTH = 64
 
 @dataclass(frozen=True)
 class Baseline:
-    """How to build a standard model and where the rule finds what it changes.
+    """How to build a standard model, and where the parts are that the rule changes.
 
     Attributes:
-        build: classes -> the standard model.
+        build: a function of the number of classes that returns the standard model.
         stem, pool: paths of the first convolution and of the stem's pooling.
-        head: paths of a pooling to a fixed size and of the Linear after it.
-        unit: channels that are scaled as one, where the model concatenates or splits halves of them.
+        head: paths of a pooling to a fixed size and of the Linear after the pooling.
+        unit: channels that are scaled together, where the model concatenates or splits halves of a map's channels.
     """
 
     build: Callable[[int], nn.Module]
@@ -71,16 +71,16 @@ BASELINES = {
     "xception": Baseline(_timm("legacy_xception"), "conv1"),
     "replknet": Baseline(lambda classes: RepLKNet(classes), "features.0"),
 }
-"""The paper's ten. RepLKNet-T is this project's small form; the paper does not say which one it trained."""
+"""The paper's ten. RepLKNet-T is this project's small form; the paper does not say which form it trained."""
 
 NAMES = tuple(BASELINES)
-"""What :func:`create` takes."""
+"""The names that :func:`create` accepts."""
 
 
 def create(
     name: str, classes: int, in_channels: int = 3, image_size: int = 224, width: int = STANDARD_WIDTH
 ) -> nn.Module:
-    """A baseline by name: ``model(x)`` takes (N, in_channels, image_size, image_size) and gives (N, classes) logits.
+    """A baseline by name. ``model(x)`` maps images (N, in_channels, image_size, image_size) to logits (N, classes).
 
     Raises:
         ValueError: an unknown name, or a width that is no multiple of 8 between 8 and 256.
@@ -92,7 +92,7 @@ def create(
     if image_size < 16:
         raise ValueError(f"image_size must be at least 16, got {image_size}")
     baseline = BASELINES[name]
-    with torch.device("meta"):  # shapes are settled before any memory is taken
+    with torch.device("meta"):  # no memory is taken before the shapes are final
         model = _replknet(classes, image_size) if name == "replknet" else baseline.build(classes)
         stem = _stem(model, baseline)
         stem.in_channels = in_channels
@@ -129,7 +129,7 @@ def _adapt_stem(model: nn.Module, baseline: Baseline, image_size: int) -> None:
 
 
 def _adapt_head(model: nn.Module, pool: str, linear: str, shape: tuple[int, ...]) -> None:
-    """Pool to the last map's size where that is smaller than the standard, and narrow the Linear that follows."""
+    """If the last map is smaller than the standard pooling, pool to its size, and narrow the Linear that follows."""
     last = model.get_submodule("features")(torch.empty(shape)).shape[-1]
     pooling, layer = model.get_submodule(pool), model.get_submodule(linear)
     assert isinstance(pooling, nn.AdaptiveAvgPool2d)
@@ -144,7 +144,7 @@ def _adapt_head(model: nn.Module, pool: str, linear: str, shape: tuple[int, ...]
 
 
 def _scale_width(model: nn.Module, stem: nn.Module, width: int, unit: int) -> None:
-    """Scale every layer's channels by width / 64, but for the image's channels and the classes."""
+    """Scale every layer's channels by width / 64. The image's channels and the classes stay."""
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
     last = [m for m in layers if isinstance(m, nn.Linear)][-1]
 
@@ -166,7 +166,7 @@ def _scale_width(model: nn.Module, stem: nn.Module, width: int, unit: int) -> No
 
 
 def _resize_parameters(layer: nn.Conv2d | nn.BatchNorm2d | nn.Linear) -> None:
-    """Give a layer new, empty parameters of the sizes that its attributes now say."""
+    """Give a layer new, uninitialised parameters of the sizes in its attributes."""
     if isinstance(layer, nn.BatchNorm2d):
         for name in ("weight", "bias"):
             setattr(layer, name, nn.Parameter(torch.empty(layer.num_features)))

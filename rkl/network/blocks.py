@@ -1,4 +1,4 @@
-"""The parts ResNet and ResNet-KL are made of: convolution units, the Mul block, the gate, the ST layer."""
+"""The parts of ResNet and ResNet-KL: convolution units, the Mul block, the gate, the ST layer."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class BlockOptions:
 
 
 def activation_layer(name: ActivationName) -> nn.Module:
-    """In place: batch norm keeps its input and T-ReLU its output, so nobody misses the overwritten tensor."""
+    """The activation, in place: backward needs batch norm's input and T-ReLU's output, not the tensor between them."""
     return rk.TReLU(inplace=True) if name == "trelu" else nn.ReLU(inplace=True)
 
 
 class MultiScaleDepthwise(nn.Module):
-    """Depthwise filters of several sizes that run as one: convolution is linear, so the sum of the branches is one
-    convolution with the sum of the filters, zero-padded to the largest.
+    """Depthwise filters of several sizes that run as one convolution. Convolution is linear, so the sum of the branches
+    equals one convolution with the sum of the filters, each zero-padded to the largest.
 
-    With ``mixed`` every channel has one of the sizes: a mask holds the others' outer taps at zero.
+    With ``mixed`` every channel has one of the sizes: a mask sets the taps outside of that size to zero.
     """
 
     mask: Tensor | None
@@ -73,14 +73,14 @@ class MultiScaleDepthwise(nn.Module):
         self.kernel_size = self.scales[-1]
         sizes = (self.kernel_size,) if mixed else self.scales
         self.filters = nn.ParameterList(torch.empty(channels, 1, k, k) for k in sizes)
-        # Channel c has size scales[c % len]: interleaved, so that pruning thins all sizes alike.
+        # Channel c has size scales[c % len]. The sizes are interleaved, so that pruning cuts all of them alike.
         taps = torch.tensor(self.scales)[torch.arange(channels) % len(scales)] if mixed else torch.empty(0)
         self.register_buffer("mask", self._mask(taps) if mixed else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initial values: together the filters have the variance of torch's own, a third of the inverse of the number
-        of taps."""
+        """Set initial values. The sum of the filters has the variance of torch's own initial values, a third of the
+        inverse of the number of taps."""
         for weight in self.filters:
             every = weight.new_tensor(len(self.filters) * weight[0].numel())
             taken = every if self.mask is None else self.mask.sum((2, 3), keepdim=True)
@@ -140,9 +140,9 @@ def spatial_conv(c_in: int, c_out: int, stride: int, options: BlockOptions, stag
 class Skip(nn.Conv2d):
     """A pointwise convolution at a stride, for shortcuts.
 
-    On a CPU the pixels are picked first: at a stride, oneDNN's gradient of such a filter writes past its workspace
-    where channels_last images have fewer channels than a vector. torch 2.13 crashes at 8 channels of 64 px, which cuts
-    may leave.
+    On a CPU a pooling picks the pixels first. oneDNN's gradient of a pointwise filter at a stride writes past its
+    workspace where channels_last images have fewer channels than a vector. torch 2.13 crashes at 8 channels of 64 px,
+    which cuts may leave.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class Skip(nn.Conv2d):
 
 
 class ConvUnit(nn.Module):
-    """Convolution, batch norm and, unless None, an activation: what :meth:`deployed` makes one call of."""
+    """Convolution, batch norm and, unless None, an activation. :meth:`deployed` makes one call of them."""
 
     def __init__(self, conv: Convolution, activation: ActivationName | None) -> None:
         super().__init__()
@@ -166,8 +166,8 @@ class ConvUnit(nn.Module):
 
     @torch.no_grad()
     def deployed(self) -> nn.Module:
-        """The unit with batch norm folded into the pointwise (or dense) filter and its bias, and the activation in the
-        kernel's epilogue where there is one."""
+        """The unit for inference. Batch norm is folded into the pointwise (or dense) filter and its bias. A separable
+        convolution applies the activation in its kernel."""
         norm, last = self.norm, self.conv.pointwise if isinstance(self.conv, SEPARABLE) else self.conv
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -213,14 +213,14 @@ class SepConv(nn.Sequential):
 
 
 class Gate(nn.Module):
-    """Attention over pixels and channels, in (0, 1): at half the map to a few channels, back to all of them by a
-    pointwise convolution and batch norm; bilinear x2, sigmoid.
+    """Attention over pixels and channels, with values in (0, 1). A separable convolution makes a few channels at half
+    the map; a pointwise convolution and batch norm make all channels; then bilinear x2 and sigmoid.
 
-    It starts neutral, as sigmoid(-3) = 0.05 everywhere: started at random it cost 2.8 to 5.3 points in short runs. A
-    gate as wide as its input was 45% of the parameters of ResNet-KL-18, so it is narrow.
+    The gate starts neutral, as sigmoid(-3) = 0.05 everywhere. A random start cost 2.8 to 5.3 points in short runs. A
+    gate as wide as its input was 45% of the parameters of ResNet-KL-18, so the gate is narrow.
 
-    ``legacy`` is the form of the self-distillation code this gate stems from: a whole :class:`SepConv`, batch norm, and
-    a ReLU before the sigmoid, so that it lies in [0.5, 1) and can never suppress; started at random.
+    ``legacy`` is the form in the self-distillation code that this gate comes from: a whole :class:`SepConv`, batch
+    norm, and a ReLU before the sigmoid. Its values lie in [0.5, 1), so it can never suppress. It starts at random.
     """
 
     START = -3.0
@@ -244,13 +244,13 @@ class Gate(nn.Module):
 
 
 def gate_layer(kind: GateKind, channels: int, block_channels: int, activation: ActivationName) -> Gate | None:
-    """A gate for ``channels``, with a quarter of the block's own channels inside: in a bottleneck a sixteenth of what
-    it gates, without which ResNet-KL-50 would have more parameters than ResNet-50."""
+    """A gate for ``channels``, with a quarter of the block's own channels inside. In a bottleneck that is a sixteenth
+    of the gated channels. With more, ResNet-KL-50 would have more parameters than ResNet-50."""
     return None if kind == "none" else Gate(channels, max(block_channels // 4, 8), activation, legacy=kind == "legacy")
 
 
 class Block(nn.Module):
-    """A residual block: act(shortcut(x) + F(x) + g(F(x)) * F(x)), without the last term where there is no gate."""
+    """A residual block: act(shortcut(x) + F(x) + g(F(x)) * F(x)). Without a gate the last term is left out."""
 
     expansion = 1
 
@@ -293,9 +293,9 @@ class Bottleneck(Block):
 
 
 class ExitHead(nn.Module):
-    """Gate, ST layer, pool, FC: logits from a shallow stage, and its features in the deepest stage's shape.
+    """Gate, ST layer, pool and FC: logits from a shallow stage, and its features in the deepest stage's shape.
 
-    The ST layer is one :class:`SepConv` for every stage still to come, each halving the map and doubling the channels.
+    The ST layer has one :class:`SepConv` for each later stage. Each halves the map and doubles the channels.
     """
 
     def __init__(

@@ -16,17 +16,17 @@ OWN: dict[str, tuple[BlockOptions, bool]] = {
     "resnet-kl": (BlockOptions(), True),
     "resnet": (BlockOptions(separable=False, scales=(3,), gate="none", activation="relu"), False),
 }
-"""What the project's own models are made of unless the configuration says otherwise, and whether they have exits."""
+"""The default block options of the project's own models, and whether the models have exits by default."""
 
 
 OWN_OPTIONS: dict[str, Any] = {
     f.name: f.default for f in fields(ModelSettings) if f.name not in ("model", "width", "weights")
 }
-"""Settings that change the project's own models alone, with their defaults; the baselines are what others published."""
+"""Settings that only the project's own models have, with their defaults. Baselines are built as published."""
 
 
 def check_options(config: Config) -> None:
-    """Raise ValueError where a baseline is asked for what it would ignore and its record would claim."""
+    """Raise ValueError if a baseline is given an option that it would ignore: its record would claim the option."""
     for name, default in OWN_OPTIONS.items() if config.model in baselines.BASELINES else ():
         value = getattr(config, name)
         if value != default:
@@ -34,12 +34,12 @@ def check_options(config: Config) -> None:
 
 
 def without_own_options(config: Config) -> Config:
-    """The configuration as its model can use it: what several models are given at once may be of none to a baseline."""
+    """The configuration without options that a baseline ignores. Several models may be given one set of options."""
     return replace(config, **OWN_OPTIONS) if config.model in baselines.BASELINES else config
 
 
 def model_names() -> list[str]:
-    """What ``--model`` takes."""
+    """The names that ``--model`` accepts."""
     return [*OWN, *baselines.BASELINES]
 
 

@@ -1,4 +1,4 @@
-"""What is left of a network in use, whichever it is, so that sizes and latencies compare."""
+"""Makes any network's form for use after training, so that sizes and latencies can be compared."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .model import ResNet
 
 
 def deployed(model: nn.Module) -> nn.Module:
-    """A copy in inference mode, batch norms folded into the convolutions before them: as ``ResNet.deploy`` for the
-    project's own networks, shallow heads gone, and as its ``model.eval()`` up to rounding for any other.
+    """A copy in eval mode, with batch norms folded into the convolutions before them. The project's own networks lose
+    their shallow heads too, as by ``ResNet.deploy``. Equivalent to ``model.eval()`` up to rounding.
 
     Examples:
         >>> from rkl.network.deployed import deployed
@@ -30,7 +30,7 @@ def deployed(model: nn.Module) -> nn.Module:
 
 
 class _Layers(torch.fx.Tracer):
-    """Reads a model down to its layers, timm's norms with an activation and ``rk``'s convolutions among them."""
+    """Traces a model down to its layers. timm's norms with an activation and ``rk``'s convolutions count as layers."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(module, name)

@@ -1,4 +1,4 @@
-"""ResNet-KL, and the plain ResNet it is compared with: one backbone, every difference an option."""
+"""ResNet-KL, and the plain ResNet that it is compared with. Both have one backbone; each difference is an option."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEPTHS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
     34: (Block, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),
 }
-"""Block and number of blocks a stage, by depth."""
+"""For each depth, the kind of block and the number of blocks in each stage."""
 
 
 class Exits(NamedTuple):
@@ -28,7 +28,7 @@ class Exits(NamedTuple):
 
     Attributes:
         logits: (N, classes) each.
-        features: (N, C, f, f) each, all in the deepest stage's shape; empty where a model gives none.
+        features: (N, C, f, f) each, all in the deepest stage's shape; empty where a model returns logits only.
 
     Examples:
         >>> from rkl.network.model import ResNetKL
@@ -44,7 +44,7 @@ class Exits(NamedTuple):
 
 
 class ResNet(nn.Module):
-    """ResNet of depth 18, 34 or 50 with stems for small images; the defaults are the textbook network.
+    """ResNet of depth 18, 34 or 50 with stems for small images. The default options make the textbook network.
 
     Args:
         classes: number of classes.
@@ -53,10 +53,10 @@ class ResNet(nn.Module):
         in_channels: channels of the images.
         image_size: decides the stem: up to 64 a 3x3 convolution, up to 128 one of stride 2, else 7x7 stride 2 and
             max-pool.
-        options: what the blocks are made of.
+        options: of the blocks.
 
     Raises:
-        ValueError: a depth that does not exist, or no room for a class, channel or pixel.
+        ValueError: an unknown depth, or too few classes, channels or pixels.
 
     Examples:
         >>> from rkl.network.model import ResNet
@@ -100,7 +100,7 @@ class ResNet(nn.Module):
         self._initialise(start)
 
     def _add_exits(self, classes: int) -> None:
-        """What a model with several exits adds to the plain one."""
+        """Add the shallow heads, in a model that has several exits."""
 
     def _stem(self, in_channels: int, width: int, image_size: int) -> nn.Module:
         kernel, stride = (3, 1) if image_size <= 64 else (3, 2) if image_size <= 128 else (7, 2)
@@ -108,12 +108,12 @@ class ResNet(nn.Module):
         return unit if image_size <= 128 else nn.Sequential(unit, nn.MaxPool2d(3, 2, 1))
 
     def _initialise(self, start: int) -> None:
-        """He's normal initial values for the dense filters; the separable layers keep their own, of torch's smaller
-        variance 1 / (3 * fan-in). A batch norm follows each, so the scale changes no output: it decides how far one
-        step turns a filter.
+        """Initialise dense filters by He's normal values. The separable layers keep torch's, of the smaller variance
+        1 / (3 * fan-in). A batch norm follows each filter, so a filter's scale does not change the output: it decides
+        how far one step turns the filter.
 
-        Every layer draws from a generator of its own, seeded by ``start`` and its name: models of one seed have the
-        same values in all layers that they share, whatever else they have.
+        The random numbers of a layer are seeded by ``start`` and the layer's name. So models of one seed have the same
+        values in all layers that they share, whatever other layers they have.
         """
         separable = [module for module in self.modules() if isinstance(module, SEPARABLE)]
         own = {part for module in separable for part in module.modules()}
@@ -126,7 +126,7 @@ class ResNet(nn.Module):
                         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def head(self, stage: int, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and feature map of the exit after a stage; the plain network has one, after the last."""
+        """Logits and feature map of the exit after a stage. The plain network has one exit, after the last stage."""
         if stage != 3:
             raise ValueError(f"stage must be 3, the only one with an exit, got {stage}")
         return self.fc(features.mean((2, 3))), features
@@ -154,10 +154,10 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
     def deploy(self) -> Self:
-        """A copy for inference: what only training needs is gone, each batch norm is folded into the filter before it
-        (bias and activation in the separable kernel's epilogue), and parameters want no gradient.
+        """A copy for inference, without what only training needs. Each batch norm is folded into the filter before it;
+        separable kernels add the bias and apply the activation. Parameters need no gradient.
 
-        Outputs equal this model's in eval mode up to rounding.
+        Equivalent to this model in eval mode, up to rounding.
         """
         deployed = copy.deepcopy(self).eval().requires_grad_(False)
         for parent in list(deployed.modules()):
@@ -170,15 +170,15 @@ class ResNet(nn.Module):
 class ResNetKL(ResNet):
     """ResNet-KL: Mul blocks, and a head after every stage for self-distillation and early exit (figures 2.1, 3.1, 3.2).
 
-    ``model(x)`` gives ``Exits`` in training mode and the deepest logits, a plain tensor, in eval mode. Arguments that
-    are not listed are those of ``ResNet``; ``options`` defaults to all of ResNet-KL's parts.
+    ``model(x)`` returns ``Exits`` in training mode and the deepest logits, a plain tensor, in eval mode. The other
+    arguments are those of ``ResNet``; ``options`` defaults to all of ResNet-KL's parts.
 
     Args:
-        feature_size: pixels a side that all feature maps are pooled to; by default the deepest stage's own.
-        exit_gate: the gate of the three shallow heads, as ``options.gate`` is that of the blocks.
+        feature_size: height and width that all feature maps are pooled to; by default the deepest stage's.
+        exit_gate: the gate of the three shallow heads; ``options.gate`` is the gate of the blocks.
 
     Raises:
-        ValueError: as ``ResNet``, or a ``feature_size`` below 1.
+        ValueError: as in ``ResNet``, or a ``feature_size`` below 1.
 
     Examples:
         >>> from rkl.network.model import ResNetKL
@@ -233,7 +233,7 @@ class ResNetKL(ResNet):
         return self.forward_exits(x) if self.training else super().forward(x)
 
     def deploy(self, exits: bool = False) -> Self:
-        """As ``ResNet.deploy``; ``exits=True`` keeps the shallow heads, for early exit."""
+        """As ``ResNet.deploy``. ``exits=True`` keeps the shallow heads, for early exit."""
         deployed = super().deploy()
         if not exits:
             deployed.exits = nn.ModuleList()
@@ -241,7 +241,7 @@ class ResNetKL(ResNet):
 
 
 def all_exits(model: nn.Module, x: Tensor) -> Exits:
-    """Every exit of any model: of one that only gives logits, those.
+    """Every exit of any model. A model that only returns logits has one exit.
 
     Examples:
         >>> from rkl.network.model import all_exits

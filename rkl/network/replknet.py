@@ -18,7 +18,7 @@ def conv_bn(c_in: int, c_out: int) -> nn.Sequential:
 
 
 def depthwise_bn(channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Depthwise convolution that keeps the map (or divides it by the stride), and its batch norm."""
+    """Depthwise convolution that keeps the map's size (or divides it by the stride), and its batch norm."""
     layer = rk.DepthwiseConv2d(channels, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(layer, nn.BatchNorm2d(channels))
 
@@ -41,7 +41,7 @@ class LargeKernelBlock(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """x + two pointwise layers, four times as wide between."""
+    """x plus two pointwise layers, with four times the channels between them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class FeedForward(nn.Module):
 
 
 class RepLKNet(nn.Module):
-    """The network; ``channels`` (128, 256, 512, 1024) and ``blocks`` (2, 2, 18, 2) make the published RepLKNet-31B.
+    """The network. ``channels`` (128, 256, 512, 1024) and ``blocks`` (2, 2, 18, 2) make the published RepLKNet-31B.
 
     Args:
-        classes: of the task.
-        channels, blocks: one value a stage.
-        stem_strides: of the two downsampling steps before the first stage.
-        image_size: caps the kernels at what reaches across a stage's whole map (2 * map - 1).
+        classes: number of classes.
+        channels, blocks: one value for each stage.
+        stem_strides: strides of the two downsampling steps before the first stage.
+        image_size: limits a stage's kernel to the size that reaches across its whole map (2 * map - 1).
     """
 
     def __init__(
