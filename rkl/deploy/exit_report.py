@@ -1,4 +1,4 @@
-"""What early exit is worth for a finished run: thresholds from validation, the rest from the test images."""
+"""What early exit saves for a finished run. Thresholds come from validation images, results from test images."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ BATCH = 100
 def evaluate_early_exit(
     run: Run, accuracy: float | None = None, macs_share: float | None = None, checkpoint: str = "last"
 ) -> dict[str, Any]:
-    """Calibrate on the validation images, measure on the test images, and write early_exit.json and its plot.
+    """Calibrate thresholds on the validation images, measure on the test images, write early_exit.json and its plot.
 
     Args:
-        accuracy: to reach on the validation images; the deepest exit's own where neither target is given.
-        macs_share: of the deepest exit's multiply-accumulates, not to be exceeded on average.
+        accuracy: accuracy to reach on the validation images. Without any target it is the deepest exit's accuracy.
+        macs_share: largest mean multiply-accumulates, as a share of the deepest exit's.
 
     Raises:
         RunError: the model has one exit only, or the record cannot be written.
@@ -88,7 +88,7 @@ def evaluate_early_exit(
 
 @torch.no_grad()
 def throughput(model: ResNetKL, whole: nn.Module, images: list[Tensor], thresholds: list[float]) -> tuple[float, float]:
-    """Images a second, medians of five: with early exit, and through the whole model; in turns, on the same batches."""
+    """Images a second with early exit and through the whole model: medians of five, in turns, on the same batches."""
     passes: tuple[Callable[[Tensor], object], ...] = (lambda x: early_exit(model, x, thresholds), whole)
     seconds: list[list[float]] = [[], []]
     for repeat in range(6):
@@ -119,7 +119,7 @@ def rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def plot_curve(curve: list[OperatingPoint], chosen: OperatingPoint, deepest: dict[str, float], path: Path) -> None:
-    """Accuracy on the test images against mean compute, along the thresholds that validation put on the frontier."""
+    """Plot test accuracy over mean compute, for the thresholds that are on the frontier of the validation images."""
     figure, axes = report.new_figure(8, 4.2)
     share = [100 * point.macs / deepest["macs"] for point in curve]
     axes.plot(share, [100 * point.accuracy for point in curve], "o-", color="#31688e", label="thresholds by confidence")

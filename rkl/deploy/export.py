@@ -1,4 +1,4 @@
-"""Deployment formats: torch.export with this package's operators, ONNX with standard ones; each file is checked."""
+"""Deployment formats: torch.export with this package's operators, ONNX with standard ones. Each file is checked."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FORMATS = {"torch": "model.pt2", "onnx": "model.onnx"}
 
 
 def export(run: Run, format: str, out: Path | None = None) -> tuple[Path, float]:
-    """Write the deployed model of a run in one format, for any batch size.
+    """Write a run's deployed model in one format, for any batch size.
 
     Args:
-        format: "torch" (torch.export; its operators are found once ``rkl_kernels`` is imported) or "onnx".
-        out: folder to write to; the run's own by default.
+        format: "torch" (torch.export; to load it, import ``rkl_kernels``, which has its operators) or "onnx".
+        out: folder to write to; by default the run's folder.
 
     Returns:
-        The file, and the largest difference of its outputs to the run's model, relative to the largest output.
+        The file, and the largest difference between its outputs and the model's, relative to the largest output.
 
     Raises:
         ValueError: an unknown format, a file that cannot be written, or outputs that differ by more than 1e-4.
@@ -36,7 +36,7 @@ def export(run: Run, format: str, out: Path | None = None) -> tuple[Path, float]
     model = deployed(run.model)
     image = torch.randn(3, *example_image(run).shape[1:], generator=torch.Generator().manual_seed(0)).to(run.device)
     with replacing(file) as partial:
-        # Full float32 on a GPU too: TF32's three digits would hide what the check is for.
+        # Full float32 on a GPU too: with TF32's three digits the check could not see small errors.
         with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
             got = {"torch": _torch, "onnx": _onnx}[format](model, image, partial).to(run.device)
             wanted = run.model(image)
@@ -47,16 +47,16 @@ def export(run: Run, format: str, out: Path | None = None) -> tuple[Path, float]
 
 
 def _torch(model: nn.Module, image: Tensor, file: Path) -> Tensor:
-    """Write and read back; the outputs for one image more than the example has, so that the batch size is free."""
+    """Write the file, read it back and return its outputs, for one image more than in the export: any batch must do."""
     program = torch.export.export(model, (image[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with file.open("wb") as written:  # by a path, its name would have to end as such files' do
+    with file.open("wb") as written:  # given a path, torch.export.save would demand its own suffix
         torch.export.save(program, written)
     with file.open("rb") as read:
         return torch.export.load(read).module()(image)
 
 
 def _onnx(model: nn.Module, image: Tensor, file: Path) -> Tensor:
-    """As :func:`_torch`, read back by ONNX Runtime; the reference path is traced, which is PyTorch's operators only."""
+    """As :func:`_torch`, with ONNX Runtime. The reference path is traced, which has only PyTorch's own operators."""
     import onnxruntime
 
     with rk.use_backend("reference"):
@@ -69,7 +69,7 @@ def _onnx(model: nn.Module, image: Tensor, file: Path) -> Tensor:
             output_names=["logits"],
             verbose=False,
         )
-    assert program is not None  # it is one where dynamo is set
+    assert program is not None  # with dynamo=True there is a program
     program.save(str(file), external_data=False)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: image.cpu().numpy()})

@@ -1,4 +1,4 @@
-"""Classifying image files with a run's model."""
+"""Classifies image files with a run's model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..training.checkpoint import Run
 from ..training.files import RunError, read_json
 
 BATCH = 64
-"""Images that are in memory at once."""
+"""The most images that are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes, first first, with their probabilities; the exit that gave them (from 1) of how many."""
+    """The likeliest classes in order, with probabilities. ``exit``: the exit (from 1) of ``exits`` that gave them."""
 
     top: list[tuple[str, float]]
     exit: int
@@ -32,8 +32,8 @@ class Prediction:
 
 
 def thresholds_of(run: Run, checkpoint: str) -> list[float] | None:
-    """The thresholds that validation images gave this checkpoint's model, as it is now: those of the last `rkl evaluate
-    --early-exit`, or those its training ended with; None where there are none."""
+    """The early exit thresholds of this checkpoint's model, from validation images. They are those of the last `rkl
+    evaluate --early-exit` or else of the end of training; None if neither is of the checkpoint's epoch."""
     for name, key in (("early_exit.json", "checkpoint"), ("metrics.json", "tested")):
         file = run.folder / name
         record = read_json(file, "a run's record") if file.is_file() else {}
@@ -52,10 +52,10 @@ def _checked_thresholds(file: Path, thresholds: object, run: Run) -> list[float]
 
 
 def read_image(path: Path, run: Run) -> Tensor:
-    """(C, H, W) float32, made as training makes images from files: upright, short side scaled, cropped, normalised.
+    """An image (C, H, W) float32, prepared as in training: upright, short side scaled, cropped, normalised.
 
     Raises:
-        DataError: no such file, or none that is an image.
+        DataError: no such file, or the file is no image.
     """
     pixels = image_tensor(path, run.facts["image_size"], run.facts["channels"]).float() / 255
     mean, std = (torch.tensor(run.facts[key]).view(-1, 1, 1) for key in ("mean", "std"))
@@ -63,11 +63,11 @@ def read_image(path: Path, run: Run) -> Tensor:
 
 
 def predict(run: Run, paths: list[Path], thresholds: list[float] | None = None) -> Iterator[Prediction | ValueError]:
-    """For each image, in order, the five likeliest classes, or what is wrong with it: a bad file costs no other answer.
+    """For each image in order, the five likeliest classes, or the error of its file. A bad file spoils no other answer.
 
     Args:
-        thresholds: an image leaves at the first exit whose top probability reaches the exit's; the deepest takes the
-            rest, and all of them by default.
+        thresholds: one for each shallow exit. An image leaves at the first exit whose threshold its top probability
+            reaches, else at the deepest exit; by default all images leave there.
     """
     for start in range(0, len(paths), BATCH):
         read: list[Tensor | ValueError] = []

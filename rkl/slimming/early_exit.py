@@ -1,4 +1,4 @@
-"""Early exit: a sample leaves at the first head that is confident enough, and the batch goes on without it."""
+"""Early exit: a sample leaves at the first head that is confident enough. The rest of the batch goes on."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ import rkl_kernels as rk
 from ..network.model import ResNet
 
 NEVER = 2.0
-"""A threshold no probability reaches: the exit is not used."""
+"""A threshold that no probability reaches: the exit is not used."""
 
 
 @torch.no_grad()
 def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[Tensor, Tensor]:
-    """Classify a batch, each sample by the first exit whose top probability reaches its threshold.
+    """Classify a batch. Each sample leaves at the first exit whose threshold its top probability reaches.
 
-    After each head the samples that stay are compacted, so those that left cost nothing more. In eval mode no layer
-    looks across samples, so each sample's result is that of a batch of its own.
+    After each head the batch is reduced to the samples that stay, so samples that left cost nothing more. In eval mode
+    no layer mixes samples, so each sample's result is the same as in a batch of its own.
 
     Args:
         images: (N, C, H, W), normalised.
-        thresholds: one for each exit but the deepest, which takes whoever is left.
+        thresholds: one for each exit but the deepest, where all remaining samples leave.
 
     Returns:
-        logits (N, classes) of the exit each sample left from, and that exit's number (N,), from 0.
+        logits (N, classes) of the exit at which each sample left, and the number (N,) of that exit, from 0.
 
     Raises:
-        ValueError: as many thresholds as shallow exits are needed, or the model is in training mode.
+        ValueError: not one threshold for each shallow exit, or the model is in training mode.
 
     Examples:
         >>> from rkl.slimming.early_exit import early_exit
@@ -48,7 +48,7 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
         raise ValueError(f"thresholds must be one for each of {len(stages) - 1} shallow exits, got {len(thresholds)}")
     if model.training:
         raise ValueError("model must be in eval mode, got training mode; call model.eval()")
-    # An exit that nobody can leave from need not be run.
+    # An exit at which no sample can leave is not run.
     limits = dict(zip(stages, [*thresholds, 0.0], strict=True))
     staying = torch.arange(len(images), device=images.device)
     logits: Tensor | None = None
@@ -61,7 +61,7 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
         own, _ = model.head(stage, x)
         if logits is None:
             logits = own.new_zeros(len(images), own.shape[1])
-        # Whoever reaches the deepest exit leaves there: of NaN logits too, which compare with nothing.
+        # All samples leave at the deepest exit, even with NaN logits, which fail every comparison.
         leaving = own.softmax(1).amax(1) >= limits[stage] if stage != stages[-1] else torch.ones_like(staying).bool()
         logits[staying[leaving]], exits[staying[leaving]] = own[leaving], stages.index(stage)
         staying, x = staying[~leaving], x[~leaving]
@@ -72,7 +72,7 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
 
 
 def exit_costs(model: ResNet, image: Tensor) -> tuple[list[int], list[int]]:
-    """Multiply-accumulates of one image (1, C, H, W) from exit to exit along the backbone, and in each exit's head."""
+    """Multiply-accumulates for one image (1, C, H, W): in the backbone from exit to exit, and in each exit's head."""
     backbone, heads = [], []
     with torch.no_grad(), rk.use_backend("reference"), FlopCounterMode(display=False) as counter:
         x, done = model.stem(image), 0
@@ -89,11 +89,11 @@ def exit_costs(model: ResNet, image: Tensor) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """One choice of thresholds, and what it gave on some images.
+    """One choice of thresholds, and its results on some images.
 
     Attributes:
         thresholds: one for each shallow exit; above 1 the exit is not used, and its head not run.
-        accuracy: share of the images classified right.
+        accuracy: share of the images that are classified correctly.
         macs: mean multiply-accumulates an image.
         shares: share of the images that left at each exit, shallow to deep.
     """
@@ -107,7 +107,7 @@ class OperatingPoint:
 def operate(
     exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[int]], thresholds: list[float]
 ) -> OperatingPoint:
-    """What thresholds give, from every exit's logits (N, classes) on labelled images."""
+    """The results of thresholds, from every exit's logits (N, classes) on labelled images."""
     waiting = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     right, macs, shares = 0, 0.0, []
     for logits, backbone, head, limit in zip(exits, *costs, [*thresholds, -math.inf], strict=True):
@@ -121,8 +121,8 @@ def operate(
 
 
 def frontier(exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[int]]) -> list[OperatingPoint]:
-    """The points no other beats in both accuracy and compute, cheapest first: every choice of which shallow exits to
-    use, with one confidence threshold for those in use. A threshold for each exit would fit validation noise."""
+    """The points that no other point beats in accuracy and compute, cheapest first. The points are all choices of the
+    shallow exits to use, with one threshold for all used exits: one for each exit would fit validation noise."""
     points = []
     confidences = [*(i / 50 for i in range(50)), 0.99, 0.995, 0.999]
     for used in itertools.product((False, True), repeat=len(exits) - 1):
@@ -136,7 +136,7 @@ def frontier(exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[i
 
 
 def deepest_cost(costs: tuple[list[int], list[int]]) -> int:
-    """Multiply-accumulates of an image that leaves at the deepest exit alone."""
+    """Multiply-accumulates for an image if only the deepest exit is used."""
     return sum(costs[0]) + costs[1][-1]
 
 
@@ -147,11 +147,11 @@ def calibrate(
     accuracy: float | None = None,
     macs: float | None = None,
 ) -> OperatingPoint:
-    """Thresholds for a target, from validation images: the cheapest of at least ``accuracy``, or the most accurate of
-    at most ``macs`` an image.
+    """Thresholds for a target, from validation images: the cheapest with at least ``accuracy``, or the most accurate
+    with at most ``macs`` for an image on average.
 
     Raises:
-        ValueError: neither or both targets, or one that no thresholds reach.
+        ValueError: neither or both targets are given, or no thresholds reach the target.
     """
     points = frontier(exits, labels, costs)
     if (accuracy is None) == (macs is None):
@@ -172,6 +172,6 @@ def calibrate(
 
 
 def keeping_accuracy(exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[int]]) -> OperatingPoint:
-    """The cheapest point that keeps the deepest exit's own accuracy."""
+    """The cheapest point with at least the deepest exit's accuracy."""
     deepest = operate(exits, labels, costs, [NEVER] * (len(exits) - 1)).accuracy
     return calibrate(exits, labels, costs, accuracy=deepest)

@@ -1,9 +1,9 @@
-"""Pruning (section II.B): whole channels leave the model, and everything that belongs to them leaves with them.
+"""Pruning (section II.B): whole channels are removed from the model, with everything that belongs to them.
 
-``torch-pruning`` finds the channels that hang together; the project's layers are taught to it. A cut is a table of the
-indices that stay, by tensor and axis, so the same table narrows parameters, batch norm statistics, momentum and the
-moving average alike, in place: the optimiser keeps its parameters, and training goes on as if the channels had never
-been there.
+``torch-pruning`` finds the channels that depend on each other; it is taught the project's layers. A cut is a table of
+the indices that stay, by tensor and axis. One table narrows parameters, batch norm statistics, momentum and the moving
+average alike, in place. The optimiser goes on with the narrowed parameters and their state, and training goes on as if
+the channels had never been there.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..network.model import all_exits
 Side = Literal["in", "out"]
 Importance = Literal["magnitude", "taylor"]
 Cut = dict[str, dict[int, Tensor]]
-"""Indices that stay: by name of the parameter or buffer, then by axis."""
+"""The indices that stay, by the name of a parameter or buffer, then by axis."""
 Plan = dict[str, list[int]]
-"""Channels in and out of every layer, by module name; what JSON holds of a pruned model's architecture."""
+"""Channels in and out of every layer, by module name. JSON files hold a pruned model's architecture in this form."""
 
 PRUNABLE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, *SEPARABLE)
 Separable = rk.SeparableConv2d | MultiScaleSeparable
@@ -36,7 +36,7 @@ Layer = nn.Conv2d | nn.BatchNorm2d | nn.Linear | Separable
 
 
 def tensor_axes(layer: Layer) -> dict[str, dict[int, tuple[Side, ...]]]:
-    """Which axis of which tensor of a layer counts its channels in or out."""
+    """For each tensor of a layer, which axes hold its input or output channels."""
     if isinstance(layer, SEPARABLE):
         names = {name for name, _ in (*layer.named_parameters(), *layer.named_buffers())}
         inner: dict[str, dict[int, tuple[Side, ...]]] = {
@@ -51,7 +51,7 @@ def tensor_axes(layer: Layer) -> dict[str, dict[int, tuple[Side, ...]]]:
 
 
 def _layers(model: nn.Module) -> Iterable[tuple[str, Layer]]:
-    """The layers channels run between, from outside in: the parts of a separable convolution are not apart."""
+    """The layers that have channels, outer modules first. A separable convolution counts as one layer."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, PRUNABLE) and module not in inside:
@@ -60,9 +60,9 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, Layer]]:
 
 
 class _SeparableRule(torch_pruning.BasePruningFunc):  # type: ignore[misc]  # the package has no types
-    """A separable convolution for torch-pruning: channels in and out are independent, as in a dense one.
+    """A separable convolution for torch-pruning. Its channels in and out are independent, as in a dense convolution.
 
-    Only the graph is torch-pruning's work here; :func:`apply_cut` narrows the tensors.
+    torch-pruning only builds the graph here; :func:`apply_cut` narrows the tensors.
     """
 
     def prune_out_channels(self, layer: Separable, idxs: list[int]) -> nn.Module:
@@ -79,17 +79,17 @@ class _SeparableRule(torch_pruning.BasePruningFunc):  # type: ignore[misc]  # th
 
 
 class Group:
-    """Channels that can only leave together: one number for all the layers they run through."""
+    """Channels that must be removed together: a channel has one number in all layers of the group."""
 
     def __init__(self, members: Sequence[tuple[str, Layer, Side, list[int], list[int]]]) -> None:
         self.members = members
         self.channels = 1 + max(max(root) for *_, root in members)
 
     def importance(self, by: Importance = "magnitude") -> Tensor:
-        """(channels,) the filters' importance plus gamma's, each over its layer's mean, summed over the group's layers.
+        """(channels,): importance of filters and gammas, each over its layer's mean, summed over the group's layers.
 
-        By "magnitude" it is the L1 norm; by "taylor" |sum of w * dL/dw|, the loss that a first-order expansion loses
-        with the channel (Molchanov et al., 2019), from the gradients that the parameters hold.
+        By "magnitude" it is the L1 norm. By "taylor" it is |sum of w * dL/dw|, the first-order change of the loss
+        without the channel (Molchanov et al., 2019), from the gradients that the parameters hold.
         """
         score = torch.zeros(self.channels)
         for _, layer, side, indices, root in self.members:
@@ -102,7 +102,7 @@ class Group:
 
 
 def _ranked(layer: Layer) -> list[Tensor]:
-    """The parameters that say how much a channel out of a layer counts: its filter, or its gain (and shift)."""
+    """The parameters that rank a layer's output channels: the filter, or the gain (and shift)."""
     if isinstance(layer, nn.BatchNorm2d):
         return [layer.weight, layer.bias]
     return [(layer.pointwise if isinstance(layer, SEPARABLE) else layer).weight]
@@ -119,15 +119,15 @@ def _first_order(layer: Layer) -> Tensor:
 
 
 def channel_groups(model: nn.Module, example: Tensor) -> list[Group]:
-    """All groups of ``model``; the heads' features are compared with each other, so their channels are one group.
+    """All groups of ``model``. The loss compares the heads' features, so their channels belong to one group.
 
     Args:
         example: (N, C, H, W), any images of the right shape; their values do not matter.
     """
     training = model.training
     frozen = {p: p.requires_grad for p in model.parameters()}
-    # The tracer follows autograd's graph: with the image alone wanting a gradient it sees the image's path, and not
-    # the arithmetic that merges filters.
+    # The tracer follows autograd's graph. If only the image needs a gradient, it sees the image's path and not the
+    # arithmetic that merges filters.
     model.requires_grad_(False)
     try:
         with warnings.catch_warnings():
@@ -167,9 +167,9 @@ def _group(graph: torch_pruning.DependencyGraph, group, names: dict[nn.Module, s
 def channels_kept(channels: int, ratio: float) -> int:
     """How many of a group's channels stay when at most ``ratio`` of them may go.
 
-    A multiple of 8; of the largest power of two within ``ratio * channels`` where that is less than 8, so that narrow
-    models can be cut at all. Never more than a smaller ratio keeps: of 9 channels, 7 removable ones leave 4, so 8 do
-    too, although 4 is no multiple of 8.
+    The number is a multiple of 8. If ``ratio * channels`` is below 8, it is a multiple of the largest power of two
+    within that instead, so that narrow models can be cut. A larger ratio never keeps more channels than a smaller one:
+    of 9 channels, 7 removable ones leave 4, so 8 removable ones do too, although 4 is no multiple of 8.
     """
     removable = int(channels * ratio + 1e-9)
     return min([channels, *(_rounded_up(channels - gone, gone) for gone in range(1, removable + 1))])
@@ -181,7 +181,7 @@ def _rounded_up(kept: int, gone: int) -> int:
 
 
 def plan_cut(model: nn.Module, example: Tensor, ratio: float, by: Importance = "magnitude") -> Cut:
-    """The cut that takes at most ``ratio`` of every group's channels, the least important ones."""
+    """The cut that removes the least important channels of every group, at most ``ratio`` of them."""
     if not 0 < ratio < 1:
         raise ValueError(f"ratio must be between 0 and 1, got {ratio}")
     return _cut_of(channel_groups(model, example), ratio, by)
@@ -216,7 +216,7 @@ def _find(layer: nn.Module, name: str) -> Tensor | None:
 
 
 def narrow(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
-    """The part of a tensor that stays, in the tensor's own memory format."""
+    """The part of a tensor that stays, in the tensor's memory format."""
     image_like = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     for axis, indices in kept.items():
         tensor = tensor.index_select(axis, indices.to(tensor.device))
@@ -225,9 +225,9 @@ def narrow(tensor: Tensor, kept: dict[int, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def apply_cut(model: nn.Module, cut: Cut, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Narrow the model in place; the optimiser gets the new parameters, and their part of the old ones' state."""
+    """Narrow the model in place. The optimiser gets the new parameters and the matching part of their state."""
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    # New parameters rather than new data in the old ones: a graph that still lives would hold on to the old shapes.
+    # New parameters, not new data in the old ones: an autograd graph that is still alive keeps the old shapes.
     narrowed: dict[Tensor, nn.Parameter] = {}
     for name, kept in cut.items():
         if name in buffers:
@@ -250,7 +250,7 @@ def apply_cut(model: nn.Module, cut: Cut, optimizer: torch.optim.Optimizer | Non
 
 
 def _count_channels(model: nn.Module) -> None:
-    """Set every layer's channel attributes to what its tensors say."""
+    """Set every layer's channel attributes to the sizes of its tensors."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.num_features = len(module.weight)
@@ -274,7 +274,7 @@ def channel_plan(model: nn.Module) -> Plan:
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Give a freshly built model the channels of a plan; load a state dict next, as the values are arbitrary.
+    """Give a freshly built model the channels of a plan. Load a state dict next: which values stay is arbitrary.
 
     Raises:
         ValueError: the plan is of another model.
@@ -305,12 +305,12 @@ def prune(
     followers: Iterable[nn.Module] = (),
     by: Importance = "magnitude",
 ) -> Cut:
-    """Take at most ``ratio`` of every group's channels out of ``model``, in place.
+    """Remove at most ``ratio`` of every group's channels from ``model``, in place.
 
     Args:
         example: images of the right shape.
         optimizer: its momentum (and any other state of a parameter's shape) loses the same channels.
-        followers: models with the same tensors (a moving average, a teacher) that lose them too.
+        followers: models with the same tensors (a moving average, a teacher) that lose the same channels.
         by: what ranks the channels; "taylor" needs the parameters' gradients.
     """
     cut = plan_cut(model, example, ratio, by)
@@ -321,15 +321,15 @@ def prune(
 
 
 LARGEST = 0.95
-"""Of the ratios that a cut to a target may take."""
+"""The largest ratio of a cut to a target."""
 
 
 def smallest_ratio(model: nn.Module, example: Tensor, fits: Callable[[nn.Module], bool], target: str) -> float:
     """The smallest ratio up to LARGEST (to 1 part in 128, by seven halvings) whose cut leaves a model that ``fits``.
 
     Args:
-        fits: holds for every larger cut, where it holds for one.
-        target: what an error calls the aim.
+        fits: a condition that, if one cut fulfils it, every larger cut fulfils too.
+        target: the target's name in the error.
 
     Raises:
         ValueError: not even the largest cut fits.
