@@ -1,4 +1,4 @@
-"""Checkpoints without pickle: tensors in safetensors, the rest in the JSON file beside it; and run folders."""
+"""Checkpoints without pickle, and run folders. Tensors are in safetensors, the rest in a JSON file beside it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Run", "RunError", "check_data", "example_image", "load", "open_run",
 
 
 class Facts(TypedDict, total=False):
-    """What a checkpoint's JSON must hold where it holds it; ``tensors`` names the file beside it."""
+    """The types of a checkpoint's JSON entries, of which not all are required. ``tensors`` names the file beside it."""
 
     config: dict[str, Any]
     classes: Annotated[list[str], Field(min_length=1)]
@@ -51,13 +51,13 @@ def _facts_checker() -> TypeAdapter[Facts]:
 
 
 def save(folder: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Save a checkpoint as ``name``; the JSON file names its tensors' file and is written last, so that whatever
-    interrupts this, ``name`` is either the old checkpoint or the new one."""
+    """Save a checkpoint as ``name``. The JSON file names the tensors' file and is written last. So ``name`` is either
+    the old checkpoint or the new one, whatever interrupts the call."""
     file = f"{name}-{facts['epoch']:04d}.safetensors"
     with replacing(folder / file) as partial:
         try:
             save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, partial)
-        except SafetensorError as error:  # which is how it tells of a disk without space
+        except SafetensorError as error:  # raised where the disk is full
             raise OSError(str(error)) from error
     facts = facts | {"tensors": file}
     write_text(folder / f"{name}.json", json.dumps(facts | {"sha256": digest(facts, folder / file)}, indent=1))
@@ -67,7 +67,7 @@ def save(folder: Path, name: str, tensors: dict[str, Tensor], facts: dict[str, A
 
 
 def digest(facts: dict[str, Any], file: Path) -> str:
-    """SHA-256 of a checkpoint's facts and the file of its tensors: no bit of either may change."""
+    """SHA-256 of a checkpoint's facts and its file of tensors. It detects a change of any bit in either."""
     sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     with file.open("rb") as content:
         while part := content.read(2**20):
@@ -76,10 +76,10 @@ def digest(facts: dict[str, Any], file: Path) -> str:
 
 
 def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of the checkpoint ``name``, the newest of a run that saves one meanwhile.
+    """Tensors and facts of the checkpoint ``name``. If a run saves it anew meanwhile, the newest one is loaded.
 
     Raises:
-        RunError: there is none, or it is not, bit for bit, what was saved.
+        RunError: no such checkpoint, or one that differs in any bit from what was saved.
     """
     record = folder / f"{name}.json"
     while True:
@@ -92,7 +92,7 @@ def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _version(file: Path) -> tuple[int, int] | None:
-    """What is another for each content of a file that is written as a whole; None where it cannot be asked."""
+    """A key that changes whenever a file is replaced as a whole; None where the file has no status."""
     try:
         found = file.stat()
     except OSError:
@@ -120,14 +120,14 @@ def _load(folder: Path, record: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with ``prefix``, without it."""
+    """The tensors whose names start with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def restore_model(
     model: nn.Module, tensors: dict[str, Tensor], plan: pruning.Plan, source: Path, assign: bool = False
 ) -> None:
-    """Give the model the checkpoint's channels and values; ``assign`` gives it the tensors themselves."""
+    """Give the model the checkpoint's channels and values. With ``assign`` the tensors are not copied."""
     try:
         pruning.apply_plan(model, plan)
         for name, value in model.state_dict().items():
@@ -141,7 +141,7 @@ def restore_model(
 
 @dataclass
 class Run:
-    """A finished or interrupted run: its configuration, the model (in eval mode), and what it was trained on.
+    """A finished or interrupted run: its configuration, its model (in eval mode), and facts on the training data.
 
     Attributes:
         facts: epoch, classes, channels, image_size, mean, std and the plan of channels.
@@ -154,7 +154,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
 
@@ -162,7 +162,7 @@ def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str 
     """Load a run's model from its folder onto a device.
 
     Raises:
-        RunError: no run there, or its checkpoint is missing, damaged or of another model.
+        RunError: no run in the folder, or its checkpoint is missing, damaged or of another model.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -173,7 +173,7 @@ def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str 
     with understood(source, "a whole run's checkpoint"):
         plan, shape = facts["plan"], (len(facts["classes"]), facts["channels"], facts["image_size"])
     check_settings(config, facts, source)
-    # Without memory, until its shapes are known to be those of the tensors.
+    # The model takes no memory before its shapes are known to match the tensors.
     try:
         with torch.device("meta"):
             model = build_model(config, *shape)
@@ -185,8 +185,8 @@ def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str 
 
 
 def check_settings(config: Config, facts: dict[str, Any], source: Path) -> None:
-    """Raise RunError unless the checkpoint at ``source`` is of a run with the settings of ``config``, which may have
-    been read from a file that was changed since."""
+    """Raise RunError unless the checkpoint at ``source`` is of a run with the settings of ``config``. The file that
+    ``config`` was read from may have been changed since."""
     with understood(source, "a whole run's checkpoint"):
         then = facts["config"]
     for key, value in to_plain(config).items():
@@ -196,14 +196,14 @@ def check_settings(config: Config, facts: dict[str, Any], source: Path) -> None:
 
 
 def example_image(run: Run) -> Tensor:
-    """One blank image of the run's shape, where its model is."""
+    """One blank image (1, C, H, W) of the run's shape, on its model's device."""
     return torch.zeros(1, run.facts["channels"], *2 * [run.facts["image_size"]], device=run.device)
 
 
 def check_data(folder: Path, facts: dict[str, Any], data: Dataset) -> None:
-    """Raise RunError unless data have the own classes of the run in ``folder``, in its order, which is what its outputs
-    mean, and its images: one more changes which ones are cut out for a test, and those may have been trained on.
-    Checkpoints without a fingerprint of them are believed."""
+    """Raise RunError unless ``data`` has the classes of the run in ``folder``, in the same order, since outputs go by
+    position. Its images must be the same too: with one image more, others are cut out for the test, and the model may
+    have been trained on these. A checkpoint without a fingerprint passes."""
     for number, (ours, theirs) in enumerate(zip_longest(facts["classes"], data.classes)):
         if ours != theirs:
             raise RunError(
@@ -211,7 +211,7 @@ def check_data(folder: Path, facts: dict[str, Any], data: Dataset) -> None:
                 f"number {number + 1}"
             )
     then = facts.get("fingerprint", data.fingerprint)
-    # Other test images may take the place of some that lie apart; where they do not, those to train on change as well.
+    # A separate test set may be another one. Where the test images are cut from train, train would change as well.
     others = [part for part in ("train", "val") if then.get(part) != data.fingerprint.get(part)]
     if others:
         raise RunError(
@@ -221,19 +221,19 @@ def check_data(folder: Path, facts: dict[str, Any], data: Dataset) -> None:
 
 
 def start_from(model: nn.Module, folder: Path, width: int, channels: int, classes: list[str]) -> nn.Module:
-    """``model`` with the last weights of another run of the same network, ``width`` and ``channels`` of images, pruned
-    as that is; where its classes are not ``classes``, the layers that give them keep their own.
+    """``model`` with the last weights of another run of the same network, ``width`` and ``channels`` of images, and
+    pruned like that run. If its classes are not ``classes``, the layers that output classes keep their own weights.
 
     Raises:
-        RunError: no such run, or one of another network.
+        RunError: no such run, or a run of another network.
     """
     tensors, facts = load(folder / "checkpoints", "last")
     source = folder / "checkpoints" / "last.json"
     with understood(source, "a whole run's checkpoint"):
         then, of_images = facts["config"]["width"], facts["channels"]
-    if then != width:  # which would pass for a pruned one
+    if then != width:  # another width would pass for a pruned model
         raise RunError(f"{source}: weights must be of a network of the same width, got {then} for width {width}")
-    if of_images != channels:  # likewise
+    if of_images != channels:  # so would these
         raise RunError(f"{source}: weights must be of images of {channels} channels, as the data has, got {of_images}")
     plan, others = pruning.channel_plan(model), facts["classes"]
     own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and others != classes}

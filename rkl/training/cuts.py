@@ -1,4 +1,4 @@
-"""How far the cuts of a run go: the ratio of each, and whether the last can get where it should."""
+"""How far the cuts of a run go: the ratio of each cut, and whether the last one can reach the target."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from . import metrics
 
 
 def cut_ratio(config: Config, model: nn.Module, image: Tensor, cuts: list[dict[str, Any]], macs: float) -> float:
-    """The ratio of the cut that follows ``cuts``, on a model of so many multiply-accumulates: prune_ratio, or the least
-    that takes this cut's part of the way to prune_macs."""
+    """The ratio of the cut that follows ``cuts``, on a model of ``macs`` multiply-accumulates. It is prune_ratio or, if
+    prune_macs is set, the smallest ratio that takes this cut's part of the way to it."""
     if config.prune_macs is None:
         return config.prune_ratio
     first = cuts[0]["before"]["macs"] if cuts else macs
@@ -28,7 +28,7 @@ def _ratio_to(model: nn.Module, image: Tensor, macs: float) -> float:
 
 
 def check_reach(config: Config, model: nn.Module, image: Tensor) -> None:
-    """Find a prune_macs that no cuts get to now, rather than after the epochs before them."""
+    """Refuse a prune_macs that the cuts cannot reach, before the first epoch rather than at the cut."""
     if config.prune_macs is None:
         return
     least = least_share(model, image, config.prune_macs, len(config.cut_epochs))
@@ -40,9 +40,9 @@ def check_reach(config: Config, model: nn.Module, image: Tensor) -> None:
 
 
 def least_share(model: nn.Module, image: Tensor, share: float, cuts: int) -> float:
-    """The smallest share of the model's multiply-accumulates, from ``share`` on and in thousandths above it, that so
-    many cuts get to, each taking the same part. How many channels a cut leaves depends on their number alone, so it is
-    known before the model is trained."""
+    """The smallest share of the model's multiply-accumulates, not below ``share``, that ``cuts`` cuts reach if each
+    takes the same part; rounded up to thousandths. It is known before training, since the number of channels that a cut
+    leaves depends on their number alone."""
     slim, whole = copy.deepcopy(model), metrics.count_macs(model, image)
     for number in range(1, cuts + 1):
         try:

@@ -1,4 +1,4 @@
-"""Measuring a model on a split: batches as they are, one precision for whatever is compared, shared among processes."""
+"""Measures a model on a split, without augmentation, in one precision for all that is compared, on all processes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from . import metrics
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def precision_on(config: Config, device: torch.device) -> Precision:
-    """The run's precision, bf16-mixed on a GPU and float32 elsewhere unless it was chosen."""
+    """The run's precision. The default is bf16-mixed on a GPU and float32 elsewhere."""
     return config.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The precision that a run's models are evaluated in: the one they are trained in."""
+    """A context manager for the precision in which a run's models are evaluated, which is that of training."""
     precision = precision_on(config, device)
     if precision == "32-true":
         return nullcontext()
@@ -37,20 +37,20 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager[Non
 def evaluation_batches(
     split: Split, data: Dataset, batch_size: int = 500, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in the split's own order, as they are."""
+    """Batches in the split's own order, without augmentation."""
     return datasets.batches(
         split, batch_size, num_classes=data.num_classes, shuffle=False, rank=rank, world_size=world_size
     )
 
 
 def batch_size_of(images: int, world_size: int) -> int:
-    """Images of a batch, at most 500, and so few that there is a batch for every process."""
+    """The number of images in a batch: at most 500, and few enough that every process has a batch."""
     return min(500, max(1, images // world_size))
 
 
 def collect(model: nn.Module, split: Split, data: Dataset, config: Config) -> tuple[list[Tensor], Tensor]:
     """Every exit's logits (N, classes), shallow to deep, and the labels (N,), on the split's device, in the run's
-    precision. Where several processes train, each does its share, and all get the whole, in another order."""
+    precision. Where several processes train, each does its share and gets all results, in another order."""
     rank, world_size = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -63,7 +63,7 @@ def collect(model: nn.Module, split: Split, data: Dataset, config: Config) -> tu
 
 
 def evaluate(model: nn.Module, split: Split, data: Dataset, config: Config) -> list[metrics.ExitMetrics]:
-    """Metrics of every exit, shallow to deep; none for a split without images."""
+    """The metrics of every exit, shallow to deep. The list is empty for a split without images."""
     if not len(split):
         return []
     exits, labels = collect(model, split, data, config)
@@ -71,7 +71,7 @@ def evaluate(model: nn.Module, split: Split, data: Dataset, config: Config) -> l
 
 
 def size_of(model: nn.Module, example: Tensor) -> dict[str, float]:
-    """Parameters, those left after deployment, multiply-accumulates an image, and milliseconds for ``example``."""
+    """Parameters before and after deployment, multiply-accumulates for one image, and milliseconds for ``example``."""
     in_use = deployed(model)
     return {
         "parameters": metrics.count_parameters(model),
@@ -87,7 +87,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held: on the GPU where there is one, else resident memory."""
+    """The most bytes that this process has held: of GPU memory if ``device`` is a GPU, else of resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -1,4 +1,4 @@
-"""Files of records: written whole or not at all; read with one line that names the file where it is damaged."""
+"""Files of records. They are written whole or not at all. The error for a damaged file is one line that names it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AGAIN = "run the command again"
-"""The remedy where nothing is left of what failed, or the command goes on by itself."""
+"""The remedy where a failure leaves nothing behind, or the command goes on by itself."""
 
 
 class RunError(ValueError):
-    """A run folder or checkpoint that cannot be used; the message is one line that names the file and the rule."""
+    """A run folder or checkpoint cannot be used. The message is one line that names the file and the rule."""
 
 
 class UnwritableError(RunError):
-    """A file that cannot be written, for want of space say."""
+    """A file cannot be written, because the disk is full, for example."""
 
     def __init__(self, path: Path, error: OSError, remedy: str = AGAIN) -> None:
         self.path, self.error = path, error
@@ -34,19 +34,19 @@ class UnwritableError(RunError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write in the block, which takes the place of ``path`` once it is on the disk; until then, and where
-    anything fails, ``path`` is as it was.
+    """A file to write in the block, which replaces ``path`` once it is on the disk. Until then, and if anything fails,
+    ``path`` is as it was.
 
     Raises:
-        UnwritableError: it cannot be written.
+        UnwritableError: the file cannot be written.
     """
     partial = _beside(path)
     try:
         yield partial
         with partial.open("rb") as written:
-            os.fsync(written.fileno())  # a rename may reach the disk before the content does
+            os.fsync(written.fileno())  # else the rename may reach the disk before the content
         os.replace(partial, path)
-    except BaseException as error:  # an interrupt too: no draft may be left behind
+    except BaseException as error:  # an interrupt too: no partial file may stay
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -56,12 +56,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """A folder, made where there is none, that no other process holds in the block. The system lets go of it however
-    this process ends, so no lock outlives a kill, and no file says so.
+    """Lock a folder for the block, and make it if it does not exist. The lock needs no file, and the system releases it
+    however this process ends, even if it is killed.
 
     Raises:
-        UnwritableError: it cannot be made or looked into.
-        RunError: another process holds it.
+        UnwritableError: the folder cannot be made or opened.
+        RunError: another process has locked it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,14 +77,14 @@ def held(folder: Path) -> Iterator[None]:
                 "or give another folder"
             ) from None
         except OSError:
-            pass  # a file system that knows no locks
+            pass  # a file system without locks
         yield
     finally:
         os.close(place)
 
 
 def _beside(path: Path) -> Path:
-    """The file that is written before it becomes ``path``, in a folder that is there."""
+    """The partial file that is to become ``path``. Its folder is made if it does not exist."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,11 +93,11 @@ def _beside(path: Path) -> Path:
 
 
 def check_writable(*paths: Path) -> None:
-    """Tell before the work what :func:`replacing` would tell after it: a folder that cannot be made or written in, or
-    that has a file's name.
+    """Raise, before the work, what :func:`replacing` would raise after it: a folder cannot be made or written in, or a
+    folder has the file's name.
 
     Raises:
-        UnwritableError: the first that cannot be written.
+        UnwritableError: of the first file that cannot be written.
     """
     for path in paths:
         partial = _beside(path)
@@ -111,19 +111,19 @@ def check_writable(*paths: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in UTF-8 whatever the machine's locale."""
+    """Write a file whole or not at all, in UTF-8 in every locale."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
-    """Draw a figure into a file, whole or not at all, in the form that the file's ending names."""
+    """Draw a figure into a file, whole or not at all, in the format of the file's suffix."""
     with replacing(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], **settings)
 
 
 def to_json(record: object, indent: int | None = None) -> str:
-    """JSON that every reader takes: its standard knows neither nan nor infinity, so those are null."""
+    """JSON that every reader accepts. The standard has neither nan nor infinity, so they become null."""
     return json.dumps(_finite(record), indent=indent, allow_nan=False)
 
 
@@ -136,7 +136,7 @@ def _finite(value: Any) -> Any:
 
 
 MEASURED = {"test", "val", "losses", "training_loss", "norms", "shares"}
-"""What holds numbers alone in a run's records and log, so that null is a number that was not finite."""
+"""The entries of a run's records and log that hold only numbers, so that null stands for nan or infinity."""
 
 
 def _measured(record: dict[str, Any]) -> dict[str, Any]:
@@ -152,16 +152,16 @@ def _numbers(value: Any) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A run's metrics.json or gradients.json, its numbers as :func:`to_json` took them; raises as :func:`read_json`."""
+    """A run's metrics.json or gradients.json, with nan in place of null. Raises the errors of :func:`read_json`."""
     return _measured(read_json(path, "a run's record"))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a JSON file, which should be ``what``.
+    """The mapping in a JSON file. ``what`` says in errors what the file should be.
 
     Raises:
-        RunError: it holds anything else.
-        OSError: it cannot be read.
+        RunError: the file holds anything else than a mapping.
+        OSError: the file cannot be read.
     """
     with understood(path, what):
         record = json.loads(path.read_text())
@@ -171,8 +171,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The epochs in a run's log.jsonl; none where there is no such file. A last line without its end is what is left of
-    one that was being written when its run was killed, before its checkpoint, and is not counted."""
+    """The epochs in a run's log.jsonl; an empty list if there is no such file. An unfinished last line is left out: the
+    run was killed while it wrote the line, before the epoch's checkpoint."""
     if not path.exists():
         return []
     with understood(path, "a run's log"):
@@ -185,7 +185,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def understood(path: Path, what: str) -> Iterator[None]:
-    """Where a record read in the block is not what it should be, say so in one line that names its file."""
+    """Turn an error of reading a record in the block into a RunError, whose one line names the record's file."""
     try:
         yield
     except (RunError, OSError):

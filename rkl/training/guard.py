@@ -1,5 +1,5 @@
-"""What ends a run, or keeps it from beginning: data or a network it cannot use, values that are not finite, memory that
-is short, a process that is lost."""
+"""Checks that end a run or keep it from starting: unusable data or network, values that are not finite, too little
+memory, a lost process."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def check_finite(config: Config, epoch: int, terms: dict[str, float], history: T
 
     Args:
         terms: each term's mean over the epoch and over all processes.
-        history: (batches, terms) of this process, in the order of ``terms``, which may have more at the end.
+        history: (batches, terms) of this process, in the order of ``terms``, which may have more terms at the end.
     """
     place = first_not_finite(history)
     lost = next((name for name in list(terms)[: history.shape[1]] if not math.isfinite(terms[name])), None)
-    # The last step's gradient, which no loss has seen yet, may be what no weight survives.
+    # The weights are checked too: no loss has been computed since the last step, which may have spoilt them.
     norms = torch.stack(torch._foreach_norm([*model.parameters()]))
     if place is not None:
         value, term = float(history[place]), list(terms)[place[1]]
@@ -46,13 +46,13 @@ def check_finite(config: Config, epoch: int, terms: dict[str, float], history: T
 
 
 def first_not_finite(history: Tensor) -> tuple[int, int] | None:
-    """Row and column of the first value that is nan or infinite."""
+    """Row and column of the first value that is nan or infinite; None if there is none."""
     places = (~history.isfinite()).nonzero()
     return None if not len(places) else (int(places[0, 0]), int(places[0, 1]))
 
 
 class StepGuard:
-    """Leaves a step out as if it had never been: weights, momentum, average and batch norm statistics."""
+    """Skips a step so that it changes nothing: weights, momentum, average and batch norm statistics stay."""
 
     def __init__(self, learner: Learner) -> None:
         self.learner, self.skipped = learner, 0
@@ -60,15 +60,15 @@ class StepGuard:
         self.kept = [buffer.clone() for buffer in self.buffers]
 
     def remember(self) -> None:
-        """Note what the forward passes of a step change."""
+        """Save the buffers, which the forward passes of a step change."""
         for kept, buffer in zip(self.kept, self.buffers, strict=True):
             kept.copy_(buffer)
 
     def undone(self, losses: Sequence[Tensor]) -> bool:
-        """Whether a process's losses or gradients are not finite, and the step with them is left out."""
+        """Undo the step and return True if losses or gradients of any process are not finite."""
         learner = self.learner
         watched = list(losses)
-        if not learner.scaler:  # which takes gradients that overflow as a sign to scale less
+        if not learner.scaler:  # the scaler handles overflowing gradients itself: it scales less
             gradients = [parameter.grad for parameter in learner.model.parameters() if parameter.grad is not None]
             watched.append(torch.stack(torch._foreach_norm(gradients)))
         wrong = learner.fabric.all_reduce(1.0 - torch.cat(watched).isfinite().all().float(), reduce_op="sum")
@@ -83,25 +83,25 @@ class StepGuard:
 
 
 def check_splits(config: Config, data: Dataset) -> None:
-    """Every process must have an image of what is evaluated."""
+    """Check that every process gets an image of each split that is evaluated."""
     for name, split in (("val", data.val), ("test", data.test)):
         if 0 < len(split) < config.devices:
             raise ValueError(f"devices must be at most the {len(split)} {name} images, got {config.devices}")
 
 
 def check_cuttable(model: nn.Module, image: Tensor, rule: str, got: object) -> None:
-    """Find a network whose channels cannot be followed now, rather than at its first cut. ``rule`` names the network,
-    and what must be in place of ``got``."""
+    """Refuse a network that torch_pruning cannot follow, before training rather than at the first cut. ``rule`` names
+    the network, and what must be in place of ``got``."""
     try:
         pruning.channel_groups(model, image)
-    except Exception as error:  # torch_pruning raises whatever it runs into
+    except Exception as error:  # torch_pruning may raise anything
         raise ValueError(f"{rule}, whose channels torch_pruning cannot follow, got {got} ({told(error)})") from error
 
 
 @contextmanager
 def in_one_line(config: Config, fabric: Fabric, log: RunLog | None = None) -> Iterator[None]:
-    """Memory that is short and processes that are lost, as a RunError: what is written stays, and a run can go on.
-    ``log`` is the run's while it trains; without it the model is being made."""
+    """Turn too little memory and lost processes into a RunError. What is written stays, so that a run can go on.
+    ``log`` is the log of the run while it trains; it is None while the model is made."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""What training changes: the model, its moving average if one is kept, the optimiser and the gradient scaler."""
+"""All that training changes: the model, its moving average (if one is kept), the optimiser and the gradient scaler."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .evaluation import default_device, precision_on
 
 
 def make_fabric(config: Config) -> Fabric:
-    """Lightning Fabric for a run: the GPU where there is one, DistributedDataParallel where there are several devices.
+    """Lightning Fabric for a run. It uses the GPU if there is one, and DistributedDataParallel for several devices.
 
-    Each process's batch norm statistics are its own until the epoch's end (:meth:`Learner.agree`).
+    Each process keeps its own batch norm statistics until the epoch ends (:meth:`Learner.agree`).
     """
     strategy = DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto"
     device = default_device()
@@ -37,14 +37,14 @@ def make_fabric(config: Config) -> Fabric:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filters") -> list[dict[str, Any]]:
-    """Dense and pointwise filters, which decay, and the rest: norms, biases and depthwise filters.
+    """Two groups: dense and pointwise filters, which decay, and norms, biases and depthwise filters, which do not.
 
-    Decay on a gamma is 50 times as strong as the L1 term that is to rank the channels, and shrinks all alike.
+    Decay of a gamma would be 50 times as strong as the L1 term that ranks the channels, and shrink all gammas alike.
     """
     spared: set[Tensor] = set()
     for module in model.modules():
         depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-        if depthwise or isinstance(module, (rk.DepthwiseConv2d, MultiScaleDepthwise)):  # cut to one channel, too
+        if depthwise or isinstance(module, (rk.DepthwiseConv2d, MultiScaleDepthwise)):  # even if cut to one channel
             spared.update(module.parameters())
     spared.update(parameter for parameter in model.parameters() if parameter.ndim == 1)
     parameters = list(model.parameters())
@@ -55,8 +55,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filt
 
 
 class Learner:
-    """Model, average and optimiser of one run on one device; ``start`` is a model of its configuration to train on.
-    ``resumed``: whether :meth:`restore` is to follow, which needs no weights of another run."""
+    """Model, average and optimiser of one run on one device. ``start``: a model of this configuration to train further.
+    ``resumed``: whether :meth:`restore` follows, so that no weights of another run are loaded."""
 
     def __init__(
         self, config: Config, data: Dataset, fabric: Fabric, start: nn.Module | None = None, resumed: bool = False
@@ -67,7 +67,7 @@ class Learner:
         if start is None and not resumed and config.weights is not None:
             model = checkpoint.start_from(model, config.weights, config.width, data.channels, data.classes)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        # torch's stubs do not know this form.
+        # torch's stubs lack this overload.
         self.model = model.to(fabric.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         follow = get_ema_multi_avg_fn(config.ema)
         self.average = AveragedModel(self.model, multi_avg_fn=follow, use_buffers=True) if config.ema else None
@@ -89,7 +89,7 @@ class Learner:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model whose quality counts: the moving average, where one is kept."""
+        """The model that is evaluated: the moving average if one is kept."""
         return self.average.module if self.average else self.model
 
     @property
@@ -98,7 +98,7 @@ class Learner:
         return getattr(self.fabric.strategy.precision, "scaler", None)
 
     def step(self, rate: float, l1: float) -> None:
-        """One step along the gradients that backward has left, and their end."""
+        """One step along the gradients of backward, which are then cleared. ``rate``: learning rate; ``l1``: lambda."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if l1:
@@ -112,7 +112,7 @@ class Learner:
             self.average.update_parameters(self.model)
 
     def agree(self) -> None:
-        """Give every process the mean of their batch norm statistics."""
+        """Give every process the mean of all processes' batch norm statistics."""
         if self.fabric.world_size == 1:
             return
         for model in (self.model, self.average.module) if self.average else (self.model,):
@@ -123,13 +123,13 @@ class Learner:
                     buffer.copy_(mean)
 
     def prune(self, example: Tensor, ratio: float) -> None:
-        """One cut of the model, and of all that follows it; the processes' models are the same, so their cuts are."""
+        """Cut the model, its average and its optimiser. All processes have equal models, so their cuts are equal."""
         followers = [self.average.module] if self.average else []
         pruning.prune(self.model, example, ratio, self.optimizer, followers, self.config.importance)
-        self.optimizer.zero_grad()  # the gradients that ranked the channels are of no step
+        self.optimizer.zero_grad()  # the gradients that ranked the channels belong to no step
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a run needs to go on, by name."""
+        """All tensors that a run needs to go on, by name."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
@@ -141,19 +141,19 @@ class Learner:
         return tensors
 
     def facts(self) -> dict[str, Any]:
-        """What else a run needs to go on, as JSON: the plan of channels and the scaler's state."""
+        """All else that a run needs to go on, for JSON: the plan of channels and the scaler's state."""
         return {
             "plan": pruning.channel_plan(self.model),
             "scaler": self.fabric.strategy.precision.state_dict(),
         }
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Put the last checkpoint's tensors where :meth:`tensors` took them from; the checkpoint's facts."""
+        """Load the last checkpoint's tensors, as saved by :meth:`tensors`, and return the checkpoint's facts."""
         tensors, facts = checkpoint.load(folder, "last")
         source = folder / "last.json"
         checkpoint.check_settings(self.config, facts, source)
         checkpoint.restore_model(self.model, checkpoint.part(tensors, "model."), facts["plan"], source)
-        # The plan exchanged parameters for narrower ones; the optimiser, which has no state yet, takes those.
+        # The plan replaced parameters by narrower ones. The optimiser, which has no state yet, gets those.
         fresh = parameter_groups(self.model, self.config.weight_decay, self.config.decay)
         for group, own in zip(self.optimizer.param_groups, fresh, strict=True):
             group["params"] = own["params"]

@@ -1,4 +1,4 @@
-"""What is measured of a model: quality of every exit (torchmetrics), parameters, multiply-accumulates, latency."""
+"""Measurements of a model: quality of every exit (torchmetrics), parameters, multiply-accumulates, latency."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ExitMetrics = dict[str, float]
 
 @torch.no_grad()
 def collect_exits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """Every exit's logits (N, classes) over all batches, shallow to deep, and the labels (N,); in eval mode."""
+    """Every exit's logits (N, classes) over all batches, shallow to deep, and the labels (N,). Runs in eval mode."""
     training = model.training
     model.eval()
     try:
@@ -65,7 +65,7 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-accumulates of convolutions and linear layers for one image (1, C, H, W), in eval mode."""
     training = model.training
     model.eval()
-    # The reference path, as PyTorch's counter knows PyTorch's operators.
+    # The reference path, since PyTorch's counter counts PyTorch's operators.
     with rk.use_backend("reference"), FlopCounterMode(display=False) as counter:
         model(image)
     model.train(training)
@@ -73,23 +73,23 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
 
 
 LATENCY_REPEATS = 15
-"""Forward passes that a latency is the median of."""
+"""A latency is the median of this many forward passes."""
 
 
 @torch.no_grad()
 def measure_latency(model: nn.Module, images: Tensor) -> float:
-    """Median milliseconds of a forward pass over ``images``, in eval mode, after two to warm up."""
+    """Median milliseconds of a forward pass over ``images``, in eval mode, after two passes to warm up."""
     return measure_latencies([model], images)[0]
 
 
 def measure_latencies(models: list[nn.Module], images: Tensor) -> list[float]:
-    """As :func:`measure_latency` for several models in turns, so that they share the machine's ups and downs."""
+    """As :func:`measure_latency`, for several models in turns, so that the machine's ups and downs affect all alike."""
     return [statistics.median(own) for own in latency_samples(models, images, LATENCY_REPEATS)]
 
 
 @torch.no_grad()
 def latency_samples(models: list[nn.Module], images: Tensor, repeats: int) -> list[list[float]]:
-    """Milliseconds of each of ``repeats`` forward passes of each model, in turns, after two to warm up."""
+    """Milliseconds of each of ``repeats`` forward passes of each model, in turns, after two passes to warm up."""
     training = [model.training for model in models]
     times: list[list[float]] = [[] for _ in models]
     for model in models:

@@ -1,4 +1,4 @@
-"""The page of one run: report.md and its plots, made from the run's own records alone."""
+"""The page of one run: report.md and its plots, made only from the run's own records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXIT_METRICS = {"accuracy": "accuracy", "recall": "macro recall", "f1": "macro F
 
 
 def exit_names(count: int) -> list[str]:
-    """What the exits are called in tables and plots, shallow to deep."""
+    """The exits' names in tables and plots, shallow to deep."""
     return ["output"] if count == 1 else [*(f"exit {i}" for i in range(1, count)), f"exit {count} (deepest)"]
 
 
@@ -28,7 +28,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def exit_rows(exits: list[dict[str, float]]) -> list[list[str]]:
-    """One row an exit: its name, percentages to two digits, NLL and ECE to four."""
+    """One row for each exit: its name, percentages with two digits, NLL and ECE with four."""
     rows = []
     for name, values in zip(exit_names(len(exits)), exits, strict=True):
         digits = [
@@ -39,7 +39,7 @@ def exit_rows(exits: list[dict[str, float]]) -> list[list[str]]:
 
 
 def size_rows(record: dict[str, Any]) -> list[list[str]]:
-    """Parameters (training, deployed), multiply-accumulates an image and latency, before and after each cut."""
+    """Parameters (training, deployed), multiply-accumulates for one image and latency, before and after each cut."""
     rows = []
     states = [
         (f"epoch {cut['epoch']}, {when} the cut", cut[when]) for cut in record["cuts"] for when in ("before", "after")
@@ -58,7 +58,7 @@ SIZE_HEADER = ["", "parameters in training", "deployed", "MACs an image", "laten
 
 
 def rich_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """A table for the terminal, numbers to the right. Texts are what they say: brackets are no markup."""
+    """A table for the terminal, with numbers aligned to the right. Brackets in texts are not read as markup."""
     table = Table(title=Text(title))
     for i, column in enumerate(header):
         table.add_column(Text(column), justify="left" if i == 0 else "right")
@@ -68,7 +68,7 @@ def rich_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
 
 
 def rich_tables(record: dict[str, Any]) -> list[Table]:
-    """The two tables a run ends with on the terminal."""
+    """The two tables that a run prints at its end."""
     title = f"{record['model']} on {record['data']}: {record['test_images']} test images"
     return [
         rich_table(title, ["", *EXIT_METRICS.values()], exit_rows(record["test"])),
@@ -82,7 +82,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.md and its plots into the run's folder; the page's path."""
+    """Write report.md and its plots into the run's folder, and return the page's path."""
     record, rows = read_metrics(folder), read_lines(folder / "log.jsonl")
     with understood(folder / "metrics.json", "a run's record"):
         page = _page(record)
@@ -122,7 +122,7 @@ making batches; at most {record["peak_memory_bytes"] / 2**20:.0f} MiB held.
 
 
 def _training_words(record: dict[str, Any]) -> str:
-    """The best epoch and the loss terms of the last one."""
+    """Sentences on the best epoch and on the loss terms of the last epoch."""
     loss, best = record["training_loss"], record["best"]
     words = []
     if best:
@@ -139,7 +139,7 @@ def _training_words(record: dict[str, Any]) -> str:
 
 
 def new_figure(width: float, height: float, columns: int = 1, rows: int = 1):  # type: ignore[no-untyped-def]
-    """A figure and its axes. The object interface with its own canvas: no display, no global state."""
+    """A figure and its axes, without pyplot: the figure needs no display and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -149,11 +149,11 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1):  #
 
 
 DOTTED = ".-"
-"""How curves over epochs are drawn: a line through one epoch alone would not show."""
+"""The style of curves over epochs. With dots, a curve of one epoch is visible too."""
 
 
 def tidy(axes, legend: bool = True) -> None:  # type: ignore[no-untyped-def]
-    """A light grid, no box, the legend beside the plot rather than over its lines."""
+    """Give axes a light grid, no box, and the legend beside the plot rather than over its lines."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if legend and axes.get_legend_handles_labels()[0]:
@@ -179,7 +179,7 @@ def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
         style = {"color": "black", "linewidth": 2.0} if name == "total" else {"linewidth": 1.3}
         right.plot(epochs, [row["losses"][name] for row in rows], DOTTED, label=name, **style)
     right.set(xlabel="epoch", ylabel="training loss", title="Terms of the training loss")
-    right.set_yscale("log", nonpositive="mask")  # L1 ends with the last cut
+    right.set_yscale("log", nonpositive="mask")  # L1 is zero after the last cut
     for axes in (left, right):
         for i, cut in enumerate(record["cuts"]):
             axes.axvline(cut["epoch"] + 0.5, color="grey", linestyle=":", label=None if i else "channels cut")
@@ -189,14 +189,14 @@ def _plot_curves(rows: list[dict[str, Any]], record: dict[str, Any], path: Path)
 
 
 def plot_confusion(counts: list[list[int]], classes: list[str], title: str, path: Path, shares: bool = False) -> None:
-    """A confusion matrix, true classes down, coloured by each true class's share; ``shares`` prints those, in percent,
-    in place of the counts. From 26 classes on the colours alone."""
+    """Draw a confusion matrix with true classes as rows, coloured by the share of each true class. ``shares`` prints
+    the shares in percent instead of the counts. From 26 classes on there are only colours."""
     side = min(12.0, max(5.0, 0.5 * len(classes) + 2))
     figure, axes = new_figure(side, side)
     share = [[value / max(1, sum(row)) for value in row] for row in counts]
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(title, parse_math=False)  # a name may hold dollar signs
+    axes.set_title(title, parse_math=False)  # a name may have dollar signs
     if len(classes) <= 25:
         long = max(map(len, classes)) > 2
         turn = {"rotation": 40, "ha": "right"} if long else {}

@@ -1,4 +1,4 @@
-"""A run's folder while it trains: configuration, one JSON line an epoch, TensorBoard events, the progress bar."""
+"""A run's folder during training: configuration, one JSON line an epoch, TensorBoard events; and the progress bar."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from ..config import Config, is_other_run, read_plain, read_yaml, to_plain
 from .files import AGAIN, RunError, UnwritableError, held, read_lines, to_json, write_text
 
 FIRST_CHECKPOINT = re.compile(r"\.?((best|last)-000[01]\.safetensors|(best|last)\.json)(\.partial)?")
-"""The files of a checkpoint that was being written when its run had no whole epoch yet."""
+"""Files of a checkpoint that may exist when a run stopped before its first whole epoch."""
 
 LAST_FILES = ("metrics.json", "report.md", "plots/curves.png", "plots/confusion.png")
-"""What a run writes when all its epochs are done."""
+"""The files that a run writes after its last epoch."""
 
 EVENTS = re.compile(r"events\.out\.tfevents.*")
 
 
 class RunLog:
-    """The folder of one run. Checks at once that it can be written and that nothing else is in the way, and writes
-    nothing before :meth:`opened`. What is left of a run without a whole epoch is in nobody's way; anything else under
-    the names of a run's files is somebody's. ``takes_resume``: whether the command that makes the run has --resume.
+    """The folder of one run. The constructor checks that the folder can be written and that no other files are in the
+    way; nothing is written before :meth:`opened`. The files of a run without a whole epoch may be overwritten. Other
+    files with the names of a run's files may not. ``takes_resume``: whether the command has --resume.
 
     Raises:
-        RunError: the folder cannot be written, holds a run already (without ``resume``), or one of other settings.
+        RunError: the folder cannot be written, holds a run already (without ``resume``), or a run of other settings.
     """
 
     def __init__(self, config: Config, resume: bool, takes_resume: bool = True) -> None:
@@ -66,23 +66,23 @@ class RunLog:
         return (self.checkpoints / "last.json").exists()
 
     def _last(self) -> bytes:
-        """The record of the last checkpoint, as it is now."""
+        """The present record of the last checkpoint; empty if there is none."""
         return (self.checkpoints / "last.json").read_bytes() if self.has_checkpoint else b""
 
     @property
     def has_epoch(self) -> bool:
-        """Whether there is a whole epoch, which a failure leaves."""
+        """Whether there is a whole epoch, which stays after a failure."""
         return self.has_checkpoint and bool(self.rows())
 
     @property
     def remedy(self) -> str:
-        """What to do after a failure, with what it leaves."""
+        """What an error tells the user to do after a failure."""
         if self.resume or not self.has_epoch:
             return AGAIN
         return "add --resume to go on" if self.takes_resume else f"go on by rkl train --resume --out {self.folder}"
 
     def _not_left_over(self) -> Iterator[str]:
-        """Names of what is in the folder under a run's names, and is not what a run without a whole epoch leaves."""
+        """Files in the folder that have names of a run's files, but do not come from a run without a whole epoch."""
         yield from (file for file in LAST_FILES if (self.folder / file).exists())
         if self.file.exists() and not _is_whole(self.file):
             yield self.file.name
@@ -98,17 +98,17 @@ class RunLog:
                     yield f"{folder.name}/{path.name}"
 
     def _written(self) -> set[Path]:
-        """The files under a run's names."""
+        """The files in the folder that have names of a run's files."""
         inside = [path for folder in (self.tensorboard, self.checkpoints) for path in folder.rglob("*")]
         return {path for path in (*inside, self.file, self.folder / "log.jsonl") if path.is_file()}
 
     @contextmanager
     def opened(self, epoch: int, writing: bool) -> Iterator[None]:
-        """Write the configuration and drop the lines of epochs after the checkpoint, which will be trained again. Where
-        the block fails before the first whole epoch, nothing of it is left: a corrected command finds the folder free.
+        """Write the configuration, and drop the lines of epochs after the checkpoint, which will be trained again. If
+        the block fails before the first whole epoch, its files are removed: a corrected command finds the folder free.
 
         Raises:
-            RunError: another process trains in the folder, or has done since it was looked at.
+            RunError: another process trains in the folder, or has done so since the constructor's checks.
         """
         self.writing = writing
         folders = self.tensorboard, self.checkpoints, self.folder, *self.folder.parents
@@ -129,7 +129,7 @@ class RunLog:
                 raise
 
     def _begin(self, epoch: int) -> None:
-        """What :meth:`opened` writes."""
+        """Write what :meth:`opened` writes."""
         kept = [row for row in self.rows() if row["epoch"] <= epoch]
         write_text(self.file, yaml.safe_dump(to_plain(self.config), sort_keys=False))
         write_text(self.folder / "log.jsonl", "".join(to_json(row) + "\n" for row in kept))
@@ -139,7 +139,7 @@ class RunLog:
             raise UnwritableError(self.tensorboard, error) from error
 
     def _remove(self, before: set[Path], new: list[Path]) -> None:
-        """Take away the files that were not there before, and the folders that were made for them."""
+        """Remove the files that are not in ``before``, and the folders in ``new`` that are empty."""
         if hasattr(self, "events"):
             self.events.close()
         for path in self._written() - before:
@@ -149,11 +149,11 @@ class RunLog:
                 path.rmdir()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The epochs so far."""
+        """The rows of the epochs so far."""
         return read_lines(self.folder / "log.jsonl")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one epoch."""
+        """Append the row of one epoch."""
         file = self.folder / "log.jsonl"
         try:
             with file.open("a") as lines:
@@ -175,7 +175,7 @@ class RunLog:
 
     @contextmanager
     def progress(self, epochs: int, done: int) -> Iterator[TrainingProgress]:
-        """A bar over the epochs, with the latest validation accuracy."""
+        """A progress bar over the epochs, with the latest validation accuracy."""
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), disable=not self.writing) as bar:
             yield TrainingProgress(bar, epochs, done)
@@ -184,7 +184,7 @@ class RunLog:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file gives every setting, as the configuration that a run writes does."""
+    """Whether a file has every setting, as a configuration written by a run has."""
     try:
         return set(read_plain(file)) == {field.name for field in fields(Config)}
     except ValueError:
@@ -192,7 +192,7 @@ def _is_whole(file: Path) -> bool:
 
 
 class TrainingProgress:
-    """What the loop tells the bar."""
+    """Updates the progress bar for the training loop."""
 
     def __init__(self, bar: Progress, epochs: int, done: int) -> None:
         self.bar, self.epochs, self.accuracy = bar, epochs, ""
