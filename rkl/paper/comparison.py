@@ -1,4 +1,4 @@
-"""What a few seeds allow to say: means with t intervals, and verdicts corrected for their number."""
+"""What a few seeds can show: means with t intervals, and verdicts corrected for the number of comparisons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``n`` runs and its standard error, None for a single run; the interval is a t interval of 95%."""
+    """A mean over ``n`` runs, and its standard error (None for a single run). Its interval is a t interval of 95%."""
 
     mean: float
     error: float | None
@@ -34,7 +34,7 @@ class Estimate:
 
     @property
     def p(self) -> float:
-        """Of the two-sided t test that the mean is 0; 1 for a single run, which decides nothing."""
+        """The p-value of the two-sided t test that the mean is 0; 1 for a single run, which decides nothing."""
         if self.error is None:
             return 1.0
         if self.error == 0:
@@ -43,7 +43,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error, s / sqrt(n)."""
+    """The mean of values and its standard error, s / sqrt(n)."""
     n = len(values)
     if n == 0:
         raise ValueError("values must hold at least one run, got none")
@@ -51,19 +51,19 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Estimate | None:
-    """The mean of ours - theirs over the seeds that both have; None where they share none."""
+    """The mean of ours - theirs over the seeds that both have; None if they share no seed."""
     shared = sorted(ours.keys() & theirs.keys())
     return estimate([ours[seed] - theirs[seed] for seed in shared]) if shared else None
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A difference (larger is better) among others of its table, by Holm's method.
+    """A difference (larger is better), judged together with the others of its table by Holm's method.
 
     Attributes:
-        confidence: of the interval below, 1 - 0.05 / (hypotheses not yet rejected at this one's turn).
-        low, high: that interval, infinite for a single run.
-        p: adjusted; below 0.05 the difference is decided with all of the table's errors together at most 5%.
+        confidence: of the interval, 1 - 0.05 / (hypotheses that were not rejected before this one's turn).
+        low, high: the interval, infinite for a single run.
+        p: the adjusted p-value. If p below 0.05 decides, the chance of any error in the table is at most 5%.
     """
 
     difference: Estimate
@@ -83,11 +83,11 @@ class Judged:
 
 
 def holm(differences: Sequence[Estimate], negligible: float) -> list[Judged]:
-    """Judge the differences of one table together (Holm, 1979): the k-th smallest of m p-values is multiplied by
-    m - k + 1, and none may be smaller than the one before it.
+    """Judge the differences of one table together (Holm, 1979). The k-th smallest of m p-values is multiplied by
+    m - k + 1, and then raised to the one before it where that is larger.
 
-    A difference does nothing where its corrected interval lies within ``negligible`` of zero, whatever its p; else it
-    helps or harms where its adjusted p is below 0.05, and is not decided otherwise.
+    A factor does nothing if its corrected interval lies within ``negligible`` of zero, whatever its p. Otherwise it
+    helps or harms if its adjusted p is below 0.05, and else is not decided.
     """
     order = sorted(range(len(differences)), key=lambda i: differences[i].p)
     judged: dict[int, Judged] = {}
@@ -97,7 +97,7 @@ def holm(differences: Sequence[Estimate], negligible: float) -> list[Judged]:
         smallest = max(smallest, min(1.0, (len(differences) - rank) * difference.p))
         found = Judged(difference, 1 - (1 - CONFIDENCE) / (len(differences) - rejected), smallest, "not decided")
         judged[index] = replace(found, verdict=_verdict(found, negligible))
-        rejected += smallest < 1 - CONFIDENCE  # none after the first that is not, as these only rise
+        rejected += smallest < 1 - CONFIDENCE  # p-values only rise, so none is rejected after the first that is not
     return [judged[index] for index in range(len(differences))]
 
 
@@ -110,8 +110,8 @@ def _verdict(judged: Judged, negligible: float) -> Verdict:
 
 
 def smallest_decidable(differences: Sequence[Estimate]) -> tuple[float, float, int] | None:
-    """What a table can decide: the median standard deviation of its paired differences, the smallest mean difference
-    that its seeds decide at that deviation (before any other is decided), and the median number of seeds."""
+    """What a table can decide. Returns the median standard deviation of its paired differences, the smallest mean
+    difference that is decided at that deviation (if no other is decided before), and the median number of seeds."""
     several = [(each.error, each.n) for each in differences if each.error is not None]
     if not several:
         return None
@@ -119,21 +119,21 @@ def smallest_decidable(differences: Sequence[Estimate]) -> tuple[float, float, i
     n = round(statistics.median(n for _, n in several))
     typical = Estimate(0.0, deviation / n**0.5, n)
     half = typical.half_at(1 - (1 - CONFIDENCE) / len(differences))
-    assert half is not None  # an Estimate with an error is of two or more
+    assert half is not None  # an Estimate with an error has two runs or more
     return deviation, half, n
 
 
 def f1_ceiling(accuracy: float) -> float:
-    """The most that macro F1 can be at an accuracy A on equally many images a class: 2A / (1 + A), both in percent.
+    """The largest macro F1 at accuracy A, if all classes have equally many images: 2A / (1 + A). Both are in percent.
 
-    A class's F1 is at most 2r / (1 + r) of its recall r (at precision 1); that is concave, and the mean recall is A.
+    A class of recall r has an F1 of at most 2r / (1 + r), at precision 1. This is concave, and the mean recall is A.
     """
     return 200 * accuracy / (100 + accuracy)
 
 
 def impossible(accuracy: float, recall: float, f1: float) -> set[str]:
-    """Which of "recall" and "f1" cannot be (all in percent) on a test set with equally many images a class, where
-    macro recall is the accuracy; 0.05 points are left for rounding."""
+    """Which of "recall" and "f1" are impossible (all in percent) on a test set with equally many images a class. There
+    macro recall equals the accuracy. 0.05 points are allowed for rounding."""
     found = set()
     if abs(recall - accuracy) > 0.05:
         found.add("recall")

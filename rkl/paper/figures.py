@@ -21,10 +21,10 @@ def _colours(count: int) -> list[Any]:
 
 
 def accuracy_curves(results: Results, path: Path) -> None:
-    """Figure 4.1 as small multiples: validation accuracy by epoch, a panel a row, the mean over seeds with their range
-    shaded, and the first row's mean in grey behind.
+    """Plot figure 4.1 with one panel for each row: validation accuracy by epoch. The line is the mean over seeds, their
+    range is shaded, and the first row's mean is grey.
 
-    The paper plots test accuracy; here the test images are looked at once, at the end.
+    The paper plots test accuracy. Here the test images are looked at only once, at the end.
     """
     rows = {row: runs for row, runs in results.rows.items() if runs[0].epochs[0]["val"]}
     if not rows:
@@ -42,7 +42,7 @@ def accuracy_curves(results: Results, path: Path) -> None:
         panel.set_title(f"{row} (n = {len(runs)})", fontsize=8)
         panel.xaxis.get_major_locator().set_params(integer=True)
         tidy(panel, legend=False)
-    # From a third of the way on; the first epochs' climb would press the lines together.
+    # The limits ignore the first third of the epochs: their climb would press the lines together.
     shown = [value for runs in rows.values() for curve in _validation(runs)[1:] for value in curve[len(curve) // 3 :]]
     for panel in panels:
         panel.set_ylim(min(shown) - 3, max(shown) + 2)
@@ -55,7 +55,7 @@ def accuracy_curves(results: Results, path: Path) -> None:
 
 
 def _validation(runs: list[Run]) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Epochs, and over the runs the lowest, mean and highest validation accuracy in percent at each."""
+    """The epochs, and for each the lowest, mean and highest validation accuracy of the runs in percent."""
     length = min(len(run.epochs) for run in runs)
     values = [[100 * run.epochs[i]["val"][-1]["accuracy"] for run in runs] for i in range(length)]
     epochs = [entry["epoch"] for entry in runs[0].epochs[:length]]
@@ -69,7 +69,7 @@ COSTS: dict[str, Callable[[Run], float]] = {
 
 
 def accuracy_against_cost(results: Results, latencies: dict[str, Latency], path: Path) -> None:
-    """Test accuracy against parameters, multiply-accumulates and latency; one numbered point a row, where it is."""
+    """Plot test accuracy over parameters, multiply-accumulates and latency, with one numbered point for each row."""
     figure, panels = new_figure(15, 5, columns=3)
     colours = dict(zip(results.rows, _colours(len(results.rows)), strict=True))
     latency = {row: value.median for row, value in latencies.items()}
@@ -104,7 +104,7 @@ def accuracy_against_cost(results: Results, latencies: dict[str, Latency], path:
 
 
 def _plain_log_axis(axes: Any) -> None:
-    """Logarithmic, with ticks at 1, 2, 5 and written as plain numbers."""
+    """Make the x axis logarithmic, with ticks at 1, 2, 5 and their labels as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
@@ -116,7 +116,7 @@ def _plain_log_axis(axes: Any) -> None:
 
 
 def confusion(results: Results, row: str, path: Path) -> None:
-    """A row's confusion matrix on the test images, counts summed over its seeds."""
+    """Plot a row's confusion matrix on the test images, with counts summed over its seeds."""
     runs = results.rows[row]
     matrices = [run.metrics["confusion"] for run in runs]
     counts = [[sum(values) for values in zip(*lines, strict=True)] for lines in zip(*matrices, strict=True)]

@@ -1,4 +1,4 @@
-"""How strongly each term of the loss pulls at the weights that are kept: its share of the gradient."""
+"""Measures the share of each loss term in the gradient of the weights that remain after deployment."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def gradient_norms(
     l1: float = 0.0,
     balance: Tensor | None = None,
 ) -> dict[str, float]:
-    """The mean L2 norm of each term's gradient over the batches, in training mode, with respect to the parameters that
-    the deepest head uses: the network that remains after deployment.
+    """The mean L2 norm of each term's gradient over the batches, in training mode. The gradient is with respect to the
+    parameters that the deepest head uses, since these remain after deployment.
 
-    Terms are those of :func:`rkl.distill.training_losses`, and l1, lambda * sum |gamma|, for ``l1`` as lambda.
-    ``balance``: the classes' weights in the cross entropy.
+    Terms are those of :func:`rkl.distill.training_losses`, and l1, which is lambda * sum |gamma| with ``l1`` as lambda.
+    ``balance``: the weights of the classes in the cross entropy.
     """
     sums: dict[str, Tensor] = {}
     count = 0
@@ -45,21 +45,21 @@ def gradient_norms(
             sums[name] = sums.get(name, norm.new_zeros(())) + norm
         count += 1
     model.eval()
-    model.load_state_dict(state)  # the batches have moved batch norm's running statistics
+    model.load_state_dict(state)  # the batches have changed the running statistics of batch norm
     norms = {name: float(total) / count for name, total in sums.items()}
     used = {id(parameter) for parameter in kept}
     return norms | {"l1": l1 * sum(int(gamma.count_nonzero()) for gamma in gammas(model) if id(gamma) in used) ** 0.5}
 
 
 def shares(norms: dict[str, float]) -> dict[str, float]:
-    """Each norm over the sum of all."""
+    """Each norm divided by the sum of all norms."""
     total = sum(norms.values())
     return {name: norm / total for name, norm in norms.items()} if total else dict.fromkeys(norms, 0.0)
 
 
 def record_gradients(folder: Path) -> None:
-    """Measure a finished run's gradient norms at its last weights, on training batches as the next epoch's would be,
-    and write gradients.json into its folder. L1 counts as it did in the first epoch."""
+    """Measure a finished run's gradient norms at its last weights, on the training batches that a further epoch would
+    have, and write gradients.json into the run's folder. L1 has its weight of the first epoch."""
     run = open_run(folder, device=default_device())
     config, data = run.config, load_data(run.config).to(run.device)
     loader = training_batches(config, data, config.epochs, drop_last=True)

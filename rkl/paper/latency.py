@@ -1,5 +1,5 @@
-"""Latency of a table's rows, all measured in turns when the page is written: what ran at another time on a shared
-machine cannot be compared."""
+"""Latency of a table's rows. All are measured in turns when the page is written, since times that were measured at
+different moments on a shared machine cannot be compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPEATS = 15
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for a batch of 16: the median and the quartiles of what was measured."""
+    """Milliseconds for a batch of 16: the median and the quartiles of the measured times."""
 
     median: float
     low: float
@@ -34,7 +34,7 @@ class Latency:
 
 
 def rebuilt(run: Run) -> nn.Module:
-    """The deployed network of a run with its channels and arbitrary weights, on which speed does not depend."""
+    """A run's deployed network with its channels. The weights are arbitrary, since speed does not depend on them."""
     config, (channels, size) = from_plain(run.config), run.metrics["image"]
     model = build_model(replace(config, weights=None), len(run.metrics["classes"]), channels, size)
     pruning.apply_plan(model, run.metrics["plan"])
@@ -42,8 +42,8 @@ def rebuilt(run: Run) -> nn.Module:
 
 
 def measure(found: list[Results]) -> list[dict[str, Latency]]:
-    """For each table the latency of each row's first run. All rows on one data set are measured in turns, a row that
-    tables share once; rows whose records are too old are left out."""
+    """For each table, the latency of each row's first run. All rows on one data set are measured in turns; a row that
+    several tables share is measured once. Rows whose records are too old to have a plan are left out."""
     measured: dict[str, dict[str, Latency]] = {}
     for data in dict.fromkeys(results.data for results in found):
         rows = {row: runs[0] for results in found if results.data == data for row, runs in results.rows.items()}

@@ -1,4 +1,4 @@
-"""Reading back what an experiment's runs recorded; every figure of the report comes from here."""
+"""Reads the records of an experiment's runs. All of the report's own figures come from here."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..training.files import RunError, read_json, read_lines, read_record, under
 from .comparison import Estimate, estimate, paired_difference
 
 APART = timedelta(days=2)
-"""Between runs whose training times are compared, at most: what the machine does and the code change from then on."""
+"""Training times are compared only if the runs ended within this time: later the machine's load and the code change."""
 RECORD = "a record of `rkl experiments`"
-"""What an error calls a table's JSON file."""
+"""A table's JSON file, as errors call it."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its settings, metrics.json, the lines of log.jsonl, gradients.json, and when it ended: its test
-    images were looked at then. None in records from before that was noted."""
+    """One finished run: its settings, metrics.json, the lines of log.jsonl, gradients.json, and when it ended, which is
+    when its test images were looked at. That time is None in old records, which lack it."""
 
     seed: int
     config: dict[str, Any]
@@ -36,13 +36,13 @@ class Run:
 
     @property
     def deepest(self) -> dict[str, float]:
-        """The deepest head on the test images."""
+        """The metrics of the deepest head on the test images."""
         return self.metrics["test"][-1]
 
 
 @dataclass(frozen=True)
 class Results:
-    """One table's finished runs, by row, in the table's order; rows without any are left out."""
+    """One table's finished runs, by row, in the table's order. Rows without finished runs are left out."""
 
     table: str
     data: str
@@ -59,14 +59,14 @@ class Results:
         return estimate([value(run) for run in self.rows[row]])
 
     def difference(self, row: str, against: str, value: Callable[[Run], float]) -> Estimate | None:
-        """Row minus row over the seeds that both have; None where a row is missing or they share no seed."""
+        """``row`` minus ``against``, over the seeds that both have; None if a row is missing or they share no seed."""
         if row not in self.rows or against not in self.rows:
             return None
         ours, theirs = ({run.seed: value(run) for run in self.rows[name]} for name in (row, against))
         return paired_difference(ours, theirs)
 
     def together(self, *rows: str) -> bool:
-        """Whether each run of two rows ended within APART of one of the other's, so that their times compare."""
+        """Whether each run of two rows ended within APART of a run of the other row, so that their times compare."""
         ours, theirs = ([run.looked_at for run in self.rows[row]] for row in rows)
 
         def beside(moment: datetime | None, others: list[datetime | None]) -> bool:
@@ -79,7 +79,7 @@ def load_results(folder: Path) -> list[Results]:
     """Every experiment recorded in a folder of `rkl experiments`, tables in their order.
 
     Raises:
-        RunError: no record there, or none with a finished run.
+        RunError: no record in the folder, or none with a finished run.
     """
     records = sorted(folder.glob("*.json"), key=lambda path: (path.name.startswith("factors"), path.name))
     results = [_load(folder, path) for path in records]
@@ -113,5 +113,5 @@ def _load_run(folder: Path) -> Run:
 
 
 def published() -> dict[str, Any]:
-    """The figures that others printed (published.yaml)."""
+    """The figures that others have published (published.yaml)."""
     return yaml.safe_load(resources.files("rkl.paper").joinpath("published.yaml").read_text())

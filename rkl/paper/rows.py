@@ -1,4 +1,4 @@
-"""What the experiments compare: rows, the factors that two rows differ in, the paper's tables, and sizes of runs."""
+"""What the experiments compare: rows, the factors in which two rows differ, the paper's tables, and sizes of runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Row:
     """One row of a table.
 
     Attributes:
-        settings: what it changes of the configuration.
-        macs_of, share: where given, its width is the one at which it has ``share`` of that row's multiply-accumulates.
-        keep_width: its cuts alone take it there.
+        settings: the settings that the row changes in the configuration.
+        macs_of, share: if given, the width is such that the row has ``share`` of that other row's multiply-accumulates.
+        keep_width: whether the width stays, so that only cuts reach these multiply-accumulates.
     """
 
     settings: dict[str, Any]
@@ -28,8 +28,8 @@ def _exits(loss: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any
     return {"model": "resnet", "exits": True, **({"loss": loss} if loss else {}), **settings}
 
 
-# One kernel size a stage: the sum of three costs most in the first stage, at full resolution, and gained nothing over
-# 3x3 in short runs on held-out training images (85.5% both).
+# One kernel size for each stage: a sum of three sizes costs most in the first stage, at full resolution, and gained
+# nothing over 3x3 in short runs on held-out training images (85.5% both).
 WIDE = {"model": "resnet-kl", "scale_mode": "stage"}
 LATE = (0.4, 0.5, 0.6)
 
@@ -72,14 +72,14 @@ ROWS: dict[str, Row] = {
     ),
     "ResNet-KL at ResNet's MACs": Row(WIDE, macs_of="ResNet"),
 }
-"""Every row by its name; what a row does not set is the scale's, the same for all."""
+"""Every row by its name. Settings that a row does not have come from the scale and are the same for all."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One ingredient or claim: the row that has it against the row that differs in nothing else, or has equal compute.
+    """One ingredient or claim: a row that has it, and a row that differs in nothing else or has equal compute.
 
-    A headline stands on top of the page; those were named before the run.
+    Headlines stand on top of the page. They were named before the runs.
     """
 
     name: str
@@ -119,7 +119,7 @@ FACTORS = (
 
 @dataclass(frozen=True)
 class Table:
-    """One table: the paper's data set for it and its rows; every comparison among FACTORS that they allow is made."""
+    """One table: the paper's data set for it, and its rows. All FACTORS whose two rows it has are compared."""
 
     title: str
     data: str
@@ -134,7 +134,7 @@ EQUAL_COMPUTE = (
     "ResNet-KL at ResNet's MACs",
     "ResNet",
 )
-"""Every ResNet-KL, each with a plain ResNet of its own multiply-accumulates."""
+"""Every ResNet-KL, each with a plain ResNet of the same multiply-accumulates."""
 
 TABLES = {
     "table2": Table(
@@ -163,7 +163,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the runs of a table are, and how many seeds each row gets."""
+    """The size of a table's runs, and the number of seeds for each row."""
 
     settings: dict[str, Any]
     seeds: int
@@ -173,10 +173,10 @@ SCALES = {
     "smoke": Scale(
         {"epochs": 2, "batch_size": 16, "width": 8, "train_size": 60, "test_size": 30, "val_fraction": 0.3}, 1
     ),
-    # CutMix alone, as in the paper: a run this short cannot use crops and mirrors beside it. After 560 steps on 6,000
+    # CutMix alone, as in the paper: crops and mirrors do not help so short a run. After 560 steps on 6,000
     # Fashion-MNIST images ResNet got 80.3% of held-out training images right with both, 85.3% with mirrors, 86.7% with
-    # neither. Small batches, as steps are what is short; with lr 0.05, 0.1 and 0.2 ResNet got 86.7, 86.8 and 85.4%.
-    # Six epochs, as table V's ten rows then take two cores about half an hour per seed.
+    # neither. Batches are small, to have more steps. With lr 0.05, 0.1 and 0.2 ResNet got 86.7, 86.8 and 85.4%.
+    # With six epochs, table V's ten rows take two cores about half an hour per seed.
     "cpu": Scale(
         {
             "epochs": 6,
@@ -189,10 +189,10 @@ SCALES = {
         },
         3,
     ),
-    # As the trial on one GPU that decided what is claimed, for longer.
+    # The settings of the trial on one GPU that decided the claims, with more epochs.
     "full": Scale(
         RECIPES["paper"] | {"epochs": 100, "batch_size": 512, "lr": 0.3, "schedule": "cosine", "warmup": 2.0}, 5
     ),
 }
-"""smoke: seconds a row, learns nothing. cpu: two cores. full: one GPU, all images. Where a data set has fewer images
-than a scale says, all are taken."""
+"""smoke: takes seconds for a row and learns nothing. cpu: for two cores. full: for one GPU, with all images. If a data
+set has fewer images than a scale says, all are taken."""

@@ -1,6 +1,6 @@
-"""The page of `rkl report`: the paper's tables beside ours, what each factor is worth, and what cannot be.
+"""The page of `rkl report`: the paper's tables and ours, what each factor is worth, and impossible figures.
 
-Every figure of ours is read from run records (:mod:`rkl.paper.records`), every other one from published.yaml.
+Our figures are read from run records (:mod:`rkl.paper.records`), all others from published.yaml.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .records import APART, Results, Run, load_results, published
 from .rows import FACTORS, TABLES, Factor
 
 NEGLIGIBLE = 0.2
-"""Percentage points of accuracy; a factor whose whole interval lies within this of zero does nothing."""
+"""Percentage points of accuracy. A factor does nothing if its whole interval lies within this distance of zero."""
 
 
 def write(folder: Path) -> Path:
-    """Write report.md and its plots into a folder of `rkl experiments`; the page's path.
+    """Write report.md and its plots into a folder of `rkl experiments`, and return the page's path.
 
     Raises:
-        RunError: no finished run there.
+        RunError: no finished run in the folder.
     """
     others, found = published(), load_results(folder)
-    check_writable(folder / "report.md")  # the latencies are measured first, which takes its time
+    check_writable(folder / "report.md")  # before the latencies are measured, which takes long
     latencies = measure(found)
     headlines: dict[tuple[str, str], str] = {}
     for results, own in zip(found, latencies, strict=True):
-        # A claim that several tables on the same data could judge is judged by the first of them.
+        # If several tables on the same data can judge a claim, the first of them does.
         headlines = _headlines(results, own) | headlines
     ordered = sorted(headlines, key=lambda key: [factor.name for factor in FACTORS].index(key[0]))
     parts = ["# Experiments", "\n".join(headlines[key] for key in ordered), _reading()]
@@ -96,7 +96,7 @@ def _accuracy(run: Run) -> float:
 
 
 def _seeds(results: Results) -> str:
-    """How many runs a row has, in the title."""
+    """The number of runs of a row, for the title."""
     counts = sorted({len(runs) for runs in results.rows.values()})
     return f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") + " a row"
 
@@ -122,7 +122,7 @@ def _setting(results: Results) -> str:
 
 
 def percent(value: Estimate, digits: int = 2, scale: float = 100) -> str:
-    """An estimate as text: mean ± half interval."""
+    """An estimate as text: mean ± half of the interval."""
     mean = f"{scale * value.mean:.{digits}f}"
     return mean if value.half is None else f"{mean} ± {scale * value.half:.{digits}f}"
 
@@ -160,7 +160,7 @@ def _quality(results: Results, others: dict[str, Any]) -> str:
 
 
 def _paper_table(results: Results, others: dict[str, Any]) -> str:
-    """What the paper prints for the rows, which this page's figures stand apart from."""
+    """The figures that the paper prints for the rows, in a table separate from ours."""
     paper = others["paper"][results.table]
     rows = []
     for row, printed in paper["rows"].items():
@@ -205,7 +205,7 @@ def _cost(results: Results, latencies: dict[str, Latency]) -> str:
 
 
 def _compared(results: Results) -> list[tuple[Factor, Judged]]:
-    """Each factor whose rows the table has, judged together."""
+    """The factors whose two rows the table has, judged together."""
     found = [(factor, results.difference(factor.row, factor.against, _accuracy)) for factor in FACTORS]
     there = [(factor, change) for factor, change in found if change is not None]
     judged = holm([change for _, change in there], NEGLIGIBLE)
@@ -213,7 +213,7 @@ def _compared(results: Results) -> list[tuple[Factor, Judged]]:
 
 
 def _words(judged: Judged) -> tuple[str, str]:
-    """Verdict and interval."""
+    """A difference's verdict and interval, as text."""
     n = judged.difference.n
     found = f"not decided by {n} seed{'s' if n > 1 else ''}" if judged.verdict == "not decided" else judged.verdict
     if judged.difference.error is None:
@@ -222,7 +222,7 @@ def _words(judged: Judged) -> tuple[str, str]:
 
 
 def _ratios(results: Results, latencies: dict[str, Latency], factor: Factor) -> str:
-    """What the row costs over what the other does."""
+    """The costs of a factor's row, divided by those of the row that it is compared with."""
     ratios = []
     for key, noun in (
         ("deployed", "deployed parameters"),
@@ -240,7 +240,7 @@ def _ratios(results: Results, latencies: dict[str, Latency], factor: Factor) -> 
 
 
 def _headlines(results: Results, latencies: dict[str, Latency]) -> dict[tuple[str, str], str]:
-    """The claims that were named before the run: claim, verdict, interval, cost, a line each, by claim and data."""
+    """One line for each claim that was named before the runs (verdict, interval and cost), by claim and data."""
     lines = {}
     for factor, judged in _compared(results):
         if factor.headline:
@@ -252,7 +252,7 @@ def _headlines(results: Results, latencies: dict[str, Latency]) -> dict[tuple[st
 
 
 def _verdicts(results: Results, latencies: dict[str, Latency]) -> str:
-    """One sentence a factor; the rows differ in that factor alone, or have equal compute."""
+    """One sentence for each factor. The two rows differ only in the factor, or have equal compute."""
     compared = _compared(results)
     if not compared:
         return ""
@@ -280,7 +280,7 @@ def _verdicts(results: Results, latencies: dict[str, Latency]) -> str:
 
 
 def _trained_exits(run: Run) -> list[bool]:
-    """Which exits had a loss of their own; shallow heads of weight 0 are the random ones they started as."""
+    """Which exits were trained. Shallow heads with weight 0 in the loss still have their random initial values."""
     count = len(run.metrics["test"])
     return [run.config["loss"]["heads"] > 0] * (count - 1) + [True]
 
@@ -314,7 +314,7 @@ def _impossible(printed: dict[str, float]) -> set[str]:
 
 
 def _paper_check(others: dict[str, Any]) -> str:
-    """What in the paper's tables and words cannot be, or contradicts itself."""
+    """What is impossible in the paper's tables, and where its text contradicts them."""
     rows = []
     for table, content in others["paper"].items():
         for row, printed in content["rows"].items():
