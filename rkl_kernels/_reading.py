@@ -103,7 +103,7 @@ def _traced(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) ->
 
 def _asks_for_none(module: nn.Module, closed: set[nn.Module], graph: torch.fx.Graph, doubtful: torch.fx.Node) -> bool:
     """Whether a forward takes another path where the ``doubtful`` node gives None, as code that was not traced may. The
-    forward is traced again with None there. It passes if the graph is the same, up to an error if one is raised."""
+    forward is traced again with None there. False if the graph is the same, up to an error if one is raised."""
     if not _may_be_none(module, closed, doubtful):
         return False
     tracer = _Tracer(closed, set(), doubtful.name)

@@ -56,7 +56,7 @@ def _torch(model: nn.Module, image: Tensor, file: Path) -> Tensor:
 
 
 def _onnx(model: nn.Module, image: Tensor, file: Path) -> Tensor:
-    """As :func:`_torch`, with ONNX Runtime. The reference path is traced, which has only PyTorch's own operators."""
+    """As :func:`_torch`, with ONNX Runtime. The reference path is exported: it has only PyTorch's own operators."""
     import onnxruntime
 
     with rk.use_backend("reference"):

@@ -79,8 +79,8 @@ class MultiScaleDepthwise(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set initial values. The sum of the filters has the variance of torch's own initial values, a third of the
-        inverse of the number of taps."""
+        """Set initial values. Their variance is that of torch's own, a third of the inverse of the number of taps,
+        divided by the number of filters, since these add up."""
         for weight in self.filters:
             every = weight.new_tensor(len(self.filters) * weight[0].numel())
             taken = every if self.mask is None else self.mask.sum((2, 3), keepdim=True)

@@ -121,8 +121,8 @@ def operate(
 
 
 def frontier(exits: list[Tensor], labels: Tensor, costs: tuple[list[int], list[int]]) -> list[OperatingPoint]:
-    """The points that no other point beats in accuracy and compute, cheapest first. The points are all choices of the
-    shallow exits to use, with one threshold for all used exits: one for each exit would fit validation noise."""
+    """The points that no other point beats in both accuracy and compute, cheapest first. A point uses some of the
+    shallow exits, with one threshold for all of these: a threshold for each exit would fit validation noise."""
     points = []
     confidences = [*(i / 50 for i in range(50)), 0.99, 0.995, 0.999]
     for used in itertools.product((False, True), repeat=len(exits) - 1):

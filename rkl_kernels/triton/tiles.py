@@ -1,4 +1,4 @@
-"""How much work one program of each depthwise kernel has, on a GPU and in the interpreter (slow for each program).
+"""How much work one program of each depthwise kernel has, on a GPU and in the interpreter (whose cost is by program).
 
 The numbers are few, the same for every GPU, and chosen by count rather than by trial at run time.
 ``benchmarks/static_triton.py`` compiles the kernels with them and checks that nothing spills and that the shared memory

@@ -15,7 +15,7 @@ from . import activation as act
 from .launch import block, is_wide, run
 
 # 1024 elements for 4 warps: each thread has one 16-byte vector of 16-bit elements, or two of float32.
-# The interpreter is slow for each program, so its blocks are large.
+# The interpreter's time grows with the number of programs, so its blocks are large.
 BLOCK = 1 << 16 if INTERPRETED else 1024
 
 
