@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -40,7 +40,7 @@ def _of_copy(value: Any, memo: dict[int, Any]) -> Any:
     new function or container, if ``value`` leads to something that was copied; else ``value`` itself."""
     if id(value) in memo:
         return memo[id(value)]
-    if not _refers_to(memo, value, set()):
+    if not refers_to(memo, value, set()):
         return value
     memo.setdefault(id(memo), []).append(value)  # as copy.deepcopy does: its id is a key while it lives
     kind = type(value)
@@ -74,12 +74,12 @@ def _function_of_copy(function: FunctionType, memo: dict[int, Any]) -> FunctionT
     return twin
 
 
-def _refers_to(memo: dict[int, Any], value: Any, seen: set[int]) -> bool:
-    """Whether a value was copied, or leads through functions and containers to something that was copied."""
-    if id(value) in memo or id(value) in seen:
-        return id(value) in memo
+def refers_to(ids: Container[int], value: Any, seen: set[int]) -> bool:
+    """Whether a value has one of the ``ids``, or leads to one that has through functions and containers."""
+    if id(value) in ids or id(value) in seen:
+        return id(value) in ids
     seen.add(id(value))
-    return any(_refers_to(memo, part, seen) for part in _parts(value))
+    return any(refers_to(ids, part, seen) for part in _parts(value))
 
 
 def _parts(value: Any) -> Iterable[Any]:

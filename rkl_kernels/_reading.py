@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._copying import refers_to
 from ._modes import as_exported, cast_and_by_reference, random_state, same_random_numbers, surroundings
 from ._stand_in import Answering, Recorder, StandIn, alone
-from ._state import same, state
+from ._state import held_by, same, state
 from .errors import told
 from .fold import is_norm
 from .layers import is_altered
@@ -48,7 +49,7 @@ def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> to
             itself, where it reads tensors of layers outside of it.
     """
     with alone:
-        why = _why_not_called_with_an_image(module) or _why_not_in_inference(module)
+        why = _why_not_called_with_an_image(module) or _why_not_in_inference(module) or _why_hooks_count(module, closed)
         return why or _read(module, closed, taken)
 
 
@@ -368,6 +369,18 @@ def _why_not_called_with_an_image(module: nn.Module) -> str | None:
 def _why_not_in_inference(module: nn.Module) -> str | None:
     """A graph has no ``train`` of the model's own, which keeps a layer in training."""
     return "it keeps a module in training" if any(part.training for part in module.modules()) else None
+
+
+def _why_hooks_count(module: nn.Module, closed: set[nn.Module]) -> str | None:
+    """A hook does not run while a forward is traced: its effects on what the forward reads would be missing."""
+    hooked = [part for part in module.modules() if is_altered(part)]
+    if not hooked:
+        return None
+    held = held_by([part for part in module.modules() if part not in closed and part not in hooked])
+    hooks = [hook for part in hooked for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+    if any(refers_to(held, hook, set()) for hook in hooks):
+        return "a hook in it refers to what its forward may read"
+    return None
 
 
 def _is_any_alive(made: list[weakref.ref[torch.fx.Proxy]]) -> bool:

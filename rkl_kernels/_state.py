@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
+_EVERY_MODULES = frozenset(vars(nn.Module()))
 _NOT_LOOKED_INTO = sys.stdlib_module_names | {"torch", "numpy"}
 
 
@@ -25,6 +26,15 @@ def state(module: nn.Module) -> list[Any]:
 def same(a: list[Any], b: list[Any]) -> bool:
     """Whether two snapshots hold the same objects. Integers are compared by value."""
     return len(a) == len(b) and all(x is y or (type(x) is int and x == y) for x, y in zip(a, b, strict=True))
+
+
+def held_by(modules: Collection[nn.Module]) -> set[int]:
+    """The ids of modules, and of what their attributes lead to that can change: containers, the model's objects."""
+    seen: set[int] = set()
+    own = [value for module in modules for name, value in vars(module).items() if name not in _EVERY_MODULES]
+    held = (*modules, *(item for value in own for item in _inside(value, seen)))
+    kinds = (nn.Module, Mapping, list, set, deque)  # no tuple: Python shares () between all that hold it
+    return {id(item) for item in held if isinstance(item, kinds) or _is_the_models_own(type(item))}
 
 
 def counts_writes(tensor: Tensor) -> bool:

@@ -6,6 +6,7 @@ import enum
 import math
 from collections import namedtuple
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -320,4 +321,61 @@ def test_what_a_module_keeps_for_another(way):
     assert isinstance(fused, torch.fx.GraphModule) == (way is plainly)
     assert len(fused.fusion_report.fused) == 2
     for x in (X, X[:1], X + 1):
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-3, atol=1e-3)
+
+
+class Features:
+    """What hooks have collected, in an object of the model's own."""
+
+    def __init__(self) -> None:
+        self.kept: list = []
+
+    def keep(self, layer, images, output) -> None:
+        self.kept.append(output)
+
+    def taken(self) -> tuple:
+        kept = tuple(self.kept)
+        self.kept.clear()
+        return kept
+
+
+class Hooked(nn.Module):
+    """Gives what a hook of its first chain has collected. hook: makes it of the model."""
+
+    def __init__(self, hook) -> None:
+        super().__init__()
+        self.body, self.features = chain(nn.ReLU()), Features()
+        self.behind = nn.ModuleList((nn.Conv2d(4, 6, 1), *chain(nn.ReLU())))
+        self.body.register_forward_hook(hook(self))
+
+    def forward(self, x):
+        y = self.body(x)
+        for layer in self.behind:
+            y = layer(y)
+        return y, self.features.taken()
+
+
+def by_the_model(model):
+    return lambda layer, images, output: model.features.keep(layer, images, output)
+
+
+def by_its_object(model):
+    return model.features.keep
+
+
+def into_its_list(model):
+    return partial(lambda kept, layer, images, output: kept.append(output), model.features.kept)
+
+
+def elsewhere(model):
+    return lambda layer, images, output, kept=[]: kept.append(output)
+
+
+@pytest.mark.parametrize("hook", [by_the_model, by_its_object, into_its_list, elsewhere])
+def test_what_a_hook_collects_for_a_forward(hook):
+    plain = Hooked(hook).eval()
+    fused = rk.fuse_for_inference(plain)
+    assert isinstance(fused, torch.fx.GraphModule) == (hook is elsewhere)
+    assert len(fused.fusion_report.fused) == 1 + (hook is elsewhere)
+    for x in (X, X[:1]):
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-3, atol=1e-3)

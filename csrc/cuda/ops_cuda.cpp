@@ -236,8 +236,9 @@ std::vector<int64_t> numbers_of(const cuda::MaybePlan& plan, bool nhwc) {
 constexpr int64_t kPyTorch = 5;
 
 // The plan of a depthwise convolution's result, for rk.explain and the tests: family, kernel, rows, parts, blocks,
-// threads, shared, steps, and whether the result is computed in NHWC, to which images may be transposed. All tensors are
-// taken to begin at multiples of 16 bytes. Empty where no family makes the result, as may be for Result::both_grads.
+// threads, shared, steps, and whether the result is computed in NHWC, to which images may be transposed. All tensors
+// are taken to begin at multiples of 16 bytes. Empty where no family makes the result, as may be for
+// Result::both_grads.
 std::vector<int64_t> depthwise_plan(std::vector<int64_t> geometry, bool nhwc, int64_t dtype, int64_t result,
                                     std::vector<int64_t> device, bool with_bias) {
   Conv2d g = conv2d_of(geometry, nhwc);
