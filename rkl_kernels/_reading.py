@@ -137,13 +137,13 @@ def _may_be_none(module: nn.Module, closed: set[nn.Module], node: torch.fx.Node)
 
 
 def _reads_what_is_kept(module: nn.Module, closed: set[nn.Module], graph: torch.fx.Graph) -> bool:
-    """Whether a forward does something else where the modules below it that were not read have been called. Of calls
-    before this one, too: it is looked at twice. Spoils the module's state."""
+    """Whether a forward takes another path once the modules in it that were not traced have run. It is traced twice, so
+    that values kept from a call before count as well. Spoils the module's state."""
     if closed.isdisjoint(module.modules()):
         return False
     for _ in range(2):
         tracer = _Running(closed)
-        with suppress(Exception), _NoWrites(tracer):
+        with suppress(Exception), _NoWrites(tracer):  # an error leaves a shorter graph, which counts as another one
             tracer.trace(module)
         if _outline(tracer.graph, tracer.within) != _outline(graph, set()):
             return True
@@ -151,7 +151,8 @@ def _reads_what_is_kept(module: nn.Module, closed: set[nn.Module], graph: torch.
 
 
 def _outline(graph: torch.fx.Graph, left_out: set[torch.fx.Node]) -> list[tuple[Any, ...]]:
-    """The nodes of a graph in words, each by its place; parameters by name, as they are noted at their first use."""
+    """The nodes of a graph in a form that can be compared. A node is named by its place. A parameter keeps its name,
+    since its node stands where it is first used."""
     nodes = [node for node in graph.nodes if node not in left_out and node.op != "get_attr"]
     places = {node: place for place, node in enumerate(nodes)}
     told = []
@@ -198,7 +199,7 @@ _WRITTEN = (bool, int, float, complex, str)
 
 
 _CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
-"""Those that a graph's code makes as they are."""
+"""Types of containers that a graph's code builds without a change of type."""
 
 
 class _Tracer(Recorder):
@@ -310,13 +311,13 @@ class _Tracer(Recorder):
 
 
 class _Running(_Tracer):
-    """Runs the modules that are not looked into, as far as they run with stand-ins, for what they keep.
+    """Runs the modules that are not traced on stand-ins, as far as that goes, so that they keep what they keep.
 
     Attributes:
-        within: the nodes made in these.
+        within: the nodes that these modules make.
     """
 
-    kind = Answering  # a module asks for the class of what it keeps
+    kind = Answering  # nn.Module asks for the class of what is set on it
 
     def __init__(self, closed: set[nn.Module]) -> None:
         super().__init__(closed, set())
@@ -324,10 +325,10 @@ class _Running(_Tracer):
         self.depth = 0
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        # Hooks are not run: they may tell others.
+        # Hooks do not run: they may write to objects outside of the model.
         if threading.get_ident() == self.thread and m in self.closed and not is_altered(m):
             self.depth += 1
-            with suppress(Exception):
+            with suppress(Exception):  # it may refuse stand-ins: what it has kept until then is there
                 forward(*args, **kwargs)
             self.depth -= 1
         return Recorder.call_module(self, m, forward, args, kwargs)

@@ -20,12 +20,12 @@ _MAY_BE_NONE = {"grad", "grad_fn", "_grad", "_base", "_backward_hooks", "_post_a
 
 
 alone = threading.RLock()
-"""One thread traces at a time: torch.fx puts methods of its own into ``nn.Module`` meanwhile, and takes them out again
-in good order only if no other thread does the same."""
+"""One thread traces at a time. torch.fx replaces methods of ``nn.Module`` while it traces, and restores them correctly
+only if no other thread does the same."""
 
 
 class Recorded(torch.fx.Proxy):
-    """Records writes, too. Of ``x += y`` torch.fx makes ``x = x + y``, and ``x[0] = y`` it refuses."""
+    """Records writes as writes. torch.fx alone turns ``x += y`` into ``x = x + y``, and refuses ``x[0] = y``."""
 
     def __getattr__(self, name: str) -> Any:
         return _RecordedAttribute(self, name)
@@ -39,14 +39,14 @@ class _RecordedAttribute(Recorded, torch.fx.proxy.Attribute):
 
 
 class Recorder(torch.fx.Tracer):
-    """Takes down what code does in one thread, writes and an ``OrderedDict`` as such."""
+    """Records what one thread does. Writes stay writes, and an ``OrderedDict`` stays one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.thread = threading.get_ident()
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:  # torch.fx catches the calls of every thread
+        if threading.get_ident() != self.thread:  # torch.fx intercepts calls in every thread
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -54,7 +54,7 @@ class Recorder(torch.fx.Tracer):
         return Recorded(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is OrderedDict:  # fx would make a dict of it
+        if type(a) is OrderedDict:  # fx would make it a dict
             return self.create_node("call_function", OrderedDict, ([self.create_arg(pair) for pair in a.items()],), {})
         return super().create_arg(a)
 
@@ -115,7 +115,7 @@ class StandIn(Recorded):
 
 
 class Answering(StandIn):
-    """Says that it is none of PyTorch's."""
+    """A stand-in that tells its class, so that a module can keep it as an attribute."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

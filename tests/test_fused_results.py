@@ -364,7 +364,7 @@ def test_copies_of_a_copy_with_compiled_parts(came_by, is_whole):
     torch.testing.assert_close(fused(X), plain(X), rtol=1e-4, atol=1e-4)
     assert runs_its_steps(fused.flagged._orig_mod)
     for module in fused.modules():
-        with suppress(ValueError):
+        with suppress(ValueError):  # a part that can only be fused again refuses to train
             module.train()
             module.train(False)  # where it was not refused
         assert not any(part.training for part in fused.modules())
