@@ -56,6 +56,7 @@ Machine read_machine() {
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   machine.amx = has_amx();
   machine.avx512_bf16 = machine.avx512 && __builtin_cpu_supports("avx512bf16");
+  machine.near_l3 = __builtin_cpu_is("amd");
 #endif
   constexpr int64_t kKiB = 1024;
   int64_t told = 0;

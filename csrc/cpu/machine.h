@@ -12,6 +12,9 @@ constexpr int64_t kGrain = 32768;
 struct Machine {
   bool avx2, avx512, avx512_bf16;  // each with the other extensions that the kernels of that name use
   bool amx;                        // matrix instructions for bf16, which oneDNN uses
+  // Whether the third-level cache is so near that the hardware fetches lines from it in time. AMD's is: a few cores
+  // share it. Intel's lies along all cores of a socket.
+  bool near_l3;
   // Bytes of a core's second-level cache: 1 MiB where the system does not say (some virtual machines); at least 256
   // KiB, and at most 2 MiB, since several cores share a larger one.
   int64_t l2_bytes;
@@ -39,11 +42,11 @@ enum class Distance {
 
 // images: bytes of the images in question; all: bytes that a pass reads and writes. Where images take a quarter of the
 // third-level cache or more, those of two layers leave little room in it. A pass that takes less than a quarter in all
-// gets its lines soon enough (benchmarks/NOTES.md).
+// gets its lines soon enough from a near one (benchmarks/NOTES.md).
 inline Distance distance_of(int64_t images, int64_t all) {
   const int64_t share = machine().l3_bytes / 4;
   if (share && images >= share) return Distance::far;
-  return all < share ? Distance::near : Distance::beyond;
+  return machine().near_l3 && all < share ? Distance::near : Distance::beyond;
 }
 
 // Whether rows of `row_bytes` bytes from p on are whole cache lines, as streaming stores need them.
