@@ -192,6 +192,17 @@ def written(path: Path) -> list[Path]:
     return [path.with_suffix(ending) for ending in (".json", ".md", ".png")]
 
 
+def place(path: Path, run: Run) -> Path:
+    """Where a run is written: at ``path`` or, if the record there has rows that this run's time did not reach, beside
+    that (``.part.json``)."""
+    try:
+        before = Run.load(path)
+    except ValueError:
+        return path
+    lost = {row.case.id for row in before.rows} - {row.case.id for row in run.rows}
+    return path.with_name(f"{path.stem}.part.json") if lost & set(run.left_out) else path
+
+
 def _check_without_models(parser: argparse.ArgumentParser, path: Path) -> None:
     """End the program where a run without models would replace one that has some."""
     try:
@@ -239,7 +250,11 @@ def main(arguments: list[str] | None = None) -> int:
     with writing(parser):
         check_writable(*written(path))
     run = perform(chosen, not (options.no_models or options.again), options.within)
-    run = before.with_rows_of(run, options.only) if before else replace(run, only=options.only)
+    if before:
+        run = before.with_rows_of(run, options.only)
+    else:
+        run = replace(run, only=options.only)
+        path = place(path, run)
     with writing(parser):
         run.save(path)
         report.write(run, path)

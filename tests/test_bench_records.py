@@ -125,6 +125,21 @@ def test_what_a_run_does_not_reach_is_told(tmp_path: Path, capsys: pytest.Captur
     assert judged(tmp_path, replace(part, rows=[]), old) == 1
 
 
+def test_a_run_that_time_cut_short_replaces_no_fuller_record(tmp_path: Path) -> None:
+    first, other = row_of(ours_nchw=2.0), row_of(replace(TINY, direction="backward"), ours_nchw=2.0)
+    path, beside = tmp_path / "cpu.json", tmp_path / "cpu.part.json"
+    whole, cut = run_of(first, other), replace(run_of(first), left_out=[other.case.id])
+    assert suite.place(path, cut) == path, "there is none"
+    path.write_text("no record")
+    assert suite.place(path, cut) == path
+    whole.save(path)
+    assert suite.place(path, cut) == beside
+    assert suite.place(path, whole) == path
+    assert suite.place(path, run_of(first)) == path, "there is no such row any more"
+    cut.save(path)
+    assert suite.place(path, cut) == path
+
+
 def test_bench_compare_has_the_time_that_the_committed_records_took() -> None:
     (line,) = re.findall(r"benchmarks\.suite .*--out runs/bench", (ROOT / "Makefile").read_text())
     within = re.search(r"--within (\d+)", line)
