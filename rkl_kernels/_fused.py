@@ -1,5 +1,5 @@
-"""What a fused copy is made of, beside its layers: modules that refuse what they were not made for, and then change
-nothing."""
+"""The modules of a fused copy, other than its layers. They refuse what they were not made for, and a refused call
+changes nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .layers import is_altered
 
 
 class Entry(nn.Module):
-    """Stands where a graph begins: passes tensors on and refuses what the graph was not read for."""
+    """The first step of a graph. It passes a tensor on, and refuses any other input and training mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, (Tensor, torch.fx.Proxy)):
@@ -34,10 +34,10 @@ class Entry(nn.Module):
 
 
 class FusedGraph(torch.fx.GraphModule):
-    """A model that was read as a whole."""
+    """A module whose whole forward was traced, with its chains of layers fused."""
 
     def train(self, mode: bool = True) -> FusedGraph:
-        _refuse_training(mode)  # before any module of it has switched
+        _refuse_training(mode)  # before any of its modules switches
         return super().train(mode)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -45,12 +45,12 @@ class FusedGraph(torch.fx.GraphModule):
 
 
 def _loaded(name: str, *saved: Any) -> FusedGraph:
-    """A graph that was saved. ``torch.fx`` alone would make a plain ``GraphModule``, without its hooks, and read its
-    code by a tracer that takes writes for something else, and other threads' calls for the code's."""
+    """Load a saved graph. ``torch.fx`` alone would make a plain ``GraphModule``, without its hooks. It would also read
+    the code with a tracer that misreads writes and takes other threads' calls for the code's own."""
     saved[0]["_tracer_cls"] = Recorder
     with alone:
         graph: Any = reduce_graph_module(*saved)
-    graph.__class__ = type(FusedGraph.__new__(FusedGraph))  # a class of this graph alone, which takes its forward
+    graph.__class__ = type(FusedGraph.__new__(FusedGraph))  # a class for this graph alone: recompile sets its forward
     graph.__class__.__name__ = name
     graph.recompile()
     _refuse_loads(graph)
@@ -58,14 +58,15 @@ def _loaded(name: str, *saved: Any) -> FusedGraph:
 
 
 class FusedSequential(nn.Sequential):
-    """An ``nn.Sequential`` whose call as a whole runs fused steps. Its layers stay as they are, for whoever takes them
-    one by one, or changes them for a call (``torch.func.functional_call``, say); the steps are in a tuple, which
-    registers nothing. A slice of it is made of its class, without steps.
+    """An ``nn.Sequential`` that runs fused steps when it is called as a whole. Its layers stay as they are, for code
+    that calls them one by one or replaces their tensors for a call (``torch.func.functional_call``, for example). A
+    slice of it has the same class, but no steps.
 
     Attributes:
-        made: what the steps were made of.
-        above: the modules that it is in, but for a graph, which refuses by itself, and what ``torch.compile`` made of
-            one, which has no mode of its own; in a tuple as the steps are.
+        above: the modules that contain it. A graph is left out, since it refuses by itself; so is a module made by
+            ``torch.compile``, which has no mode of its own. It is a tuple so that nothing is registered.
+        steps: the fused graph, or nothing. It is a tuple for the same reason.
+        made: the state from which the steps were made.
     """
 
     above: tuple[nn.Module, ...] = ()
@@ -73,13 +74,15 @@ class FusedSequential(nn.Sequential):
     made: Made | None = None
 
     def forward(self, input: Any) -> Any:
-        # Strict export finds no steps among the registered modules; the other kind puts tensors of its own into these.
+        # Strict export cannot find the steps among the registered modules. Non-strict export replaces the tensors of
+        # the registered modules by its own, which the steps do not have.
         if torch.compiler.is_exporting() or not isinstance(input, Tensor) or not self._is_as_made():
             return super().forward(input)
         return self.steps[0](input)
 
     def _is_as_made(self) -> bool:
-        """Not so for a replica of ``nn.DataParallel``, whose layers are on another device than the steps it shares."""
+        """Whether the layers are still what the steps were made of. They are not in a replica of ``nn.DataParallel``,
+        whose layers are on another device than the steps that it shares."""
         return self.made is not None and self.made.modules[0] is self and self.made.is_left()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FusedSequential:
@@ -94,12 +97,12 @@ class FusedSequential(nn.Sequential):
         return super().__getstate__() | {"made": self._is_as_made()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, or of one that was saved, whose tensors lie elsewhere and count anew."""
+        """Restore a copy or a saved module. Its tensors have other addresses and start to count writes anew."""
         super().__setstate__(state)
         self.made = Made.of(self) if state["made"] else None
 
     def train(self, mode: bool = True) -> FusedSequential:
-        if mode:  # where a module above was called, it has switched already, and what it holds before this one
+        if mode:  # train() of a module above has switched that module and the modules before this one: switch them back
             self.training = False
             for above in self.above:
                 for module in takewhile(lambda module: module is not self, above.modules() if above.training else ()):
@@ -112,7 +115,7 @@ class FusedSequential(nn.Sequential):
 
 
 def tie(fused: nn.Module) -> None:
-    """Let every part that can only be fused again know what it is in: whatever is called refuses before it changes."""
+    """Make a fused copy refuse training and weights before it changes, whichever of its modules is called."""
     for module in fused.modules():
         _refuse_loads(module)
         has_mode = "training" in vars(module) and not isinstance(module, FusedGraph)
@@ -121,26 +124,26 @@ def tie(fused: nn.Module) -> None:
 
 
 def _refuse_loads(module: nn.Module) -> None:
-    """A module with fused parts refuses weights before what it holds before those has loaded."""
+    """Make a module with fused parts refuse weights before it loads them into the modules before those parts."""
     if next(_sequentials(module), None) is not None:
         module.register_load_state_dict_pre_hook(_refuse_loading)
 
 
 def _sequentials(module: nn.Module) -> Iterator[FusedSequential]:
-    """Those in a module, itself left out."""
+    """The ``FusedSequential`` modules inside a module, without the module itself."""
     return (part for part in module.modules() if isinstance(part, FusedSequential) and part is not module)
 
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What fused steps were made of. In flat lists, as it is looked at in each call.
+    """The state from which fused steps were made. It is compared in every call, so it is kept in flat lists.
 
     Attributes:
         modules: the sequential, then every module in it.
-        kinds: the classes of those in it, of a lazy one that which it will have.
-        held: their parameters, buffers and children.
-        tensors, places: the tensors of those, a lazy module's left out, and where each lies, another place after
-            ``t.data = ...``.
+        kinds: the class of every module in it. For a lazy module it is the class that the module will have.
+        held: the parameters, buffers and children of all these modules.
+        tensors, places: the tensors in ``held``, without a lazy module's, and the address of each. The address changes
+            after ``t.data = ...``.
         counted, writes: the tensors that count their writes, and their counts.
     """
 
@@ -162,11 +165,11 @@ class Made:
         return cls(modules, kinds, held, tensors, _places(tensors), counted, _writes(counted))
 
     def is_left(self) -> bool:
-        """Whether all is as it was, and each layer does what its class says, in inference."""
+        """Whether nothing has changed, and every layer is in eval mode and does what its class says."""
         now = _held(self.modules)
         if len(now) != len(self.held) or not all(map(is_, now, self.held)):
             return False
-        # The compiler, which has no places, asks for other tensors' code by itself.
+        # Tensors have no addresses while torch.compile traces. It compiles anew for other tensors by itself.
         is_written = not torch.compiler.is_compiling() and (
             _writes(self.counted) != self.writes or _places(self.tensors) != self.places
         )

@@ -1,8 +1,8 @@
 """Traces a module's forward with stand-ins for tensors. The result is a ``torch.fx`` graph, or why there is none.
 
-A graph is used only where it says all that a call in inference does. So the forward must not decide on data, change
-anything or draw random numbers. It must do the same with gradients, autocast or a forced backend on and off, and when
-compiled or exported.
+A graph is used only if it describes everything that a call in inference does. So the forward must not decide on data,
+change anything or draw random numbers. It must do the same with gradients, autocast or a forced backend on and off,
+and when compiled or exported.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from .layers import is_altered
 def read(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) -> torch.fx.Graph | str:
     """The graph of ``module``'s forward in inference, or one line that says why there is none.
 
-    ``module`` must be a copy, since its state may be spoilt: a forward that is refused has been run in part.
+    ``module`` must be a copy, since tracing may spoil its state: a forward that is refused has run in part.
 
     Args:
         module: the module, in eval mode.
         closed: its submodules that are called as they are and not traced.
-        taken: is filled with the layers whose tensors the forward reads directly, and may write to; and with ``module``
-            itself, where it reads tensors of layers outside of it.
+        taken: is filled with the layers whose tensors the forward reads directly, and may write to. ``module`` itself
+            is added if its forward reads tensors of layers outside of it.
     """
     with alone:
         why = _why_not_called_with_an_image(module) or _why_not_in_inference(module) or _why_hooks_count(module, closed)
@@ -103,8 +103,9 @@ def _traced(module: nn.Module, closed: set[nn.Module], taken: set[nn.Module]) ->
 
 
 def _asks_for_none(module: nn.Module, closed: set[nn.Module], graph: torch.fx.Graph, doubtful: torch.fx.Node) -> bool:
-    """Whether a forward takes another path where the ``doubtful`` node gives None, as code that was not traced may. The
-    forward is traced again with None there. False if the graph is the same, up to an error if one is raised."""
+    """Whether a forward takes another path if the ``doubtful`` node gives None, as code that was not traced may. The
+    forward is traced again with None there. The answer is False if the graph is the same up to its end, or up to an
+    error if one is raised."""
     if not _may_be_none(module, closed, doubtful):
         return False
     tracer = _Tracer(closed, set(), doubtful.name)
@@ -138,7 +139,7 @@ def _may_be_none(module: nn.Module, closed: set[nn.Module], node: torch.fx.Node)
 
 def _reads_what_is_kept(module: nn.Module, closed: set[nn.Module], graph: torch.fx.Graph) -> bool:
     """Whether a forward takes another path once the modules in it that were not traced have run. It is traced twice, so
-    that values kept from a call before count as well. Spoils the module's state."""
+    that values kept from an earlier call count too. Spoils the module's state."""
     if closed.isdisjoint(module.modules()):
         return False
     for _ in range(2):
@@ -165,8 +166,8 @@ def _outline(graph: torch.fx.Graph, left_out: set[torch.fx.Node]) -> list[tuple[
 
 
 def _is_a_program(graph: torch.fx.Graph) -> bool:
-    """Whether a graph's code is valid Python and every name in it is known. Constants are written by their ``repr``,
-    which for some (an enum in a dict, say) is no Python expression."""
+    """Whether a graph's code is valid Python and every name in it is known. Constants are written as their ``repr``,
+    which is not always a Python expression (for an enum in a dict, for example)."""
     written = graph.python_code("self")
     try:
         functions = [part for part in compile(written.src, "graph", "exec").co_consts if isinstance(part, CodeType)]
@@ -195,15 +196,15 @@ def has_own_call(module: nn.Module) -> bool:
 
 
 _WRITTEN = (bool, int, float, complex, str)
-"""Types of constants that a graph's code can write. Of a subclass (``numpy.float64``) it writes the ``repr``."""
+"""Types of constants that a graph's code can write. For a subclass (``numpy.float64``) it writes the ``repr``."""
 
 
 _CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
-"""Types of containers that a graph's code builds without a change of type."""
+"""Types of containers that a graph's code builds with their type unchanged."""
 
 
 class _Tracer(Recorder):
-    """Looks into every module that is not PyTorch's own, altered, or closed."""
+    """Traces into every module that is not a layer, altered or closed."""
 
     kind: type[StandIn] = StandIn
 
@@ -245,7 +246,7 @@ class _Tracer(Recorder):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def gives_tensor(self, node: torch.fx.Node) -> bool:
-        """Whether a node is known to give a tensor: it is the forward's input, or the output of a layer."""
+        """Whether a node is known to give a tensor, because it is the forward's input or the output of a layer."""
         if node.op != "call_module":
             return node.op == "placeholder"
         layer: nn.Module = self.root.get_submodule(str(node.target))
@@ -257,7 +258,7 @@ class _Tracer(Recorder):
             if owner in self.layers:
                 self.taken.add(owner)
         stand_in = self.kind(node, self)
-        if node.op != "get_attr":  # fx keeps those of parameters
+        if node.op != "get_attr":  # fx itself keeps the proxies of parameters
             self.made.append(weakref.ref(stand_in))
         return stand_in
 
@@ -281,7 +282,7 @@ class _Tracer(Recorder):
         return base(a)
 
     def _is_made_of_its_fields(self, a: Any) -> bool:
-        """Whether a named tuple or a dataclass rebuilt from its fields is the same, and building it records no node."""
+        """Whether a named tuple or a dataclass, built again from its fields, is the same and records no node."""
         kind, steps = type(a), len(self.graph.nodes)
         names = [field.name for field in fields(kind)] if is_dataclass(kind) else kind._fields
         values = {name: getattr(a, name) for name in names}
@@ -311,7 +312,7 @@ class _Tracer(Recorder):
 
 
 class _Running(_Tracer):
-    """Runs the modules that are not traced on stand-ins, as far as that goes, so that they keep what they keep.
+    """Runs the modules that are not traced on stand-ins, as far as they go, so that they store what they would store.
 
     Attributes:
         within: the nodes that these modules make.
@@ -328,7 +329,7 @@ class _Running(_Tracer):
         # Hooks do not run: they may write to objects outside of the model.
         if threading.get_ident() == self.thread and m in self.closed and not is_altered(m):
             self.depth += 1
-            with suppress(Exception):  # it may refuse stand-ins: what it has kept until then is there
+            with suppress(Exception):  # it may refuse stand-ins; what it stored before stays
                 forward(*args, **kwargs)
             self.depth -= 1
         return Recorder.call_module(self, m, forward, args, kwargs)
@@ -341,7 +342,7 @@ class _Running(_Tracer):
 
 
 class _NoWrites(TorchDispatchMode):
-    """Refuses every write to an existing tensor: a graph does not hold it."""
+    """Refuses every write to an existing tensor, since a graph would not contain the write."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
@@ -354,7 +355,7 @@ class _NoWrites(TorchDispatchMode):
 
 
 def _why_not_called_with_an_image(module: nn.Module) -> str | None:
-    """Why a forward does not take exactly one tensor. Another may be None or a flag: no stand-in fits both."""
+    """Why a forward does not take exactly one tensor. A further one may be None or a flag: no stand-in fits both."""
     if torch.nn.modules.module._has_any_global_hook():
         return "hooks are registered for all modules"
     try:
@@ -368,12 +369,13 @@ def _why_not_called_with_an_image(module: nn.Module) -> str | None:
 
 
 def _why_not_in_inference(module: nn.Module) -> str | None:
-    """A graph has no ``train`` of the model's own, which keeps a layer in training."""
+    """Why a module is not fully in eval mode. Its own ``train`` may keep a layer in training; a graph has no such
+    method."""
     return "it keeps a module in training" if any(part.training for part in module.modules()) else None
 
 
 def _why_hooks_count(module: nn.Module, closed: set[nn.Module]) -> str | None:
-    """A hook does not run while a forward is traced: its effects on what the forward reads would be missing."""
+    """Why hooks rule a graph out. They do not run during tracing, so their effects on the forward would be missing."""
     hooked = [part for part in module.modules() if is_altered(part)]
     if not hooked:
         return None
@@ -385,7 +387,7 @@ def _why_hooks_count(module: nn.Module, closed: set[nn.Module]) -> str | None:
 
 
 def _is_any_alive(made: list[weakref.ref[torch.fx.Proxy]]) -> bool:
-    """Whether a stand-in is still referred to: by the module, or by anything else that its code can reach."""
+    """Whether the module, or anything else that its code can reach, still refers to a stand-in."""
     if not any(stand_in() is not None for stand_in in made):
         return False
     gc.collect()
