@@ -1,4 +1,4 @@
-"""``rkl`` and ``python -m rkl``: the command line, or one sentence where a package that it needs is not installed."""
+"""``rkl`` and ``python -m rkl``: the command line, or one sentence if a package that it needs is not installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 
 def main() -> None:
     """Run :func:`rkl.cli.main`."""
-    if sys.stdout is None:  # closed, as by `rkl info >&-`; else the next file would be opened as stdout
+    if sys.stdout is None:  # closed, as by `rkl info >&-`; the next opened file would become stdout
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         from .cli import main as run
@@ -19,7 +19,7 @@ def main() -> None:
         print(sentence, file=sys.stderr)
         raise SystemExit(2) from None
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # as for stderr: a file's name may not be encodable
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: a file name may not be encodable
     try:
         try:
             run()

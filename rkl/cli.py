@@ -30,22 +30,22 @@ def train(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure a run's model on the test images: accuracy, macro recall, F1, NLL and ECE of every exit."""
+    """Measure accuracy, macro recall, F1, NLL and ECE of every exit of a run's model on the test images."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     checkpoint: str = "last"
-    """`last` or `best`."""
+    """Checkpoint to use: `last` or `best`."""
     split: str = "test"
-    """`test` or `val`."""
+    """Images to measure on: `test` or `val`."""
     early_exit: bool = False
-    """Let images leave at the first exit that is confident enough, with thresholds from the validation images."""
+    """Let each image leave at the first exit that is confident enough, with thresholds from the validation images."""
     target_accuracy: float | None = None
-    """With --early-exit: accuracy to reach on the validation images; by default the deepest exit's own."""
+    """With --early-exit: accuracy to reach on the validation images; the deepest exit's by default."""
     target_macs: float | None = None
-    """With --early-exit: largest mean compute, as a share of the deepest exit's."""
+    """With --early-exit: largest mean multiply-accumulates of an image, as a share of the deepest exit's."""
     device: str | None = None
-    """`cpu` or `cuda`; the GPU where there is one."""
+    """`cpu` or `cuda`; by default the GPU if there is one."""
 
     def __call__(self) -> None:
         from .training.checkpoint import check_data, open_run
@@ -64,7 +64,7 @@ class Evaluate:
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
         run = open_run(self.run, self.checkpoint, device_named(self.device))
-        from .training import metrics, report  # imported late: they take seconds, and a wrong folder is refused before
+        from .training import metrics, report  # late, since they take seconds: a wrong folder is refused first
         from .training.evaluation import collect
         from .training.train import load_data
 
@@ -89,20 +89,20 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Predict:
-    """Classify image files: the five likeliest classes with their probabilities, and the exit each image left from."""
+    """Classify image files: print the five likeliest classes with probabilities, and the exit each image left at."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files."""
     checkpoint: str = "last"
-    """`last` or `best`."""
+    """Checkpoint to use: `last` or `best`."""
     confidence: float | None = None
-    """An image leaves at the first exit whose top probability reaches this, and the deepest takes the rest; by default
-    the thresholds that `rkl evaluate --early-exit` found last or, before that, those that keep the deepest exit's
-    accuracy on the validation images."""
+    """An image leaves at the first exit whose top probability reaches this value, or at the deepest exit. The default
+    is the thresholds of the last `rkl evaluate --early-exit` or, without one, the thresholds that keep the deepest
+    exit's accuracy on the validation images."""
     device: str | None = None
-    """`cpu` or `cuda`; the GPU where there is one."""
+    """`cpu` or `cuda`; by default the GPU if there is one."""
 
     def __call__(self) -> None:
         from .deploy.predict import predict, thresholds_of
@@ -136,26 +136,26 @@ class Predict:
 
 @dataclass(frozen=True)
 class Experiments:
-    """Run one of the paper's tables, or one factor at a time, over paired seeds; goes on where it was stopped."""
+    """Run one of the paper's tables, or one factor at a time, with paired seeds; goes on where it was stopped."""
 
     table: tyro.conf.Positional[str]
-    """table2, table3, table4, table5 or factors."""
+    """`table2`, `table3`, `table4`, `table5` or `factors`."""
     out: Path
-    """Folder of the runs; several tables may share it, and then share the rows they have in common."""
+    """Folder of the runs. Tables in one folder share the runs of the rows that they have in common."""
     data: str | None = None
-    """Data set; the paper's own for the table by default."""
+    """Name of the data set; by default the paper's for the table."""
     data_root: Path | None = None
-    """Folder of its files; by default where they usually are."""
+    """Folder of the data set's files; by default the usual folders are searched."""
     scale: str = "cpu"
-    """smoke, cpu or full."""
+    """Size of the runs: `smoke`, `cpu` or `full`."""
     seeds: int | None = None
-    """Runs a row; the scale's number by default."""
+    """Number of runs for each row; the scale's number by default."""
     rows: tuple[str, ...] | None = None
-    """Train these rows only, the others another time; all of the table's by default."""
+    """Rows to train now; all rows of the table by default."""
     jobs: int | None = None
-    """Runs at once; by default one a GPU or, without one, one a core."""
+    """Number of runs at once; by default one for each GPU or, without a GPU, one for each core."""
     config: Path | None = None
-    """YAML file of settings that take the place of the scale's, for every row whose network has them."""
+    """YAML file of settings that replace the scale's, for every row whose network has them."""
 
     def __call__(self) -> None:
         from .paper import experiments, tables
@@ -170,7 +170,7 @@ class Experiments:
 
 @dataclass(frozen=True)
 class Report:
-    """Write the page of a run, or of a folder of experiments, from its records."""
+    """Write the report of a run, or of a folder of experiments, from its records."""
 
     folder: tyro.conf.Positional[Path]
     """Folder of a run or of experiments."""
@@ -185,7 +185,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Info:
-    """List the models, the data sets and the backends there are; everything, unless one is asked for."""
+    """List the models, the data sets and the backends of this machine, or only the kinds that are asked for."""
 
     models: bool = False
     datasets: bool = False
@@ -209,22 +209,22 @@ class Info:
 
 @dataclass(frozen=True)
 class Prune:
-    """Cut a finished run's model to a share of its compute or to a latency, and train it on, in a new run folder."""
+    """Cut a finished run's model to a share of its compute or to a latency, and train it further in a new folder."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     out: Path
     """Folder of the new run."""
     target_macs: float | None = None
-    """Share of the multiply-accumulates to keep, 0.5 say."""
+    """Share of the multiply-accumulates to keep, for example 0.5."""
     target_latency_ms: float | None = None
-    """Milliseconds that 16 images may take here; a cut that does not speed the model up is refused."""
+    """Most milliseconds for 16 images on this machine; a cut that does not speed the model up is refused."""
     epochs: int = 5
-    """Epochs to train on for."""
+    """Number of epochs to train after the cut."""
     checkpoint: str = "last"
-    """`last` or `best`."""
+    """Checkpoint to use: `last` or `best`."""
     device: str | None = None
-    """`cpu` or `cuda`, for the cut; the GPU where there is one."""
+    """Device for the cut: `cpu` or `cuda`; by default the GPU if there is one."""
 
     def __call__(self) -> None:
         from .deploy.prune import before_and_after, prune_run
@@ -232,9 +232,9 @@ class Prune:
         from .training.checkpoint import open_run
 
         run = open_run(self.run, self.checkpoint, device_named(self.device))
-        report.read_metrics(self.run)  # an unfinished run has none, and is told so
+        report.read_metrics(self.run)  # raises for an unfinished run, which has no metrics
         if prune_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs) is None:
-            return  # another process writes and speaks
+            return  # another process writes and prints
         show(report.rich_table("pruned", *before_and_after(run, self.out)))
         print(f"report: {self.out / 'report.md'}")
 
@@ -246,13 +246,13 @@ class Export:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     format: tuple[str, ...] = ("torch", "onnx")
-    """`torch`, `onnx` or both."""
+    """Format of the file: `torch`, `onnx` or both."""
     out: Path | None = None
-    """Folder to write to; the run's own by default."""
+    """Folder to write to; the run's folder by default."""
     checkpoint: str = "last"
-    """`last` or `best`."""
+    """Checkpoint to use: `last` or `best`."""
     device: str | None = None
-    """`cpu` or `cuda`, which the torch.export file is then for; the GPU where there is one."""
+    """Device that the torch.export file is for: `cpu` or `cuda`; by default the GPU if there is one."""
 
     def __call__(self) -> None:
         from .deploy.export import export
@@ -268,21 +268,21 @@ class Export:
 
 @dataclass(frozen=True)
 class Bench:
-    """Time the operators here: one operator on one shape against every rival, or three of them in ten seconds."""
+    """Time one operator on one shape against every rival, or three operators in ten seconds, on this machine."""
 
     operator: tyro.conf.Positional[str | None] = None
-    """`trelu`, `depthwise` or `separable`; `host` for what a call costs the host; without one, four lines."""
+    """`trelu`, `depthwise` or `separable`; `host` for the cost of a call on the host; without it, four lines."""
     shape: str = "32,128,56,56"
-    """N,C,H,W of the image."""
+    """Shape N,C,H,W of the images."""
     kernel: int = 3
     kernel_width: int | None = None
-    """For a filter of another width than height."""
+    """Width of the filter, if it differs from the height --kernel."""
     stride: int = 1
     dilation: int = 1
     dtype: str = "fp32"
     """`fp32`, `bf16` or `fp16`."""
     layout: str | None = None
-    """`nchw` or `nhwc`; both by default."""
+    """Memory format: `nchw` or `nhwc`; both by default."""
     direction: str = "forward"
     """`forward`, `backward`, `data` or `weight`."""
     device: str = "cpu"
@@ -367,7 +367,7 @@ def unknown_command(name: str) -> ValueError:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. A mistake in what was asked for ends in one line and exit code 2; ``--debug`` shows where."""
+    """Run a command. A user's mistake ends in one line and exit code 2; with ``--debug``, in a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -30,7 +30,7 @@ class RunSettings:
     out: Path = Path("runs/default")
     """Folder of the run."""
     seed: int = 0
-    """Decides the initial values, the validation split and every batch."""
+    """Determines the initial values, the validation split and every batch."""
 
 
 @dataclass(frozen=True)
@@ -38,37 +38,37 @@ class DataSettings:
     """The images, and how they are drawn and augmented."""
 
     data: str = "digits"
-    """Data set: `rkl info --datasets` lists them."""
+    """Name of the data set; `rkl info --datasets` lists all names."""
     data_root: Path | None = None
-    """Folder of its files; by default where they usually are."""
+    """Folder of the data set's files; by default the usual folders are searched."""
     image_size: int | None = None
-    """Pixels a side; the data set's own by default."""
+    """Height and width of the images in pixels; the data set's own by default."""
     val_fraction: float = 0.1
-    """Share of the training images that decides what is decided by validation; 0 trains on all of them."""
+    """Share of the training images that is held out for validation; 0 trains on all of them."""
     train_size: int | None = None
-    """Use a fixed part of the training images."""
+    """Number of training images to use, validation included, the same for every seed; all by default."""
     test_size: int | None = None
-    """Use a fixed part of the test images."""
+    """Number of test images to use, the same for every seed; all by default."""
     imbalance: float = 100.0
-    """Of long-tailed data sets (-lt): images of the first class over those of the last."""
+    """For long-tailed data sets (-lt): images of the first class divided by images of the last."""
     download: bool = False
-    """Fetch the data set's files into data_root where they are missing."""
+    """Download missing files of the data set into data_root."""
     augment: Literal["none", "standard", "trivial"] = "standard"
-    """Random crops, and flips where the classes allow it; trivial adds TrivialAugment."""
+    """standard: random crops, and flips if the classes allow it; trivial: TrivialAugment as well."""
     cutmix: bool = True
-    """Mix batches with themselves (equation 1)."""
+    """Mix the images of a batch with each other by CutMix (equation 1)."""
     cutmix_probability: float = 1.0
-    """Share of the batches that CutMix takes; mixup, where it is on, takes the others."""
+    """Probability that a batch gets CutMix; the other batches get mixup if it is on."""
     mixup: float = 0.0
-    """Alpha of mixup's Beta distribution; 0 for none."""
+    """Alpha of mixup's Beta distribution; 0 turns mixup off."""
     cutout: int = 0
-    """Side of a square to blank in each image, in pixels."""
+    """Side in pixels of a square that is blanked in each image; 0 turns Cutout off."""
     erasing: float = 0.0
-    """Probability of blanking a random rectangle in an image."""
+    """Probability that a random rectangle of an image is blanked."""
     sampling: Literal["natural", "balanced"] = "natural"
-    """Balanced draws every class equally often."""
+    """balanced: draw every class equally often."""
     class_weights: bool = False
-    """Weigh the classes by their inverse frequency in the cross entropy."""
+    """Weight the classes by their inverse frequency in the cross entropy."""
 
 
 @dataclass(frozen=True)
@@ -76,31 +76,31 @@ class ModelSettings:
     """The network."""
 
     model: str = "resnet-kl"
-    """Model: `rkl info --models` lists them."""
+    """Name of the model; `rkl info --models` lists all names."""
     depth: int = 18
-    """18, 34 or 50."""
+    """Depth of the network: 18, 34 or 50."""
     width: int = 64
     """Channels of the first stage."""
     separable: bool | None = None
-    """Separable in place of dense 3x3 convolutions; this and the next six: the model's own by default."""
+    """Separable instead of dense 3x3 convolutions. The default of this and the next six is the model's own."""
     dense_stages: int | None = None
-    """How many early stages stay dense where the others are separable."""
+    """Number of early stages that stay dense if the others are separable."""
     scales: tuple[int, ...] | None = None
     """Kernel sizes of the depthwise step."""
     scale_mode: ScaleMode | None = None
-    """All sizes summed in every channel, one size a channel, or one size a stage."""
+    """sum: all sizes added up in every channel; mixed: one size for each channel; stage: one size for each stage."""
     gate: GateKind | None = None
-    """Gate of the blocks."""
+    """Kind of gate in the blocks."""
     activation: ActivationName | None = None
-    """T-ReLU or ReLU."""
+    """Activation: T-ReLU or ReLU."""
     exits: bool | None = None
-    """Heads after every stage."""
+    """Put a head after every stage."""
     exit_gate: GateKind = "light"
-    """Gate of the shallow heads."""
+    """Kind of gate in the shallow heads."""
     feature_size: int | None = None
-    """Side of the feature maps that are compared; the deepest stage's own by default."""
+    """Height and width of the feature maps that are compared; the deepest stage's by default."""
     weights: Path | None = None
-    """Folder of a finished run whose weights to start from; heads for other classes start anew."""
+    """Folder of a finished run whose weights training starts from; heads for other classes start at random."""
 
 
 @dataclass(frozen=True)
@@ -110,33 +110,33 @@ class TrainingSettings:
     epochs: int = 50
     """Passes over the training images."""
     batch_size: int = 256
-    """Images a forward pass, on each device."""
+    """Images in a forward pass on each device."""
     accumulate: int = 1
-    """Batches, on each device, whose gradients make one step."""
+    """Batches on each device whose gradients make one step."""
     lr: float = 0.01
     """Learning rate before any decay."""
     momentum: float = 0.9
     """SGD's momentum."""
     nesterov: bool = False
-    """Nesterov's momentum."""
+    """Use Nesterov's momentum."""
     weight_decay: float = 5e-4
     """SGD's weight decay."""
     decay: Decay = "filters"
-    """What decays: dense and pointwise filters alone, or norms, biases and depthwise filters too."""
+    """filters: decay only dense and pointwise filters; all: norms, biases and depthwise filters too."""
     clip: float = 0.0
-    """Largest norm of a step's gradient; 0 for any."""
+    """Largest norm of a step's gradient, by clipping; 0 turns clipping off."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """Where a loss or gradient is not finite: end the run, or leave the step out and count it in the log."""
+    """If a loss or gradient is not finite, end the run, or skip the step and count it in the log."""
     schedule: Literal["thirds", "cosine"] = "thirds"
-    """A tenth after each third of the epochs, or half a cosine."""
+    """thirds: divide the rate by 10 after each third of the epochs; cosine: half a cosine."""
     warmup: float = 0.0
-    """Epochs over which the learning rate rises to its value."""
+    """Epochs in which the learning rate rises linearly to its value."""
     ema: float = 0.0
-    """Decay of the moving average of the weights, which is then what is evaluated; 0 for none."""
+    """Decay of a moving average of the weights, which is then evaluated; 0 keeps none."""
     patience: int = 0
-    """Stop after so many epochs, all after the last cut, without a better validation accuracy; 0 for never."""
+    """Stop after this many epochs without a better validation accuracy, all after the last cut; 0 never stops early."""
     test_with: Literal["last", "best"] = "last"
-    """Which epoch's model is tested, once: the last one, or the best by validation since the last cut."""
+    """Epoch whose model is tested, once: the last one, or the best by validation since the last cut."""
 
 
 @dataclass(frozen=True)
@@ -144,28 +144,29 @@ class PruningSettings:
     """When and how channels are cut while the network trains."""
 
     prune_at: tuple[float, ...] | None = None
-    """Shares of the epochs after which channels are cut; by default 0.08 0.16 0.24 for resnet-kl, none for others."""
+    """Shares of the epochs after which channels are cut; 0.08 0.16 0.24 by default for resnet-kl, else none."""
     prune_ratio: float = 0.2
-    """Largest share of a group's channels that one cut takes."""
+    """Largest share of a group's channels that one cut removes."""
     prune_macs: float | None = None
-    """Share of the first model's multiply-accumulates that the last cut leaves at most, each cut taking the same part
-    of what there is; it decides in prune_ratio's place."""
+    """Largest share of the first model's multiply-accumulates that the last cut leaves. Each cut leaves the same share
+    of what it finds. Replaces prune_ratio."""
     importance: Literal["magnitude", "taylor"] = "magnitude"
-    """What ranks channels for a cut: L1 of filters plus |gamma|, or a first-order estimate of what their loss costs."""
+    """How channels are ranked for a cut. magnitude: L1 norm of filters plus |gamma|; taylor: first-order change of the
+    loss without the channel."""
 
 
 @dataclass(frozen=True)
 class MachineSettings:
-    """What the run uses of the machine."""
+    """How the run uses the machine."""
 
     precision: Precision | None = None
-    """By default bf16-mixed on a GPU and 32-true elsewhere."""
+    """Precision of training; by default bf16-mixed on a GPU and 32-true elsewhere."""
     compile: bool = False
-    """Compile the model with torch.compile; on a GPU into CUDA graphs, which small models gain most from."""
+    """Compile the model with torch.compile, on a GPU into CUDA graphs. Small models gain most from it."""
     devices: int = 1
-    """Devices to train on, with DistributedDataParallel where more than one."""
+    """Number of devices to train on; several use DistributedDataParallel."""
     channels_last: bool = True
-    """Keep images and feature maps in channels-last order, which the kernels prefer."""
+    """Keep images and feature maps in channels-last (NHWC) order, which the kernels prefer."""
 
 
 Part = TypeVar("Part", RunSettings, DataSettings, ModelSettings, TrainingSettings, PruningSettings, MachineSettings)
@@ -173,7 +174,7 @@ Part = TypeVar("Part", RunSettings, DataSettings, ModelSettings, TrainingSetting
 
 @dataclass(frozen=True)
 class Config(MachineSettings, PruningSettings, TrainingSettings, ModelSettings, DataSettings, RunSettings):
-    """Everything that decides a run's result; with the data, that is all there is to reproduce it."""
+    """All settings that decide a run's result. They and the data are all that is needed to reproduce it."""
 
     loss: LossWeights = field(default_factory=LossWeights)
     """Weights of the loss terms."""
@@ -198,17 +199,18 @@ class Config(MachineSettings, PruningSettings, TrainingSettings, ModelSettings, 
                 raise ValueError(f"{name} must go with a val_fraction above 0, got {getattr(self, name)}")
 
     def part(self, kind: type[Part]) -> Part:
-        """The settings of one subject, which are a group of the command line's options."""
+        """The settings of one subject, which is one group of command line options."""
         return kind(**{f.name: getattr(self, f.name) for f in fields(kind)})
 
     @property
     def cut_epochs(self) -> list[int]:
-        """After how many epochs channels are cut; one cut an epoch, the last epoch left to recover in."""
+        """The numbers of epochs after which channels are cut. There is at most one cut after an epoch, and at least the
+        last epoch is left to recover in."""
         shares = CUTS.get(self.model, ()) if self.prune_at is None else self.prune_at
         return sorted({min(max(1, round(share * self.epochs)), self.epochs - 1) for share in shares} - {0})
 
     def learning_rate(self, progress: float) -> float:
-        """After ``progress`` epochs: a tenth after each third, or half a cosine; linear warm-up."""
+        """The learning rate after ``progress`` epochs, by the schedule, with linear warm-up."""
         warm = min(1.0, progress / self.warmup) if self.warmup else 1.0
         share = progress / self.epochs
         if self.schedule == "thirds":
@@ -216,12 +218,12 @@ class Config(MachineSettings, PruningSettings, TrainingSettings, ModelSettings, 
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * share))
 
     def l1_at(self, epoch: int, steps: int) -> float:
-        """The weight of the L1 term in an epoch, from 0, of so many steps. It prepares the cuts, so it acts until the
-        last one, and by default not at all where there is none.
+        """The weight of the L1 term (lambda) in epoch ``epoch``, counted from 0, of ``steps`` steps. The term prepares
+        the cuts. It acts until the last cut and, by default, not at all in a run without cuts.
 
-        By default it takes a gamma that nothing holds from 1, where it starts, to 0 by the last cut, so that the gammas
-        spread and the cuts can rank them; a gamma's way is lambda * learning rate * steps / (1 - momentum). It is
-        MOST_L1 at most: in a short run that way asks for more than the loss's own gradients hold against.
+        The default moves a gamma that no other gradient holds from 1, its initial value, to 0 by the last cut. So the
+        gammas spread, and the cuts can rank them. A gamma moves by lambda * learning rate * steps / (1 - momentum). The
+        default is at most MOST_L1, since in a short run it would be stronger than the gradients of the loss.
         """
         if not self.cut_epochs:
             return self.loss.l1 or 0.0
@@ -233,22 +235,22 @@ class Config(MachineSettings, PruningSettings, TrainingSettings, ModelSettings, 
         return min(1.0 / way, MOST_L1)
 
     def block_options(self, defaults: BlockOptions) -> BlockOptions:
-        """The model's blocks, with what was left open taken from ``defaults``."""
+        """The options of the model's blocks. Settings that are None come from ``defaults``."""
         chosen = {f.name: getattr(self, f.name) for f in fields(BlockOptions)}
         return replace(defaults, **{name: value for name, value in chosen.items() if value is not None})
 
 
 MOST_L1 = 1e-3
-"""Of lambda, by default: Network Slimming's order. 50 epochs on digits end at 96.7% with it, at 95.8% without the term,
-and at 67.4% with the 0.167 that takes a gamma to 0 in so few steps (`rkl train --width 16`, with `--loss.l1 0`, with
-`--loss.l1 0.167`)."""
+"""The largest default lambda, of Network Slimming's order. 50 epochs on digits end at 96.7% with it, at 95.8% without
+the term, and at 67.4% with 0.167, which takes a gamma to 0 in so few steps (`rkl train --width 16`, then the same with
+`--loss.l1 0` and with `--loss.l1 0.167`)."""
 
 CUTS = {"resnet-kl": (0.08, 0.16, 0.24)}
-"""Shares of the epochs after which a model is cut by default: after 4, 8 and 12 of 50."""
+"""For each model, the shares of the epochs after which it is cut by default: after 4, 8 and 12 of 50 epochs."""
 
 
 def _in_utf8(name: object) -> bool:
-    """Whether a run's files can hold a name. Python reads bytes of a path that are not UTF-8 as lone surrogates."""
+    """Whether a run's files can hold a name. Python decodes a path's bytes that are not UTF-8 to lone surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(name))
 
 
@@ -284,15 +286,15 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prune_macs": (lambda v: 0 < v < 1, "between 0 and 1"),
     "devices": (lambda v: v >= 1, "at least 1"),
 }
-"""What a field's value must keep; a comparison with nan holds for none."""
+"""For each field, a condition on its value and the condition in words. nan meets none of the numeric conditions."""
 
 _MAY_CHANGE = {"out", "data_root", "download", "compile", "on_nan"}
-"""Fields that say where, how fast, and what to do where a run fails; not what is run."""
+"""Fields that say where and how fast a run trains and what to do if it fails, but not what it trains."""
 
 
 def is_other_run(key: str, then: object, now: object) -> bool:
-    """Whether a run that began with ``then`` under ``key`` is another one with ``now``. Images may lie in another
-    folder: their classes are looked at."""
+    """Whether the value ``now`` of setting ``key`` makes a run another one than its value ``then``. A folder of images
+    may have moved: the classes and images in it are compared elsewhere."""
     moved = key == "data" and all(isinstance(data, str) and data.startswith("folder:") for data in (then, now))
     return then != now and key not in _MAY_CHANGE and not moved
 
@@ -302,7 +304,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper": {},
     # The protocol of the public self-distillation benchmarks on CIFAR-100.
     "strong": {"epochs": 200, "batch_size": 128, "lr": 0.1, "schedule": "cosine"},
-    # Seconds, for tests: nothing is learnt to speak of.
+    # Takes seconds, for tests. It learns next to nothing.
     "smoke": {
         "epochs": 2,
         "batch_size": 64,
@@ -316,7 +318,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def to_plain(config: Config) -> dict[str, Any]:
-    """The configuration as YAML and JSON know it."""
+    """The configuration in types that YAML and JSON have."""
     plain = asdict(config)
     for name, value in plain.items():
         if isinstance(value, Path):
@@ -332,7 +334,7 @@ def _checker() -> TypeAdapter[Config]:
 
 
 def from_plain(plain: dict[str, Any], base: Config | None = None, source: str = "config") -> Config:
-    """The configuration with the values of ``plain``, each turned into its field's type; the rest as in ``base``.
+    """The configuration with the values of ``plain``, converted to their fields' types. The rest comes from ``base``.
 
     Raises:
         ValueError: a key that does not exist, or a value of the wrong type or out of range.
@@ -357,7 +359,7 @@ def from_plain(plain: dict[str, Any], base: Config | None = None, source: str = 
 
 
 def _first(error: ValidationError) -> str:
-    """The first complaint in one line: field, rule, value got."""
+    """The first error in one line: field, rule, value got."""
     first = error.errors()[0]
     if first["type"] == "value_error":  # our own, from __post_init__
         return str(first["ctx"]["error"])
@@ -367,7 +369,7 @@ def _first(error: ValidationError) -> str:
 
 
 class _WithoutAliases(yaml.SafeLoader):
-    """Plain values only. A few lines of aliases of aliases would be gigabytes once they are printed or merged."""
+    """Loads plain values only. A few lines of aliases of aliases could grow to gigabytes when printed or merged."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -381,7 +383,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         plain = _WithoutAliases(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ValueError(f"{path}: the configuration must be a readable file, got: {error.strerror}") from error
-    # A value that is none of the type it names fails in whatever reads that type.
+    # A value that does not fit its YAML tag raises whatever error the constructor of that type raises.
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: the configuration must be YAML, got: {told(error)}") from error
     if not isinstance(plain, dict):

@@ -1,4 +1,4 @@
-"""Paths as people write them: below their home, and images in a folder of their own."""
+"""Paths as users write them: with ``~`` for their home, and ``folder:`` before a folder of images."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 FOLDER = "folder:"
-"""What the name of a data set begins with that is a folder of the user's images."""
+"""The prefix of a data set's name that is a folder of the user's images."""
 
 
 def at_home(text: str) -> str:
-    """``text`` with the home directory for a ``~`` that begins its path. A shell does that for a word of its own alone:
-    not in ``--out=~/run`` or ``folder:~/photos``, and not in a file of settings.
+    """``text`` with the home directory in place of a ``~`` at the start of its path. A shell does that only at a word's
+    start, so not in ``--out=~/run`` or ``folder:~/photos``, and nobody does it in a file of settings.
 
     Examples:
         >>> from rkl.paths import at_home
@@ -24,12 +24,12 @@ def at_home(text: str) -> str:
 
 
 def check_apart(out: Path, data: str) -> None:
-    """Raise ValueError where a run's folder would lie in that of its images: it would be one more class there, with its
-    plots for images, and neither `evaluate` nor `--resume` would find the images that it was trained on."""
+    """Raise ValueError if a run's folder lies in the folder of its images. It would be one more class there, with its
+    plots as images, and neither `evaluate` nor `--resume` would find the images that it was trained on."""
     images = Path(data.removeprefix(FOLDER)).resolve()
     if data.startswith(FOLDER) and data != FOLDER and out.resolve().is_relative_to(images):
         below = out.resolve().relative_to(images).parts
-        if not any(part.startswith(".") for part in below):  # hidden folders are no images'
+        if not any(part.startswith(".") for part in below):  # hidden folders are not read
             raise ValueError(
                 f"out must be outside the folder of the images, where it would be a class, got {out} in {images}; "
                 "give another folder"

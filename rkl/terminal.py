@@ -1,4 +1,4 @@
-"""What the commands share with the terminal: tables, one-line complaints, arguments."""
+"""Terminal input and output that the commands share: arguments, tables, one-line errors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rich.table import Table
 from .paths import at_home
 
 EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
-"""Which extra brings a package, where it is not `train`."""
+"""The extra that installs a package, if it is not `train`."""
 
 
 def show(table: Table) -> None:
-    """Print a table: as wide as the terminal, or as wide as it needs where the output is no terminal."""
+    """Print a table as wide as the terminal or, if the output is no terminal, as wide as the table needs."""
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
-    """``tyro.cli``, with its framed complaint turned into one line, and with ``~`` read wherever a path begins."""
+    """As ``tyro.cli``, but the framed error becomes one line, and ``~`` is expanded wherever a path begins."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -39,19 +39,23 @@ def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
 
 
 def complain(error: Exception) -> None:
-    """One line on stderr."""
+    """Print an error as one line on stderr."""
     print(f"rkl: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def missing_package(error: ModuleNotFoundError) -> ValueError:
-    """The remedy for a package that is not there."""
+    """An error that tells how to install a missing package."""
     package = (error.name or "").split(".")[0]
     extra = EXTRAS.get(package, "train")
     return ValueError(f"the package {package!r} must be installed for this, got none; pip install 'resnet-kl[{extra}]'")
 
 
 def device_named(name: str | None) -> str:
-    """The device to use: the one asked for, or the GPU where there is one."""
+    """The device to use: the one named or, by default, the GPU if there is one.
+
+    Raises:
+        ValueError: neither cpu nor cuda, or cuda without a GPU.
+    """
     import torch
 
     from .training.evaluation import default_device

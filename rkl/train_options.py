@@ -1,4 +1,4 @@
-"""What ``rkl train`` can be told: a preset, a file, and every setting of a run, one group of options per subject."""
+"""The options of ``rkl train``: a preset, a file, and every setting of a run, with one group of options per subject."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .terminal import parse
 
 @dataclass(frozen=True)
 class Source:
-    """Where a training run's settings come from, before those given one by one."""
+    """Where a run's settings come from, before single options replace them."""
 
     recipe: str | None = None
-    """Preset: paper (table I; the default), strong (200 epochs, cosine) or smoke (seconds)."""
+    """Preset: paper (table I, the default), strong (200 epochs, cosine) or smoke (takes seconds)."""
     config: Path | None = None
-    """YAML file of settings, over the recipe's."""
+    """YAML file of settings, which replace the recipe's."""
     resume: bool = False
-    """Go on with the interrupted run in --out, with its settings."""
+    """Go on with the interrupted run in --out, with the settings it has."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Folder:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Source):
-    """Train a model by self-distillation. Settings given one by one go over --config's, and those over --recipe's."""
+    """Train a model by self-distillation. Single options replace --config's settings, and those replace --recipe's."""
 
     run: Annotated[RunSettings, tyro.conf.arg(name="")]
     data: Annotated[DataSettings, tyro.conf.OmitArgPrefixes]
@@ -57,7 +57,7 @@ class Train(Source):
 
     @classmethod
     def of(cls, config: Config) -> Train:
-        """The options as they stand in a configuration."""
+        """The options with the values of a configuration."""
         return cls(
             run=config.part(RunSettings),
             data=config.part(DataSettings),
@@ -76,8 +76,8 @@ class Train(Source):
 
 
 def read_options(arguments: Sequence[str]) -> Train:
-    """What the arguments ask for: settings given one by one go over ``--config``'s, and those over ``--recipe``'s. With
-    ``--resume`` and neither of the two, they go over those of the run in ``--out``.
+    """Parse the arguments. Single options replace the settings of ``--config``, and those replace the settings of
+    ``--recipe``. With ``--resume`` and neither of the two, they replace the settings of the run in ``--out``.
 
     Raises:
         ValueError: an unknown recipe, a file that is no configuration, or a setting of a wrong type or out of range.

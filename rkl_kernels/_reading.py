@@ -375,7 +375,8 @@ def _why_not_in_inference(module: nn.Module) -> str | None:
 
 
 def _why_hooks_count(module: nn.Module, closed: set[nn.Module]) -> str | None:
-    """Why hooks rule a graph out. They do not run during tracing, so their effects on the forward would be missing."""
+    """Why hooks rule a graph out. They do not run during tracing, so what they do to the values that the forward reads
+    would be missing."""
     hooked = [part for part in module.modules() if is_altered(part)]
     if not hooked:
         return None

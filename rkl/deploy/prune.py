@@ -1,4 +1,4 @@
-"""``rkl prune``: a finished run's model cut to a target in one go, and trained on for a few epochs."""
+"""``rkl prune``: cuts a finished run's model to a target at once and trains it on for a few epochs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LATENCY_BATCH = 16
 
 
 def cut_to_macs(model: nn.Module, image: Tensor, share: float) -> nn.Module:
-    """A copy with at most ``share`` of the model's multiply-accumulates, cut no further than that needs.
+    """A copy with at most ``share`` of the model's multiply-accumulates. It is cut no further than necessary.
 
     Raises:
-        ValueError: no cut gets there.
+        ValueError: no cut reaches the target.
     """
     if not 0 < share < 1:
         raise ValueError(f"target_macs must be between 0 and 1, a share of the model's own, got {share}")
@@ -35,10 +35,11 @@ def cut_to_macs(model: nn.Module, image: Tensor, share: float) -> nn.Module:
 
 
 def cut_to_latency(model: nn.Module, image: Tensor, milliseconds: float) -> nn.Module:
-    """A copy that takes at most ``milliseconds`` for 16 images, deployed, cut no further than that needs.
+    """A copy that takes at most ``milliseconds`` for 16 images when deployed. It is cut no further than necessary.
 
     Raises:
-        ValueError: the model is there already, no cut gets there, or the one that does is no faster than the model.
+        ValueError: the model is fast enough already, no cut reaches the target, or the cut that does is no faster than
+            the model.
     """
     if not 0 < milliseconds < math.inf:
         raise ValueError(f"target_latency_ms must be above 0 and finite, got {milliseconds}")
@@ -75,16 +76,16 @@ def _smallest_cut(model: nn.Module, image: Tensor, fits: Callable[[nn.Module], b
 def prune_run(
     run: Run, out: Path, target_macs: float | None, target_latency_ms: float | None, epochs: int
 ) -> Path | None:
-    """Cut a run's model to one target and train it on in a run folder of its own.
+    """Cut a run's model to one target and train it on in a new run folder.
 
-    The learning rate starts at a tenth of the run's and falls to zero along half a cosine; everything else is the
-    run's recipe. The batch norm statistics stay those of the channels that are left.
+    The learning rate starts at a tenth of the run's and falls to zero along half a cosine. The rest of the
+    recipe is the run's, without warm-up, cuts and L1. The remaining channels keep their batch norm statistics.
 
     Returns:
-        As :func:`rkl.training.train.train`: ``out``; None in the processes of several that do not write it.
+        As :func:`rkl.training.train.train`: ``out``, or None in a process that does not write it.
 
     Raises:
-        ValueError: neither or both targets, or one that cannot be met.
+        ValueError: neither or both targets are given, or the target cannot be reached.
     """
     if (target_macs is None) == (target_latency_ms is None):
         raise ValueError(
@@ -118,9 +119,9 @@ def prune_run(
 
 
 def before_and_after(run: Run, out: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table that ``rkl prune`` prints, of a run and the one in ``out`` that was cut from it:
-    what they recorded, but for the latencies. Those are measured here in turns, as the records' are of other times, and
-    perhaps of another machine."""
+    """Header and rows of the table that ``rkl prune`` prints: a run before, and the run in ``out`` that was cut from it
+    after. The values come from the two records, except for the latencies. Those are measured here in turns, since the
+    recorded ones are from other times and perhaps from another machine."""
     models = [deployed(run.model), deployed(open_run(out, device=run.device).model)]
     latencies = metrics.measure_latencies(models, example_image(run).repeat(LATENCY_BATCH, 1, 1, 1))
     rows = []

@@ -1,9 +1,9 @@
 """The paper's tables and one-factor comparisons (:mod:`rkl.paper.rows`) as sets of runs in folders.
 
-A cell is one row trained with one seed, in its own folder and its own process; rows that several tables share are
-trained once. Seed s gives every row the same validation split, the same batches and the same initial values where two
-rows share a layer, so differences between rows are paired. Whatever is finished is kept, so an interrupted command goes
-on where it stopped.
+A cell is one row trained with one seed, in its own folder and its own process. Rows that several tables share are
+trained once. A seed gives every row the same validation split, the same batches and, in layers that rows share, the
+same initial values. So differences between rows are paired. Finished work is kept, so an interrupted command goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .rows import ROWS, SCALES, TABLES
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table on a data set at a size: what `rkl experiments` runs and the record that `rkl report` reads."""
+    """One table on one data set at one scale: `rkl experiments` runs it, and `rkl report` reads its record."""
 
     table: str
     data: str
@@ -53,11 +53,12 @@ class Experiment:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def folder(self, row: str, seed: int) -> Path:
-        """Of one cell's run."""
+        """The folder of one cell's run."""
         return self.out / "runs" / data_slug(self.data) / slug(row) / f"seed-{seed}"
 
     def config(self, row: str, seed: int) -> Config:
-        """Of one cell: the scale's settings, then the caller's, then the row's own, as wide as its compute asks for."""
+        """The configuration of one cell. The row's settings go over the caller's, and those over the scale's. If the
+        row's compute is given, the width or the cuts fit it."""
         return replace(self._settled(row), seed=seed, out=self.folder(row, seed))
 
     def _settled(self, row: str) -> Config:
@@ -76,7 +77,7 @@ class Experiment:
 
     @property
     def _fitted(self) -> Config:
-        """The settings of all rows. Where the scale, not the caller, asks for more images than there are, it is all."""
+        """The settings of all rows. If the scale (not the caller) asks for more images than exist, all are used."""
         base = self._base
         if base.train_size:
             base = replace(base, train_size=max(base.train_size, IMAGES_OF_A_CLASS * self.shape[0]))
@@ -86,17 +87,17 @@ class Experiment:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Classes, channels and pixels a side of the data."""
+        """Number of classes, channels, and height and width of the images."""
         return self._seen[0]
 
     @property
     def images(self) -> dict[str, int]:
-        """How many images there are to train and to test on."""
+        """The number of images to train on and to test on."""
         return self._seen[1]
 
     @cached_property
     def _seen(self) -> tuple[tuple[int, int, int], dict[str, int]]:
-        # All images, at their own size. What goes with validation images goes with them.
+        # All images, at their own size. Without validation images, settings that need them must go too.
         whole: dict[str, Any] = dict.fromkeys((*SIZES, "image_size"))
         data = load_data(replace(self._base, **whole, val_fraction=0.0, patience=0, test_with="last"))
         size = self._base.image_size or data.image_size
@@ -110,16 +111,16 @@ class Experiment:
 
 SIZES = ("train_size", "test_size")
 IMAGES_OF_A_CLASS = 4
-"""At least so many train, so that one of each class is left to validate on at the smallest scale."""
+"""At least this many images of a class are used, so that the smallest scale has one of each class to validate on."""
 
 
 def slug(name: str) -> str:
-    """A name as a folder's: lower case letters, digits and hyphens."""
+    """A name turned into a folder name of lower case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def data_slug(name: str) -> str:
-    """A data set's name as a folder's, another for each: what the slug loses of a path is told apart by a hash."""
+    """A data set's name turned into a folder name. A hash keeps names apart that have the same slug."""
     plain = slug(name)
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -127,10 +128,10 @@ def data_slug(name: str) -> str:
 def experiment(
     table: str, scale: str, out: Path, data: str | None = None, seeds: int | None = None, **overrides: Any
 ) -> Experiment:
-    """Settle what a table's command left open.
+    """The experiment that a command asks for, with defaults for whatever the command left out.
 
     Raises:
-        ValueError: an unknown table or scale, or no seed at all.
+        ValueError: an unknown table or scale, or fewer than one seed.
     """
     for name, value, known in (("table", table, TABLES), ("scale", scale, SCALES)):
         if value not in known:
@@ -141,7 +142,7 @@ def experiment(
 
 
 def read_overrides(path: Path) -> dict[str, Any]:
-    """The settings that a YAML file gives, checked as those of a run are; not what the command's own options say."""
+    """The settings in a YAML file, checked like a run's settings. The command's own options may not be in it."""
     read_yaml(path)
     settings = read_plain(path)
     for name in ("data", "out", "seed"):
@@ -149,7 +150,7 @@ def read_overrides(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: keys must not be of the command's own options, got {name}; remove it")
     if "model" in settings:
         raise ValueError(f"{path}: keys must not be model, which each row has its own of; remove it")
-    if settings.get("devices", 1) != 1:  # the processes of such a run are this command, given again
+    if settings.get("devices", 1) != 1:  # a run on several devices starts this command again
         raise ValueError(f"{path}: devices must be 1, as runs are trained side by side, got {settings['devices']}")
     return settings
 
@@ -162,19 +163,19 @@ def run(
 ) -> Path:
     """Train every cell that is not finished, ``jobs`` at a time, and record the plan.
 
-    By default there is one job a GPU; without one, a job for each of torch's threads, as layers this small gain little
-    from threads.
-
     Args:
-        only: the rows to train now; all of the table's by default. The record is of the whole table either way, and of
+        jobs: cells to train at once. By default there is one for each GPU or, without a GPU, one for each of torch's
+            threads, since layers this small gain little from threads.
+        announce: is called with one line at the start and one after each cell.
+        only: the rows to train now; by default all of the table's. The record lists the whole table in any case, and
             the runs that an earlier command with more seeds left.
 
     Returns:
-        The plan's record; :func:`rkl.paper.tables.write` makes the page from it.
+        The file of the plan's record; :func:`rkl.paper.tables.write` makes the page from it.
 
     Raises:
-        RunError: a folder holds a run of other settings, or cells failed; the others are finished all the same.
-        ValueError: ``only`` names a row that the table does not have, or no job is to run.
+        RunError: a folder holds a run of other settings, or some cells failed (the others are finished).
+        ValueError: ``only`` is empty or names a row that the table does not have, or ``jobs`` is below 1.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -184,12 +185,12 @@ def run(
     odd = [repr(row) for row in chosen if row not in rows]
     if odd or not chosen:
         raise ValueError(f"rows must be of {plan.table}'s: {', '.join(rows)}; got {odd[0] if odd else 'none'}")
-    # Seed by seed: a stop leaves whole pairs.
+    # Seed by seed, so that an interruption leaves whole pairs.
     cells = [(row, seed) for seed in range(plan.seeds) for row in chosen]
     configs = {cell: plan.config(*cell) for cell in cells}
     open_cells = [cell for cell in cells if not _finished(configs[cell])]
     if open_cells:
-        load_data(configs[open_cells[0]])  # what is wrong with the data is said once, before any run
+        load_data(configs[open_cells[0]])  # report bad data once, before any run
     settled = {"table": plan.table, "data": plan.data, "scale": plan.scale}
     write_text(plan.record, json.dumps(settled | {"rows": _listed(plan)}, indent=1))
     announce(
@@ -219,7 +220,7 @@ def run(
 
 
 def _listed(plan: Experiment) -> dict[str, list[str]]:
-    """Each row's runs: of as many seeds as the plan has, or as the record there lists, where those are more."""
+    """The runs of each row, for the plan's number of seeds or the number in the present record, whichever is larger."""
     with understood(plan.record, RECORD):
         before = read_json(plan.record, RECORD)["rows"] if plan.record.exists() else {}
         seeds = {row: max(plan.seeds, len(before.get(row, []))) for row in TABLES[plan.table].rows}
@@ -227,7 +228,7 @@ def _listed(plan: Experiment) -> dict[str, list[str]]:
 
 
 def _finished(config: Config) -> bool:
-    """Whether a cell's record is there, of these very settings."""
+    """Whether a cell is finished. Raises RunError if its folder holds a run of other settings."""
     if not (config.out / "gradients.json").exists():
         return False
     then, now = to_plain(read_yaml(config.out / "config.yaml")), to_plain(config)
@@ -243,11 +244,12 @@ SLOW_IMPORTS = ("matplotlib.backends.backend_agg", "sklearn.datasets", "timm", "
 
 
 def _in_own_process(config: Config, device: int | None, threads: int) -> str | None:
-    """Train one cell in a process of its own, so that its peak memory is its own; the error in one line, or None.
+    """Train one cell in its own process, so that its peak memory is its own. Return the error in one line, or None.
 
-    Without a GPU it is forked from a server that has the imports done and no thread started: seconds a cell saved.
+    Without a GPU the process is forked from a server that has done the imports and started no thread. This saves
+    seconds for each cell.
     """
-    # A fork of a process that has initialised CUDA cannot use it, and importing the kernels initialises it.
+    # A fork of a process that has initialised CUDA cannot use CUDA, and importing the kernels initialises it.
     context = multiprocessing.get_context("forkserver") if device is None else multiprocessing.get_context("spawn")
     if device is None:
         context.set_forkserver_preload(["rkl.paper.experiments", *SLOW_IMPORTS])
@@ -270,12 +272,12 @@ _environment = threading.Lock()
 
 @contextmanager
 def _only_device(device: int | None) -> Iterator[None]:
-    """Processes started in the block see this GPU alone, from their first import on."""
+    """Make processes that are started in the block see only this GPU, from their first import on."""
     name = "CUDA_VISIBLE_DEVICES"
     with _environment:
         before = os.environ.get(name)
         if device is not None:
-            # The ordinals of what this process sees itself.
+            # The device's number counts the GPUs that this process sees itself.
             os.environ[name] = before.split(",")[device] if before else str(device)
         try:
             yield
@@ -287,8 +289,8 @@ def _only_device(device: int | None) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, killed even: nobody would read its answer, and a command
-    given again would train the same cell beside it. Its last whole epoch is kept."""
+    """End this process when its parent ends, even if the parent is killed. Nobody would read the answer, and if the
+    command is given again, another process trains the same cell. The last whole epoch is kept."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
@@ -296,7 +298,7 @@ def _end_with_parent() -> None:
 
 
 def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
-    """What the cell's process does: train (or go on), then measure the loss terms' gradients."""
+    """The work of a cell's process: train or go on training, then measure the gradients of the loss terms."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     config = from_plain(plain)
@@ -310,9 +312,9 @@ def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
     with opened as output:
         sys.stdout = sys.stderr = output
         try:
-            train(config, resume=True)  # of a finished run it checks the settings alone
+            train(config, resume=True)  # for a finished run this only checks the settings
             record_gradients(config.out)
             sender.send(None)
-        except Exception as error:  # a cell that fails must not cost the others: its line is sent, its trace written
+        except Exception as error:  # a failed cell must not stop the others
             traceback.print_exc(file=output)
             sender.send(f"{told(error)} (see {file})")

@@ -1,4 +1,4 @@
-"""The trainer: one plain loop on Lightning Fabric, which brings device, precision and DistributedDataParallel."""
+"""The trainer: one plain loop on Lightning Fabric, which provides device, precision and DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from .learner import Learner, make_fabric
 from .run_log import RunLog, TrainingProgress
 
 TIMED = 16
-"""Of so many steps one is timed: waiting for the device there, to see its share, would cost too much in all."""
+"""One step in this many is timed. Timing waits for the device, which would cost too much in every step."""
 GAP_STEPS = 100
-"""Steps, over all epochs, between two returns of the heap's gaps: a page given back costs a fault at its next use."""
+"""Steps, counted over all epochs, between two returns of the heap's gaps. A returned page costs a page fault when it is
+used next."""
 TAYLOR_BATCHES = 8
 """Batches whose gradients rank the channels of a cut."""
 
@@ -47,19 +48,20 @@ def load_data(config: Config) -> Dataset:
 def train(config: Config, resume: bool = False, start: nn.Module | None = None) -> Path | None:
     """Train one model, evaluate it once on the test images, and write the run's folder.
 
-    Interrupted at any moment, the run goes on with ``resume`` from its last whole epoch, to the same result.
-    ``start`` is a model of this configuration, pruned or not, to train on from; a fresh one by default.
+    Args:
+        resume: go on with a run that was interrupted at any moment, from its last whole epoch, to the same result.
+        start: a model of this configuration, pruned or not, to train further; a fresh model by default.
 
     Returns:
-        The run's folder: config.yaml, log.jsonl, TensorBoard events, checkpoints, metrics.json, plots, report.md. None
-        in the processes of a run on several devices that do not write it.
+        The run's folder, with config.yaml, log.jsonl, TensorBoard events, checkpoints, metrics.json, plots and
+        report.md. With several devices only one process writes it, and None is returned in the others.
 
     Raises:
-        ValueError: the configuration, the data or the folder cannot be used; one line that says why. Nothing is left
-            in the folder then.
+        ValueError: the configuration, the data or the folder cannot be used. The message is one line that says why, and
+            nothing is left in the folder.
     """
     check_apart(config.out, config.data)
-    # Every process checks all there is to check before it meets the others, so none writes before all have looked.
+    # Every process makes all checks before it meets the others, so none writes before all have checked.
     fabric = make_fabric(config)
     if fabric.device.type == "cpu":
         keep_freed_memory()
@@ -75,7 +77,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         learner = Learner(config, data, fabric, start, resumed)
         facts = learner.restore(log.checkpoints) if resumed else first_facts(config, data)
         checkpoint.check_data(config.out, facts, data)
-    if finished(config, facts) and is_tested(config, facts):  # the test images are looked at once
+    if finished(config, facts) and is_tested(config, facts):  # the test images are used only once
         return reported(config, fabric)
     if not resumed and config.cut_epochs:
         image = next(evaluation_batches(data.train, data, 1))[0]
@@ -95,7 +97,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
 
 
 def reported(config: Config, fabric: Fabric) -> Path | None:
-    """The run's folder, with its report made of its records; None in processes that do not write it."""
+    """Write the report from the run's records and return the run's folder; None in processes that do not write."""
     if not fabric.is_global_zero:
         return None
     report.write_report(config.out)
@@ -103,8 +105,8 @@ def reported(config: Config, fabric: Fabric) -> Path | None:
 
 
 def saved(learner: Learner, config: Config, data: Dataset, facts: dict[str, Any], log: RunLog) -> Learner:
-    """The learner from a checkpoint of its own, which a run that is stopped in its first epoch goes on from. Its
-    filters are then what they are in a resumed run, strides included: those decide how products are rounded."""
+    """Save a checkpoint, and return the learner restored from it. A run that is stopped in its first epoch goes on from
+    it. The filters, strides included, are then those of a resumed run; strides decide how products are rounded."""
     if learner.fabric.is_global_zero:
         checkpoint.save(log.checkpoints, "last", learner.tensors(), facts | learner.facts())
     learner.fabric.barrier()
@@ -114,13 +116,13 @@ def saved(learner: Learner, config: Config, data: Dataset, facts: dict[str, Any]
 
 
 def is_tested(config: Config, facts: dict[str, Any]) -> bool:
-    """Whether the run's record is there, of this epoch."""
+    """Whether the run has a record of this epoch."""
     record = config.out / "metrics.json"
     return record.is_file() and read_json(record, "a run's record").get("epochs") == facts["epoch"]
 
 
 def first_facts(config: Config, data: Dataset) -> dict[str, Any]:
-    """What a checkpoint's JSON says before the first epoch: all that using the model without its data takes."""
+    """A checkpoint's JSON before the first epoch. It has all that is needed to use the model without its data."""
     return {
         "config": to_plain(config),
         "classes": data.classes,
@@ -138,14 +140,14 @@ def first_facts(config: Config, data: Dataset) -> dict[str, Any]:
 def run_epochs(
     config: Config, fabric: Fabric, learner: Learner, data: Dataset, facts: dict[str, Any], log: RunLog
 ) -> None:
-    """Train from where ``facts`` stand to the last epoch, cutting and saving on the way; keeps ``facts`` up to date."""
+    """Train from the epoch in ``facts`` to the last one, with the cuts and checkpoints. Updates ``facts``."""
     learner.wrap()
     with log.progress(config.epochs, facts["epoch"]) as progress:
         while not finished(config, facts):
             epoch, started = facts["epoch"], time.perf_counter()
             if epoch in config.cut_epochs:
                 facts["cuts"].append(cut(config, learner, data, facts))
-                facts["best"] = None  # an epoch before the cut was of another, larger model
+                facts["best"] = None  # epochs before the cut belong to a larger model
                 progress.cut(facts["cuts"][-1])
             row = train_epoch(config, fabric, learner, data, epoch, progress)
             learner.agree()
@@ -161,14 +163,15 @@ def run_epochs(
 
 
 def finished(config: Config, facts: dict[str, Any]) -> bool:
-    """Whether the last epoch is done, or so many without a better one since the last cut, which is never left out."""
+    """Whether the last epoch is done, or ``patience`` epochs since the last cut were no better. No cut is left out."""
     stale = facts["epoch"] - facts["best"]["epoch"] if facts["best"] else 0
     cut = facts["epoch"] > max(config.cut_epochs, default=-1)
     return facts["epoch"] >= config.epochs or bool(config.patience and cut and stale >= config.patience)
 
 
 def note_best(facts: dict[str, Any], val: list[metrics.ExitMetrics]) -> bool:
-    """Keep the epoch just done if its deepest head is the best by validation since the last cut."""
+    """If the deepest head of the epoch just done is the best by validation since the last cut, note the epoch and
+    return True."""
     if not val or (facts["best"] and val[-1]["accuracy"] <= facts["best"]["accuracy"]):
         return False
     facts["best"] = {"epoch": facts["epoch"], "accuracy": val[-1]["accuracy"]}
@@ -176,7 +179,11 @@ def note_best(facts: dict[str, Any], val: list[metrics.ExitMetrics]) -> bool:
 
 
 def steps_an_epoch(config: Config, images: int) -> int:
-    """Steps of an epoch, the same for every process; a set smaller than one batch is one short batch."""
+    """The number of steps in an epoch, the same for every process. Fewer images than a batch make one short batch.
+
+    Raises:
+        ValueError: there are not enough images for one step.
+    """
     batches = max(1, images // config.batch_size) // config.devices
     steps = batches // config.accumulate
     if not steps:
@@ -190,8 +197,9 @@ def steps_an_epoch(config: Config, images: int) -> int:
 def train_epoch(
     config: Config, fabric: Fabric, learner: Learner, data: Dataset, epoch: int, progress: TrainingProgress
 ) -> dict[str, Any]:
-    """One pass over the training images; the log's row of it: learning rate, each loss term's mean, data's share."""
-    # Seeded anew each epoch: what a resumed run draws (dropout, say) is what an uninterrupted one would have.
+    """Train for one epoch. Return its row of the log: learning rate, mean of each loss term, and share of the time that
+    making batches took."""
+    # Seeded in each epoch, so that a resumed run draws the same numbers (for dropout, say) as an uninterrupted one.
     torch.manual_seed(epoch_seed(config, epoch))
     balance = class_balance(config, data)
     steps = steps_an_epoch(config, len(data.train))
@@ -242,18 +250,18 @@ def epoch_seed(config: Config, epoch: int) -> int:
 
 
 def class_balance(config: Config, data: Dataset) -> Tensor | None:
-    """The classes' weights in the cross entropy; None for equal ones."""
+    """The weights of the classes in the cross entropy; None for equal weights."""
     return datasets.class_weights(data.train, data.num_classes) if config.class_weights else None
 
 
 def outputs(output: Tensor | Exits) -> Exits:
-    """A model's output in training mode as exits; a plain network's is the deepest."""
+    """A model's output in training mode as exits. The output of a plain network is the deepest exit."""
     return output if isinstance(output, Exits) else Exits((output,))
 
 
 class DataClock:
-    """Which share of the time making batches takes, measured in one step of :data:`TIMED` with the device's queue empty
-    before and after: kernels only queued would look free."""
+    """Measures the share of the time that making batches takes, in one step of :data:`TIMED`. The device's queue is
+    emptied before and after, since kernels that are only queued would look free."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.timing, self.data, self.all = device, False, 0.0, 0.0
@@ -287,7 +295,7 @@ class DataClock:
 def training_batches(
     config: Config, data: Dataset, epoch: int, rank: int = 0, world_size: int = 1, drop_last: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch's batches as the configuration augments and mixes them."""
+    """The batches of an epoch, augmented and mixed as the configuration says."""
     return datasets.batches(
         data.train,
         config.batch_size,
@@ -307,7 +315,7 @@ def training_batches(
 
 
 def cut(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any]) -> dict[str, Any]:
-    """One cut; size, latency and validation accuracy before and after it."""
+    """Cut the model. Return size, latency and validation accuracy before and after the cut."""
     example = next(evaluation_batches(data.train, data, 16))[0].to(memory_format=learner.memory_format)
     record: dict[str, Any] = {"epoch": facts["epoch"], "before": _state(config, learner, example, data)}
     ratio = cut_ratio(config, learner.model, example[:1], facts["cuts"], record["before"]["macs"])
@@ -324,8 +332,8 @@ def _state(config: Config, learner: Learner, example: Tensor, data: Dataset) -> 
 
 
 def taylor_gradients(config: Config, learner: Learner, data: Dataset, epoch: int) -> None:
-    """Leave in the model the training loss's gradient over a few batches, the same in every process, and no other trace
-    of them: batch norm's running statistics are put back."""
+    """Add up the gradients of the training loss over a few batches in the model, the same in every process. The batches
+    leave no other trace: the running statistics of batch norm are restored."""
     torch.manual_seed(epoch_seed(config, epoch))  # for dropout's draws
     learner.model.train()
     kept = [(buffer, buffer.clone()) for buffer in learner.model.buffers()]
@@ -339,7 +347,7 @@ def taylor_gradients(config: Config, learner: Learner, data: Dataset, epoch: int
 
 
 def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any], log: RunLog) -> dict[str, Any]:
-    """Look at the test images, once, with the model that the configuration said beforehand; the run's record."""
+    """Test, once, the model that the configuration named beforehand. Return the run's record."""
     model = learner.evaluated
     tested = facts["epoch"]
     if config.test_with == "best":
@@ -379,8 +387,8 @@ def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any
 
 
 def calibrated(model: nn.Module, data: Dataset, config: Config) -> list[float] | None:
-    """Early exit's thresholds that keep the deepest exit's accuracy on the validation images; None where there are
-    none, or one exit."""
+    """The early exit thresholds that keep the deepest exit's accuracy on the validation images. None if there are no
+    validation images, or only one exit."""
     if not isinstance(model, ResNetKL) or not len(data.val):
         return None
     exits, labels = collect(model, data.val, data, config)
