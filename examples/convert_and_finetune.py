@@ -1,8 +1,8 @@
-"""Take a torchvision model, swap its depthwise layers, train it for a while, and give it back as it came.
+"""Swap the depthwise layers of a torchvision model, train it, swap the layers back, and fuse it for inference.
 
     python examples/convert_and_finetune.py
 
-The images are gratings, upright or level, made on the way; weights are random, so that nothing is downloaded.
+The images are generated: vertical or horizontal stripes. The weights start at random, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import rkl_kernels as rk
 
 
 def gratings(count: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Noisy stripes with a random period, and whether they lie (1) or stand (0)."""
+    """Images (count, 3, size, size) of noisy stripes with random periods, and labels: 1 for horizontal, 0 for vertical
+    stripes."""
     labels = torch.randint(2, (count,))
     stripes = (
         torch.sin(torch.arange(size) * (0.5 + torch.rand(count, 1))).expand(3, size, count, size).permute(2, 0, 1, 3)
@@ -28,7 +29,7 @@ def gratings(count: int, size: int = 32) -> tuple[Tensor, Tensor]:
 def main(steps: int = 50) -> float:
     torch.manual_seed(0)
     model = torchvision.models.mobilenet_v2(num_classes=2, width_mult=0.35).to(memory_format=torch.channels_last)
-    print(rk.convert(model))  # before or after the optimizer is made: the parameters are the same ones
+    print(rk.convert(model))  # the optimizer may be created before or after: the parameters stay the same objects
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for step in range(steps):
         images, labels = gratings(32)
@@ -38,9 +39,9 @@ def main(steps: int = 50) -> float:
         optimizer.step()
         if step % 10 == 0:
             print(f"step {step}: loss {float(loss.detach()):.3f}")
-    rk.restore(model)  # keys, weights and hooks are torchvision's; torch.save(model.state_dict()) needs no restore
+    rk.restore(model)  # only the classes change back; torch.save(model.state_dict()) does not need this
 
-    fused = rk.fuse_for_inference(model)  # a copy; the model can go on training
+    fused = rk.fuse_for_inference(model)  # a copy; the model itself can be trained further
     print(fused.fusion_report)
     images, labels = gratings(256)
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Teach a converted ShuffleNet what a ResNet answers: the logits' distance falls.
+"""Train a converted ShuffleNet to give the same logits as a ResNet (logit distillation).
 
     python examples/distill_torchvision.py
 
-Teacher and images are random, so that nothing is downloaded; put your own in their places.
+The teacher's weights and the images are random, so nothing is downloaded. Replace them with your own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import rkl_kernels as rk
 
 
 def distance(answers: Tensor, wanted: Tensor, temperature: float = 2.0) -> Tensor:
-    """Kullback-Leibler divergence of softened answers, times T^2 so that its gradients do not shrink with T."""
+    """Kullback-Leibler divergence of two sets of logits at temperature T. The factor T^2 keeps the gradients from
+    shrinking with T."""
     log_p, log_q = (F.log_softmax(logits / temperature, 1) for logits in (answers, wanted))
     return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean") * temperature**2
 
@@ -28,7 +29,7 @@ def main(steps: int = 30) -> tuple[float, float]:
     print(rk.convert(student))
     images = torch.randn(64, 3, 32, 32)
     wanted = teacher(images)
-    wanted = 4 * (wanted - wanted.mean(0)) / wanted.std()  # a random teacher says the same of everything
+    wanted = 4 * (wanted - wanted.mean(0)) / wanted.std()  # a random teacher gives all images nearly the same logits
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):

@@ -1,8 +1,8 @@
-"""Export a model that was trained with this package to ONNX, and compare what ONNX Runtime answers.
+"""Export a model with this package's layers to ONNX, and compare ONNX Runtime's outputs with the model's.
 
     python examples/export_onnx.py [model.onnx]
 
-The file holds standard operators alone. It is made of the model, not of a fused copy: a runtime fuses by itself.
+The file contains only standard operators. Export the model and not a fused copy: a runtime fuses layers by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Build a model of this package's layers and train it.
+"""Build a model from this package's layers and train it.
 
 python examples/new_model.py
 """
@@ -14,7 +14,7 @@ import rkl_kernels as rk
 
 
 def block(c_in: int, c_out: int, stride: int) -> nn.Sequential:
-    """Depthwise and pointwise step in one operator, then norm and T-ReLU."""
+    """Depthwise and pointwise convolution in one operator, then batch norm and T-ReLU."""
     separable = rk.SeparableConv2d(c_in, c_out, 3, stride, padding=1, bias=False, padding_mode="reflect")
     return nn.Sequential(separable, nn.BatchNorm2d(c_out), rk.TReLU(inplace=True))
 

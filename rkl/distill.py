@@ -14,18 +14,18 @@ from .network.model import Exits
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How the terms are weighted.
+    """The weights of the loss terms.
 
     Attributes:
         x: share of the teacher in a shallow head's loss (equation 2); 0 is deep supervision alone.
         temperature: T, by which both the student's and the teacher's logits are divided.
-        t_squared: multiply the teacher's term by T^2, which keeps its gradient's size when T changes.
+        t_squared: multiply the teacher's term by T^2, so that its gradient keeps its size when T changes.
         heads: weight of every shallow head's whole loss.
         beta: weight of feature distillation.
-        legacy_features: the norm over the whole batch, as "Be Your Own Teacher" has it; it grows with the batch.
-        l1: lambda of the L1 penalty on gamma (table I), until the last cut; by default what takes a gamma that nothing
-            holds to 0 by then, 0.001 at most, and none where nothing is cut.
-        smoothing: label smoothing, in every head's cross entropy with the labels.
+        legacy_features: use one norm over the whole batch, as "Be Your Own Teacher" does; it grows with the batch.
+        l1: lambda of the L1 penalty on gamma (table I), which ends with the last cut. The default moves a gamma that no
+            other gradient holds to 0 by then, but is at most 0.001; without cuts it is 0.
+        smoothing: label smoothing in every head's cross entropy with the labels.
 
     Raises:
         ValueError: a weight outside its range.
@@ -87,8 +87,8 @@ def logit_distillation(student: Tensor, teacher: Tensor, temperature: float, t_s
 def feature_distillation(student: Tensor, teacher: Tensor, legacy: bool = False) -> Tensor:
     """Squared distance of the L2-normalised feature maps, averaged over the samples. The teacher is detached.
 
-    For one sample it is 2 - 2 cos of the angle between the two maps, whatever the size of map and batch. ``legacy`` is
-    ``torch.dist`` of the maps, one norm over the whole batch (Zhang et al., 2019, "Be Your Own Teacher").
+    For one sample it is 2 - 2 cos of the angle between the two maps, for any size of map and batch. With ``legacy`` it
+    is ``torch.dist`` of the maps, one norm over the whole batch (Zhang et al., 2019, "Be Your Own Teacher").
 
     Args:
         student: (N, C, H, W), or any shape with samples first.

@@ -11,8 +11,8 @@ FOLDER = "folder:"
 
 
 def at_home(text: str) -> str:
-    """``text`` with the home directory in place of a ``~`` at the start of its path. A shell does that only at a word's
-    start, so not in ``--out=~/run`` or ``folder:~/photos``, and nobody does it in a file of settings.
+    """``text`` with the home directory in place of a ``~`` at the start of its path. A shell does that only if
+    the path is a word by itself, so not in ``--out=~/run``, ``folder:~/photos`` or a file of settings.
 
     Examples:
         >>> from rkl.paths import at_home

@@ -1,7 +1,8 @@
 """The CPU kernels cross-compiled for aarch64, and the operators' tests on them under QEMU.
 
-Needs two packages of Debian's or Ubuntu's, g++-aarch64-linux-gnu and qemu-user. The rest is brought into one folder
-without rights of an administrator: an aarch64 Python by apt, torch (with its CUDA libraries, 4.5 GB) and pytest by uv.
+Needs two packages of Debian or Ubuntu, g++-aarch64-linux-gnu and qemu-user. Everything else is downloaded into one
+folder and needs no administrator's rights: an aarch64 Python by apt, torch (with its CUDA libraries, 4.5 GB) and pytest
+by uv.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ CPU part	: 0xd0c
 CPU revision	: 1
 
 """
-"""What Linux says of that CPU. QEMU shows programs the host's files, and two libraries of torch's crash on an x86's."""
+"""What Linux reports about that CPU. Without it, QEMU shows programs the host's file, and with an x86's file two
+libraries of torch crash."""
 
 TESTS = ("test_cpu_trelu.py", "test_cpu_depthwise.py", "test_cpu_separable.py", "test_cpu_separable_bands.py")
 
@@ -42,12 +44,12 @@ def run(*command: str | Path, **options: str) -> None:
 
 
 def system(folder: Path) -> Path:
-    """The root of an aarch64 system with Python in it, by this machine's package sources; returns its Python."""
+    """Make the root of an aarch64 system with Python, from this machine's package sources. Return its Python."""
     root, apt = folder / "root", folder / "apt"
     if not (root / "usr/bin/python3").exists():
         for name in ("lists/partial", "archives/partial"):
             (apt / name).mkdir(parents=True, exist_ok=True)
-        (apt / "status").touch()  # no package is installed: all that Python needs is brought
+        (apt / "status").touch()  # no package counts as installed, so apt downloads all that Python needs
         settings = {
             "APT::Architecture": "arm64",
             "APT::Architectures": "arm64",
@@ -74,7 +76,7 @@ def system(folder: Path) -> Path:
 
 
 def packages(folder: Path, python: Path) -> Path:
-    """The folder of torch and of what the tests import."""
+    """Install torch and what the tests import. Return the folder."""
     site = folder / "site"
     if not (site / "pytest").exists():
         version = python.name.removeprefix("python")
@@ -85,7 +87,7 @@ def packages(folder: Path, python: Path) -> Path:
 
 
 def extension(folder: Path, python: Path, site: Path) -> Path:
-    """The CPU extension, compiled with the flags of `setup.py`, and no warning."""
+    """Compile the CPU extension with the flags of `setup.py`. A warning is an error. Return the module's file."""
     include = [site / "torch/include", site / "torch/include/torch/csrc/api/include"]
     include += [folder / "root/usr/include" / python.name, folder / "root/usr/include"]
     flags = [
@@ -112,7 +114,7 @@ def extension(folder: Path, python: Path, site: Path) -> Path:
 
 
 def interpreter(folder: Path, python: Path, site: Path) -> Path:
-    """A program that is the emulated Python, for the tests that start another one too."""
+    """Make a program that runs the emulated Python, so that tests can start one too. Return its path."""
     program, hook = folder / "python", folder / "hook"
     hook.mkdir(exist_ok=True)
     (hook / "sitecustomize.py").write_text(f"import sys\n\nsys.executable = {str(program)!r}\n")
@@ -123,10 +125,10 @@ def interpreter(folder: Path, python: Path, site: Path) -> Path:
 
 
 def main() -> int:
-    """Builds what is missing and returns what pytest returned."""
+    """Build what is missing, run the tests, and return pytest's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build/aarch64", help="where all of it is kept")
-    parser.add_argument("tests", nargs="*", default=[f"tests/{name}" for name in TESTS], help="what pytest is given")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build/aarch64", help="folder for all files")
+    parser.add_argument("tests", nargs="*", default=[f"tests/{name}" for name in TESTS], help="arguments for pytest")
     arguments = parser.parse_args()
     if missing := [program for program in (COMPILER, EMULATOR) if not shutil.which(program)]:
         parser.error(f"{missing[0]} must be on PATH, got none; apt-get install g++-aarch64-linux-gnu qemu-user")

@@ -1,7 +1,7 @@
-"""One wheel in every corner that it promises to serve: the oldest and the newest torch, each under several Pythons.
+"""Tests one wheel at the limits of what it supports: the oldest and the newest torch, each with several Pythons.
 
-The wheel is not built again: LibTorch's Stable ABI and Python's limited API are what is tested. A last row compiles the
-CPU kernels by clang++. What this machine does not offer is named in the table.
+The wheel is not built again, so this tests LibTorch's Stable ABI and Python's limited API. A last row compiles the CPU
+kernels with clang++. The table also names what this machine does not have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VERSIONS = "import platform, torch; print(platform.python_version(), torch.__ver
 
 
 def corner(wheel: Path, tree: Path, python: str, torch: str) -> tuple[str, Outcome | None]:
-    """The versions that met and what the core tests gave or, where there is no such corner here, why, and None."""
+    """The versions and the core tests' outcome; or, if they cannot be installed here, the reason and None."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         try:
@@ -34,7 +34,7 @@ def corner(wheel: Path, tree: Path, python: str, torch: str) -> tuple[str, Outco
 
 
 def clang_corner(tree: Path) -> tuple[str, Outcome | None]:
-    """The same of the CPU kernels as clang++ compiles them, with the torch of this environment."""
+    """The same for the CPU kernels compiled with clang++, with the torch of this environment."""
     if not shutil.which("clang++"):
         return "not at hand: no clang++ on PATH", None
     with tempfile.TemporaryDirectory() as scratch:
@@ -49,11 +49,11 @@ def clang_corner(tree: Path) -> tuple[str, Outcome | None]:
 
 
 def main() -> int:
-    """Prints the table; 0 where every corner at hand is green."""
+    """Print the table. Return 0 if every corner that this machine has is green."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dist", type=Path, help="the folder with the wheel and the source distribution")
+    parser.add_argument("dist", type=Path, help="folder with the wheel and the source distribution")
     parser.add_argument("--pythons", nargs="+", default=["3.10", "3.13", "3.14"], help="versions, or interpreters")
-    parser.add_argument("--only", help="corners whose name holds this text")
+    parser.add_argument("--only", help="run only corners whose names contain this text")
     arguments = parser.parse_args()
 
     wheel, sdist = only(arguments.dist, "*.whl").resolve(), only(arguments.dist, "*.tar.gz")

@@ -1,4 +1,4 @@
-"""The core tests against an installed package: an environment of its own, and no source tree within reach."""
+"""Runs the core tests on an installed package, in a new environment from which the source tree cannot be imported."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ CORE = [
     "test_tracing.py",
     "test_transforms.py",
 ]
-"""Every operator and layer on the CPU. They need the package, torch and what follows."""
+"""Tests of every operator and layer on the CPU. They need the package, torch and the packages in NEEDED."""
 
 NEEDED = ("pytest", "hypothesis", "numpy")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What pytest counted, and the names of the tests that failed."""
+    """pytest's summary, and the tests that failed."""
 
     summary: str
     failed: tuple[str, ...]
@@ -50,10 +50,10 @@ class Outcome:
 
 
 def environment(folder: Path, python: str, *packages: str | Path) -> Path:
-    """A virtual environment with these packages and what they need; returns its Python.
+    """Make a virtual environment with these packages and their dependencies. Return its Python.
 
     Raises:
-        RuntimeError: there is no such Python, or the packages do not go together there.
+        RuntimeError: there is no such Python, or the packages cannot be installed together.
     """
     try:
         _run("uv", "venv", "--quiet", "--python", python, folder)
@@ -65,10 +65,10 @@ def environment(folder: Path, python: str, *packages: str | Path) -> Path:
 
 
 def only(folder: Path, pattern: str) -> Path:
-    """The one file of that pattern, as `make wheel` leaves it.
+    """The only file in ``folder`` that matches ``pattern``, as `make wheel` leaves it.
 
     Raises:
-        SystemExit: there is none, or more than one.
+        SystemExit: no file or several files match.
     """
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
@@ -77,14 +77,14 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def unpack(sdist: Path, folder: Path) -> Path:
-    """The tree of a source distribution, unpacked in a folder."""
+    """Unpack a source distribution into a folder. Return the tree's path."""
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     return folder / sdist.name.removesuffix(".tar.gz")
 
 
 def core_tests(interpreter: Path, tree: Path, folder: Path) -> Outcome:
-    """Runs the core tests of a tree from a new folder that holds tests and nothing to import in the package's place."""
+    """Run a tree's core tests from a new folder. It holds only tests, so they import the installed package."""
     shutil.copytree(tree / "tests", folder / "tests", ignore=shutil.ignore_patterns("emulation", "gpu", "triton"))
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     command: list[str | Path] = [interpreter, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]

@@ -1,4 +1,4 @@
-"""Looks at what ``make wheel`` left in dist/: what the archives hold, how the wheel fares in an empty environment."""
+"""Checks what ``make wheel`` left in dist/: the archives' contents, and the wheel in a new environment."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ WHEEL_NAME = r"resnet_kl-[^-]+-cp310-abi3-manylinux_[a-z0-9_.]+\.whl"
 
 
 def wheel_faults(names: Iterable[str], tracked: set[str]) -> list[str]:
-    """A wheel holds the packages' files that are under version control, the binaries, and its own description."""
+    """What is wrong with a wheel. It must hold the packages' tracked files, the binaries and its metadata, no more."""
     held = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
     wanted = {name for name in tracked if name.startswith(PACKAGES)} | BINARIES
     return _differences("the wheel", missing=wanted - held, surplus=held - wanted)
 
 
 def sdist_faults(names: Iterable[str], tracked: set[str]) -> list[str]:
-    """A source distribution holds what builds and tests the packages, and nothing that is not under version control."""
+    """What is wrong with a source distribution. It must hold all that builds and tests the packages, and only tracked
+    files."""
     held = set(names)
     made = {name for name in held if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
     wanted = {name for name in tracked if name.startswith(SOURCES)} | ALSO
@@ -64,7 +65,7 @@ def archive_faults(wheel: Path, sdist: Path) -> list[str]:
 
 
 def main(dist: Path) -> int:
-    """Prints what was found; 0 where there is no fault."""
+    """Print what was found. Return 0 if there is no fault."""
     wheel, sdist = only(dist, "*.whl"), only(dist, "*.tar.gz")
     faults = archive_faults(wheel, sdist)
     print(f"{wheel.name}, {sdist.name}: {'; '.join(faults) or 'hold what they should'}")

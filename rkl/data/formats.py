@@ -46,7 +46,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def class_names(path: Path) -> list[str]:
-    """The words of a text file, which are the names of classes."""
+    """Class names: the words of a text file."""
     try:
         return read_bytes(path).decode().split()
     except UnicodeDecodeError as error:
@@ -212,7 +212,7 @@ def idx_files(folder: Path, classes: list[str], suffix: str) -> tuple[Split, Spl
 
 
 def image_folder(folder: Path, classes: list[str], size: int) -> Split:
-    """One folder of image files a class, as in torchvision's ImageFolder: RGB, short side ``size``, centre crop."""
+    """Images from one folder for each class, as in torchvision's ImageFolder: RGB, short side ``size``, centre crop."""
     files = [(path, label) for label, name in enumerate(classes) for path in _image_files(folder / name)]
     if not files:
         raise DataError(f"{folder}: must hold images in the folders {', '.join(classes[:5])}, got none")

@@ -112,11 +112,11 @@ def load(
         val_fraction: share of the training images held out for validation.
         seed: determines which training images are held out.
         train_size, test_size: use only so many training (validation included) and test images, for small runs.
-        imbalance: of the long-tailed form: images of the first class divided by those of the last.
+        imbalance: for the long-tailed form, images of the first class divided by images of the last.
         download: fetch missing files with torchvision into ``root``.
 
     Raises:
-        DataError: an unknown name, a missing or damaged file, or a class missing from a split; one line says which.
+        DataError: an unknown name, a missing or damaged file, or a class missing from a split. One line says which.
     """
     if image_size is not None and image_size < 8:
         raise DataError(f"image_size must be at least 8, got {image_size}")
@@ -193,7 +193,8 @@ def _download(name: str, source: Source, root: Path) -> None:
 
 
 def _folder(path: Path, size: int) -> tuple[Split, Split | None, Split, list[str]]:
-    """The user's images: folders train, val and test, or one folder a class. Without test, a fixed fifth is cut out."""
+    """The user's images, in folders train, val and test or in one folder for each class. Without test, a fixed fifth of
+    train becomes the test set."""
     divided = (path / "train").is_dir()
     beside = [name for name in formats.folders(path) if name not in ("train", "val", "test")] if divided else []
     if beside:

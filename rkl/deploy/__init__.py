@@ -1,1 +1,1 @@
-"""What is done with a finished run: predict, evaluate its exits, prune it further, export it."""
+"""The uses of a finished run: predict, evaluate its exits, prune it further, export it."""

@@ -19,13 +19,14 @@ ActivationName = Literal["trelu", "relu"]
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What distinguishes a ResNet-KL block from a ResNet block; each can be turned on alone.
+    """What distinguishes a ResNet-KL block from a ResNet block. Each option can be turned on alone.
 
     Attributes:
-        separable: depthwise + pointwise in place of the blocks' 3x3 convolutions.
-        dense_stages: how many stages, from the first, keep dense 3x3 convolutions all the same.
+        separable: depthwise and pointwise convolutions instead of the blocks' dense 3x3 convolutions.
+        dense_stages: the number of stages, from the first on, that keep dense 3x3 convolutions even if ``separable``.
         scales: kernel sizes of the depthwise step; more than one needs ``separable``.
-        scale_mode: "sum" of all sizes in every channel, "mixed" (one size a channel), or "stage" (one size a stage).
+        scale_mode: "sum" (all sizes added up in every channel), "mixed" (one size for each channel), or "stage" (one
+            size for each stage).
         gate: "light" adds g(F) * F to the residual branch F; "legacy" is the heavy form with a ReLU before the sigmoid.
         activation: "trelu" or "relu".
     """
@@ -152,7 +153,7 @@ class Skip(nn.Conv2d):
 
 
 class ConvUnit(nn.Module):
-    """Convolution, batch norm and, unless None, an activation. :meth:`deployed` makes one call of them."""
+    """Convolution, batch norm and, unless it is None, an activation. :meth:`deployed` turns them into one call."""
 
     def __init__(self, conv: Convolution, activation: ActivationName | None) -> None:
         super().__init__()

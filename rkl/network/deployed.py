@@ -1,4 +1,4 @@
-"""Makes any network's form for use after training, so that sizes and latencies can be compared."""
+"""Turns any network into the form that is used after training, so that sizes and latencies can be compared."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class ResNet(nn.Module):
         in_channels: channels of the images.
         image_size: decides the stem: up to 64 a 3x3 convolution, up to 128 one of stride 2, else 7x7 stride 2 and
             max-pool.
-        options: of the blocks.
+        options: options of the blocks.
 
     Raises:
         ValueError: an unknown depth, or too few classes, channels or pixels.

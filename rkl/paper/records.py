@@ -17,9 +17,9 @@ from ..training.files import RunError, read_json, read_lines, read_record, under
 from .comparison import Estimate, estimate, paired_difference
 
 APART = timedelta(days=2)
-"""Training times are compared only if the runs ended within this time: later the machine's load and the code change."""
+"""Training times are compared only if the runs ended within this time. Over longer times load and code may change."""
 RECORD = "a record of `rkl experiments`"
-"""A table's JSON file, as errors call it."""
+"""What error messages call a table's JSON file."""
 
 
 @dataclass(frozen=True)

@@ -173,10 +173,10 @@ SCALES = {
     "smoke": Scale(
         {"epochs": 2, "batch_size": 16, "width": 8, "train_size": 60, "test_size": 30, "val_fraction": 0.3}, 1
     ),
-    # CutMix alone, as in the paper: crops and mirrors do not help so short a run. After 560 steps on 6,000
+    # CutMix only, as in the paper: crops and mirrors do not help in so short a run. After 560 steps on 6,000
     # Fashion-MNIST images ResNet got 80.3% of held-out training images right with both, 85.3% with mirrors, 86.7% with
-    # neither. Batches are small, to have more steps. With lr 0.05, 0.1 and 0.2 ResNet got 86.7, 86.8 and 85.4%.
-    # With six epochs, table V's ten rows take two cores about half an hour per seed.
+    # neither. Batches are small, for more steps. With lr 0.05, 0.1 and 0.2 ResNet got 86.7, 86.8 and 85.4%.
+    # With six epochs, the ten rows of table V take about half an hour per seed on two cores.
     "cpu": Scale(
         {
             "epochs": 6,

@@ -1,1 +1,1 @@
-"""What makes a network smaller or leave early: cuts of channels, and exits by confidence."""
+"""Less compute for a network: pruning of channels, and early exit by confidence."""

@@ -1,4 +1,4 @@
-"""Measures a model on a split, without augmentation, in one precision for all that is compared, on all processes."""
+"""Measures a model on a split, without augmentation and in the run's precision, on all processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def batch_size_of(images: int, world_size: int) -> int:
 
 def collect(model: nn.Module, split: Split, data: Dataset, config: Config) -> tuple[list[Tensor], Tensor]:
     """Every exit's logits (N, classes), shallow to deep, and the labels (N,), on the split's device, in the run's
-    precision. Where several processes train, each does its share and gets all results, in another order."""
+    precision. If several processes train, each does its share and gets all results, in another order."""
     rank, world_size = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

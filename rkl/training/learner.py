@@ -37,9 +37,11 @@ def make_fabric(config: Config) -> Fabric:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filters") -> list[dict[str, Any]]:
-    """Two groups: dense and pointwise filters, which decay, and norms, biases and depthwise filters, which do not.
+    """Two groups: dense and pointwise filters, which decay, and norms, biases and depthwise filters, which do not decay
+    unless ``decay`` is "all".
 
-    Decay of a gamma would be 50 times as strong as the L1 term that ranks the channels, and shrink all gammas alike.
+    Decay of a gamma would be 50 times as strong as the L1 term that ranks the channels. It would shrink all gammas
+    alike.
     """
     spared: set[Tensor] = set()
     for module in model.modules():
@@ -55,8 +57,12 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filt
 
 
 class Learner:
-    """Model, average and optimiser of one run on one device. ``start``: a model of this configuration to train further.
-    ``resumed``: whether :meth:`restore` follows, so that no weights of another run are loaded."""
+    """Model, average and optimiser of one run on one device.
+
+    Args:
+        start: a model of this configuration to train further.
+        resumed: whether :meth:`restore` follows, so that no weights of another run are loaded.
+    """
 
     def __init__(
         self, config: Config, data: Dataset, fabric: Fabric, start: nn.Module | None = None, resumed: bool = False
@@ -79,10 +85,10 @@ class Learner:
         )
 
     def wrap(self) -> None:
-        """Hand model and optimiser to Fabric, at the start and anew after a cut."""
+        """Hand model and optimiser to Fabric, at the start and again after each cut."""
         model = self.model
         if self.config.compile:
-            # CUDA graphs keep a step's gradients in one place, which adding up several batches' does not allow.
+            # CUDA graphs keep a step's gradients in one place, so they cannot add up those of several batches.
             graphs = self.fabric.device.type == "cuda" and self.config.accumulate == 1
             model = torch.compile(model, mode="reduce-overhead" if graphs else "default")
         self.wrapped, self.stepper = self.fabric.setup(model, self.optimizer)

@@ -1,4 +1,4 @@
-"""A run's folder during training: configuration, one JSON line an epoch, TensorBoard events; and the progress bar."""
+"""A run's folder during training (configuration, one JSON line for each epoch, TensorBoard events) and progress bar."""
 
 from __future__ import annotations
 

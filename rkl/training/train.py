@@ -199,7 +199,7 @@ def train_epoch(
 ) -> dict[str, Any]:
     """Train for one epoch. Return its row of the log: learning rate, mean of each loss term, and share of the time that
     making batches took."""
-    # Seeded in each epoch, so that a resumed run draws the same numbers (for dropout, say) as an uninterrupted one.
+    # Seeded in each epoch, so that a resumed run draws the same numbers (for dropout, e.g.) as an uninterrupted one.
     torch.manual_seed(epoch_seed(config, epoch))
     balance = class_balance(config, data)
     steps = steps_an_epoch(config, len(data.train))
