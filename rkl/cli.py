@@ -185,7 +185,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Info:
-    """List the models, the data sets and the backends of this machine, or only the kinds that are asked for."""
+    """List the models, the data sets and the backends, or only the kinds that are asked for."""
 
     models: bool = False
     datasets: bool = False

@@ -162,7 +162,7 @@ class MachineSettings:
     precision: Precision | None = None
     """Precision of training; by default bf16-mixed on a GPU and 32-true elsewhere."""
     compile: bool = False
-    """Compile the model with torch.compile, on a GPU into CUDA graphs. Small models gain most from it."""
+    """Compile the model with torch.compile; on a GPU into CUDA graphs, from which small models gain most."""
     devices: int = 1
     """Number of devices to train on; several use DistributedDataParallel."""
     channels_last: bool = True

@@ -160,7 +160,7 @@ def _quality(results: Results, others: dict[str, Any]) -> str:
 
 
 def _paper_table(results: Results, others: dict[str, Any]) -> str:
-    """The figures that the paper prints for the rows, in a table separate from ours."""
+    """The figures that the paper prints for the rows, with our accuracy in the last column."""
     paper = others["paper"][results.table]
     rows = []
     for row, printed in paper["rows"].items():
