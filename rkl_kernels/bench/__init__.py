@@ -1,22 +1,22 @@
-"""The benchmark harness: times this package's operators and their rivals in turns, and compares them with the floor.
+"""The benchmark harness: times this package's operators and their rivals in rounds, and compares them with the floor.
 
-It works from an installed wheel, with torch and NumPy. ONNX Runtime and OpenVINO are timed where installed::
+It works from an installed wheel, with torch and NumPy. ONNX Runtime and OpenVINO are timed where they are installed::
 
     from rkl_kernels import bench
     print(bench.operator_report("separable", (32, 128, 56, 56), kernel=5))      # what `rkl bench` prints
-    for line in bench.four_lines(): print(line)                                 # what a demo ends with
+    for line in bench.four_lines(): print(line)                                 # what a demo prints at its end
 
 ``benchmarks/`` in the source tree runs the same harness over the shapes of published models.
 
-    case.py      what is timed, with the least bytes and operations that it needs
+    case.py      what is timed, and the least bytes and operations that it needs
     rivals.py    the contestants on PyTorch tensors, the inputs, the float64 reference
     runtimes.py  ONNX Runtime and OpenVINO
-    timing.py    clocks (CPU, CUDA), interleaving, medians and their noise
+    timing.py    clocks (CPU, CUDA), rounds, medians and their noise
     faulting.py  contestants timed again in a process with the default allocator
     memory.py    a step's peak memory
     machine.py   one line that describes the machine
-    host.py      what a call costs the host
-    row.py       one case measured on all contestants; ratios
+    host.py      the host's time for a call
+    row.py       one case measured on all contestants, and its ratios
     table.py     rows as text
 """
 
@@ -41,7 +41,7 @@ RIVALS = ("eager", "compile", *runtimes.NAMES)
 
 
 def contestants(rivals: Sequence[str] = ("eager",), layouts: Sequence[str] = LAYOUTS) -> list[Rival]:
-    """This package in each layout, then the named rivals in each of the layouts that they support."""
+    """This package in each layout, then each named rival in the layouts that it supports."""
     chosen = [ours(layout) for layout in layouts]
     for name in rivals:
         if name in ("eager", "compile"):
@@ -72,19 +72,20 @@ def operator_report(
     Args:
         operator: "trelu", "depthwise" or "separable".
         shape: (N, C, H, W) of the image.
-        kernel, stride, dilation, padding: of the depthwise step; the default padding keeps the image's size.
-        kernel_width: width of a filter whose width differs from its height.
-        out_channels: of the separable convolution; C by default.
+        kernel, stride, dilation, padding: of the depthwise step. The default padding keeps the image's size.
+        kernel_width: the filter's width, where it differs from the height.
+        out_channels: of the separable convolution. C by default.
         dtype: "fp32", "bf16" or "fp16".
         layout: "nchw", "nhwc" or None for both.
         direction: "forward", "backward", "data" or "weight".
-        seconds: time for all contestants together.
+        device: "cpu" or "cuda".
+        seconds: timing for all contestants together.
 
     Returns:
-        The machine's line and a table of one row.
+        The machine's line, a table of one row, and every contestant's time.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: an argument is out of range. The message names it.
     """
     if len(shape) != 4:
         raise ValueError(f"shape must be N,C,H,W, got {','.join(map(str, shape))}")
@@ -126,10 +127,10 @@ def operator_report(
 
 
 def four_lines(seconds: float = 10.0, batch: int = 16) -> list[str]:
-    """The machine's line, then the three operators against PyTorch's better layout on a layer of ResNet-KL, in fp32.
+    """The machine's line, then the three operators on a layer of ResNet-KL in fp32, against PyTorch's better layout.
 
     Args:
-        seconds: for everything. About two thirds are spent on timing, the rest on making and checking the inputs.
+        seconds: for everything. About two thirds go to timing, the rest to making and checking the inputs.
         batch: images in a call.
     """
     keep_freed_memory()

@@ -1,6 +1,6 @@
-"""What is timed: one operator on one shape, in one type and one direction, with the least work that it needs.
+"""What is timed: one operator on one shape, in one type and one direction, and the least work that it needs.
 
-Plain data and counting, without torch.
+This module only holds data and counts. It does not need torch.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from dataclasses import dataclass
 
 OPERATORS = ("trelu", "depthwise", "separable")
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""The types' short names, with the bytes of an element."""
+"""The types' short names, and the bytes of an element."""
 DIRECTIONS = ("forward", "backward", "data", "weight")
-"""backward: all gradients at once; data: the image's gradient alone; weight: the filters' gradients alone."""
+"""backward: all gradients at once; data: only the image's gradient; weight: only the filters' gradients."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator, shape, type and direction; both memory layouts belong to the same case.
+    """One operator, shape, type and direction. Both memory layouts belong to the same case.
 
     Attributes:
         operator: "trelu", "depthwise" or "separable" (depthwise, then pointwise).
         batch, channels, height, width: of the image.
         out_channels: C' of the pointwise step; ignored for the other operators.
         kernel, stride, dilation, padding: of the depthwise step, the same in height and width.
-        kernel_width: width of a filter whose width differs from its height.
-        tf32: whether every contestant multiplies fp32 values in TF32, rather than in fp32.
-        activation: after the pointwise step, a name as in :func:`rkl_kernels.separable_conv2d`, or None.
+        kernel_width: the filter's width, where it differs from the height.
+        tf32: whether every contestant multiplies fp32 values in TF32 instead of fp32.
+        activation: the activation after the pointwise step, as in :func:`rkl_kernels.separable_conv2d`, or None.
         name: the shape's name in tables.
     """
 
@@ -80,7 +80,7 @@ class Case:
 
     @property
     def precision(self) -> str:
-        """The type's name, or tf32."""
+        """The type's name, or "tf32"."""
         return "tf32" if self.tf32 else self.dtype
 
     @property
@@ -112,13 +112,13 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """The least bytes to move: each input read once, each output written once."""
+        """The least bytes to move: each input is read once, each output is written once."""
         image = self.batch * self.channels * self.height * self.width
         if self.operator == "trelu":  # backward reads the gradient and the output, and writes a gradient
             return (2 if self.direction == "forward" else 3) * image * DTYPES[self.dtype]
         channels = self.out_channels if self.operator == "separable" else self.channels
         result = self.batch * channels * self.out_height * self.out_width
-        # Forward, data and weight touch image, filters and result once. Backward adds the gradients of the first two.
+        # Forward, data and weight move image, filters and result once. Backward adds the gradients of the first two.
         once = image + self._filters + result
         return (once + (image + self._filters if self.direction == "backward" else 0)) * DTYPES[self.dtype]
 

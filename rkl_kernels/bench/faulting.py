@@ -1,7 +1,7 @@
 """Times contestants again in a process with the default allocator.
 
-This needs a process of its own. Once an allocator has kept freed memory, large tensors find room in its heap from then
-on, whatever its settings are, and cost no page faults.
+This needs a separate process. Once an allocator has kept freed memory, large tensors find room in its heap and cost no
+page faults, whatever its settings are from then on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAKERS = {"ours": ours, "eager": eager}
 
 
 def time_faulting(case: Case, names: Iterable[str], budget: float, busy: bool) -> dict[str, Timing]:
-    """Seconds a layer on the CPU, for those of the ids ``names`` that belong to this package or to PyTorch."""
+    """Seconds a layer on the CPU. Of the ids in ``names``, only this package's and PyTorch's are timed."""
     mine = [name for name in names if name.split()[0] in MAKERS]
     return process().submit(_timed, case, mine, budget, busy, torch.get_num_threads()).result()
 

@@ -1,4 +1,4 @@
-"""What a call costs the host, on tensors so small that nothing else counts, compared with PyTorch's own calls."""
+"""The host's time for a call, compared with PyTorch's own calls. Tensors are so small that nothing else counts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROWS: dict[str, tuple[str, Function, Function]] = {
 
 
 def _run(function: Function, mode: str, device: str) -> Run:
-    """One call of the function or of its backward. On a GPU the call queues its work and does not wait for it."""
+    """One call of the function or of its backward. On a GPU the call queues its work without waiting for it."""
     channels = SHAPE[1]
     shapes = SHAPE, (channels, 1, 3, 3), (OUTPUTS, channels, 1, 1)
     x, w, p = (torch.randn(shape, device=device).requires_grad_(mode != MODES[0]) for shape in shapes)
@@ -48,7 +48,7 @@ def _run(function: Function, mode: str, device: str) -> Run:
 
 
 def measure(device: str = "cpu", seconds: float = 5.0) -> dict[tuple[str, str], tuple[Timing, Timing]]:
-    """Our time and PyTorch's, by operator and mode. On one thread, since sharing so little costs more than it saves."""
+    """Our time and PyTorch's, by operator and mode, on one thread: sharing so little work costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -66,7 +66,7 @@ def measure(device: str = "cpu", seconds: float = 5.0) -> dict[tuple[str, str], 
 
 
 def report(device: str = "cpu", seconds: float = 5.0) -> str:
-    """A table of microseconds a call, as `rkl bench host` prints it."""
+    """The table of microseconds a call that `rkl bench host` prints."""
     check_device(device)
     shape = " x ".join(map(str, SHAPE))
     lines = [machine_line(machine(device)), f"microseconds a call, fp32, {shape}, k = 3, one thread; ours / PyTorch's"]

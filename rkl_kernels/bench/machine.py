@@ -1,4 +1,4 @@
-"""The machine's line, with which every table of figures begins."""
+"""The line that describes the machine, at the head of every table of figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import rkl_kernels as rk
 
 
 def _cpu_name() -> str:
-    """The processor's name. On x86 its family and model follow: a virtual machine may give several kinds one name."""
+    """The processor's name. On x86 its family and model follow: virtual machines may give several kinds one name."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -70,13 +70,15 @@ def machine_line(facts: dict[str, Any]) -> str:
 
 
 def other_machine(recorded: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """The line of a record that is of another machine than this, or of other versions: their rows do not go together
-    under one line. None where both are alike."""
+    """The record's line, where it is of another machine or of other versions than here; None where both are alike.
+
+    Rows of two machines must not stand under one line.
+    """
     line = machine_line(recorded)
     return None if line == machine_line(here) else line
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """A file name for the device: its name, the instruction set that it is limited to, and the threads."""
+    """A file name for the device: its name, the instruction set that it is limited to, and the number of threads."""
     name = f"{facts['device']} {facts.get('held_to') or ''} {facts['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

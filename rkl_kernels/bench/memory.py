@@ -1,4 +1,4 @@
-"""Measures the peak memory of a piece of work, which must show what is kept for backward."""
+"""Measures the peak memory of a piece of work, including what is kept for backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from ..allocator import glibc_function
 
 PERIOD = 5e-4
-"""Seconds between two samples. A training step stays at its peak, the end of forward, for longer."""
+"""Seconds between two samples. A training step stays longer than this at its peak, the end of forward."""
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -29,8 +29,8 @@ if _mallinfo2 is not None:
 def allocated() -> int | None:
     """Bytes that this process has allocated and not freed: by torch, its libraries and the kernels' scratch.
 
-    The allocator tells the number. The process's resident size would include memory that was freed and kept. None where
-    the allocator is not glibc's (2.33 or newer).
+    The allocator counts them. The process's resident size would include memory that was freed and kept. None where the
+    allocator is not glibc's, 2.33 or newer.
     """
     if _mallinfo2 is None:
         return None
@@ -39,10 +39,10 @@ def allocated() -> int | None:
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes allocated at the peak of ``run()``, less those allocated before it. Sampled every half millisecond.
+    """Bytes allocated at the peak of ``run()``, minus those allocated before it. Sampled every half millisecond.
 
     Raises:
-        RuntimeError: the allocator does not tell what is allocated.
+        RuntimeError: the allocator does not count what is allocated.
     """
     before = allocated()
     if before is None:

@@ -1,8 +1,8 @@
 """The contestants on PyTorch tensors: this package and PyTorch itself, each in both memory layouts.
 
-A contestant is prepared for a :class:`Case` and returns a function that does the work once. A forward function may be
-given another image than the case's own. It returns the same tensors as :func:`reference` for the case: the output, or
-the gradients.
+A contestant is prepared for a :class:`Case`, which gives a function that does the work once. That function returns the
+same tensors as :func:`reference` does for the case: the output, or the gradients. A forward function may be called with
+another image than the case's own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .case import Case
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 TOLERANCES = {"fp32": 2e-4, "tf32": 4e-3, "bf16": 2e-2, "fp16": 4e-3}
-"""Largest error accepted, as a share of the largest value. It allows another order of summation and, in 16 bits, the
-rounding of one intermediate tensor. A wrong result is orders of magnitude off."""
+"""The largest accepted error, as a share of the largest value. It allows for another order of summation and, in 16
+bits, for the rounding of one intermediate tensor. A wrong result is orders of magnitude off."""
 
 PART = 16
-"""Images compared at a time. A float64 copy of all results would be four times as large as the results."""
+"""Images compared at a time. A float64 copy of all 16-bit results would be four times as large as they are."""
 
 Results = tuple[Tensor, ...]
 
@@ -61,12 +61,12 @@ def _inputs(case: Case, device: str) -> Inputs:
 
 
 def inputs(case: Case, device: str = "cpu") -> Inputs:
-    """The case's tensors, drawn on the device. They are the same for every type and direction."""
+    """The case's tensors, drawn on the device: the same for every type and direction."""
     return _inputs(replace(case, dtype="fp32", direction="forward", name="", tf32=False), device)
 
 
 def function(case: Case, library: Any = rk) -> Callable[..., Tensor]:
-    """``library``'s operator (this package's, or its reference in plain PyTorch) as a function of image and weights."""
+    """The operator as a function of image and weights. ``library``: this package, or its reference in plain PyTorch."""
     window = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
     if case.operator == "trelu":
         return library.trelu
@@ -80,7 +80,7 @@ def function(case: Case, library: Any = rk) -> Callable[..., Tensor]:
 def runner(
     case: Case, operator: Callable[..., Tensor], x: Tensor, weights: Results, grad: Tensor
 ) -> Callable[..., Any]:
-    """A function that does the work of one call in the case's direction. Backward runs on a graph recorded here."""
+    """A function that does the work of one call in the case's direction. Backward reuses one graph, made here."""
     if case.direction == "forward":
 
         def forward(image: Tensor = x) -> Results:
@@ -104,7 +104,7 @@ def _reference(case: Case, device: str) -> Results:
 
 
 def reference(case: Case, device: str = "cpu") -> Results:
-    """The right results in float64: the output, or the gradients in the order image, weights."""
+    """The right results in float64: the output, or the gradients, the image's first, then the weights'."""
     if case.direction in ("data", "weight"):  # parts of backward, which may be cached
         results = reference(replace(case, direction="backward"), device)
         return results[:1] if case.direction == "data" else results[1:]
@@ -112,7 +112,8 @@ def reference(case: Case, device: str = "cpu") -> Results:
 
 
 def error(got: Results, want: Results) -> float:
-    """The largest error of any result, as a share of that result's largest value; inf where an error is not finite."""
+    """The largest error of any result, as a share of that result's largest value. It is inf where a result has another
+    shape, or its error is not finite."""
     worst = 0.0
     for result, right in zip(got, want, strict=True):
         if result.shape != right.shape:
@@ -127,15 +128,15 @@ def error(got: Results, want: Results) -> float:
 
 
 LAYERS = 4
-"""Layers in a row, where a layer's output can be the next layer's image."""
+"""How many layers run in a row, where a layer's output can be the next layer's image."""
 
 
 def layers(case: Case, run: Callable[..., Any], device: str = "cpu") -> tuple[Callable[[], None], int]:
-    """The work as in a network, where the next operation reads a call's output, and the number of layers in it.
+    """The work as in a network, where the next operation reads the output, and the number of layers in it.
 
     Several layers run in a row where the shape allows it. Elsewhere, on a CPU, an in-place ReLU follows the call. If
-    nobody read the output, a kernel that keeps it out of the caches would look faster than it is in a network. On a GPU
-    the shapes exceed the cache, and the ReLU would take up to as long as the work.
+    nothing read the output, a kernel that keeps it out of the caches would look faster than it is in a network. On a
+    GPU no ReLU follows: the shapes exceed the cache, and the ReLU would take up to as long as the work.
     """
     if case.repeats:
 
@@ -168,11 +169,12 @@ def _of_type(case: Case, layout: str, device: str) -> tuple[Tensor, Results, Ten
 
 @dataclass(frozen=True)
 class Rival:
-    """A contestant. ``prepare(case, device)`` returns the function that does the work once.
+    """A contestant.
 
     Attributes:
-        name: the name in tables; "ours" is this package itself.
+        name: the name in tables. "ours" is this package itself.
         layout: "nchw" or "nhwc".
+        prepare: ``prepare(case, device)`` returns the function that does the work once.
     """
 
     name: str
@@ -185,7 +187,7 @@ class Rival:
 
 
 def ours(layout: str, backend: Backend = "auto") -> Rival:
-    """This package, named "ours", or "ours-" and the backend where one is given."""
+    """This package, named "ours", or "ours-<backend>" where a backend is given."""
 
     def prepare(case: Case, device: str) -> Callable[..., Any]:
         if backend == "auto":
@@ -215,9 +217,9 @@ def compiled(layout: str, mode: str = "default") -> Rival:
     """The operators of :func:`eager` through ``torch.compile``, in its mode ``mode``."""
 
     def prepare(case: Case, device: str) -> Callable[..., Any]:
-        # Each case is compiled alone: the compiler's caches of earlier cases would only lead to recompilation limits.
+        # Each case is compiled alone: the compiler's cache of earlier cases would only lead to its recompilation limit.
         torch._dynamo.reset()
-        # Backward runs many times on one graph, so the compiler must not reuse the buffers kept for backward.
+        # Backward runs many times on one graph, so the compiler must not overwrite the buffers kept for backward.
         torch._functorch.config.donated_buffer = False
         operator = torch.compile(function(case, rk.reference), mode=mode, dynamic=False, fullgraph=True)
         return runner(case, operator, *_placed(case, layout, device))

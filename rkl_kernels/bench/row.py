@@ -1,4 +1,4 @@
-"""One row of a table: a case measured on every contestant, with the floors measured in the same turns."""
+"""One row of a table: a case measured on every contestant, with the floor measured in the same rounds."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Row:
 
     Attributes:
         times: seconds a layer of every contestant whose results were right, by its id ("ours nhwc", "eager nchw").
-        faulting: the same, for this package and PyTorch, where the allocator is left as it comes, so that large outputs
-            cost page faults; empty unless asked for.
-        rejected: contestants that were not timed, with why.
-        copy: a plain copy over the case's unavoidable bytes.
-        matrix_rate: operations a second of a large matrix product of the case's type.
+        faulting: the same for this package and PyTorch with the default allocator, where large outputs cost page
+            faults. Empty unless asked for.
+        rejected: the contestants that were not timed, and why.
+        copy: a plain copy of the case's unavoidable bytes.
+        matrix_rate: operations a second of a large matrix product in the case's type.
         matrix_noise: how far that rate may be off, as a share.
     """
 
@@ -54,35 +54,36 @@ class Row:
 
     @property
     def floor(self) -> float:
-        """Seconds that the work takes at least: its bytes at copy speed or its operations at the matrix rate.
+        """The least seconds for the work: its bytes at copy speed or its operations at the matrix rate, whichever is
+        longer.
 
-        A copy on a CPU reads each line of its output before it writes it; outputs past the caches may take two
-        thirds of its time.
+        A copy on a CPU reads each line of its output before it writes it. A kernel that writes past the caches may take
+        two thirds of the copy's time.
         """
         return max(self.copy.seconds, self.case.operations / self.matrix_rate)
 
     @property
     def floor_noise(self) -> float:
-        """How far the floor may be off, as a share: of the two times, that of the longer one."""
+        """How far the floor may be off, as a share: the noise of the longer of its two times."""
         return self.copy.noise if self.floor == self.copy.seconds else self.matrix_noise
 
     def best(self, mine: bool) -> str | None:
-        """The fastest of our contestants, or of the rivals; None where there is none."""
+        """The fastest of our contestants, or of the rivals. None where there is none."""
         names = [name for name in self.times if name.startswith(OURS) == mine]
         return min(names, key=lambda name: self.times[name].seconds, default=None)
 
     def ratio(self, rival: str | None, mine: str | None) -> float | None:
-        """How many times ``mine`` is faster than ``rival``; None where either was not timed."""
+        """How many times ``mine`` is faster than ``rival``. None where either was not timed."""
         if rival not in self.times or mine not in self.times:
             return None
         return self.times[rival].seconds / self.times[mine].seconds
 
     def same_layout(self, layout: str) -> float | None:
-        """How many times we are faster than PyTorch eager in one layout."""
+        """How many times we are faster than PyTorch eager in the same layout."""
         return self.ratio(f"eager {layout}", f"{OURS} {layout}")
 
     def same_layout_faulting(self, layout: str) -> float | None:
-        """The same with the allocator as it comes."""
+        """The same with the default allocator."""
         return Row(self.case, self.copy, self.matrix_rate, self.faulting).same_layout(layout)
 
     def over_best(self) -> float | None:
@@ -90,7 +91,7 @@ class Row:
         return self.ratio(self.best(mine=False), self.best(mine=True))
 
     def of_floor(self, name: str | None = None) -> float | None:
-        """The share of the floor's speed that a contestant reaches; our better layout unless named."""
+        """The share of the floor's speed that a contestant reaches. Without ``name``, that of our better layout."""
         name = name or self.best(mine=True)
         return self.floor / self.times[name].seconds if name in self.times else None
 
@@ -102,8 +103,8 @@ class Row:
 
 @contextmanager
 def products(tf32: bool) -> Iterator[None]:
-    """Products of fp32 values in TF32 or not, by all of PyTorch's libraries: by default its convolutions take TF32
-    where the GPU has it, and then no exact arithmetic can be held against theirs."""
+    """A block in which all of PyTorch's libraries multiply fp32 values in TF32, or none does. By default PyTorch's
+    convolutions use TF32 where the GPU has it, and then exact arithmetic cannot be compared with theirs."""
     settings: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [one.allow_tf32 for one in settings]
     try:
@@ -123,15 +124,16 @@ def measure(
     busy: bool = False,
     faulting: bool = False,
 ) -> Row:
-    """Check every contestant's results against the float64 reference, then time those that are right, interleaved, as
-    :func:`layers` says.
+    """Check every contestant's results against the float64 reference, then time those that are right.
+
+    The contestants are timed in rounds (:func:`interleave`), each on the work that :func:`layers` makes.
 
     Args:
         budget: seconds of timing for all contestants together.
-        faulting: time this package and PyTorch once more on the CPU, in half as much time, in a process whose allocator
-            is as it comes.
-        busy: CPU time and shortest samples instead of wall time and medians, to look at a kernel on one thread while
-            the machine does other work. Such figures are for looking, not for keeping.
+        faulting: time this package and PyTorch again on the CPU, in half as much time, in a process with the default
+            allocator.
+        busy: take CPU time and shortest samples instead of wall time and medians, to look at a kernel on one thread
+            while the machine does other work. Do not keep such figures.
     """
     with products(case.tf32), torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
         return _measure(case, rivals, device, budget, busy, faulting)
@@ -142,7 +144,7 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
     rejected: dict[str, str] = {}
     for rival in rivals:
         if device == "cuda":
-            torch.cuda.empty_cache()  # of the float64 copies: the largest shapes need the room
+            torch.cuda.empty_cache()  # frees the float64 copies: the largest shapes need the room
         try:
             run = rival.prepare(case, device)
             wrong = error(run(), reference(case, device))
@@ -168,7 +170,7 @@ def _measure(case: Case, rivals: Iterable[Rival], device: str, budget: float, bu
 
 
 def _recorded(contestants: dict[str, Callable[[], Any]], rejected: dict[str, str]) -> dict[str, Callable[[], Any]]:
-    """Those whose launches can be recorded; the others are rejected."""
+    """The contestants whose launches can be recorded. The others are rejected."""
     pool = torch.cuda.graph_pool_handle()
     found = {}
     for name, chain in contestants.items():
@@ -196,8 +198,11 @@ def to_json(row: Row) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Row:
-    """The row that :func:`to_json` wrote; earlier records have no times with the allocator as it comes, and no noise of
-    the matrix rate: the copy's, of the same rounds, stands in for it."""
+    """The row that :func:`to_json` wrote.
+
+    Earlier records have no times with the default allocator. They have no noise of the matrix rate either: the copy's
+    noise, from the same rounds, stands in for it.
+    """
     times, faulting = (
         {name: timing.from_json(one) for name, one in data.get(key, {}).items()} for key in ("times", "faulting")
     )

@@ -1,6 +1,6 @@
 """The contestants outside PyTorch: ONNX Runtime and OpenVINO. Both run forward in fp32, on an ONNX graph made here.
 
-Weights are constants of the graph, so both may pack them beforehand. Both get as many threads as torch.
+The weights are constants of the graph, so both may pack them beforehand. Both get as many threads as torch.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ OPSET = 17
 
 
 def installed(name: str) -> bool:
-    """Whether the runtime can be imported, and the onnx package, which builds its graph."""
+    """Whether the runtime and the onnx package, which builds its graph, can be imported."""
     return all(importlib.util.find_spec(module) is not None for module in (name, "onnx"))
 
 
 def rival(name: str) -> Rival:
-    """One of :data:`NAMES` as a contestant. Its images are contiguous; it may use any layout inside."""
+    """One of :data:`NAMES` as a contestant. Its images are contiguous. Inside, it may use any layout."""
     return Rival(name, "nchw", {"onnxruntime": _onnxruntime, "openvino": _openvino}[name])
 
 
 def serves(case: Case, device: str = "cpu") -> bool:
     """Whether the runtimes serve a case: forward in fp32 on the CPU, with an activation that takes few ONNX nodes.
 
-    They serve none where torch is limited to older instructions, since they choose instructions by themselves.
+    They serve no case where torch is limited to older instructions, since they choose instructions by themselves.
     """
     if held_to():
         return False
@@ -91,7 +91,7 @@ def _onnxruntime(case: Case, device: str) -> Callable[..., Any]:
     _check(case, device)
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin after a call would take the next contestant's cores.
+    # Threads that spin after a call would take cores from the next contestant.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(model(case), options, providers=["CPUExecutionProvider"])
     given = inputs(case)
@@ -114,7 +114,7 @@ def _openvino(case: Case, device: str) -> Callable[..., Any]:
         "INFERENCE_PRECISION_HINT": "f32",
     }
     compiled = core.compile_model(core.read_model(model(case)), "CPU", settings)
-    # Two requests take turns, so that a layer does not write where it reads.
+    # Two requests alternate, so that a layer does not write where it reads.
     requests = itertools.cycle([compiled.create_infer_request() for _ in range(2)])
     given = inputs(case)
 

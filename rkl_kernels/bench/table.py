@@ -9,13 +9,13 @@ from .row import OURS, Row
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:
-    """The geometric mean of the values that are not None; None where all are."""
+    """The geometric mean of the values that are not None. None where all are."""
     logs = [math.log(v) for v in values if v]
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
 def _cell(value: float | None, form: str) -> str:
-    """A formatted value: "-" where it was not measured, "?" where it is unknown, as the noise of a single sample."""
+    """A formatted value: "-" where it was not measured, "?" where it is unknown, like the noise of a single sample."""
     if value is None:
         return "-"
     return format(value, form) if math.isfinite(value) else "?"
@@ -91,7 +91,7 @@ def notes(row: Row) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, followed by the reasons why contestants were not timed."""
+    """The rows as text, then the reasons why contestants were not timed."""
     return "\n".join(
         [line(COLUMNS), *(line(cells(row)) for row in rows), *(note for row in rows for note in notes(row))]
     )

@@ -1,4 +1,4 @@
-"""Clocks, interleaving, medians, and the noise of what was measured."""
+"""Clocks, rounds of contestants, medians, and the noise of a measurement."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 
 Run = Callable[[], object]
 Timer = Callable[[Run, int], float]
-"""``timer(run, calls)`` -> seconds a call, over ``calls`` calls one after another."""
+"""``timer(run, calls)`` -> seconds a call, over ``calls`` calls in a row."""
 
 LEAST_SAMPLE = 1e-3
-"""Seconds of one sample at least, so that waking the thread pool and reading the clock do not show in it."""
+"""The least seconds of a sample, so that waking the thread pool and reading the clock do not show in it."""
 MOST_SAMPLES = 100
 
 
@@ -29,7 +29,7 @@ def cpu_timer(run: Run, calls: int) -> float:
 
 
 def busy_timer(run: Run, calls: int) -> float:
-    """CPU time of this process: on one thread, what waiting for other processes does not lengthen."""
+    """CPU time of this process. On one thread, waiting for other processes does not lengthen it."""
     start = time.process_time()
     for _ in range(calls):
         run()
@@ -37,7 +37,8 @@ def busy_timer(run: Run, calls: int) -> float:
 
 
 def cuda_timer(run: Run, calls: int) -> float:
-    """Between two events on the current stream; the queue is filled first, so that launches overlap with the work."""
+    """Time between two events on the current stream. All calls are queued before the wait, so that launches overlap
+    with the work."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -51,18 +52,18 @@ def cuda_timer(run: Run, calls: int) -> float:
 def recorded(run: Run, pool: Any = None) -> Run:
     """The launches of ``run`` as a CUDA graph.
 
-    A replay costs the host one call, so that the device's time is what the clock sees: autograd's way to a gradient
-    takes 0.1 to 0.2 ms, longer than most of the kernels that it launches. A network whose layers are queued ahead of
-    the device does not wait for it either. What a call costs the host has rows of its own (host.py).
+    A replay costs the host one call, so the clock sees the device's time. Otherwise it would see autograd's path to a
+    gradient, which takes 0.1 to 0.2 ms, longer than most of the kernels that it launches. A network whose layers are
+    queued ahead of the device does not wait for that path either. host.py measures the host's time for a call.
 
-    On a side stream, whose work alone can be recorded; ``run`` has to be prepared there. Recordings of one ``pool``
-    share memory, since nobody reads what they leave.
+    Call this on a side stream, since only a side stream can be recorded, and prepare ``run`` there. Recordings in one
+    ``pool`` share memory, since nobody reads what they leave.
 
     Raises:
-        RuntimeError: the launches cannot be recorded. Timed by the host's way they would not compare with the others.
+        RuntimeError: the launches cannot be recorded. Launched by the host instead, they would not compare with others.
     """
     graph = torch.cuda.CUDAGraph()
-    run()  # whatever is made once, a compiled kernel or a library's workspace, is made before the recording
+    run()  # what is made once, a compiled kernel or a library's workspace, is made before the recording
     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
         run()
     return graph.replay
@@ -74,8 +75,13 @@ def timer_for(device: str) -> Timer:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median of the samples, and how far that median may be off, as a share of it; infinity where
-    there is one sample, which says nothing about that."""
+    """Seconds a call.
+
+    Attributes:
+        seconds: the median of the samples.
+        noise: how far that median may be off, as a share of it. Infinity for one sample, which does not tell.
+        samples: how many there are.
+    """
 
     seconds: float
     noise: float
@@ -83,33 +89,33 @@ class Timing:
 
 
 def noise_to_json(noise: float) -> float | None:
-    """A noise that is not known as None, since JSON has no infinity."""
+    """The noise, or None where it is unknown: JSON has no infinity."""
     return noise if math.isfinite(noise) else None
 
 
 def to_json(timing: Timing) -> dict[str, Any]:
-    """As plain values."""
+    """The timing as plain values."""
     return vars(timing) | {"noise": noise_to_json(timing.noise)}
 
 
 def from_json(data: Mapping[str, Any]) -> Timing:
-    """The timing that :func:`to_json` wrote; earlier records call the noise of a single sample 0."""
+    """The timing that :func:`to_json` wrote. Earlier records give the noise of a single sample as 0."""
     return Timing(**data) if data["samples"] > 1 else Timing(data["seconds"], math.inf, data["samples"])
 
 
 def summarize(samples: list[float], fastest: bool = False) -> Timing:
-    """The median with its standard error, both robust: one sample hit by another process moves neither.
+    """The median and its standard error. Both are robust: one sample disturbed by another process moves neither.
 
-    ``fastest`` takes the shortest sample instead: on a machine busy with other work, where most samples are hit.
+    ``fastest`` takes the shortest sample instead, for a machine so busy that most samples are disturbed.
     """
     count, middle = len(samples), median(samples)
     chosen = min(samples) if fastest else middle
     if count < 2:
         return Timing(chosen, math.inf, count)
-    # 1.4826 makes a standard deviation of the median distance, 1.2533 a median's error of a mean's.
+    # 1.4826 turns the median distance into a standard deviation, 1.2533 a mean's error into a median's.
     deviation = 1.4826 * median(abs(s - middle) for s in samples)
-    # Both hold for many samples. Few lie closer to their own median than to the true one: of three, the middle one is
-    # at distance 0. By simulated normal noise the error is 1.7 times as large at three samples, 1.27 at five.
+    # Both hold for many samples. Few samples lie closer to their own median than to the true one: of three, the middle
+    # one is at distance 0. In simulated normal noise the error is 1.7 times as large at three samples, 1.27 at five.
     few = 1 + 0.88 / (max(count, 3) - 1.75)
     return Timing(chosen, few * 1.2533 * deviation / math.sqrt(count) / middle, count)
 
@@ -119,14 +125,15 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time the contestants in rounds for about ``budget`` seconds in all.
 
-    In rounds, because a shared machine's speed drifts: what slows one slows the others of the same round, and the
-    ratios stand. Each round in an order of its own, drawn from the same numbers in every run: a contestant finds in the
-    caches what the one before it left there, its own input or nothing, so none may always follow the same one (in
-    turns, the first had always come after the matrix product, and the next found its image ready: 0.7 where 1.0 is
-    right). Each has the same share of the time; a slow one takes ``least`` samples and sits out the later
-    rounds. Nothing is told by the first call of each: it makes what is made once, and takes the memory that the later
-    ones find (four layers of 64 MiB: 390 ms, then 36). One whose second call takes more than the whole budget is
-    content with that.
+    Rounds, because a shared machine's speed drifts: what slows one contestant slows the others of the same round, and
+    their ratios stay right. Each round has its own order, drawn from the same random numbers in every run. A contestant
+    finds in the caches what the one before it left there, its own input or nothing, so none may always follow the same
+    one. (In a fixed order, the first always came after the matrix product, and the next found its image in the caches:
+    0.7 where 1.0 is right.)
+
+    Each contestant has the same share of the time. A slow one takes ``least`` samples and sits out the later rounds.
+    The first call of each does not count: it makes what is made once, and takes the memory that later calls find (four
+    layers of 64 MiB: 390 ms, then 36). Where the second call takes more than the whole budget, it is the only sample.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     calls: dict[str, int] = {}
@@ -147,7 +154,7 @@ def interleave(
 
 
 def a_layer(times: Mapping[str, Timing], chains: Mapping[str, tuple[Run, int]]) -> dict[str, Timing]:
-    """Seconds of each of a chain's layers, by how many it has."""
+    """The times of chains, divided by the number of their layers."""
     return {name: replace(timing, seconds=timing.seconds / chains[name][1]) for name, timing in times.items()}
 
 
@@ -158,7 +165,7 @@ def _goes_on(samples: list[float], calls: int, share: float, least: int) -> bool
 
 
 def copier(moved: int, device: str) -> Run:
-    """A plain copy that reads and writes ``moved`` bytes in all, over all of torch's threads."""
+    """A plain copy that reads and writes ``moved`` bytes in all, on all of torch's threads."""
     source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     return lambda: target.copy_(source)
@@ -167,8 +174,8 @@ def copier(moved: int, device: str) -> Run:
 def multiplier(dtype: torch.dtype, device: str) -> tuple[Run, int]:
     """A square matrix product large enough to run at the machine's rate, and its operations.
 
-    In float32 on a CPU it is the faster of the two libraries that torch links: MKL keeps to AVX2 on processors that are
-    not Intel's, where oneDNN does not.
+    In float32 on a CPU it is the faster of two libraries that torch links. On processors that are not Intel's, MKL
+    keeps to AVX2, and oneDNN does not.
     """
     size = 4096 if device == "cuda" else 768
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
