@@ -1,1 +1,1 @@
-"""Benchmarks over the shapes of published models; see README.md beside this file."""
+"""Benchmarks on the shapes of published models. See README.md beside this file."""

@@ -1,5 +1,8 @@
-"""What the programs' arguments may be, as argparse's types: their words stand behind the argument's name. And what
-ends a program in one line where its results cannot be written."""
+"""Argument types and checks that the programs share.
+
+argparse puts an argument's name before the messages of these types. :func:`writing` ends a program with one line where
+its results cannot be written.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from rkl.training.files import UnwritableError
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1, such as of threads.
+    """A whole number of at least 1, such as a number of threads.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the text is not such a number.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}; give one such as 2")
@@ -23,10 +26,10 @@ def count(text: str) -> int:
 
 
 def positive(text: str) -> float:
-    """A positive number, such as of seconds.
+    """A positive number, such as a number of seconds.
 
     Raises:
-        argparse.ArgumentTypeError: it is none, or not finite.
+        argparse.ArgumentTypeError: the text is not such a number, or not a finite one.
     """
     try:
         value = float(text)
@@ -38,14 +41,14 @@ def positive(text: str) -> float:
 
 
 def check_only(parser: argparse.ArgumentParser, only: str, names: Iterable[str]) -> None:
-    """End the program where ``--only`` is in no model's name: it would do nothing, and look as if it had."""
+    """End the program where no model's name contains ``--only``: it would do nothing, and seem to have worked."""
     if not any(only in name for name in names):
         parser.error(f"--only must be part of a model's name, such as 'mobilenet_v2', got {only!r}")
 
 
 @contextmanager
 def writing(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """A block that writes results, or checks beforehand that they can be: what cannot ends the program in one line."""
+    """A block that writes results, or checks that they can be written. If not, the program ends with one line."""
     try:
         yield
     except UnwritableError as problem:

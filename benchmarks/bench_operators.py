@@ -1,7 +1,7 @@
 """Single cases under pytest-benchmark: ``pytest benchmarks/bench_operators.py -k "depthwise and mnv1-112 and fp32"``.
 
-One contestant after the other, each to its end, with pytest-benchmark's own statistics and comparisons
-(``--benchmark-compare``). Ratios that count come from suite.py, whose contestants take part in rounds: see there why.
+Each contestant runs to its end before the next begins, with pytest-benchmark's own statistics and comparisons
+(``--benchmark-compare``). Take ratios from suite.py, which times the contestants in rounds, and says why.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rkl_kernels.bench.timing import cpu_timer
 from .suite import cases, rivals_of
 
 SECONDS = 1.0
-"""Of timing a contestant."""
+"""Seconds of timing a contestant."""
 
 
 def _parameters() -> Iterator[object]:

@@ -1,9 +1,10 @@
-"""Hold one run against another and name what got slower: ``python -m benchmarks.compare NEW OLD``.
+"""Compare a run with another and name what got slower: ``python -m benchmarks.compare NEW OLD``.
 
-Absolute times of two runs mean little, so shares of the floor are compared (for models: ratios to PyTorch), each taken
-within its run. A row has got slower when the change is more than the noise of both runs: three standard errors of the
-medians, or what rows measured twice differed by, whichever is more. Exit code 1 if any has, if one that was timed
-now fails or is missing, or if there is nothing to compare. A rival that only one of the runs could time is named.
+Absolute times of two runs say little. So shares of the floor are compared (for models, ratios to PyTorch), each taken
+within its own run. A row is slower when its change is larger than the noise of both runs: three standard errors of the
+medians, or the difference of rows measured twice, whichever is larger. The exit code is 1 if a row is slower, if one
+that was timed now fails or is missing, or if there is nothing to compare. Rivals that only one of the two
+runs could time are named.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from .models import DIRECTIONS, ModelRow
 from .suite import RESULTS, Run, most_noise
 
 ERRORS = 3.0
-"""Standard errors that a change must exceed: of some 400 unchanged rows, about one passes."""
+"""Standard errors that a change must exceed. About one of some 400 unchanged rows does."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A row in one layout: ``slower`` times as long as before, where up to ``noise`` more would be noise."""
+    """A row in one layout. It takes ``slower`` times as long as before. Up to 1 + ``noise`` times would be noise."""
 
     id: str
     slower: float
@@ -60,7 +61,7 @@ def _model_changes(new: ModelRow, old: ModelRow, run_noise: float) -> list[Chang
 
 
 def compare(new: Run, old: Run) -> list[Change]:
-    """Every row that both runs have, the most slowed first."""
+    """A change for every row that both runs have, the slowest first."""
     run_noise = most_noise(new, old) or 0.0
     rows = {row.case.id: row for row in old.rows}
     models = {(row.model, row.direction): row for row in old.models}
@@ -72,47 +73,47 @@ def compare(new: Run, old: Run) -> list[Change]:
 
 
 def part_of(old: Run, new: Run) -> Run:
-    """Of the old run what was wanted of the new one, which may be a part (``--only``), with models or without."""
+    """The part of the old run that the new one was to measure: the rows of its ``--only``, with or without models."""
     rows = [row for row in old.rows if new.only in row.case.id]
     return replace(old, rows=rows, models=[] if new.only and not new.models else old.models)
 
 
 def _timed(run: Run, ours: bool = True) -> list[tuple[str, str]]:
-    """Every row and model with each of ours that was timed, or each rival."""
+    """Every row and model, paired with each contestant of ours that was timed, or with each rival."""
     rows = [(row.case.id, row.times) for row in run.rows]
     models = [(f"{row.model} {row.direction}", row.times) for row in run.models]
     return [(id, name) for id, times in (*rows, *models) for name in times if name.startswith(OURS) == ours]
 
 
 def missing(new: Run, old: Run) -> dict[str, str]:
-    """What of ours the old run timed and the new one rejected, with why: a contestant that now fails is worse than
-    slow."""
+    """Contestants of ours that the old run timed and the new one rejected, with the reasons. Failing is worse than
+    being slow."""
     timed, known, why = set(_timed(new)), _measured(new), _rejected(new)
     lost = [(id, name) for id, name in _timed(old) if id in known and (id, name) not in timed]
     return {f"{id}, {name}": why.get((id, name)) or why.get((id, "all"), "fails or is wrong") for id, name in lost}
 
 
 def rivals_rejected(one: Run, other: Run) -> dict[str, str]:
-    """Rivals that the other run timed and this one rejected, with why: what is as fast as before then stands against
-    others than before."""
+    """Rivals that the other run timed and this one rejected, with the reasons. A row's ratios are then to other rivals
+    than before."""
     why = _rejected(one)
     return {f"{id}, {name}": why[id, name] for id, name in _timed(other, ours=False) if (id, name) in why}
 
 
 def unreached(new: Run, old: Run) -> list[str]:
-    """Rows and models of the old run, with something of ours timed, of which the new one has none."""
+    """Rows and models for which the old run timed ours, and which the new run does not have."""
     known = _measured(new)
     return [id for id in dict.fromkeys(id for id, _ in _timed(old)) if id not in known]
 
 
 def _measured(run: Run) -> set[str]:
-    """Names of all rows and models that were tried."""
+    """The names of all rows and models that were tried."""
     models = {f"{row.model} {row.direction}" for row in run.models}
     return {row.case.id for row in run.rows} | models | {id for id, _ in _rejected(run)}
 
 
 def _rejected(run: Run) -> dict[tuple[str, str], str]:
-    """Why contestants were not timed; "all" of a model stands in one row for both directions."""
+    """Why contestants were not timed. A model's "all" is in one row, and counts for both directions."""
     why = {(row.case.id, name): text for row in run.rows for name, text in row.rejected.items()}
     for row in run.models:
         for name, text in row.rejected.items():
@@ -121,7 +122,7 @@ def _rejected(run: Run) -> dict[tuple[str, str], str]:
 
 
 def read(parser: argparse.ArgumentParser, name: str, path: Path) -> Run:
-    """The run of an argument; without one the program ends."""
+    """The run that an argument names. If there is none, the program ends."""
     if not path.is_file():
         parser.error(f"{name} must be a file, got no run at {path}; `make bench` writes one")
     try:
@@ -132,10 +133,12 @@ def read(parser: argparse.ArgumentParser, name: str, path: Path) -> Run:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("new", type=Path, help="JSON of the run to judge")
-    parser.add_argument("old", type=Path, nargs="?", help="JSON to hold it against; the committed one of that name")
+    parser.add_argument("new", type=Path, help="JSON of the new run")
+    parser.add_argument(
+        "old", type=Path, nargs="?", help="JSON of the run before; default: the committed one of that name"
+    )
     options = parser.parse_args(arguments)
-    whole = options.new.name.partition(".")[0] + ".json"  # a part's record has the part behind the machine's name
+    whole = options.new.name.partition(".")[0] + ".json"  # a partial record has the part's name after the machine's
     new = read(parser, "NEW", options.new)
     old = part_of(read(parser, "OLD", options.old or RESULTS / whole), new)
     if new.machine["device"] != old.machine["device"] or new.machine["threads"] != old.machine["threads"]:
@@ -144,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(new: Run, old: Run) -> int:
-    """Everything that got worse, and the exit code."""
+    """Print everything that got worse, and return the exit code."""
     changes, lost, left = compare(new, old), missing(new, old), unreached(new, old)
     slowed = [change for change in changes if change.counts]
     for change in slowed:

@@ -1,10 +1,9 @@
-"""Everything that wants a GPU, in one command, ``make gpu``: tests, then measurements.
+"""All GPU tests and measurements in one command, ``make gpu``.
 
-Needs torch, Triton, NumPy, matplotlib and pytest, no network; pytest-xdist, timm and ncu where they are there.
-Whatever fails is reported and the rest goes on: what runs on the device has a process of its own, which is replaced
-when a kernel breaks it or hangs. Writes benchmarks/results/<device>.json, .md and .png. ``--only depthwise``
-measures one group in 20 seconds; ``--device cpu`` tries all of it on tiny shapes without a GPU. Exit code 1 if a test
-failed.
+Needs torch, Triton, NumPy, matplotlib and pytest, but no network. Uses pytest-xdist, timm and ncu where they are
+installed. A failure is reported, and the rest goes on: work on the device has its own process, which is replaced when
+a kernel breaks it or hangs. Writes benchmarks/results/<device>.json, .md and .png. ``--only depthwise`` measures one
+group in 20 seconds. ``--device cpu`` tries everything on tiny shapes without a GPU. The exit code is 1 if a test fails.
 """
 
 from __future__ import annotations
@@ -42,12 +41,15 @@ ROOT = Path(__file__).resolve().parents[1]
 OTHERS = ("tests", "models", "host", "counters")
 NAMES = (*OTHERS, *(group.name for group in gpu_groups.GROUPS))
 TEST_PROCESSES = 6
-"""The tests compile Triton's kernels, each process for itself; more of them than this fight for the same ones."""
+"""Each test process compiles Triton's kernels for itself. More processes than this compete to compile the same ones."""
 
 
 def run_tests(device: str, timeout: float) -> tuple[str, bool]:
-    """The tests for a GPU, then a few of them under compute-sanitizer: the verdicts in one line, and whether all
-    passed."""
+    """Run the GPU tests, then a few of them under compute-sanitizer.
+
+    Returns:
+        The verdicts in one line, and whether all passed.
+    """
     command = [sys.executable, "-m", "pytest", "tests/gpu", "--device", device, "-p", "no:cacheprovider"]
     parallel = ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
     verdicts = [_verdict("tests", command + parallel, timeout)]
@@ -70,9 +72,9 @@ def _verdict(name: str, command: list[str], timeout: float) -> tuple[str, bool]:
 
 
 def measure_models(run: GpuRun, device: str, deadline: Deadline, worker: Worker, budget: float) -> None:
-    """Every model that the time reaches, ours and eager; then again beside the compiler, which takes a minute each."""
+    """Every model for which there is time, ours and eager, then again with the compiler, which takes a minute each."""
     rows: dict[tuple[str, str], gpu_models.ModelRow] = {}
-    slowest = 60.0  # seconds of a model with the compiler: no other is begun with less
+    slowest = 60.0  # seconds of a model with the compiler: none is begun with less left
     for compile_too in (False, True):
         for number, model in enumerate(gpu_models.MODELS):
             left = deadline.left()
@@ -92,7 +94,7 @@ def measure_models(run: GpuRun, device: str, deadline: Deadline, worker: Worker,
 
 
 def measure_all(run: GpuRun, options: argparse.Namespace, wanted: list[str], within: float) -> None:
-    """Every group that is wanted, in the order of what matters first."""
+    """Every wanted group, the most important first."""
     device, start = options.device, time.perf_counter()
     worker = Worker()
     if rates := attempt("copy bandwidth and matrix rate",
@@ -117,7 +119,7 @@ def names_of(text: str) -> list[str]:
     """The groups that ``--only`` names.
 
     Raises:
-        argparse.ArgumentTypeError: one that there is not.
+        argparse.ArgumentTypeError: there is no such group.
     """
     names = text.split(",")
     for name in names:
@@ -129,13 +131,13 @@ def names_of(text: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="2 minutes: a few shapes, in a record of their own")
-    parser.add_argument("--only", type=names_of, help=f"groups, with commas between, of {', '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="a few shapes in 2 minutes, in a separate record")
+    parser.add_argument("--only", type=names_of, help=f"only these groups, separated by commas: {', '.join(NAMES)}")
     parser.add_argument(
-        "--within", type=positive, help="seconds for the measurements; 400, 90 with --quick, 20 a group"
+        "--within", type=positive, help="seconds for the measurements: 400, 90 with --quick, 20 a group with --only"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--no-tests", action="store_true", help="measurements only")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--no-tests", action="store_true", help="only measure")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch sees, got none; --device cpu tries the program without one")

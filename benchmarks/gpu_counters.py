@@ -1,6 +1,6 @@
-"""The hardware's counters for twenty calls, by Nsight Compute (``ncu``) where it is there.
+"""The hardware's counters for twenty calls, by Nsight Compute (``ncu``) where it is installed.
 
-``python -m benchmarks.gpu_counters`` is what ncu runs: each case once, behind a kernel that only marks its beginning.
+ncu runs ``python -m benchmarks.gpu_counters``: each case once, after a kernel that only marks the case's beginning.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ CASES = (
     "depthwise forward cnx-56 bf16 nhwc", "depthwise forward rkl-4-k3 bf16 nhwc",
     "depthwise backward mnv1-112 bf16 nhwc", "depthwise backward cnx-56 bf16 nhwc",
     "separable forward mnv1-112 bf16 nhwc", "trelu forward kb-82 bf16 nhwc",
-    # Of groups below their bar, what stands farthest from it.
+    # The rows farthest below their group's bar.
     "depthwise forward one-112 bf16 nhwc", "depthwise forward dlab-33-d12 bf16 nhwc",
     "depthwise forward dlab-33-d18 bf16 nhwc", "depthwise forward rep-32-k13 bf16 nhwc",
     "depthwise forward rep-32-k31 bf16 nhwc", "depthwise forward mnas-14 fp32 nhwc",
     "depthwise forward cnx-56 fp32 nhwc", "depthwise forward rep-32-k13 fp32 nhwc",
     "depthwise forward rkl-4-k3s2 bf16 nchw", "separable forward xcep-147 bf16 nhwc",
 )  # fmt: skip
-# Column of the table to ncu's metric, and by what to divide. A name that ncu does not know ends its run: all of these
-# are known on sm_90.
+# A column of the table, ncu's metric, and what to divide it by. ncu stops at a name that it does not know. It knows all
+# of these on sm_90.
 METRICS = {
     "us": ("gpu__time_duration.sum", 1e3),
     "MB read": ("dram__bytes_read.sum", 1e6),
@@ -50,7 +50,7 @@ METRICS = {
     "registers": ("launch__registers_per_thread", 1),
     "blocks": ("launch__grid_size", 1),
 }
-MARK = "spin_kernel"  # of torch.cuda._sleep
+MARK = "spin_kernel"  # the kernel of torch.cuda._sleep
 
 
 def cases() -> Iterator[tuple[Case, str]]:
@@ -74,7 +74,11 @@ def run_cases() -> None:
 
 
 def parse(output: str, ids: list[str]) -> list[dict[str, Any]]:
-    """One row a kernel from ncu's raw CSV: a marking kernel begins each case."""
+    """One row a kernel, from ncu's raw CSV, where a marking kernel begins each case.
+
+    Raises:
+        RuntimeError: ncu printed no table.
+    """
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -82,7 +86,7 @@ def parse(output: str, ids: list[str]) -> list[dict[str, Any]]:
     rows, number = [], -1
     for record in csv.DictReader(lines[start:]):
         name = record["Kernel Name"]
-        if not name:  # the line of units
+        if not name:  # the line with the units
             continue
         if MARK in name:
             number += 1
@@ -103,7 +107,7 @@ def measure_counters(seconds: float) -> list[dict[str, Any]]:
     """The table's rows.
 
     Raises:
-        RuntimeError: no ncu, or it may not read the counters here.
+        RuntimeError: ncu is not installed, or may not read the counters here.
     """
     ncu = shutil.which("ncu")
     if not ncu:

@@ -1,10 +1,10 @@
-"""What the row pipeline's kernels should take on an H200, by count, and those of wide filters in fp32:
-``python -m benchmarks.gpu_counts``. No GPU needed.
+"""The least times on an H200, by count, of the row pipeline's kernels and of those for wide filters in fp32:
+``python -m benchmarks.gpu_counts``. Needs no GPU.
 
-Four things may decide: the bytes that cannot be avoided, at the rate of a copy; the instructions, of which a
+Four things can limit a kernel: the unavoidable bytes, at the rate of a copy; the instructions, of which a
 multiprocessor issues four a clock; the tensor cores' products; and shared memory's 128 bytes a clock. A kernel takes at
-least the largest of these. The rates were measured on an H200, the instructions are those of the built kernels' hot
-loops (benchmarks/results/static.json), and how many rows warps make comes from the plan.
+least the longest of these times. The rates were measured on an H200. The instructions are those of the built kernels'
+hot loops (benchmarks/results/static.json). The number of rows that warps make comes from the plan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rkl_kernels.planner import HOPPER
 from .shapes import SHAPES, Shape
 from .static_report import RESULTS
 
-CLOCK, COPY = 1.77e9, 4.2e12  # Hz under these loads; bytes a second, read and written
+CLOCK, COPY = 1.77e9, 4.2e12  # Hz under these loads; bytes a second, read plus written
 K16, K8, ISSUE, SHARED = 0.67, 0.99, 4.0, 128.0  # products and instructions a clock and multiprocessor; bytes
 KERNELS = (
     ("output", "rows::rows_convolution<bfloat16, {}, false>", 544 + 1024),
@@ -30,19 +30,20 @@ KERNELS = (
     ("both gradients", "rows::rows_both_grads<bfloat16, {}>", 544 + 512 + 1024),
 )
 """By Result's number in csrc/cuda/plan.h: what is made, the kernel, and the bytes that a row of 32 pixels by 8 channels
-moves through shared memory beside ldmatrix: inputs with a halo, columns without, and outputs, both in and out."""
+moves through shared memory beside ldmatrix. They are inputs with a halo, columns without one, and outputs, which go in
+and out."""
 FP32, BF16 = 0, 1  # the numbers of Dtype
-GENERAL, ROWS = 0, 1  # of Family
+GENERAL, ROWS = 0, 1  # the numbers of Family
 WIDE = (
     ("output", "general::any_vectors<float, false, true>"),
     ("image's gradient", "general::any_vectors<float, false, true>"),
     ("filter's gradient", "general::any_filter_grad<float, 16, true>"),
 )
-"""By Result's number: what is made and the kernel, of filters of more than 8 columns in fp32."""
+"""What is made and the kernel, by Result's number, for filters of more than 8 columns in fp32."""
 
 
 def plan(shape: Shape, result: int, dtype: int) -> list[int]:
-    """Family, kernel, rows, parts, blocks, threads, shared memory and steps; nothing where no kernel makes it."""
+    """Family, kernel, rows, parts, blocks, threads, shared memory and steps. Empty where no kernel makes the result."""
     case = shape.case("depthwise", device="cuda")
     sizes = [case.batch, case.channels, case.height, case.width, case.out_height, case.out_width]
     kernel = (shape.kernel, shape.kernel_width or shape.kernel)
@@ -52,7 +53,7 @@ def plan(shape: Shape, result: int, dtype: int) -> list[int]:
 
 
 def moved(shape: Shape, result: int, dtype: int = BF16) -> int:
-    """Bytes that cannot be avoided."""
+    """The unavoidable bytes."""
     case = shape.case("depthwise", device="cuda")
     pixels = case.height * case.width, case.out_height * case.out_width
     images = [case.batch * case.channels * n for n in pixels]
@@ -60,7 +61,7 @@ def moved(shape: Shape, result: int, dtype: int = BF16) -> int:
 
 
 def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) -> list[float] | None:
-    """By memory, instructions, products and shared memory; None where another family serves."""
+    """Times by memory, instructions, products and shared memory. None where another family serves."""
     numbers = plan(shape, result, BF16)
     if not numbers or numbers[0] != ROWS or (result == 1 and shape.stride == 2):
         return None
@@ -76,13 +77,16 @@ def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) ->
 
 
 def wide_microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) -> list[float] | None:
-    """By memory and instructions, of a wide filter in fp32; None where another family serves. Rows of padding, which
-    are left out, are counted in, and so are the outputs and taps that fill up a thread's 32 sums."""
+    """Times by memory and instructions for a wide filter in fp32. None where another family serves.
+
+    The counts include rows of padding, which the kernel leaves out, and the outputs and taps that fill up a thread's 32
+    sums.
+    """
     family, _, _, parts, blocks, threads, *_ = plan(shape, result, FP32)
     if shape.kernel <= 8 or family != GENERAL:
         return None
     case = shape.case("depthwise", device="cuda")
-    # Of all threads: a tap of each output's, or a pixel of the gradient's for 32 channels of each block of a part.
+    # Of all threads: taps of each thread's outputs, or the gradient's pixels for 32 channels of each block of a part.
     pixels = case.batch * case.out_height * case.out_width
     steps = blocks // parts * 32 * pixels if result == 2 else blocks * threads * shape.kernel**2
     loop = loops[WIDE[result][1]]

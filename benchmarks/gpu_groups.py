@@ -1,7 +1,7 @@
-"""What ``make gpu`` measures, group by group, and the bars that a group's figures are held against.
+"""What ``make gpu`` measures, group by group, and the bars that each group's figures should meet.
 
-A row is measured once and may stand in several groups. 16 bits come first, then KernelBench's own shapes, then fp32
-with TF32 off, then TF32: where the time ends, the last are left out.
+A row is measured once and may be in several groups. 16 bits come first, then KernelBench's own shapes, then fp32 with
+TF32 off, then TF32. Where time runs out, the last ones are left out.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .shapes import SHAPES, Shape
 QUICK = ("mnv1-112", "xcep-147", "cnx-56", "rep-32-k13", "kb-82", "one-112", "rkl-16-k7")
 TRELU = ("mnv1-112", "kb-82", "one-112")
 PUBLISHED_KB82 = 1.225
-"""Milliseconds: the best known kernel of KernelBench level 1 no. 82, fp32, on an H100."""
+"""Milliseconds of the best known kernel for KernelBench level 1 no. 82, fp32, on an H100."""
 
 Figure = Callable[[Sequence[Row]], float | None]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure of a group's rows and the least that it should be, or the most."""
+    """A figure of a group's rows, and the least (or most) that it should be."""
 
     what: str
     bar: float
@@ -39,7 +39,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that answer one question; ``name`` is what ``--only`` takes."""
+    """Rows that answer one question. ``--only`` takes the ``name``."""
 
     name: str
     title: str
@@ -52,7 +52,7 @@ def _of(rows: Sequence[Row], directions: str) -> list[Row]:
 
 
 def over_best(row: Row, layout: str | None = None) -> float | None:
-    """How many times we are faster in NHWC than the best rival in any layout, or in a layout than the best in it."""
+    """How many times we are faster in NHWC than the best rival in any layout, or in ``layout`` than the best in it."""
     rivals = [name for name in row.times if not name.startswith(OURS) and name.endswith(layout or "")]
     best = min(rivals, key=lambda name: row.times[name].seconds, default=None)
     return row.ratio(best, f"{OURS} {layout or 'nhwc'}")
@@ -91,7 +91,7 @@ def _kb82(rows: Sequence[Row]) -> float | None:
 
 
 def _square(case: Case, *kernels: int, stride: int = 1, operator: str = "depthwise") -> bool:
-    """In 16 bits, without dilation."""
+    """Whether a case has a square filter of one of these sizes, in bf16 and without dilation."""
     return (case.operator, case.dtype, case.stride, case.dilation) == (operator, "bf16", stride, 1) and (
         case.kernel == case.filter_width and case.kernel in kernels
     )
@@ -146,7 +146,7 @@ GROUPS = (
 
 
 def cases(device: str, quick: bool = False, only: Sequence[str] = ()) -> list[Case]:
-    """The rows in the order of their groups; of the named groups alone, if any are named."""
+    """The rows in the order of their groups. ``only`` restricts them to the named groups."""
     there = [case for case in _all(device) if not quick or case.name in QUICK]
     groups = [group for group in GROUPS if not only or group.name in only]
     ordered = dict.fromkeys(case for group in groups for case in there if group.has(case))
@@ -159,7 +159,7 @@ def _all(device: str) -> Iterator[Case]:
             for direction in directions:
                 yield shape.case(operator, direction, "bf16", device)
                 yield (exact := shape.case(operator, direction, "fp32", device))
-                if operator == "separable":  # a depthwise step alone has no product that a tensor core would make
+                if operator == "separable":  # a depthwise step alone has no products for tensor cores
                     yield replace(exact, tf32=True)
 
 
@@ -172,7 +172,7 @@ def _operators(shape: Shape) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _tiny(case: Case) -> Case:
-    """The same case at a size that a CPU does at once, to try the program itself."""
+    """The same case, so small that a CPU does it at once, to try the program itself."""
     height, width = (
         min(size, max(8, case.dilation * (kernel - 1) + 1 - 2 * case.padding))
         for size, kernel in ((case.height, case.kernel), (case.width, case.filter_width))

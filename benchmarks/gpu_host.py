@@ -1,5 +1,5 @@
-"""What a call costs the host, on tensors so small that the GPU waits for it: forward without and with a gradient
-wanted, and backward, beside PyTorch's own operators."""
+"""The host's time for a call, beside PyTorch's own operators: forward without and with a gradient wanted, and backward.
+Tensors are so small that the GPU waits for the host."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import rkl_kernels as rk
 from rkl_kernels.bench.timing import Run, Timing, interleave
 
 PASSES = {"forward": 1.5, "forward with gradient": 1.5, "backward": 1.3}
-"""Each pass with its bar: how many times PyTorch's time it may take at most."""
+"""Each pass and its bar: it may take at most so many times PyTorch's time."""
 
 
 @dataclass(frozen=True)
 class HostRow:
-    """Seconds of the host for a call, of this package's operator ("ours") and of PyTorch's ("eager")."""
+    """The host's seconds for a call of this package's operator ("ours") and of PyTorch's ("eager")."""
 
     operator: str
     step: str
@@ -28,12 +28,12 @@ class HostRow:
 
     @property
     def ratio(self) -> float:
-        """How many times PyTorch's time ours takes."""
+        """Our time over PyTorch's."""
         return self.times["ours"].seconds / self.times["eager"].seconds
 
 
 def operators(device: str) -> dict[str, tuple[Callable[..., Any], Callable[..., Any], list[torch.Tensor]]]:
-    """Our operator, PyTorch's with as many kernels as it needs, and the tensors for both."""
+    """Our operator, the PyTorch calls that do the same, and the tensors for both."""
     kind: Any = {"device": device, "dtype": torch.bfloat16}
     x = torch.randn(1, 16, 8, 8, **kind).contiguous(memory_format=torch.channels_last)
     depthwise, pointwise = torch.randn(16, 1, 3, 3, **kind), torch.randn(32, 16, 1, 1, **kind)
@@ -69,7 +69,7 @@ def step_of(operator: Callable[..., Any], tensors: list[torch.Tensor], step: str
 
 
 def host_timer(run: Run, calls: int) -> float:
-    """Seconds until the calls have returned, begun with nothing left to do on the device."""
+    """The seconds in which a call returns, on average. The device is idle at the start."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -1,5 +1,8 @@
-"""Whole models on a GPU in bf16 and channels_last: inference, training step and its peak memory, with this package's
-operators (converted, and fused for inference), with PyTorch's (eager), and with PyTorch's through torch.compile."""
+"""Whole models on a GPU in bf16 and channels_last: inference, a training step and its peak memory.
+
+Each model runs with this package's operators (converted, and fused for inference), with PyTorch's (eager), and with
+PyTorch's through torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from rkl_kernels.errors import told
 from .models import DIRECTIONS, Model, ModelRow, resnet_kl, timm_model
 
 TOLERANCE = 0.1
-"""Largest difference served between converted and unconverted logits, as a share of the largest: bf16 through up to 50
-layers. That each layer is right is the tests' affair; this finds a model that is wired wrongly."""
+"""The largest accepted difference between converted and unconverted logits, as a share of the largest logit: bf16
+through up to 50 layers. The tests check each layer. This check finds a model that is wired wrongly."""
 VARIANTS = ("ours", "eager")
 COMPILE = "compile"
 
-# Batches that fill a GPU, and whose activations fit into 70 GB.
+# Batches fill a GPU, and their activations fit into 70 GB.
 MODELS = (
     Model("ResNet-KL", resnet_kl, 1024, 32),
     Model("MobileNetV2", timm_model("mobilenetv2_100"), 256, 224),
@@ -37,7 +40,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class ModelBar:
-    """What a model's row should reach: x PyTorch's time, and the most of PyTorch's peak memory."""
+    """What a model's row should reach: times faster than PyTorch, and at most this share of its peak memory."""
 
     faster: float
     memory: float | None = None
@@ -50,14 +53,14 @@ def bar_of(row: ModelRow) -> ModelBar:
 
 
 class Prepared:
-    """A model as one variant, with what can be called."""
+    """A model as one variant, and the calls that are timed."""
 
     def __init__(self, start: nn.Module, variant: str, batch: int, size: int, device: str) -> None:
         kind: Any = {"device": device, "dtype": torch.bfloat16, "memory_format": torch.channels_last}
         net = copy.deepcopy(start).to(**kind)
         if variant == "ours":
             rk.convert(net)
-        # ResNet-KL is built on the package: its rival is itself on PyTorch's operators.
+        # ResNet-KL is built on the package. Its rival is the same model on PyTorch's operators.
         self.backend: Callable[[], AbstractContextManager[None]] = (
             nullcontext if variant == "ours" else lambda: rk.use_backend("reference")
         )
@@ -91,8 +94,8 @@ def _heads(outputs: Any) -> list[Tensor]:
 
 
 def measure_model(number: int, device: str, compile_too: bool, budget: float) -> list[ModelRow]:
-    """Both directions of ``MODELS[number]``, every variant checked against the eager one's logits before it is timed.
-    On a CPU, which only tries the program: two small images."""
+    """Both directions of ``MODELS[number]``. Each variant's logits are checked against eager's before it is timed. On a
+    CPU, where the program is only tried, two small images are used."""
     model = MODELS[number]
     batch, size = (model.batch, model.size) if device == "cuda" else (2, min(model.size, 64))
     torch.manual_seed(0)
@@ -105,7 +108,7 @@ def measure_model(number: int, device: str, compile_too: bool, budget: float) ->
             one = Prepared(start, variant, batch, size, device)
             got = [head.float() for head in _heads(one.inference())]
             want = want or got
-            # By torch's maximum, which a NaN of any head passes; Python's would lose it behind a number.
+            # torch's maximum passes on a NaN of any head. Python's would lose one that follows a number.
             off = float(
                 torch.stack([(a - b).abs().max() / b.abs().max() for a, b in zip(got, want, strict=True)]).max()
             )
@@ -113,7 +116,7 @@ def measure_model(number: int, device: str, compile_too: bool, budget: float) ->
                 raise ValueError(f"logits off by {off:.2g} of the largest")
             one.step()
             prepared[variant] = one
-        except Exception as problem:  # one variant that cannot do it must not cost the others' figures
+        except Exception as problem:  # a variant that fails must not cost the others their figures
             for row in rows:
                 row.rejected[variant] = f"fails: {told(problem)}"
     for row in rows:
@@ -125,7 +128,7 @@ def measure_model(number: int, device: str, compile_too: bool, budget: float) ->
 
 
 def peak(step: Callable[[], object]) -> int:
-    """Bytes allocated at the step's peak above what stays allocated between steps."""
+    """Bytes allocated at the step's peak, minus those that stay allocated between steps."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -135,7 +138,7 @@ def peak(step: Callable[[], object]) -> int:
 
 
 def ratio(row: ModelRow, rival: str) -> float | None:
-    """How many times ours is faster than "eager" or "compile"."""
+    """How many times ours is faster than the rival, "eager" or "compile"."""
     times: dict[str, Timing] = row.times
     return times[rival].seconds / times["ours"].seconds if {"ours", rival} <= times.keys() else None
 

@@ -1,6 +1,6 @@
-"""A run of ``make gpu`` as Markdown: each group's bars beside what was found, models, host, counters, every row.
+"""A run of ``make gpu`` as Markdown: each group's bars beside the measured figures, models, host, counters, every row.
 
-``python -m benchmarks.gpu_report FILE.json`` writes it anew from a record.
+``python -m benchmarks.gpu_report FILE.json`` writes it again from a record.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class GpuRun(Run):
 
 
 def write(run: GpuRun, path: Path) -> None:
-    """``path`` with the endings .md and .png."""
+    """Write the table (.md) and the plot (.png) beside the record at ``path``."""
     plot = path.with_suffix(".png")
     if run.rows:
         report.plot(run, plot)
@@ -51,7 +51,7 @@ def write(run: GpuRun, path: Path) -> None:
 
 
 def bar_lines(group: Group, rows: Sequence[Row]) -> list[list[str]]:
-    """What, the bar, what was found, and whether it is met."""
+    """A line for each bar: its name, the bar, the measured figure, and whether the figure meets the bar."""
     lines = []
     for bar in group.bars:
         found = bar.figure(rows)
@@ -65,8 +65,8 @@ SUMMARY = ("group", "direction", "rows", "of floor", "x the best rival", "lowest
 
 
 def summary_lines(group: Group, rows: Sequence[Row]) -> list[list[str]]:
-    """Each direction's rows in NHWC: geometric means of the share of the floor and of the times over the best rival in
-    any layout, the lowest of these, and how many are below 1."""
+    """A line for each direction, in NHWC: geometric means of the share of the floor and of the ratio to the best rival
+    in any layout, the lowest ratio, and how many ratios are below 1."""
     lines = []
     for direction in dict.fromkeys(row.case.direction for row in rows):
         of_it = [row for row in rows if row.case.direction == direction]

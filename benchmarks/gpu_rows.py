@@ -1,4 +1,4 @@
-"""Rows on a GPU: the contestants, row after row in a process of their own."""
+"""Rows on a GPU: the contestants, and the loop that measures row after row in a separate process."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .gpu_report import GpuRun
 from .worker import Worker
 
 MOST_BUDGET = 0.6
-"""Seconds of timing a row at most: a hundred samples of a kernel of a millisecond, for eight contestants."""
+"""The most seconds of timing a row: a hundred samples of a kernel of a millisecond, for eight contestants."""
 ROW_SECONDS, COMPILER_SECONDS = 60.0, 150.0
-"""What takes longer hangs; the second where the compiler takes part."""
+"""Seconds after which a row counts as hung, without and with the compiler."""
 LAYOUTS = ("nhwc", "nchw")
 
 
 @dataclass
 class Deadline:
-    """What is left of the time for everything."""
+    """The end of the time for everything, by ``time.perf_counter()``."""
 
     end: float
 
@@ -39,17 +39,17 @@ class Deadline:
 
 
 def attempt(title: str, work: Callable[[], Any]) -> Any:
-    """``work()``, or None and its error in print: one failure must not cost the rest of the run."""
+    """The result of ``work()``. If it fails, print the error and return None: one failure must not end the run."""
     try:
         return work()
-    except Exception:  # whatever it is: it is told, and the rest is measured
+    except Exception:  # any error: it is printed, and the rest is measured
         print(f"-- failed: {title}", traceback.format_exc(), sep="\n", flush=True)
         return None
 
 
 def gpu_contestants(device: str, compile_too: bool) -> list[Rival]:
-    """This package by its own choice and, in NHWC, by each backend; PyTorch (cuDNN or native, as it chooses) and, where
-    asked for, its compiler, in both layouts."""
+    """This package with the backend that it chooses, in both layouts, and with each backend in NHWC; PyTorch (cuDNN or
+    native, as it chooses) in both layouts; its compiler in both layouts, if ``compile_too``."""
     chosen = []
     for layout in LAYOUTS:
         chosen += [ours(layout), eager(layout)]
@@ -60,7 +60,7 @@ def gpu_contestants(device: str, compile_too: bool) -> list[Rival]:
 
 
 def compiler_may_win(case: Case) -> bool:
-    """Where two steps can fuse, and T-ReLU: a convolution alone is a black box to the compiler."""
+    """Whether the compiler has something to fuse: two steps, or T-ReLU. A convolution alone is a black box to it."""
     return case.dtype == "bf16" and case.operator in ("separable", "trelu") and case.name in QUICK
 
 
@@ -78,7 +78,7 @@ def measure_machine(device: str, budget: float) -> tuple[dict[int, float], dict[
 
 
 def measure_row(case: Case, device: str, compile_too: bool, budget: float) -> tuple[Row, bool]:
-    """A row, and whether the device still answers after it."""
+    """The row, and whether the device still answers after it."""
     row = measure(case, gpu_contestants(device, compile_too), device, budget)
     if device == "cuda":
         try:
@@ -90,12 +90,12 @@ def measure_row(case: Case, device: str, compile_too: bool, budget: float) -> tu
 
 
 def measure_rows(run: GpuRun, cases: list[Case], device: str, deadline: Deadline, worker: Worker) -> None:
-    """Every row that the time reaches; with what is left some of them again, beside the compiler, whose tuning is
+    """Every row for which there is time. With the time left, some of them again with the compiler, whose tuning is
     slow."""
     chosen = [(case, False) for case in cases]
     chosen += [(case, True) for case in cases if compiler_may_win(case)]
     rows: dict[str, Row] = {}
-    slowest = 0.0  # seconds of a row with the compiler: another one may take as long
+    slowest = 0.0  # seconds of the slowest row with the compiler: the next may take as long
     for number, (case, compile_too) in enumerate(chosen):
         left = deadline.left()
         if left < 0 or (compile_too and left < slowest):

@@ -1,4 +1,4 @@
-"""A record's means by kind of layer, as docs/performance.md has them: ``python -m benchmarks.kinds FILE.json``."""
+"""A record's means by kind of layer, as in docs/performance.md: ``python -m benchmarks.kinds FILE.json``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def means(group: dict[str, list[Row]], ratio: Callable[[Row], float | None]) -> 
 
 
 def best(rows: Sequence[Row]) -> str:
-    """Our better layout over the best rival in any: the mean, the lowest, and how many are below 1."""
+    """Our better layout over the best rival in any layout: the mean, the lowest, and how many ratios are below 1."""
     ratios = [ratio for row in rows if (ratio := row.over_best())]
     if not ratios:
         return "-"
@@ -60,7 +60,7 @@ def best(rows: Sequence[Row]) -> str:
 
 
 def lines(run: Run) -> list[list[str]]:
-    """A line for each operator, direction and kind that the run has rows of."""
+    """A line for each operator, direction and kind of which the run has rows."""
     found = []
     for operator in ("trelu", "depthwise", "separable"):
         for direction in ("forward", "backward"):

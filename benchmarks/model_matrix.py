@@ -3,10 +3,11 @@
     python -m benchmarks.model_matrix [--out docs/models.md]
     python -m benchmarks.model_matrix --only NAME --out FILE
 
-Every classifier of torchvision and a model of each family of timm that have depthwise layers, and 40 others of timm's
-drawn by seed, with random weights, on small images. Numbers are held against float64: the output in inference, and all
-gradients of its squares' mean. A value within rounding of an activation's kink has the other side's derivative, in
-PyTorch's layers as in ours, and every gradient before it with it: so each figure is the middle one of three batches.
+The models are all of torchvision's classifiers and one of each timm family, where they have depthwise layers, and 40
+others of timm, drawn by seed. They have random weights and run on small images. Results are compared with float64: the
+output in inference, and all gradients of the mean of its squares. A value within rounding of an activation's kink may
+get the derivative of the other side, in PyTorch's layers as in ours, and that changes every gradient before it. So each
+figure is the median of three batches.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from .arguments import check_only, positive, writing
 
 PAGE = Path(__file__).parents[1] / "docs/models.md"
 BATCH, SIZE, BATCHES = 2, 64, 3
-DRAWN, LARGEST_DRAWN = 40, 30.0  # models, and millions of parameters of one
+DRAWN, LARGEST_DRAWN = 40, 30.0  # models; millions of parameters of the largest
 TIMM = [
     "mobilenetv1_100",
     "mobilenetv2_100",
@@ -74,11 +75,11 @@ class Row:
     """One model.
 
     Attributes:
-        depthwise, swapped: its depthwise convolutions, and those that ``convert`` swapped.
-        chains, layers: chains that ``fuse_for_inference`` fused, and the layers in them.
-        left: reasons for depthwise convolutions in no chain, with how many each keeps.
-        errors: by "PyTorch", "converted" and "fused": of the output, and of the gradients where there are any; the
-            largest difference from float64 as a share of the largest value.
+        depthwise, swapped: the number of depthwise convolutions, and of those that ``convert`` swapped.
+        chains, layers: the number of chains that ``fuse_for_inference`` fused, and of layers in them.
+        left: why depthwise convolutions are in no chain, with the number of them for each reason.
+        errors: by "PyTorch", "converted" and "fused", the errors of the output and, where there are any, of the
+            gradients. An error is the largest difference from float64, as a share of the largest value.
     """
 
     name: str
@@ -92,7 +93,7 @@ class Row:
 
 
 def candidates() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Names and builders, of the libraries that are installed."""
+    """Names and builders of models, from the libraries that are installed."""
     try:
         import torchvision
 
@@ -122,7 +123,7 @@ def others() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 
 def outline(build: Callable[[], nn.Module]) -> tuple[int, float]:
-    """Depthwise layers and millions of parameters, without making any where that can be avoided."""
+    """The number of depthwise layers, and millions of parameters. No parameter is made where that can be avoided."""
     try:
         with torch.device("meta"):
             model = build()
@@ -136,7 +137,7 @@ def _depthwise(model: nn.Module) -> int:
 
 
 def examine(name: str, build: Callable[[], nn.Module]) -> Row:
-    """Build the model, settle its statistics on some images, and compare."""
+    """Build the model, let its batch statistics settle on some images, and compare."""
     torch.manual_seed(0)
     model = build()
     size = _size(model)
@@ -161,18 +162,18 @@ def examine(name: str, build: Callable[[], nn.Module]) -> Row:
 
 
 def _size(model: nn.Module) -> int:
-    """The small size, where the model takes it; else the one it was published with."""
+    """The small size where the model takes it, else the size it was published with."""
     model.eval()
     try:
         with torch.no_grad():
             model(torch.zeros(1, 3, SIZE, SIZE))
-    except Exception:  # whatever the model says to a size that it does not take
+    except Exception:  # models raise various errors for a size that they do not take
         return 224
     return SIZE
 
 
 def _results(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and all gradients in a row."""
+    """The output, and all gradients in one vector."""
     model.zero_grad()
     y = model(x)
     y.square().mean().backward()
@@ -217,9 +218,9 @@ def table(rows: list[Row], failed: dict[str, str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model_matrix", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="models whose name holds this")
-    parser.add_argument("--largest", type=positive, default=60, help="millions of parameters of a model that is run")
-    parser.add_argument("--out", type=Path, help="the page; docs/models.md unless given")
+    parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument("--largest", type=positive, default=60, help="largest model to run, in millions of parameters")
+    parser.add_argument("--out", type=Path, help="the page to write; docs/models.md by default")
     options = parser.parse_args(arguments)
     if options.only and not options.out:
         parser.error(
@@ -235,7 +236,11 @@ def main(arguments: list[str] | None = None) -> int:
     failed: dict[str, str] = {}
 
     def run(name: str, build: Callable[[], nn.Module], largest: float) -> bool:
-        """Whether the model has depthwise layers, and no more parameters than the largest."""
+        """Examine the model if it has depthwise layers and at most ``largest`` million parameters.
+
+        Returns:
+            Whether it was examined, or failed.
+        """
         try:
             depthwise, millions = outline(build)
             if depthwise and millions > largest:
@@ -245,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
             if depthwise:
                 rows.append(examine(name, build))
                 print(name, rows[-1].errors, flush=True)
-        except Exception as problem:  # one model that fails must not cost the others their rows
+        except Exception as problem:  # a model that fails must not cost the others their rows
             depthwise = 1
             failed[name] = told(problem)
             print(name, failed[name], flush=True)

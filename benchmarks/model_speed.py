@@ -4,11 +4,11 @@
     python -m benchmarks.model_speed --again [--budget SECONDS]
     python -m benchmarks.model_speed --missing [--budget SECONDS] [--within SECONDS]
 
-The models of docs/models.md, fp32, at the image size that each was published with. Ours and
-PyTorch's run interleaved, each in both layouts, of which the better one counts. Glibc keeps freed memory for both, as
-a training process has it. Rows are written as they come; what a run does not reach keeps the row that it had. A
-second run, `--again`, is for the rows below LOW: it takes longer, and what it finds stands. `--missing` is for models
-without a row.
+The models are those of docs/models.md, in fp32, at the image size that each was published with. Ours and PyTorch's are
+timed in rounds, each in both layouts, of which the better one counts. glibc keeps freed memory for both, as in a
+training process. Rows are written as they come. A model that a run does not reach keeps its earlier row. A second run
+with `--again` and a larger `--budget` measures the models with a row below LOW again, and its figures stand.
+`--missing` measures the models without a row.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ MATRIX = Path(__file__).parents[1] / "docs/models.md"
 BATCH = 2
 LOW = 0.97
 CRASHED = "the process ended while it ran"
-"""What is written before a model runs, and stays where it ends the process: oneDNN crashes on some."""
+"""Written before a model runs. It stays if the model ends the process: oneDNN crashes on some."""
 BUILDERS = {"torchvision": torchvision_model, "timm": timm_model}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One model: its image size, and how many times faster ours is, with the noise of that ratio as a share of it."""
+    """One model: its image size, how many times faster ours is, and the noise of that ratio, as a share of it."""
 
     size: int
     inference: float
@@ -63,7 +63,7 @@ class Speed:
 
 
 def speed_to_json(speed: Speed) -> dict[str, Any]:
-    """As plain values; a noise that is not known as None, since JSON has no infinity."""
+    """The speed as plain values. An unknown noise is None, since JSON has no infinity."""
     return {name: None if value == math.inf else value for name, value in vars(speed).items()}
 
 
@@ -72,7 +72,7 @@ def speed_from_json(data: dict[str, Any]) -> Speed:
 
 
 def image_size(model: nn.Module) -> int:
-    """What the model was published with: timm says it, torchvision's take 224."""
+    """The size that the model was published with: timm tells it, torchvision's models take 224."""
     return int((getattr(model, "pretrained_cfg", None) and model.pretrained_cfg["input_size"][-1]) or 224)
 
 
@@ -83,7 +83,8 @@ def measure(name: str, build: Callable[[], nn.Module], budget: float) -> Speed:
 
 
 def ratio_and_noise(row: ModelRow) -> tuple[float, float]:
-    """
+    """The row's ratio and its noise.
+
     Raises:
         RuntimeError: a variant was rejected, so that there is no ratio.
     """
@@ -104,7 +105,7 @@ def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]
         return f"{share(statistics.median(noises))} in the middle, {share(max(noises))} at most"
 
     def with_noise(ratio: float, noise: float) -> str:
-        """A single sample says nothing about its noise."""
+        """The ratio and its noise, or "?" for a single sample, which does not tell."""
         return f"{ratio:.2f} ± {ratio * noise:.2f}" if math.isfinite(noise) else f"{ratio:.2f} ± ?"
 
     noises = [noise for s in speeds.values() for noise in (s.inference_noise, s.step_noise)]
@@ -137,18 +138,18 @@ def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]
 
 
 def models(matrix: Path) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Names and builders of the rows of the matrix's page."""
+    """Names and builders of the models in the matrix's page."""
     for library, name in re.findall(r"^\| (torchvision|timm) (\S+) \|", matrix.read_text(), re.MULTILINE):
         yield f"{library} {name}", BUILDERS[library](name)
 
 
 class Record:
-    """The file of all models' rows, with the page beside it: written as rows come."""
+    """The file of all models' rows and the page beside it, written as rows come."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: there is a file already, and it is no such record, or one of another machine or torch.
+            ValueError: the file exists, and is no such record, or one of another machine or other versions.
         """
         self.path, self.facts = path, facts
         try:
@@ -173,7 +174,7 @@ class Record:
         write_text(self.path.with_suffix(".md"), page(self.facts, self.speeds, self.failed))
 
     def add(self, name: str, work: Callable[[], Speed]) -> None:
-        """The model's row, or why there is none. Interrupted, the model keeps what it had."""
+        """Add the model's row, or why there is none. If interrupted, the model keeps what it had."""
         before = self.failed.get(name)
         self.failed[name] = CRASHED
         self.save()
@@ -181,7 +182,7 @@ class Record:
             torch.manual_seed(0)
             self.speeds[name] = work()
             del self.failed[name]
-        except Exception as problem:  # one model that fails must not cost the others their rows
+        except Exception as problem:  # a model that fails must not cost the others their rows
             self.failed[name] = told(problem)
             print(name, self.failed[name], flush=True)
         except KeyboardInterrupt:
@@ -195,12 +196,12 @@ class Record:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model_speed", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="models whose name holds this")
-    parser.add_argument("--budget", type=positive, default=1.0, help="seconds of timing; a step has 3 times that")
-    parser.add_argument("--within", type=positive, default=1200, help="seconds after which no other model is begun")
-    parser.add_argument("--again", action="store_true", help=f"only models with a row below {LOW}, which is replaced")
+    parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument("--budget", type=positive, default=1.0, help="seconds of timing; a step gets 3 times that")
+    parser.add_argument("--within", type=positive, default=1200, help="seconds after which no further model is begun")
+    parser.add_argument("--again", action="store_true", help=f"only models below {LOW}, whose rows are replaced")
     parser.add_argument("--missing", action="store_true", help="only models without a row")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for the record")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the record")
     options = parser.parse_args(arguments)
     if not MATRIX.is_file():
         parser.error(f"needs the page of models, got none at {MATRIX}; run it from a checkout of the source tree")

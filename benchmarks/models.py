@@ -1,7 +1,7 @@
-"""Whole models: one inference, one training step and its peak memory, on this package's operators and on PyTorch's.
+"""Whole models: an inference, a training step and its peak memory, with this package's operators and with PyTorch's.
 
-ResNet-KL is built on the package; its rival is the same model under ``use_backend("reference")``. The others are the
-published models of torchvision and timm with random weights; we train them after :func:`rkl_kernels.convert`, and infer
+ResNet-KL is built on the package. Its rival is the same model under ``use_backend("reference")``. The others are
+published models of torchvision and timm with random weights. Ours train after :func:`rkl_kernels.convert`, and infer
 with the copy that :func:`rkl_kernels.fuse_for_inference` makes at the start.
 """
 
@@ -26,14 +26,13 @@ from rkl_kernels.bench.timing import Timing, cpu_timer, interleave
 from rkl_kernels.errors import told
 
 TOLERANCE = 1e-3
-"""Largest difference served between converted and unconverted logits, as a share of the largest: fp32 through up to 50
-layers, each summed in another order."""
+"""The largest accepted difference between converted and unconverted logits, as a share of the largest logit: fp32
+through up to 50 layers, each summed in another order."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model with the batch and image size it is run at: the size it was published with, a batch that two cores do in
-    about a second."""
+    """A model, its batch and its image size: a batch that two cores do in about a second, and the published size."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -80,9 +79,9 @@ class ModelRow:
     """One model in one direction, "inference" or "training step".
 
     Attributes:
-        times: seconds of a call by variant, "ours nhwc" to "eager nchw".
-        memory: bytes allocated at a training step's peak above what stays allocated between steps, by variant.
-        rejected: variants that were not timed, with why.
+        times: seconds a call, by variant ("ours nhwc", "eager nchw").
+        memory: bytes allocated at a training step's peak, minus those that stay allocated between steps, by variant.
+        rejected: the variants that were not timed, and why.
     """
 
     model: str
@@ -107,12 +106,12 @@ class ModelRow:
         """Our peak memory as a share of PyTorch's, each in its faster layout."""
         ours, eager = self.best("ours"), self.best("eager")
         if ours not in self.memory or not self.memory.get(eager or ""):
-            return None  # not measured, or over before the first look at it
+            return None  # not measured, or over before the first sample
         return self.memory[ours] / self.memory[eager]
 
 
 class Prepared:
-    """One model as one variant: what can be called, and under which backend."""
+    """A model as one variant: the calls that are timed, and their backend."""
 
     def __init__(self, model: Model, variant: str, start: nn.Module | None = None, device: str = "cpu") -> None:
         name, layout = variant.split()
@@ -149,7 +148,7 @@ class Prepared:
 
 
 def measure_model(model: Model, budget: float) -> list[ModelRow]:
-    """Inference and training step of all variants, the inference checked against the first eager one's logits."""
+    """Inference and training step of all variants. Inference logits are checked against "eager nchw"."""
     start = model.build()
     prepared = {variant: Prepared(model, variant, start) for variant in VARIANTS}
     rows = [ModelRow(model.name, name, model.batch, model.size) for name in DIRECTIONS]
@@ -172,11 +171,11 @@ def measure_model(model: Model, budget: float) -> list[ModelRow]:
 
 
 def measure_all(budget: float, within: float) -> list[ModelRow]:
-    """Every model; one that fails, because it is not installed, say, leaves a row that says so.
+    """Every model. One that fails, because it is not installed for example, leaves a row that says so.
 
     Args:
-        budget: seconds of timing an inference; a training step has three times that.
-        within: seconds after which no other model is begun.
+        budget: seconds of timing an inference. A training step gets three times that.
+        within: seconds after which no further model is begun.
     """
     rows, start = [], time.perf_counter()
     for model in MODELS:
@@ -184,7 +183,7 @@ def measure_all(budget: float, within: float) -> list[ModelRow]:
             if time.perf_counter() - start > within:
                 raise TimeoutError("not reached in time")
             rows += measure_model(model, budget)
-        except Exception as problem:  # one model that fails must not cost the others their rows
+        except Exception as problem:  # a model that fails must not cost the others their rows
             why = {"all": f"fails: {told(problem)}"}
             rows.append(ModelRow(model.name, "training step", model.batch, model.size, rejected=why))
     return rows

@@ -1,6 +1,6 @@
-"""How far results lie from float64, beside PyTorch's own: ``python -m benchmarks.numerics`` writes docs/numerics.md.
+"""Errors of results against float64, beside PyTorch's own: ``python -m benchmarks.numerics`` writes docs/numerics.md.
 
-Each backend is measured in a process of its own: Triton reads TRITON_INTERPRET when it is imported.
+Each backend is measured in a separate process, since Triton reads TRITON_INTERPRET when it is imported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BITS = {"fp32": 24, "bf16": 8, "fp16": 11}
 BACKENDS = {"cpu": "CPU", "emulated": "CUDA C++, emulated", "triton": "Triton, interpreted"}
 
 DRAWS = 4
-"""Of a case's tensors: a bias has few values."""
+"""How often a case's tensors are drawn. A bias has few values, so one draw would be too few."""
 
 Row = dict[str, Any]
 
@@ -66,7 +66,7 @@ NAMES = {
 
 def in_ulp(result: Tensor, exact: Tensor, bits: int) -> Tensor:
     """Errors in units of the last place of the exact value, or of the tensor's root mean square where the value is
-    smaller: a sum that cancels has few digits, whoever makes it, and a few of them would decide the mean."""
+    smaller. A sum that cancels has few digits, whoever computes it, and a few such sums would decide the mean."""
     size = exact.abs().clamp(min=float(exact.square().mean().sqrt()))
     return (result.double() - exact).abs() / torch.exp2(size.log2().floor() - (bits - 1))
 
@@ -80,7 +80,7 @@ def _run(function: Callable[..., Tensor], library: Any, tensors: list[Tensor], g
 def _results(
     backend: str, function: Callable[..., Tensor], shapes: list[tuple[int, ...]], layout: str, dtype: str, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Output and gradients: ours, PyTorch's and the exact ones."""
+    """Output and gradients, each as ours, PyTorch's and the exact one."""
     torch.manual_seed(seed)
     scales = [1.0, *((torch.Size(s[1:]).numel() or 1) ** -0.5 for s in shapes[1:])]
     tensors = [torch.randn(s).mul(scale).to(DTYPES[dtype]) for s, scale in zip(shapes, scales, strict=True)]
@@ -95,7 +95,7 @@ def _results(
 
 
 def measure(backend: str, cases: dict[str, Any] = CASES) -> Iterator[Row]:
-    """A row for each result of each case, type and layout: errors' maximum and root mean square, ours and PyTorch's."""
+    """A row for each result, case, type and layout: maximum and root mean square of the errors, ours and PyTorch's."""
     for case, (function, shapes) in cases.items():
         for layout in list(LAYOUTS)[: 1 if len(shapes) == 1 else None]:
             for dtype in DTYPES:
@@ -110,7 +110,7 @@ def measure(backend: str, cases: dict[str, Any] = CASES) -> Iterator[Row]:
 
 @contextmanager
 def served_by(backend: str) -> Iterator[None]:
-    """The backend, for the calls in the block; the emulated and the interpreted one as the tests have them."""
+    """The backend, for the calls in the block. The emulated and the interpreted one are the tests' own."""
     if backend != "emulated":
         with rk.use_backend(backend):
             yield
@@ -132,7 +132,7 @@ def _in_own_process(backend: str) -> list[Row]:
 
 
 def page(rows: dict[str, list[Row]]) -> str:
-    """The page: a table a type, a line a result, the worse of both layouts."""
+    """The page: a table for each type, a line for each result, with the worse of both layouts."""
     lines = [INTRODUCTION]
     for dtype in DTYPES:
         lines += [f"\n## {dtype}\n", f"| | {' | '.join(BACKENDS.values())} | PyTorch |", "|---|---|---|---|---|"]
@@ -169,13 +169,13 @@ result is held to follows from the arithmetic and stands in `tests/oracle.py`.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", choices=BACKENDS, help="print one backend's rows instead, as JSON")
+    parser.add_argument("--measure", choices=BACKENDS, help="only print one backend's rows, as JSON")
     args = parser.parse_args()
     if args.measure:
         sys.path.insert(0, str(ROOT / "tests"))
         if args.measure == "triton":
             sys.path.insert(0, str(ROOT / "tests/triton"))
-            import interpreter  # noqa: F401  the interpreter with its arithmetic put right
+            import interpreter  # noqa: F401  corrects the interpreter's arithmetic
         print(json.dumps(list(measure(args.measure))))
         return
     with writing(parser):

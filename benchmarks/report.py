@@ -21,7 +21,7 @@ MARKERS = {"trelu": "^", "depthwise": "o", "separable": "s"}
 
 
 def write(run: Run, path: Path) -> None:
-    """``path`` with the endings .md and .png."""
+    """Write the table (.md) and the plot (.png) beside the record at ``path``."""
     write_text(path.with_suffix(".md"), markdown(run, path.with_suffix(".png").name))
     plot(run, path.with_suffix(".png"))
 
@@ -35,7 +35,7 @@ def times(value: float | None, form: str = ".2f") -> str:
 
 
 def summary_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """One line for each operator, direction and type there is: geometric means, and the lowest row."""
+    """A line for each operator, direction and type in the rows: geometric means, and the lowest row."""
     lines = []
     for operator in MARKERS:
         for direction in DIRECTIONS:
@@ -102,7 +102,7 @@ def measured_twice(run: Run) -> str:
 
 
 def markdown(run: Run, plot_name: str) -> str:
-    """The whole run in words and tables."""
+    """The whole run as text and tables."""
     copies = ", ".join(f"{size // 1_000_000} MB: {rate / 1e9:.0f}" for size, rate in run.copy_rates.items())
     rates = ", ".join(f"{dtype}: {rate / 1e9:.0f}" for dtype, rate in run.matrix_rates.items())
     rejected = [(row.case.id, name, why) for row in run.rows for name, why in row.rejected.items()]
@@ -137,7 +137,7 @@ def markdown(run: Run, plot_name: str) -> str:
 
 
 def plot(run: Run, path: Path) -> None:
-    """Operations a second over operations a byte: the best rival's point, ours, and the machine's two roofs."""
+    """Plot operations a second over operations a byte: the best rival's point, ours, and the machine's two roofs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,8 +168,8 @@ def plot(run: Run, path: Path) -> None:
 
 
 def _roofs(axis, run: Run, dtype: str) -> None:  # type: ignore[no-untyped-def]
-    """The matrix rate, under it the copy bandwidth of the largest and of the best size; none where they were not
-    measured."""
+    """Draw the matrix rate, and below it the copy bandwidth of the largest and of the fastest size. Nothing is drawn
+    where they were not measured."""
     axis.loglog()
     if not run.copy_rates:
         return

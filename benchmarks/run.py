@@ -21,7 +21,7 @@ from .shapes import Shape, select
 def cases(
     shapes: list[Shape], operators: list[str], directions: list[str], dtypes: list[str], device: str
 ) -> list[Case]:
-    """Every case there is, shape by shape, so that one reference serves the types of a shape."""
+    """Every case that exists, shape by shape, so that one reference serves the types of a shape."""
     return [
         shape.case(operator, direction, dtype, device)
         for operator in operators
@@ -33,7 +33,7 @@ def cases(
 
 
 def exists(shape: Shape, operator: str, direction: str) -> bool:
-    """Not every shape has a pointwise step, and T-ReLU has one gradient only."""
+    """Whether there is such a case: not every shape has a pointwise step, and T-ReLU has only one gradient."""
     if operator == "separable":
         return shape.out_channels is not None
     return operator == "depthwise" or direction in ("forward", "backward")
@@ -53,16 +53,16 @@ def _choice(choices: tuple[str, ...]) -> dict[str, object]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--operator", **_choice(OPERATORS), default=["depthwise"])
-    parser.add_argument("--only", help="shapes, by the beginning of their ids, with commas between")
+    parser.add_argument("--only", help="shapes, by the beginnings of their ids, separated by commas")
     parser.add_argument("--direction", **_choice(DIRECTIONS), default=["forward"])
     parser.add_argument("--dtype", **_choice(tuple(DTYPES)), default=["fp32"])
     parser.add_argument("--layout", **_choice(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--rivals", **_choice(RIVALS), default=["eager"])
     parser.add_argument("--budget", type=positive, default=1.5, help="seconds of timing a row")
     parser.add_argument("--threads", type=count, help="threads of every contestant")
-    parser.add_argument("--faulting", action="store_true", help="once more with glibc's allocator as it comes")
+    parser.add_argument("--faulting", action="store_true", help="ours and PyTorch again with glibc's default allocator")
     parser.add_argument(
-        "--busy", action="store_true", help="one thread, its CPU time, shortest samples: to look while others work"
+        "--busy", action="store_true", help="one thread, CPU time, shortest samples: to look while the machine is busy"
     )
     options = parser.parse_args(arguments)
     if options.busy and (options.threads or 1) > 1:

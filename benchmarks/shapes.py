@@ -1,7 +1,7 @@
-"""The shapes that every benchmark runs over: depthwise layers of published models, and those of ResNet-KL.
+"""The shapes of every benchmark: depthwise layers of published models and of ResNet-KL.
 
-Plain data. Batches are chosen so that a tensor does not fit into the caches where the map
-allows it (GPU: 64 MB and more in 16 bits), and so that the slowest rival still ends within a few seconds on a CPU.
+Batches are chosen so that a tensor exceeds the caches where the map allows it (GPU: 64 MB and more in 16 bits), and so
+that the slowest rival still ends within a few seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class Shape:
 
     Attributes:
         id: short name, as in every table and ``--only``.
-        source: the model it stands in.
+        source: the model that it is from.
         channels: C, of the image and of the depthwise filter.
-        out_channels: C' after the pointwise step; None where the model has none there.
-        size: height and width of the input ...
-        kernel, stride, dilation, padding: of the depthwise step, the same in height and width ...
+        out_channels: C' after the pointwise step. None where the model has no such step there.
+        size: the image's height, and its width unless ``width`` is given.
+        kernel, stride, dilation, padding: of the depthwise step, the same in height and width.
         batch_cpu, batch_gpu: images a call.
-        width, kernel_width: ... where the width is another than the height.
+        width, kernel_width: the image's and the filter's width, where they differ from the height.
     """
 
     id: str
@@ -44,9 +44,9 @@ class Shape:
     def case(
         self, operator: str, direction: str = "forward", dtype: str = "fp32", device: str = "cpu", **changes: Any
     ) -> Case:
-        """What to time on ``device``, "cpu" or "cuda"; ``changes`` are fields of :class:`Case`, the batch for one.
+        """The case to time on ``device``, "cpu" or "cuda". ``changes`` are fields of :class:`Case`, such as batch.
 
-        ``Case.bytes`` and ``Case.operations`` count the work that cannot be avoided.
+        ``Case.bytes`` and ``Case.operations`` count the unavoidable work.
         """
         fields: dict[str, Any] = {
             "batch": self.batch_cpu if device == "cpu" else self.batch_gpu,
@@ -79,7 +79,7 @@ def _shape(
     width: int | None = None,
     kernel_width: int | None = None,
 ) -> Shape:
-    """A shape whose padding, if not given, keeps the map's size at stride 1."""
+    """A shape. The default padding keeps the map's size at stride 1."""
     if padding is None:
         padding = dilation * (kernel - 1) // 2
     return Shape(
@@ -89,7 +89,7 @@ def _shape(
 
 
 def _resnet_kl() -> list[Shape]:
-    """Each stage's merged 7 x 7 and its 3 x 3 at stride 1 and, on the way to the next stage, at stride 2."""
+    """Each stage's merged 7 x 7, its 3 x 3 at stride 1, and its 3 x 3 at stride 2, which leads to the next stage."""
     shapes = []
     for channels, size, batch_gpu in ((64, 32, 512), (128, 16, 1024), (256, 8, 2048), (512, 4, 4096)):
         name, doubled = f"rkl-{size}", min(2 * channels, 512)
@@ -128,10 +128,10 @@ SHAPES: tuple[Shape, ...] = (
 
 
 def select(only: str | None = None) -> list[Shape]:
-    """The shapes whose id begins with one of the comma-separated names; all of them for None.
+    """The shapes whose id begins with one of the comma-separated names. None selects all.
 
     Raises:
-        ValueError: a name that no shape's id begins with.
+        ValueError: no shape's id begins with a name.
     """
     if only is None:
         return list(SHAPES)

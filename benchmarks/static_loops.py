@@ -1,8 +1,8 @@
-"""The hot loops of the CUDA kernels, instruction by instruction: what a row of 256 outputs costs, or a multiply-add.
+"""Counts the instructions in the hot loops of the CUDA kernels: for a row of 256 outputs, or for multiply-adds.
 
-A kernel of the row pipeline issues for half of its time or more, so each instruction beside the products costs about
-its share; of kernels without tensor cores each beside the multiply-adds. No GPU is needed: the loops are found in the
-machine code that ``cuobjdump -sass`` prints.
+A kernel of the row pipeline issues instructions for half of its time or more. So each instruction beside the products
+costs about its share. In kernels without tensor cores, so does each instruction beside the multiply-adds. No GPU is
+needed: the loops are found in the machine code that ``cuobjdump -sass`` prints.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_
 
 class Instruction(NamedTuple):
     address: int
-    predicate: str  # "" where it is always carried out
+    predicate: str  # "" where it always executes
     opcode: str
     operands: str
 
     @property
     def target(self) -> int | None:
-        """The address that a branch goes to; None where the code does not say."""
+        """The address that a branch goes to. None where the code does not say."""
         found = re.search(r"0x([0-9a-f]+)\)?$", self.operands)
         return int(found[1], 16) if found else None
 
 
 def functions(sass: str) -> dict[tuple[str, int], list[Instruction]]:
-    """(symbol, architecture) to its instructions."""
+    """Each function's instructions, by (symbol, architecture)."""
     found: dict[tuple[str, int], list[Instruction]] = {}
     arch, body = 0, []
     for line in sass.splitlines():
@@ -43,7 +43,7 @@ def functions(sass: str) -> dict[tuple[str, int], list[Instruction]]:
     return found
 
 
-# What an instruction is there for, by its opcode; the first that fits.
+# What an instruction is for, by its opcode. The first pattern that fits counts.
 KINDS = {
     "mma_k16": r"HMMA\.16816",
     "mma_k8": r"HMMA|IMMA",
@@ -64,15 +64,15 @@ _LDGSTS = re.compile(KINDS["copies"])
 
 
 def kind(opcode: str) -> str:
-    if _LDGSTS.match(opcode):  # before LDG, whose beginning it has
+    if _LDGSTS.match(opcode):  # first, since LDGSTS begins like LDG
         return "copies"
     return next((name for name, pattern in KINDS.items() if re.match(pattern, opcode)), "other")
 
 
 def _targets(body: Sequence[Instruction]) -> dict[int, list[int]]:
-    """Index of each instruction that ends a straight run to the indices where it goes on."""
+    """For the index of each instruction that ends a straight run, the indices where execution may go on."""
     at = {instruction.address: i for i, instruction in enumerate(body)}
-    meets: dict[str, int] = {}  # barrier register of BSSY to where the threads meet again
+    meets: dict[str, int] = {}  # by BSSY's barrier register, where the threads meet again
     goes: dict[int, list[int]] = {}
     for i, one in enumerate(body):
         name = one.opcode.split(".")[0]
@@ -83,7 +83,7 @@ def _targets(body: Sequence[Instruction]) -> dict[int, list[int]]:
             to = meets.get(one.operands.strip())
             goes[i] = ([at[to]] if to in at else []) + (after if one.predicate else [])
         elif one.opcode.startswith("BRA.DIV"):
-            goes[i] = after  # the way of a warp whose threads have parted: not taken here
+            goes[i] = after  # the path of a warp whose threads have diverged: not followed
         elif name in ("BRA", "JMP"):
             conditional = one.predicate or re.match(r"!?U?P\d", one.operands)
             goes[i] = ([at[one.target]] if one.target in at else []) + (after if conditional else [])
@@ -93,7 +93,7 @@ def _targets(body: Sequence[Instruction]) -> dict[int, list[int]]:
 
 
 def _blocks(body: Sequence[Instruction]) -> tuple[list[range], list[list[int]]]:
-    """Straight runs of instructions, and for each the runs that may follow."""
+    """Straight runs of instructions, and the runs that may follow each."""
     goes = _targets(body)
     starts = sorted({0, *(i + 1 for i in goes if i + 1 < len(body)), *(t for ts in goes.values() for t in ts)})
     runs = [range(a, b) for a, b in zip(starts, [*starts[1:], len(body)], strict=True)]
@@ -106,7 +106,7 @@ def _blocks(body: Sequence[Instruction]) -> tuple[list[range], list[list[int]]]:
 
 
 def _dominators(follow: list[list[int]]) -> list[set[int]]:
-    """Of each run, those through which every way from the beginning leads; empty where none leads there."""
+    """For each run, its dominators: the runs on every path to it from the start. Empty where no path leads to it."""
     before: list[list[int]] = [[] for _ in follow]
     for n, next_ones in enumerate(follow):
         for m in next_ones:
@@ -124,13 +124,13 @@ def _dominators(follow: list[list[int]]) -> list[set[int]]:
 
 
 def loops(body: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops that multiply matrices or, where none does, numbers, each with all of its instructions, those
-    of unlikely ways too."""
+    """The innermost loops that multiply matrices, or numbers where the code has no matrix products. Each comes with all
+    of its instructions, those on unlikely paths included."""
     if not body:
         return []
     runs, follow = _blocks(body)
     dominators = _dominators(follow)
-    inside: dict[int, set[int]] = {}  # a loop's first run to all of its runs
+    inside: dict[int, set[int]] = {}  # by a loop's first run, all of its runs
     for n, next_ones in enumerate(follow):
         for head in next_ones:
             if head not in dominators[n]:
@@ -152,8 +152,8 @@ def loops(body: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def loop_rows(kernel: str, arch: int, body: Sequence[Instruction]) -> list[dict[str, Any]]:
-    """One row a loop: how many instructions of each kind, the loop with the most products first. Of kernels without
-    products that with the most multiply-adds, alone."""
+    """A row for each loop, with the number of instructions of each kind, the loop with the most products first. For a
+    kernel without products, only the loop with the most multiply-adds."""
     rows: list[dict[str, Any]] = []
     for loop in loops(body):
         kinds = collections.Counter(kind(one.opcode) for one in loop)
@@ -164,23 +164,28 @@ def loop_rows(kernel: str, arch: int, body: Sequence[Instruction]) -> list[dict[
 
 
 def products_of(loop: dict[str, Any]) -> int:
-    """Matrix products of a loop."""
+    """The number of a loop's matrix products."""
     return int(loop["mma_k16"] + loop["mma_k8"])
 
 
 def multiplications(loop: dict[str, Any]) -> int:
-    """A loop's matrix products or, without any, its multiply-adds."""
+    """The number of a loop's matrix products or, if it has none, of its multiply-adds."""
     return products_of(loop) or int(loop["multiply_adds"])
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What the hot loop of the kernels with such a name may cost: that with the most products.
+    """What the hot loop, the one with the most products, may cost in the kernels with such a name.
 
-    A row is 256 outputs: 32 pixels by 8 channels. ``products`` are the mma instructions that one takes, which tell how
-    many rows the loop makes; ``instructions`` is the most that one may take, all in all. Of a kernel without mma
-    ``products`` are multiply-adds, and ``instructions`` what so many may take. ``blocks``: how many must fit on a
-    multiprocessor, by their registers.
+    A row is 256 outputs: 32 pixels by 8 channels.
+
+    Attributes:
+        kernel: a regular expression for the whole name.
+        products: the mma instructions for a row, which tell how many rows the loop makes. For a kernel without mma, a
+            number of multiply-adds.
+        instructions: the most instructions of all kinds for a row, or for so many multiply-adds.
+        blocks: how many blocks must fit on a multiprocessor, by their registers.
+        arch: the architecture, such as 90.
     """
 
     kernel: str
@@ -195,7 +200,12 @@ def instructions_a_row(loop: dict[str, Any], products: int) -> float:
 
 
 def beyond(bounds: Iterable[Bound], rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[str]:
-    """What is worse than its bound; rows: the kernels of static_report.nvcc_rows, found: their loops."""
+    """What is worse than its bound, one line each.
+
+    Args:
+        rows: the kernels, from static_report.nvcc_rows.
+        found: their loops, from static_report.nvcc_loops.
+    """
     wrong = []
     for bound in bounds:
         kernels = [row for row in rows if row["arch"] == bound.arch and re.fullmatch(bound.kernel, row["kernel"])]

@@ -1,7 +1,7 @@
 """What the compilers made of the GPU kernels: registers, spills, shared memory, occupancy, instructions. No GPU needed.
 
-``make static`` writes benchmarks/results/static.json and static.md; a test holds later builds against the committed
-JSON. These are guards against regressions, not claims of speed.
+``make static`` writes benchmarks/results/static.json and static.md. A test compares later builds with the committed
+JSON. These figures guard against regressions. They are no claims of speed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ RESULTS = ROOT / "benchmarks/results"
 LIBRARY = ROOT / "rkl_kernels/_C_cuda.abi3.so"
 # Per multiprocessor: registers, warps, blocks, shared memory; the largest shared memory of a block.
 LIMITS = {80: (65536, 64, 32, 164 << 10, 163 << 10), 90: (65536, 64, 32, 228 << 10, 227 << 10)}
-RESERVED_SHARED = 1024  # of each block, by the system
+RESERVED_SHARED = 1024  # bytes that the system reserves in each block
 Bodies = dict[tuple[str, int], list[Instruction]]
-"""(symbol, architecture) to a kernel's instructions."""
+"""Kernels' instructions, by (symbol, architecture)."""
 
 
 def tool(name: str) -> Path | None:
-    """A program of the CUDA toolkit that the triton package ships; None where triton is not installed."""
+    """A program of the CUDA toolkit that the triton package ships. None where there is none."""
     try:
         import triton
     except ImportError:
@@ -39,7 +39,7 @@ def tool(name: str) -> Path | None:
 
 
 def blocks_per_multiprocessor(arch: int, threads: int, registers: int, shared: int) -> int:
-    """Blocks that fit at once. Registers go to warps in units of 256, and warps to the four schedulers in turn."""
+    """How many blocks fit at once. Registers go to warps in units of 256, and warps to the four schedulers in turn."""
     all_registers, all_warps, all_blocks, all_shared, block_shared = LIMITS[arch]
     if shared > block_shared:
         return 0
@@ -59,7 +59,7 @@ def built_kernels() -> Bodies:
 
 
 def _demangled(names: list[str]) -> dict[str, str]:
-    """Symbol to a short readable name: no namespaces, no parameters."""
+    """Short readable names by symbol, without namespaces and parameters."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     short = (
         re.sub(r"\(anonymous namespace\)::|rkl::cuda::|^void |\(int\)|\(bool\)|__nv_", "", line)
@@ -83,18 +83,18 @@ def _resources() -> dict[tuple[str, int], dict[str, int]]:
 def nvcc_rows(bodies: Bodies) -> list[dict[str, Any]]:
     """One row for each kernel and architecture of the built CUDA extension.
 
-    ``blocks`` is how many blocks of the largest allowed size fit on a multiprocessor by their registers and static
-    shared memory; dynamic shared memory is decided at the launch, where the emulator holds it against its limit.
+    ``blocks`` is how many blocks of the largest allowed size fit on a multiprocessor, by their registers and static
+    shared memory. Dynamic shared memory is decided at the launch, where the emulator checks it against its limit.
     """
     resources = _resources()
     mix = {key: collections.Counter(one.opcode for one in body) for key, body in bodies.items()}
-    # The launch bounds stand in the PTX.
+    # The launch bounds are in the PTX.
     ptx = re.findall(r"\.entry (\w+)\(.*?\)\s*\.maxntid (\d+)", _cuobjdump("-ptx"), re.DOTALL)
     threads = {name: int(n) for name, n in ptx}
     names = _demangled(sorted({name for name, _ in resources}))
     rows = []
     for (name, arch), used in sorted(resources.items(), key=lambda item: (names[item[0][0]], item[0][1])):
-        # From sm_90 on, what the system reserves is counted in.
+        # From sm_90 on, the count includes what the system reserves.
         shared = used["SHARED"] - (RESERVED_SHARED if arch >= 90 and used["SHARED"] >= RESERVED_SHARED else 0)
 
         def count(pattern: str, key: tuple[str, int] = (name, arch)) -> int:
@@ -123,25 +123,25 @@ def nvcc_rows(bodies: Bodies) -> list[dict[str, Any]]:
 
 
 def nvcc_loops(bodies: Bodies) -> list[dict[str, Any]]:
-    """The loops of these kernels that multiply matrices: static_loops.loop_rows."""
+    """The hot loops of these kernels, as rows of static_loops.loop_rows."""
     names = _demangled(sorted({name for name, _ in bodies}))
     ordered = sorted(bodies.items(), key=lambda item: (names[item[0][0]], item[0][1]))
     return [row for (name, arch), body in ordered for row in loop_rows(names[name], arch, body)]
 
 
 def triton_rows() -> list[dict[str, Any]]:
-    """The same of the Triton kernels, compiled ahead of time: benchmarks/static_triton.py."""
+    """The same for the Triton kernels, compiled ahead of time by benchmarks/static_triton.py."""
     from .static_triton import triton_rows
 
     return triton_rows()
 
 
 WANTED = {"loads_128": "128-bit loads", "stores_128": "128-bit stores", "hmma": "HMMA"}
-"""Instructions that a kernel which had them must not lose."""
+"""Instructions that a kernel must not lose if it had them."""
 
 
 def regressions(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with a build, by itself and against an earlier one; kernels that were not there before are new."""
+    """What is wrong with a build, by itself and against an earlier one. New kernels are only judged by themselves."""
     found = []
     earlier = {(row["kernel"], row["arch"]): row for row in before}
     for row in now:
@@ -190,7 +190,7 @@ def main() -> None:
         raise SystemExit(str(problem)) from None
     bodies = built_kernels()
     report = {"nvcc": nvcc_rows(bodies), "loops": nvcc_loops(bodies), "triton": triton_rows()}
-    # A row a line, so that a change shows as what it is.
+    # One row a line, so that a diff shows the rows that changed.
     tables = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in report.items())
     write_text(RESULTS / "static.json", "{" + ",\n".join(tables) + "}\n")
     write_text(RESULTS / "static.md", markdown(report))

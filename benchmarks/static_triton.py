@@ -1,7 +1,7 @@
 """Every Triton kernel, compiled ahead of time for sm_80 and sm_90: registers, spills, shared memory, instructions.
 
 No GPU is needed: the operators' own host code runs on tensors without data, and each launch is compiled instead of run,
-with the argument specialisation that the real launch would have. Guards against regressions, no claims of speed.
+with the argument specialisation of the real launch. The figures guard against regressions. They are no claims of speed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class _Driver:
-    """Stands in for a GPU's driver as far as compiling asks for one."""
+    """Stands in for a GPU's driver, as far as the compiler uses one."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -41,7 +41,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # so that kernels compiled for one architecture are not taken for the other
+        return self.target.arch  # or kernels compiled for one architecture would be taken for the other
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -94,7 +94,7 @@ def _pretend(arch: int, compiled: list[Any]) -> Iterator[None]:
 
     modules = (launch, depthwise, trelu, window)
     patches = [mock.patch.object(module, "run", compile_only) for module in modules]
-    # The cache is keyed by source and options: a second run takes seconds.
+    # The cache is keyed by source and options, so a second run takes seconds.
     patches.append(mock.patch.object(triton.knobs.cache, "dir", str(ROOT / "build/triton")))
     patches.append(mock.patch.object(driver, "_active", _Driver(arch)))
     try:
@@ -137,7 +137,7 @@ def _row(arch: int, binary: Any) -> dict[str, Any]:
 
 
 def _cached_row(arch: int, binary: Any) -> dict[str, Any]:
-    """:func:`_row` through a file named by the kernel's hash: disassembling is the slow part."""
+    """:func:`_row`, cached in a file named by the kernel's hash, since disassembling is the slow part."""
     path = ROOT / "build/triton_rows" / f"{binary.hash}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def _cached_row(arch: int, binary: Any) -> dict[str, Any]:
 
 
 def triton_rows(calls: Iterable[str] = tuple(CALLS)) -> list[dict[str, Any]]:
-    """One row for each kernel of the named calls and each architecture; in the shape of static_report.nvcc_rows."""
+    """One row for each kernel of the named calls and each architecture, like those of static_report.nvcc_rows."""
     rows = []
     for arch in LIMITS:
         for name in calls:

@@ -1,8 +1,8 @@
 """The whole suite, ``make bench``: every shape and the models, written as JSON, a table and a plot.
 
-The contestants take part in rounds within a row (``rkl_kernels.bench.timing.interleave``). pytest-benchmark times one
+The contestants of a row are timed in rounds (``rkl_kernels.bench.timing.interleave``). pytest-benchmark times one
 contestant to its end before the next begins, so on a shared machine the drift between the two would go into their
-ratio; it serves the single cases of bench_operators.py, with the same contestants.
+ratio. bench_operators.py uses it for single cases, with the same contestants.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from .shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
 COPY_SIZES = tuple(2**n * 1_000_000 for n in range(8))
-"""Bytes moved by the copies that are measured first: 1 to 128 MB, from what fits into a cache to what does not."""
+"""Bytes moved by the copies that are measured first: 1 to 128 MB. Some fit into a cache, some do not."""
 MOST_BUDGET = 1.5
-"""Seconds of timing a row at most."""
+"""The most seconds of timing a row."""
 AGAIN = 8
-"""Rows that are measured a second time at the end: how far apart the two are is the run's own noise."""
+"""Rows that are measured a second time at the end. The difference between the two is the run's own noise."""
 
 
 AnyRun = TypeVar("AnyRun", bound="Run")
@@ -58,12 +58,12 @@ class Run:
     noise: float | None = None
     seconds: float = 0.0
     again: list[str] = field(default_factory=list)
-    """What the names of rows of later runs contain, which stand in the places of this one's."""
+    """Parts of names: rows whose names contain one are from later runs, and replace this run's rows."""
     only: str = ""
-    """What the names of the rows contain, where not all were wanted."""
+    """The part that all rows' names contain, where not all rows were wanted."""
 
     def with_rows_of(self: AnyRun, later: Run, only: str) -> AnyRun:
-        """This run with the rows of a later one, whose names contain ``only``, in the places of its own."""
+        """This run, with its own rows replaced by those of a later run, whose names contain ``only``."""
         measured = {row.case.id: row for row in later.rows}
         rows = [measured.pop(row.case.id, row) for row in self.rows]
         left_out = [name for name in self.left_out if name not in measured]
@@ -84,7 +84,7 @@ class Run:
         """The run that :meth:`save` wrote.
 
         Raises:
-            ValueError: the file holds none.
+            ValueError: the file holds no run.
         """
         try:
             data = json.loads(path.read_text())
@@ -115,7 +115,7 @@ def cases() -> Iterator[Case]:
 
 
 def rivals_of(case: Case) -> list[str]:
-    """Eager always; the runtimes where they serve the case; the compiler where it has two steps to fuse."""
+    """Eager always, the runtimes where they serve the case, and the compiler for T-ReLU, where it has steps to fuse."""
     rivals = ["eager"]
     if case.operator == "trelu":
         rivals.append("compile")
@@ -125,7 +125,7 @@ def rivals_of(case: Case) -> list[str]:
 
 
 def measure_machine(run: Run, budget: float) -> None:
-    """Copy bandwidth at each size and the matrix rate of each type, before anything else."""
+    """Measure the copy bandwidth at each size and the matrix rate of each type, before anything else."""
     copies = interleave({str(size): copier(size, "cpu") for size in COPY_SIZES}, cpu_timer, budget)
     run.copy_rates = {size: size / copies[str(size)].seconds for size in COPY_SIZES}
     products = {dtype: multiplier(TYPES[dtype], "cpu") for dtype in ("fp32", "bf16")}
@@ -134,22 +134,22 @@ def measure_machine(run: Run, budget: float) -> None:
 
 
 def noise_between(pairs: list[tuple[Row, Row]]) -> float | None:
-    """The largest change, as a share, of any row's share of the floor from one measurement to the other; None where no
-    row was measured twice."""
+    """The largest change, as a share, of a row's share of the floor between its two measurements. None where no row was
+    measured twice."""
     shares = [(one.of_floor(), other.of_floor()) for one, other in pairs]
     return max((abs(a / b - 1) for a, b in shares if a and b), default=None)
 
 
 def most_noise(*runs: Run) -> float | None:
-    """The largest noise that a run found; None where none has any."""
+    """The largest noise of the runs. None where no run has one."""
     return max((run.noise for run in runs if run.noise is not None), default=None)
 
 
 def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
     """Measure the machine, the models and the chosen rows, in about ``within`` seconds.
 
-    Half of the time left goes to timing, evenly over the rows left; the other half to making and checking the
-    contestants. Rows that the time does not reach on a slow machine are named.
+    Half of the time left goes to timing, spread evenly over the rows left, the other half to making and checking the
+    contestants. Rows for which a slow machine has no time are named.
     """
     start = time.perf_counter()
     run = Run(machine())
@@ -182,13 +182,13 @@ def perform(chosen: list[Case], with_models: bool, within: float) -> Run:
 
 
 def record(folder: Path, only: str, again: bool) -> Path:
-    """Where a run is written: one of a part has a name of its own, unless it goes into the record of all rows."""
+    """Where a run is written. A partial run has its own file name, unless it goes into the record of all rows."""
     part = "" if again or not only else "." + re.sub(r"[^a-z0-9]+", "-", only.lower()).strip("-")
     return folder / f"{slug(machine())}{part}.json"
 
 
 def written(path: Path) -> list[Path]:
-    """What is written for the record at ``path``: itself, its table and its plot."""
+    """The files that are written for the record at ``path``: itself, its table and its plot."""
     return [path.with_suffix(ending) for ending in (".json", ".md", ".png")]
 
 
@@ -204,7 +204,7 @@ def place(path: Path, run: Run) -> Path:
 
 
 def _check_without_models(parser: argparse.ArgumentParser, path: Path) -> None:
-    """End the program where a run without models would replace one that has some."""
+    """End the program where a run without models would replace one with models."""
     try:
         has_models = bool(Run.load(path).models)
     except ValueError as problem:
@@ -215,13 +215,13 @@ def _check_without_models(parser: argparse.ArgumentParser, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--only", default="", help="rows whose id contains this, in a record of their own")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--only", default="", help="only rows whose id contains this, in a separate record")
     parser.add_argument("--within", type=positive, default=540, help="seconds for everything")
-    parser.add_argument("--threads", type=count, help="threads of every contestant, instead of one a core")
-    parser.add_argument("--no-models", action="store_true", help="operators only; not in place of a record with models")
+    parser.add_argument("--threads", type=count, help="threads of every contestant, instead of one for each core")
+    parser.add_argument("--no-models", action="store_true", help="operators only; never replaces a record with models")
     parser.add_argument(
-        "--again", action="store_true", help="measure the rows of --only anew, operators only, for the record there is"
+        "--again", action="store_true", help="measure the rows of --only again, without models, for the existing record"
     )
     options = parser.parse_args(arguments)
     chosen = [case for case in cases() if options.only in case.id]

@@ -1,5 +1,5 @@
-"""A process of its own for what runs on a device: a kernel that touches memory where it must not takes the CUDA context
-of its process with it, and one that hangs the process. Then the next call gets a fresh process."""
+"""A separate process for work on a device. A kernel that accesses memory where it must not ends the CUDA context of its
+process, and a kernel that hangs blocks the process. Then the next call gets a new process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-# Not a copy of this process: a CUDA context does not survive a fork.
+# Spawned: a CUDA context does not survive a fork.
 _context = multiprocessing.get_context("spawn")
 
 
@@ -19,29 +19,29 @@ def _serve(connection: Connection) -> None:
         function, arguments = connection.recv()
         try:
             answer = (function(*arguments), "")
-        except Exception:  # whatever it is, the process that asked is told, and raises it
+        except Exception:  # any error: the calling process gets it, and raises it
             answer = (None, traceback.format_exc())
         connection.send(answer)
 
 
 class Worker:
-    """Calls functions of importable modules in its process, which starts with the first call."""
+    """Calls functions of importable modules in a process of its own, which starts at the first call."""
 
     def __init__(self) -> None:
         self._process: BaseProcess | None = None
 
     def call(self, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
-        """``function(*arguments)``. After an error the next call has a new process.
+        """The result of ``function(*arguments)``. After an error the next call gets a new process.
 
         Raises:
-            TimeoutError: no answer within so many seconds.
-            RuntimeError: the function raised, which the message tells in full, or the process ended.
+            TimeoutError: no answer within ``seconds``.
+            RuntimeError: the function raised (the message has the whole traceback), or the process ended.
         """
         if self._process is None:
             self._connection, theirs = _context.Pipe()
             self._process = _context.Process(target=_serve, args=(theirs,))
             self._process.start()
-            theirs.close()  # so that the process's end is an end of file here
+            theirs.close()  # so that the end of the process is an end of file here
         try:
             self._connection.send((function, arguments))
             if not self._connection.poll(seconds):
@@ -60,7 +60,7 @@ class Worker:
         return value
 
     def stop(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process, whatever it is doing."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
