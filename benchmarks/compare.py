@@ -3,8 +3,8 @@
 Absolute times of two runs say little. So shares of the floor are compared (for models, ratios to PyTorch), each taken
 within its own run. A row is slower when its change is larger than the noise of both runs: three standard errors of the
 medians, or the difference of rows measured twice, whichever is larger. The exit code is 1 if a row is slower, if one
-that was timed now fails or is missing, or if there is nothing to compare. Rivals that only one of the two
-runs could time are named.
+that was timed now fails or is missing, or if there is nothing to compare. Rivals that only one run could
+time are named.
 """
 
 from __future__ import annotations
