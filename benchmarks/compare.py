@@ -22,7 +22,7 @@ from .models import DIRECTIONS, ModelRow
 from .suite import RESULTS, Run, most_noise
 
 ERRORS = 3.0
-"""Standard errors that a change must exceed. About one of some 400 unchanged rows does."""
+"""Standard errors that a change must exceed. About one of 700 unchanged rows does."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def compare(new: Run, old: Run) -> list[Change]:
 
 
 def part_of(old: Run, new: Run) -> Run:
-    """The part of the old run that the new one was to measure: the rows of its ``--only``, with or without models."""
+    """What of the old run the new one was to measure: the rows of its ``--only``, or all rows and the models."""
     rows = [row for row in old.rows if new.only in row.case.id]
     return replace(old, rows=rows, models=[] if new.only and not new.models else old.models)
 

@@ -61,7 +61,8 @@ def moved(shape: Shape, result: int, dtype: int = BF16) -> int:
 
 
 def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) -> list[float] | None:
-    """Times by memory, instructions, products and shared memory. None where another family serves."""
+    """Times by memory, instructions, products and shared memory. None where another family serves,
+    and for the image's gradient at stride 2."""
     numbers = plan(shape, result, BF16)
     if not numbers or numbers[0] != ROWS or (result == 1 and shape.stride == 2):
         return None
@@ -77,7 +78,8 @@ def microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) ->
 
 
 def wide_microseconds(shape: Shape, result: int, loops: dict[str, dict[str, int]]) -> list[float] | None:
-    """Times by memory and instructions for a wide filter in fp32. None where another family serves.
+    """Times by memory and instructions for a wide filter in fp32. None where another family serves,
+    and for filters of up to 8.
 
     The counts include rows of padding, which the kernel leaves out, and the outputs and taps that fill up a thread's 32
     sums.

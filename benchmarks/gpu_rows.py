@@ -22,7 +22,7 @@ from .gpu_report import GpuRun
 from .worker import Worker
 
 MOST_BUDGET = 0.6
-"""The most seconds of timing a row: a hundred samples of a kernel of a millisecond, for eight contestants."""
+"""The most seconds of timing a row: tens of samples of each contestant."""
 ROW_SECONDS, COMPILER_SECONDS = 60.0, 150.0
 """Seconds after which a row counts as hung, without and with the compiler."""
 LAYOUTS = ("nhwc", "nchw")

@@ -162,7 +162,7 @@ def examine(name: str, build: Callable[[], nn.Module]) -> Row:
 
 
 def _size(model: nn.Module) -> int:
-    """The small size where the model takes it, else the size it was published with."""
+    """The small size where the model takes it, else 224."""
     model.eval()
     try:
         with torch.no_grad():

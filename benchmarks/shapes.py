@@ -89,7 +89,7 @@ def _shape(
 
 
 def _resnet_kl() -> list[Shape]:
-    """Each stage's merged 7 x 7, its 3 x 3 at stride 1, and its 3 x 3 at stride 2, which leads to the next stage."""
+    """Each stage's merged 7 x 7, its 3 x 3 at stride 1, and its 3 x 3 at stride 2, as between stages."""
     shapes = []
     for channels, size, batch_gpu in ((64, 32, 512), (128, 16, 1024), (256, 8, 2048), (512, 4, 4096)):
         name, doubled = f"rkl-{size}", min(2 * channels, 512)

@@ -70,7 +70,7 @@ def _trelu(dtype: torch.dtype) -> None:
     trelu.trelu_backward(x, x)
 
 
-# One call for every kernel and every number of rkl_kernels/triton/tiles.py; sizes from benchmarks/shapes.py.
+# One call for every kernel and every number of rkl_kernels/triton/tiles.py; sizes like those of benchmarks/shapes.py.
 CALLS: dict[str, Any] = {
     "trelu bf16": lambda: _trelu(BF16),
     "trelu fp32": lambda: _trelu(F32),

@@ -30,7 +30,7 @@ def train(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure accuracy, macro recall, F1, NLL and ECE of every exit of a run's model on the test images."""
+    """Measure accuracy, macro recall, F1, NLL and ECE of every exit of a run's model, on the test images by default."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -100,7 +100,7 @@ class Predict:
     confidence: float | None = None
     """An image leaves at the first exit whose top probability reaches this value, or at the deepest exit. The default
     is the thresholds of the last `rkl evaluate --early-exit` or, without one, the thresholds that keep the deepest
-    exit's accuracy on the validation images."""
+    exit's accuracy on the validation images. If neither was found for this checkpoint, no image leaves early."""
     device: str | None = None
     """`cpu` or `cuda`; by default the GPU if there is one."""
 
@@ -153,7 +153,7 @@ class Experiments:
     rows: tuple[str, ...] | None = None
     """Rows to train now; all rows of the table by default."""
     jobs: int | None = None
-    """Number of runs at once; by default one for each GPU or, without a GPU, one for each core."""
+    """Number of runs at once; by default one for each GPU or, without a GPU, one for each of PyTorch's threads."""
     config: Path | None = None
     """YAML file of settings that replace the scale's, for every row whose network has them."""
 

@@ -44,7 +44,8 @@ class DataSettings:
     image_size: int | None = None
     """Height and width of the images in pixels; the data set's own by default."""
     val_fraction: float = 0.1
-    """Share of the training images that is held out for validation; 0 trains on all of them."""
+    """Share of the training images that is held out for validation; 0 trains on all of them. A folder of images that
+    has validation images of its own ignores it."""
     train_size: int | None = None
     """Number of training images to use, validation included, the same for every seed; all by default."""
     test_size: int | None = None
@@ -100,7 +101,7 @@ class ModelSettings:
     feature_size: int | None = None
     """Height and width of the feature maps that are compared; the deepest stage's by default."""
     weights: Path | None = None
-    """Folder of a finished run whose weights training starts from; heads for other classes start at random."""
+    """Folder of a run whose last weights training starts from; heads for other classes start at random."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ class MachineSettings:
     precision: Precision | None = None
     """Precision of training; by default bf16-mixed on a GPU and 32-true elsewhere."""
     compile: bool = False
-    """Compile the model with torch.compile; on a GPU into CUDA graphs, from which small models gain most."""
+    """Compile the model with torch.compile; on a GPU, if accumulate is 1, into CUDA graphs, from which small
+    models gain most."""
     devices: int = 1
     """Number of devices to train on; several use DistributedDataParallel."""
     channels_last: bool = True

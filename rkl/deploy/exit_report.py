@@ -1,4 +1,5 @@
-"""What early exit saves for a finished run. Thresholds come from validation images, results from test images."""
+"""What early exit saves for a finished run. Thresholds come from validation images, results from test images, both in
+the run's precision."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from ..slimming.early_exit import (
 )
 from ..training import metrics, report
 from ..training.checkpoint import Run, check_data, example_image
-from ..training.evaluation import evaluation_batches
+from ..training.evaluation import autocast, collect, evaluation_batches
 from ..training.files import RunError, check_writable, save_figure, to_json, write_text
 from ..training.train import load_data
 
@@ -56,18 +57,19 @@ def evaluate_early_exit(
         raise RunError(f"{run.folder}: early exit needs validation images to calibrate on, got val_fraction 0")
     costs = exit_costs(model, example_image(run))
     full = deepest_cost(costs)
-    exits, labels = metrics.collect_exits(model, evaluation_batches(data.val, data))
+    exits, labels = collect(model, data.val, data, run.config)
     candidates = frontier(exits, labels, costs)
     if accuracy is None and macs_share is None:
         chosen = keeping_accuracy(exits, labels, costs)
     else:
         chosen = calibrate(exits, labels, costs, accuracy, None if macs_share is None else macs_share * full)
 
-    exits, labels = metrics.collect_exits(model, evaluation_batches(data.test, data))
+    exits, labels = collect(model, data.test, data, run.config)
     curve = [operate(exits, labels, costs, point.thresholds) for point in candidates]
     point = operate(exits, labels, costs, chosen.thresholds)
     images = [batch for batch, _ in evaluation_batches(data.test, data, BATCH)]
-    speed, full_speed = throughput(model, run.model.deploy(), images, chosen.thresholds)
+    with autocast(run.config, run.device):
+        speed, full_speed = throughput(model, run.model.deploy(), images, chosen.thresholds)
     deepest = {"accuracy": metrics.exit_metrics(exits[-1], labels)["accuracy"], "macs": full}
     record = {
         "checkpoint": checkpoint,

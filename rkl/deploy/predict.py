@@ -1,4 +1,4 @@
-"""Classifies image files with a run's model."""
+"""Classifies image files with a run's model, in the run's precision."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..data.formats import image_tensor
 from ..network.model import ResNet
 from ..slimming.early_exit import NEVER, early_exit
 from ..training.checkpoint import Run
+from ..training.evaluation import autocast
 from ..training.files import RunError, read_json
 
 BATCH = 64
@@ -87,11 +88,12 @@ def predict(run: Run, paths: list[Path], thresholds: list[float] | None = None) 
 @torch.no_grad()
 def _classified(run: Run, images: Tensor, thresholds: list[float] | None) -> list[Prediction]:
     images = images.to(run.device)
-    if isinstance(run.model, ResNet):
-        count = len(run.model.exit_stages)
-        logits, exits = early_exit(run.model, images, thresholds or [NEVER] * (count - 1))
-    else:
-        count, logits, exits = 1, run.model(images), torch.zeros(len(images), dtype=torch.long)
+    with autocast(run.config, run.device):
+        if isinstance(run.model, ResNet):
+            count = len(run.model.exit_stages)
+            logits, exits = early_exit(run.model, images, thresholds or [NEVER] * (count - 1))
+        else:
+            count, logits, exits = 1, run.model(images).float(), torch.zeros(len(images), dtype=torch.long)
     classes = run.facts["classes"]
     probabilities, indices = logits.softmax(1).topk(min(5, len(classes)))
     return [

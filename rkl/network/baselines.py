@@ -71,7 +71,7 @@ BASELINES = {
     "xception": Baseline(_timm("legacy_xception"), "conv1"),
     "replknet": Baseline(lambda classes: RepLKNet(classes), "features.0"),
 }
-"""The paper's ten. RepLKNet-T is this project's small form; the paper does not say which form it trained."""
+"""The paper's ten. RepLKNet is a small form of this project's own: the paper does not say which it trained."""
 
 NAMES = tuple(BASELINES)
 """The names that :func:`create` accepts."""

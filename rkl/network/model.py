@@ -28,7 +28,8 @@ class Exits(NamedTuple):
 
     Attributes:
         logits: (N, classes) each.
-        features: (N, C, f, f) each, all in the deepest stage's shape; empty where a model returns logits only.
+        features: (N, C, f, f) each, all of one shape, the deepest stage's unless ``feature_size`` is set; empty where a
+            model returns logits only.
 
     Examples:
         >>> from rkl.network.model import ResNetKL

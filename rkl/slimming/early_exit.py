@@ -30,7 +30,7 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
         thresholds: one for each exit but the deepest, where all remaining samples leave.
 
     Returns:
-        logits (N, classes) of the exit at which each sample left, and the number (N,) of that exit, from 0.
+        logits (N, classes) in float32 of the exit at which each sample left, and the number (N,) of that exit, from 0.
 
     Raises:
         ValueError: not one threshold for each shallow exit, or the model is in training mode.
@@ -58,7 +58,7 @@ def early_exit(model: ResNet, images: Tensor, thresholds: list[float]) -> tuple[
         x = blocks(x)
         if limits.get(stage, NEVER) > 1:
             continue
-        own, _ = model.head(stage, x)
+        own = model.head(stage, x)[0].float()  # as the thresholds were found, whatever the precision
         if logits is None:
             logits = own.new_zeros(len(images), own.shape[1])
         # All samples leave at the deepest exit, even with NaN logits, which fail every comparison.

@@ -40,8 +40,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filt
     """Two groups: dense and pointwise filters, which decay, and norms, biases and depthwise filters, which do not decay
     unless ``decay`` is "all".
 
-    Decay of a gamma would be 50 times as strong as the L1 term that ranks the channels. It would shrink all gammas
-    alike.
+    Decay would shrink all gammas alike, where the L1 term is to spread them, so that the cuts can rank the channels.
     """
     spared: set[Tensor] = set()
     for module in model.modules():
