@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from rkl.cli import main
 from rkl.config import Config
@@ -139,6 +141,27 @@ def test_thresholds_are_of_validation_images_alone(run: Path, monkeypatch: pytes
     again = exit_report.evaluate_early_exit(opened)
     assert (again["thresholds"], again["validation"]) == (first["thresholds"], first["validation"])
     assert again["test"] != first["test"]
+
+
+def test_early_exit_is_measured_in_the_runs_precision(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training found its thresholds. In bfloat16 a probability near a threshold falls on the other side."""
+    opened = open_run(run)
+    costs = exit_report.exit_costs(opened.model.deploy(exits=True), torch.zeros(1, 1, 8, 8))
+    monkeypatch.setattr(exit_report, "exit_costs", lambda *_: costs)  # counted, not measured
+    with output_types(nn.Linear) as seen:
+        exit_report.evaluate_early_exit(replace(opened, config=replace(opened.config, precision="bf16-mixed")))
+    assert seen == {torch.bfloat16}
+
+
+@contextmanager
+def output_types(kind: type[nn.Module]) -> Iterator[set[torch.dtype]]:
+    """The types that modules of this kind return in the block."""
+    seen: set[torch.dtype] = set()
+    hook = register_module_forward_hook(lambda m, _, y: seen.add(y.dtype) if isinstance(m, kind) else None)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def test_early_exit_command(run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,15 @@ def test_the_runs_thresholds_are_the_default(run: Path, folder: Path, capsys: py
     main(["predict", str(run), image])
     assert "left at exit 2 of 4" in capsys.readouterr().out
     (run / "early_exit.json").unlink()
+
+
+def test_files_are_classified_in_the_runs_precision(run: Path, folder: Path) -> None:
+    opened, seen = open_run(run), set()
+    opened = replace(opened, config=replace(opened.config, precision="bf16-mixed"))
+    opened.model.fc.register_forward_hook(lambda module, inputs, logits: seen.add(logits.dtype))
+    (answer,) = prediction.predict(opened, [folder / "dog" / "0.png"])
+    assert seen == {torch.bfloat16}
+    assert sum(chance for _, chance in answer.top) == pytest.approx(1, abs=1e-6), "softmax is of float32"
 
 
 def test_one_exit_takes_no_confidence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
