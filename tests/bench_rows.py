@@ -12,7 +12,7 @@ TINY = Case("depthwise", 2, 8, 9, 7, kernel=3, padding=1, name="tiny")
 
 
 def row_of(case: Case = TINY, copy: float = 1.0, rate: float = 1e12, noise: float = 0.0, **times: float) -> Row:
-    """A row with made-up seconds; keywords as ``ours_nhwc``."""
+    """A row with made-up seconds, given by keywords such as ``ours_nhwc``."""
     timings = {name.replace("_", " "): Timing(seconds, noise, 9) for name, seconds in times.items()}
     return Row(case, Timing(copy, noise, 9), rate, timings)
 
@@ -24,7 +24,7 @@ class Net(torch.nn.Sequential):
 
 
 class Spoilt(torch.nn.Module):
-    """A network whose results are multiplied by a factor; counts its calls, of all of its kind."""
+    """A network whose results are multiplied by a factor. The class counts the calls of all its instances."""
 
     calls = 0
 

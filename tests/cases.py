@@ -1,7 +1,7 @@
-"""Random calls of the operators: one generator for all backends (hypothesis draws, and shrinks what fails).
+"""Random calls of the operators, one generator for all backends. Hypothesis draws the calls and shrinks a failing one.
 
-A case is plain numbers. Its tensors are made by evaluating the expressions that :meth:`Case.program` prints, so that
-the three lines of a failing case do what the test did.
+A case is plain numbers. The test makes its tensors by evaluating the very expressions that :meth:`Case.program` prints,
+so the three lines printed for a failing case do what the test did.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VALUES = {
     "special": "torch.randn({n}) / torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, float('inf'), float('nan')])"
     "[torch.randint(10, ({n},))]",
 }
-"""What a storage is filled with; "special" has infinities, zeros and NaNs."""
+"""What a storage is filled with. "special" has infinities, zeros and NaNs."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class View:
     values: str = "plain"
 
     def text(self, dtype: torch.dtype) -> str:
-        """The expression that makes it."""
+        """The Python expression that makes the tensor."""
         reach = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         count = self.offset + (reach + 1 if all(self.shape) else 0)
         numbers = VALUES[self.values].format(n=count, dtype=dtype)
@@ -52,8 +52,11 @@ class View:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a public function and of its backward. ``grad``: the output's gradient; None where the call must fail.
-    ``wanted``: which tensors have ``requires_grad``."""
+    """A call of a public function and its backward.
+
+    ``grad`` is the output's gradient, or None where the call must fail. ``wanted`` says which tensors have
+    ``requires_grad``.
+    """
 
     operator: str
     dtype: torch.dtype
@@ -88,7 +91,7 @@ class Case:
         return [y.detach(), *(torch.autograd.grad(y, leaves, grad) if leaves else ())]
 
     def program(self, backend: str) -> str:
-        """Three lines of Python that do the same."""
+        """Three lines of Python that make the same call."""
         settings = ", ".join(map(repr, (*self.window, *self.activations)))
         grad = "" if self.grad is None else f"grad = {self.grad.text(self.dtype)}; "
         call = f"y = rk.{FUNCTIONS[self.operator]}(*tensors{', ' if settings else ''}{settings})"
@@ -101,12 +104,12 @@ class Case:
 
 
 def examples(share: float) -> settings:
-    """``share`` of the profile's cases: of 500 in ``make test``, of 10,000 in ``make fuzz`` (conftest.py)."""
+    """Draw this share of the profile's cases: 500 in ``make test``, 10,000 in ``make fuzz`` (conftest.py)."""
     return settings(max_examples=round(share * settings().max_examples))
 
 
 def dense_strides(shape: tuple[int, ...], order: tuple[int, ...]) -> list[int]:
-    """``order``: dimensions from the innermost."""
+    """Strides of a dense tensor. ``order`` lists the dimensions, innermost first."""
     strides, step = [1] * len(shape), 1
     for dim in order:
         strides[dim] = step
@@ -127,7 +130,7 @@ LAYOUTS = (
 
 @st.composite
 def views(draw: Callable[..., Any], shape: tuple[int, ...], layouts: tuple[str, ...] = LAYOUTS) -> View:
-    """``shape`` in any layout, at any place of its storage."""
+    """A view of ``shape`` in any layout, at any offset into its storage."""
     layout, dims = draw(st.sampled_from(layouts)), len(shape)
     order = orders(dims)
     if layout == "overlapping":
@@ -148,7 +151,7 @@ KERNELS = ((1, 1), (3, 3), (3, 3), (3, 3), (5, 5), (7, 7), (2, 2), (4, 3), (1, 9
 
 
 def _fitted(sizes: list[int], taps: int, most: int) -> list[int]:
-    """Batch, channels, height and width, the largest halved until there are at most so many products."""
+    """Batch, channels, height and width. Halve the largest until there are at most ``most`` products."""
     while sizes[0] * sizes[1] * sizes[2] * sizes[3] * taps > most:
         largest = max(range(4), key=lambda d: sizes[d])
         if sizes[largest] == 1:
@@ -159,7 +162,7 @@ def _fitted(sizes: list[int], taps: int, most: int) -> list[int]:
 
 @st.composite
 def windows(draw: Callable[..., Any], kernel: tuple[int, int]) -> tuple[Any, Any, Any]:
-    """Stride, padding and dilation, as they may be written."""
+    """Stride, padding and dilation in any form that a caller may write: a number, a pair or a word."""
 
     def pair(strategy: Any) -> Any:
         return draw(strategy) if draw(st.booleans()) else (draw(strategy), draw(strategy))
@@ -174,7 +177,7 @@ def windows(draw: Callable[..., Any], kernel: tuple[int, int]) -> tuple[Any, Any
 
 
 def _size(image: tuple[int, ...], kernel: tuple[int, int], window: tuple[Any, Any, Any]) -> list[int] | None:
-    """Height and width of the output, as ``F.conv2d`` has them; None where it raises."""
+    """The output's height and width by ``F.conv2d``, or None where that raises."""
     x, weight = (torch.empty(shape, device="meta") for shape in ((1, 1, *image[-2:]), (1, 1, *kernel)))
     try:
         return list(F.conv2d(x, weight, None, *window).shape[2:])
@@ -185,7 +188,10 @@ def _size(image: tuple[int, ...], kernel: tuple[int, int], window: tuple[Any, An
 @st.composite
 def cases(draw: Callable[..., Any], operator: str, most: int = 1_000_000, types: tuple[torch.dtype, ...] = TYPES,
           empty: bool = True, nonfinite: bool = True) -> Case:  # fmt: skip
-    """A case of an operator. ``most``: products of the depthwise step. ``empty``: sizes of 0 too."""
+    """A case of an operator.
+
+    ``most`` bounds the products of the depthwise step. ``empty`` allows sizes of 0, ``nonfinite`` infinities and NaNs.
+    """
     dtype, seed = draw(st.sampled_from(types)), draw(st.integers(0, 2**31 - 1))
     some = (0,) if empty else ()
     if operator == "trelu":

@@ -1,4 +1,4 @@
-"""Chains of layers as models have them, and what a fused copy is held against."""
+"""Chains of layers as models have them, and the comparison of a fused copy with its model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ X = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(1))
 
 
 def fill(module: nn.Module) -> nn.Module:
-    """Statistics and parameters of norms that are not 0 and 1."""
+    """Give the norms statistics and parameters other than 0 and 1."""
     for m in module.modules():
         if getattr(m, "running_mean", None) is not None:
             m.running_mean.normal_()
@@ -30,12 +30,12 @@ def chain(*inner: nn.Module, norm=nn.BatchNorm2d, outer: tuple[nn.Module, ...] =
 
 
 def layers(model: nn.Module) -> list[type[nn.Module]]:
-    """The package's layers in a model, and the norms that are left."""
+    """The types of the package's layers in a model, and of the norms that are left."""
     return [type(m) for m in model.modules() if isinstance(m, (rk.SeparableConv2d, rk.DepthwiseConv2d, nn.BatchNorm2d))]
 
 
 def assert_same(fused: nn.Module, plain: nn.Module, x: torch.Tensor = X) -> None:
-    """In inference, to float32's rounding of outputs and of the image's gradient."""
+    """Outputs, with and without gradients, and the image's gradient agree up to float32 rounding."""
     results = []
     for model in (fused, plain):
         image = x.clone().requires_grad_()
@@ -48,7 +48,7 @@ def assert_same(fused: nn.Module, plain: nn.Module, x: torch.Tensor = X) -> None
 
 
 class Flagged(nn.Module):
-    """Takes a flag, and takes its blocks apart."""
+    """Its forward takes a flag, and may call the layers of its body one by one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,10 +9,11 @@ import rkl_kernels as rk
 
 try:
     from hypothesis import HealthCheck, settings
-except ImportError:  # make gpu takes the machine's own packages
+except ImportError:  # make gpu uses the machine's own packages, which may lack hypothesis
     settings = None
 
-# The operators' random cases, on all backends together (cases.py): the same ones each time, or others with each seed.
+# How many random calls of the operators are drawn, over all backends (cases.py). "test" draws the same calls each time,
+# "fuzz" draws others for each seed.
 for name, count in {"test": 500, "fuzz": 10_000}.items() if settings else ():
     settings.register_profile(
         name,
@@ -50,7 +51,7 @@ def backend(request):
 
 @pytest.fixture
 def one_thread():
-    """Layers this small take longer to share among threads than to run."""
+    """One thread: layers this small take longer to split among threads than to run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

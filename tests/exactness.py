@@ -1,8 +1,8 @@
-"""How far a kernel's result may be from the exact one: the rounding error that its arithmetic explains, and no more.
+"""How far a kernel's result may be from the exact one: by the rounding error of its arithmetic, and no more.
 
 A sum of n products in float32, in any order, is off by at most about n * 2^-24 times the sum of the products'
-magnitudes; storing it in a type with unit roundoff u adds u times the value. So each comparison takes, beside the exact
-result in float64, the same computation on absolute values.
+magnitudes. Storing it in a type with unit roundoff u adds u times the value. So each comparison needs the exact result
+in float64 and also the same computation on absolute values.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def assert_rounded(
 ) -> None:
     """``result`` is ``exact`` up to ``roundings`` roundings in its own type and a sum of ``terms`` in ``accumulate``.
 
-    ``magnitude``: the computation on absolute values (the exact result's own, where it is left out). With
-    intermediate values rounded to the result's type (``roundings`` > 1), these roundings are relative to it too.
+    ``magnitude`` is the computation on absolute values; the default is the absolute value of ``exact``. With
+    ``roundings`` > 1, intermediate values are rounded to the result's type too. Those roundings are relative to
+    ``magnitude``.
     """
     assert result.shape == exact.shape, f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
     unit = UNIT_ROUNDOFF[result.dtype]
@@ -46,7 +47,7 @@ def assert_rounded(
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
-    """The same image contiguous, channels_last, and as a strided view with gaps."""
+    """The same image three times: contiguous, channels_last, and as a strided view with gaps."""
     n, c, h, w = x.shape
     gaps = torch.full((n, 2 * c, h, w + 3), float("nan"), dtype=x.dtype)
     strided = gaps[:, ::2, :, 1 : w + 1]

@@ -1,4 +1,4 @@
-"""Runs that end badly, each in a process of its own: what happens to it, and how it ended."""
+"""Training runs that end badly, each in its own process: the faults, and how the process ended."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rkl.training import train as trainer
 from rkl.training.run_log import RunLog
 
 Fault = Callable[[Config], None]
-"""Sets up in a run's process what is to happen to it. A function of this module, as it travels there by name."""
+"""Sets up a fault in the run's process. It must be a function of this module, since it is pickled by name."""
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
 def writes(config: Config, each: Callable[[str], None]) -> None:
-    """Call ``each`` before every change of the run's folder. TensorBoard's, which a thread makes, are left out."""
+    """Call ``each`` before every change of the run's folder. TensorBoard's changes, made by a thread, are left out."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         opened = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
@@ -40,8 +40,8 @@ def writes(config: Config, each: Callable[[str], None]) -> None:
 
 
 def kill_at_write(number: int, config: Config, by: int = signal.SIGKILL) -> None:
-    """Before the write of that number, from 0."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+    """Send the process a signal before the write of that number, counted from 0."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs ignore SIGINT
     count = 0
 
     def each(_: str) -> None:
@@ -54,13 +54,13 @@ def kill_at_write(number: int, config: Config, by: int = signal.SIGKILL) -> None
 
 
 def note_writes(file: str, config: Config) -> None:
-    """No fault: the names of all writes, in ``file``."""
+    """No fault: note the names of all writes in ``file``."""
     notes = open(file, "a", buffering=1)  # noqa: SIM115
     writes(config, lambda name: print(name, file=notes))
 
 
 def kill_in_tensors(number: int, config: Config) -> None:
-    """With half of the tensors' file of that number written."""
+    """Kill the process with half of the tensors' file of that number written, counted from 1."""
     whole, count = checkpoint.save_file, 0
 
     def half(tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -75,7 +75,7 @@ def kill_in_tensors(number: int, config: Config) -> None:
 
 
 def kill_in_log(number: int, config: Config) -> None:
-    """With half of the log's line of that epoch written."""
+    """Kill the process with half of that epoch's line in the log written."""
     whole = RunLog.write
 
     def half(self: RunLog, row: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def kill_in_log(number: int, config: Config) -> None:
 
 
 def at_epoch(number: int, what: Callable[[], object]) -> None:
-    """Call ``what`` when the training of an epoch, from 1, is done, and nothing of it is saved."""
+    """Call ``what`` when an epoch, counted from 1, is trained and nothing of it is saved yet."""
     train_epoch = trainer.train_epoch
 
     def then(*arguments: Any) -> dict[str, Any]:
@@ -103,15 +103,17 @@ def at_epoch(number: int, what: Callable[[], object]) -> None:
 
 
 def small_files(number: int, limit: int, config: Config) -> None:
-    """From an epoch on (0: from the start) the system refuses to make a file longer than ``limit``, in the middle of a
-    write: as a full disk does, with another word."""
+    """From an epoch on (0: from the start), writes fail where a file would get longer than ``limit`` bytes.
+
+    This is like a full disk but for the error's text: a write fails in its middle.
+    """
     most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     what = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, most))
     at_epoch(number, what) if number else what()
 
 
 def without_rights(config: Config) -> None:
-    """As a user who owns nothing, with the data read before."""
+    """Run as a user who owns nothing. The data is read before."""
     data = trainer.load_data(config)
     trainer.load_data = lambda config: data
     if os.geteuid() == 0:
@@ -119,14 +121,14 @@ def without_rights(config: Config) -> None:
 
 
 def of_two(rank: int, port: int, dies: int, config: Config) -> None:
-    """One process of two; that of rank 1 is killed in the epoch ``dies``."""
+    """Run as one process of two. The process of rank 1 is killed in the epoch ``dies``."""
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
     if rank == 1:
         at_epoch(dies, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def lost(plain: dict[str, Any], threads: int, sender: Any) -> None:
-    """An experiment's process that is killed."""
+    """Stands in for an experiment's process, and kills itself."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -138,25 +140,25 @@ def _run(plain: dict[str, Any], resume: bool, fault: Fault | None, output: str) 
         config = from_plain(plain)
         if fault:
             fault(config)
-        # The command's complaints without its parsing; and plots take longer to draw than all else here.
+        # The command's error messages without its parsing. Plots are left out: they take longer than all else here.
         cli.COMMANDS["train"] = lambda arguments: trainer.train(config, resume)
         report._plot_curves = report.plot_confusion = lambda *arguments: None
         cli.main(["train"])
 
 
 def started(config: Config, resume: bool = False, fault: Fault | None = None, output: Path | str = os.devnull) -> Any:
-    """`rkl train` in a process forked from a server that has the imports done and no thread started."""
+    """Start `rkl train` in a process forked from a server that has done the imports and started no thread."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["rkl.cli", "rkl.training.train", "sklearn.datasets"]
-    )  # it does not find this module
+    )  # the server does not find this module, so it is not preloaded
     process = context.Process(target=_run, args=(to_plain(config), resume, fault, str(output)))
     process.start()
     return process
 
 
 def ended(config: Config, resume: bool = False, fault: Fault | None = None, output: Path | str = os.devnull) -> int:
-    """How such a process ended: its exit code, or the negative of the signal that killed it."""
+    """Run such a process to its end. Returns its exit code, or minus the number of the signal that killed it."""
     process = started(config, resume, fault, output)
     process.join(600)
     assert process.exitcode is not None, "the run did not end"

@@ -1,4 +1,4 @@
-"""Damage to files, drawn by seed; and a watch on what reading them does."""
+"""Damage to files, drawn by seed, and a watch on what reading such files does."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "socket.connect")
-"""What Python announces before it starts a program or talks to another machine."""
+"""Audit events that Python raises before it starts a program or connects to another machine."""
 MOST = 2**28
-"""Bytes that reading a bad file may hold; a file here has some thousands."""
+"""Bytes of memory that reading a bad file may take. The files here have some thousands."""
 _started: list[str] = []
 sys.addaudithook(lambda event, arguments: _started.append(f"{event} {arguments}") if event in STARTS else None)
 
@@ -30,12 +30,12 @@ def flipped(content: bytes, draw: random.Random) -> bytes:
 
 
 def headless(content: bytes, draw: random.Random) -> bytes:
-    """The first bytes, where a format says what it is and how large, are others."""
+    """Other first bytes: there a format says what it is and how large."""
     return draw.randbytes(8) + content[8:]
 
 
 def spliced(content: bytes, draw: random.Random) -> bytes:
-    """A part is missing, another is there twice."""
+    """A part is missing, or a part is there twice."""
     start, end = sorted(draw.randrange(len(content)) for _ in range(2))
     return draw.choice((content[:start] + content[end + 1 :], content[:end] + content[start:]))
 
@@ -44,7 +44,7 @@ Mutation = Callable[[bytes, random.Random], bytes]
 
 
 def mutated(content: bytes, counts: dict[Mutation, int]) -> Iterator[tuple[str, bytes]]:
-    """So many of each kind of damage, with a name that says how to make it again."""
+    """As many of each kind of damage as ``counts`` says, each with a name that says how to make it again."""
     for kind, count in counts.items():
         for seed in range(count):
             damaged = kind(content, random.Random(f"{kind.__name__} {seed}"))
@@ -53,7 +53,7 @@ def mutated(content: bytes, counts: dict[Mutation, int]) -> Iterator[tuple[str, 
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file below a folder, by its content."""
+    """The content of every file below a folder, as a hash."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -63,7 +63,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[None]:
-    """Hold the block to this: nothing started, nothing written below ``folder``, at most so much more held."""
+    """The block must start nothing, write nothing below ``folder`` and take at most ``MOST`` bytes more memory."""
     before, held = snapshot(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _started.clear()
     yield
@@ -76,8 +76,10 @@ def watched(folder: Path) -> Iterator[None]:
 def refusals(
     file: Path, cases: Iterable[tuple[str, bytes]], read: Callable[[], object], accepts: Callable[[object], bool]
 ) -> int:
-    """Give ``file`` each content in turn. ``read`` must name it, or one of the folder, in the one line of a ValueError,
-    or give what ``accepts`` takes. How many were refused."""
+    """Give ``file`` each content in turn and return how many were refused.
+
+    ``read`` must raise a ValueError of one line that names the file or its folder, or return what ``accepts`` accepts.
+    """
     whole, refused = file.read_bytes() if file.exists() else None, 0
     for name, content in cases:
         file.write_bytes(content)

@@ -1,18 +1,19 @@
-"""What must come of a case: the exact results in float64, and a bound on the distance that the arithmetic explains.
+"""The expected results of a case: exact values in float64, each with a bound on the error that the arithmetic explains.
 
-Running error analysis. A :class:`Near` is an exact value and a bound on how far from it the operators' own value lies.
+This is running error analysis. A :class:`Near` is an exact value and a bound on the distance of the operators' value.
 With the unit roundoff u of the type, v = 2^-24 of float32, and gamma_n = n v / (1 - n v):
 
-- a sum of n products, in float32 and in any order: gamma_n times the sum of the products' magnitudes, beside what the
-  factors' own errors make of it;
-- rounding to the type: u times the value, or half of the smallest number;
-- an activation: its steepest slope times the argument's error, beside the formula's own roundings;
-- where a sum of magnitudes reaches float32's largest number, or a rounded one the type's, anything may come of it;
-- where a factor that may be zero meets an infinity, NaN or an infinity comes of it.
+- A sum of n products in float32, in any order, adds gamma_n times the sum of the products' magnitudes. The errors of
+  the factors add to that.
+- Rounding to the type adds u times the value, or half of the smallest number.
+- An activation passes on the argument's error times its steepest slope, and adds the roundings of its own formula.
+- Where a sum of magnitudes reaches float32's largest number, any result is allowed. So it is where a rounded value
+  reaches the type's largest number.
+- Where a factor that may be zero meets an infinity, the result must be NaN or an infinity.
 
-Infinities and NaNs are as in the exact result, but for what the docstrings leave open: whether those of a filter count
-where they stand over the zeros of the padding; all taps of a channel's filter gradient where one has them; gradients
-that have them where a slope is 0; on a GPU, what :func:`spread` says.
+Infinities and NaNs must be those of the exact result. The docstrings leave these cases open: a filter's infinities and
+NaNs over the zeros of the padding; all taps of a channel's filter gradient where one tap has them; gradients that have
+them where a slope is 0; and on a GPU, what :func:`spread` says.
 """
 
 from __future__ import annotations
@@ -32,16 +33,19 @@ from rkl_kernels import reference
 from rkl_kernels.gradients import INVERTIBLE
 
 FREE = 1e200
-"""An error that allows anything, and stays a number when it is multiplied on."""
+"""An error that allows any result. It is small enough to stay finite in later products."""
 LARGEST = torch.finfo(torch.float32).max
 FLOAT32 = UNIT_ROUNDOFF[torch.float32]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a backend computes. ``dtype``: of tensors; ``flushes``: takes denormal factors for zero; ``tanh``: relative
-    error of its T-ReLU; ``parts``: roundings to the type on the way of a pointwise filter's gradient; ``spread``:
-    channels that share their infinities and NaNs."""
+    """How a backend computes.
+
+    ``dtype``: the type of the tensors. ``flushes``: whether it takes denormal factors for zero. ``tanh``: the relative
+    error of its T-ReLU. ``parts``: how often a pointwise filter's gradient is rounded to the type on the way.
+    ``spread``: how many channels share their infinities and NaNs.
+    """
 
     dtype: torch.dtype
     flushes: bool = False
@@ -52,12 +56,12 @@ class Rules:
 
 @dataclass(frozen=True)
 class Near:
-    """Exact values, and how far off they may be."""
+    """Exact values, and how far off a result may be."""
 
     value: Tensor
     error: Tensor
     odd: Tensor = field(default_factory=lambda: torch.tensor(False))
-    """Where it may be NaN or either infinity, but nothing finite."""
+    """Where the result may be NaN or either infinity, but not finite."""
 
     @property
     def size(self) -> Tensor:
@@ -82,7 +86,7 @@ def _freed(value: Tensor, error: Tensor, where: Tensor) -> Near:
 def products(
     rules: Rules, f: Callable[[Tensor, Tensor], Tensor], a: Near, b: Near, terms: int, bias: Near | None = None
 ) -> Near:
-    """``f``, sums of ``terms`` products of the factors, plus a bias a channel."""
+    """``f``: sums of ``terms`` products of the factors, plus one bias for each channel."""
     value, plain, size = f(a.value, b.value), f(a.size, b.size), f(a.size + a.error, b.size + b.error)
     error = size - plain + terms * SMALLEST[torch.float32]
     if rules.flushes:
@@ -94,9 +98,9 @@ def products(
         value, size, error = value + shaped[0], size + shaped[1] + shaped[2], error + shaped[2]
     free, odd = size > LARGEST / 2, torch.tensor(False)
     for one, other, g in ((a, b, f), (b, a, lambda t, u: f(u, t))):
-        if (one.error >= FREE).any():  # a NaN counts where it is multiplied by 0, too
+        if (one.error >= FREE).any():  # a NaN counts even where it is multiplied by 0
             free = free | (g((one.error >= FREE).double(), torch.ones_like(other.value)) > 0)
-        if other.value.isinf().any():  # what may be 0 or of the other sign makes NaN of an infinity, or the other one
+        if other.value.isinf().any():  # a factor that may be 0 or change sign makes NaN or the other infinity of it
             unsure = (one.error > 0) & (one.size <= one.error)
             odd = odd | (g(unsure.double(), other.value.isinf().double()) > 0)
     return replace(_freed(value, error + gamma(terms + 2) * size, free | odd), odd=odd & ~free)
@@ -104,7 +108,7 @@ def products(
 
 @dataclass(frozen=True)
 class Depthwise:
-    """The three sums of a depthwise step in float64, over an image that is padded first."""
+    """The three sums of a depthwise step in float64. They pad the image first."""
 
     image: tuple[int, ...]
     kernel: tuple[int, int]
@@ -116,7 +120,7 @@ class Depthwise:
     def of(cls, image: torch.Size, kernel: torch.Size, stride: Any, padding: Any, dilation: Any) -> Depthwise:
         s, d = (tuple(v) if not isinstance(v, int) else (v, v) for v in (stride, dilation))
         reach = [n * (k - 1) for n, k in zip(d, kernel, strict=True)]
-        if padding == "same":  # the odd row or column goes to the end
+        if padding == "same":  # an odd row or column is padded at the end
             pads = (reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2)
         else:
             h, w = (0, 0) if padding == "valid" else (padding,) * 2 if isinstance(padding, int) else padding
@@ -147,7 +151,7 @@ class Depthwise:
 
 
 def over_zeros(f: Callable[[Tensor, Tensor], Tensor], a: Near, w: Near) -> Tensor:
-    """Where a filter's infinities or NaNs meet zeros outside of ``a``."""
+    """Where a filter's infinities or NaNs meet the zeros outside ``a``."""
     odd = (~w.value.isfinite()).double()
     if not odd.any():
         return torch.tensor(False)
@@ -155,7 +159,7 @@ def over_zeros(f: Callable[[Tensor, Tensor], Tensor], a: Near, w: Near) -> Tenso
 
 
 def rounded(rules: Rules, x: Near, times: int = 1) -> Near:
-    """Stored in the type on the way, so often."""
+    """``x`` after it is rounded to the type ``times`` times."""
     reach = x.size + x.error
     error = x.error + times * (UNIT_ROUNDOFF[rules.dtype] * reach + SMALLEST[rules.dtype])
     return replace(_freed(x.value, error, reach > torch.finfo(rules.dtype).max), odd=x.odd)
@@ -163,14 +167,14 @@ def rounded(rules: Rules, x: Near, times: int = 1) -> Near:
 
 STEEPEST = {"relu": 1.0, "relu6": 1.0, "trelu": 1.0, "silu": 1.1, "gelu": 1.13}
 BENT = {"relu": 0.0, "relu6": 0.0, "trelu": 0.77, "silu": 0.5, "gelu": 0.8}
-"""The largest second derivative; at the kinks of relu and relu6 the slope may be either."""
+"""The largest second derivative. At the kinks of relu and relu6 the slope may be that of either side."""
 
 
 def activated(rules: Rules, x: Near, name: str | None) -> Near:
     if name is None:
         return x
     value = reference.activate(x.value, name)
-    # silu: exp(-x) carries the rounding of x; gelu: 1 + erf cancels, down to where erf is -1; relu is exact.
+    # In silu, exp(-x) carries the rounding of x. In gelu, 1 + erf cancels as erf nears -1. relu is exact.
     size = value.abs().nan_to_num(0, 0, 0)
     own = {"trelu": rules.tanh * size, "silu": gamma(8) * (1 + x.size.clamp(max=100)) * size + 2.0**-120,
            "gelu": gamma(8) * (size + x.size.clamp(max=6))}  # fmt: skip
@@ -179,7 +183,7 @@ def activated(rules: Rules, x: Near, name: str | None) -> Near:
 
 
 def times_slope(rules: Rules, grad: Near, at: Near, name: str | None, output: Near | None = None) -> Near:
-    """``grad`` times the slope at ``at``; told from the ``output`` where that is given."""
+    """``grad`` times the slope at ``at``. The operators get the slope from ``output`` where that is given."""
     if name is None:
         return grad
     x = at.value.clone().requires_grad_()
@@ -190,7 +194,7 @@ def times_slope(rules: Rules, grad: Near, at: Near, name: str | None, output: Ne
         off = off + rules.tanh if output is None else 2 * told.size * told.error + told.error**2 + gamma(8)
     for kink in {"relu": (0,), "relu6": (0, 6)}.get(name, ()):
         off = torch.where((told.value - kink).abs() <= told.error, 1.0, off)
-    if name == "relu6":  # at a NaN PyTorch lets a gradient pass or not, as the tensor's size has it
+    if name == "relu6":  # at a NaN, whether PyTorch passes the gradient on depends on the tensor's size
         off = torch.where(told.value.isnan(), FREE, off)
     off = torch.where(told.error < FREE, off, FREE)
     made = products(rules, torch.mul, grad, Near(slope, off), 1)
@@ -198,7 +202,7 @@ def times_slope(rules: Rules, grad: Near, at: Near, name: str | None, output: Ne
 
 
 def assert_near(rules: Rules, result: Tensor, near: Near, what: str) -> None:
-    """``result`` is the exact value, within the error, rounded to its type."""
+    """``result`` is the exact value within its error, rounded to the type."""
     assert result.shape == near.value.shape, f"{what}: shape {tuple(result.shape)}, expected {tuple(near.value.shape)}"
     unit, most = UNIT_ROUNDOFF[rules.dtype], torch.finfo(rules.dtype).max
     got, want = result.double(), near.value
@@ -216,8 +220,11 @@ def assert_near(rules: Rules, result: Tensor, near: Near, what: str) -> None:
 
 
 def spread(rules: Rules, image: Near, other: Near) -> Tensor:
-    """Which channels of which images (N, C) are open on a GPU: of a group, all, where either has an infinity or a NaN.
-    ``other``: an image too, or a filter (C, 1, kh, kw)."""
+    """Which channels of which images (N, C) are open on a GPU.
+
+    All channels of a group are, where ``image`` or ``other`` has an infinity or a NaN in one of them. ``other`` is an
+    image too, or a filter (C, 1, kh, kw).
+    """
     n, channels = image.value.shape[:2]
     odd = torch.zeros(n, channels, dtype=torch.bool)
     if not rules.spread:
@@ -235,7 +242,7 @@ def depthwise(rules: Rules, window: Depthwise, x: Near, w: Near, bias: Near | No
 
 
 def depthwise_gradients(rules: Rules, window: Depthwise, grad: Near, x: Near, w: Near) -> list[Near]:
-    """Of image, filter and bias."""
+    """The gradients of image, filter and bias."""
     pixels = grad.value.numel() // max(1, grad.value.shape[1])
     dx = products(rules, window.of_image, grad, w, w.value[0].numel())
     dx = _freed(dx.value, dx.error, over_zeros(window.of_image, grad, w) | spread(rules, grad, w)[..., None, None])
@@ -263,8 +270,10 @@ def trelu(rules: Rules, x: Tensor, grad: Tensor | None) -> list[Near]:
 def separable(
     rules: Rules, window: Depthwise, tensors: list[Near | None], grad: Near | None, names: tuple[str | None, ...]
 ) -> list[Near | None]:
-    """Output and the five gradients. What lies between the steps is rounded to the type; that a kernel which fuses
-    steps rounds less lies within the bound."""
+    """Output and the five gradients. Values between the steps are rounded to the type.
+
+    A kernel that fuses steps rounds less, so its results lie within the bound too.
+    """
     x, w, pointwise, bias, outer_bias = tensors
     inner, outer = names
     channels = {"a": "nchw,oc->nohw", "b": "nohw,oc->nchw", "c": "nohw,nchw->oc"}
@@ -274,7 +283,7 @@ def separable(
     left = rounded(rules, activated(rules, middle, inner))
     z = rounded(rules, products(rules, through, left, filter, len(w.value), outer_bias), 2)
     y = activated(rules, z, outer)
-    if outer == "gelu":  # F.gelu, which stands outside where a gradient may be wanted: NaN of inf from 4 elements on
+    if outer == "gelu":  # where a gradient may be wanted F.gelu follows the operator: from 4 elements on, inf gives NaN
         infinite = z.value.isinf()
         y = replace(_freed(y.value, y.error, infinite), odd=infinite)
     if grad is None:
@@ -315,20 +324,22 @@ def expected(rules: Rules, case: Case, tensors: list[Tensor | None], grad: Tenso
 def check(
     case: Case, rules: Rules, backend: str, serve: Callable[[list[Tensor | None], Tensor | None], list[Tensor]]
 ) -> None:
-    """``serve`` gives a case's output and gradients as the reference does, or raises what ``F.conv2d`` raises. A
-    failure prints three lines that reproduce it."""
+    """``serve`` must return a case's output and gradients, or raise the type of error that the reference raises.
+
+    A failure prints three lines that reproduce it.
+    """
     try:
         tensors, grad = case.make()
         before = [None if t is None else t.detach().clone() for t in (*tensors, grad)]
         try:
             like = case.call(reference, [None if t is None else t.detach().double() for t in tensors])
-        except Exception as error:  # whatever the reference raises must be raised
+        except Exception as error:  # the backend must raise the same type
             with pytest.raises(type(error)):
                 serve(tensors, grad)
             return
         try:
             results = serve(tensors, grad)
-        except RuntimeError as error:  # F.gelu's gradient, where elements of the output's lie in one place
+        except RuntimeError as error:  # F.gelu's backward refuses an output gradient whose elements overlap in memory
             if "could not construct a memory descriptor using strides" in str(error):
                 return
             raise
@@ -338,5 +349,5 @@ def check(
             assert_near(rules, result, near, "gradient" if i else "output")
         for t, was in zip((*tensors, grad), before, strict=True):
             assert t is None or torch.equal(t.detach().nan_to_num(), was.nan_to_num()), "an argument was written to"
-    except Exception as error:  # raised again, with what reproduces it
+    except Exception as error:  # raise it again with the lines that reproduce it
         raise AssertionError(f"{error}\nThese three lines do it:\n{case.program(backend)}") from error

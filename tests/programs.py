@@ -1,4 +1,4 @@
-"""Random small models, random things done to them, and random use: what a drop-in must survive."""
+"""Random small models, random changes to them and random use: what a drop-in replacement must survive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = ("call",) * 6 + (
 
 
 class Net(nn.Module):
-    """Sequentials, called by a list of steps; layers may be shared between them."""
+    """Calls its Sequentials by a list of steps. They may share layers."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Net(nn.Module):
 
 
 class WithArguments(Net):
-    """The same with an optional argument, which torch.fx cannot read."""
+    """The same with an optional argument, so that torch.fx cannot trace it."""
 
     def forward(self, x: torch.Tensor, again: bool = False) -> torch.Tensor:
         y = super().forward(x)
@@ -80,7 +80,7 @@ class WithArguments(Net):
 
 
 class Halved(nn.Conv2d):
-    """A convolution that computes something of its own, as timm's Conv2dSame does."""
+    """A subclass whose forward computes something else, like timm's Conv2dSame."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) / 2
@@ -115,13 +115,13 @@ def _part(rng: random.Random) -> nn.Sequential:
 
 
 def _share(parts: nn.ModuleList, rng: random.Random) -> None:
-    """One layer stands in two places."""
+    """Put one layer in two places."""
     one, other = rng.choice(parts), rng.choice(parts)
     one[rng.randrange(len(one))] = other[rng.randrange(len(other))]
 
 
 def build(seed: int) -> Net:
-    """The model of a seed; the same each time."""
+    """The model of a seed, the same each time."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     net = (Net if rng.random() < 0.8 else WithArguments)(rng)
@@ -131,13 +131,14 @@ def build(seed: int) -> Net:
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -1, 1)
-    # Norms of the batch's own statistics in a row multiply roundings without bound: only float64 leaves some digits.
+    # Several norms in a row that use the batch's own statistics amplify rounding errors without bound. Only float64
+    # leaves some digits.
     unbound = any(getattr(module, "track_running_stats", True) is False for module in net.modules())
     return net.double() if rng.random() < 0.5 or unbound else net
 
 
 def _convolutions(net: nn.Module) -> list[nn.Conv2d]:
-    """Those whose weight is a parameter still: PyTorch serves neither pruning nor a norm above another."""
+    """Convolutions whose weight is still a parameter. PyTorch cannot prune or parametrize the others again."""
     return [m for m in net.modules() if isinstance(m, nn.Conv2d) and "weight" in m._parameters]
 
 
@@ -188,7 +189,7 @@ DONE: tuple[Callable[[Net, random.Random], None], ...] = (
 
 
 def alter(net: Net, seed: int) -> None:
-    """Up to two things done to the model; the same for the same seed."""
+    """Change the model in up to two ways, the same for the same seed."""
     rng = random.Random(seed)
     for _ in range(rng.choice((0, 1, 1, 2))):
         rng.choice(DONE)(net, rng)

@@ -1,4 +1,4 @@
-"""The operators under random cases on the CPU (cases.py draws them, oracle.py says what must come of them)."""
+"""Random calls of the operators on the CPU. cases.py draws the calls, oracle.py bounds their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 @lru_cache
 def is_rounded_by_parts(dtype: torch.dtype) -> bool:
-    """Whether the library makes a pointwise filter's gradient, as a sum of parts that it rounds to the type each
+    """Whether the library computes the pointwise filter's gradient. It sums parts and rounds each to the type
     (docs/operators.md)."""
     tensors = (torch.zeros(shape, dtype=dtype) for shape in ((8, 64, 32, 32), (64, 1, 3, 3), (64, 64, 1, 1)))
     return "the library makes the pointwise filter's gradient" in rk.explain("separable_conv2d", *tensors).reason

@@ -1,4 +1,4 @@
-"""The CPU's depthwise kernels against fp64, over odd shapes, layouts, strides and types."""
+"""The CPU's depthwise kernels against fp64, over many shapes, layouts, strides and types."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (2, 21, 33, 31, (3, 3), 1, 1, 1),  # planes of many vectors, the last one short
     (1, 32, 14, 3, (3, 3), 2, 3, 3),  # phases of one tap and of two, three rows apart
     (1, 20, 23, 9, (3, 3), 2, 4, 4),  # phases of three taps, two rows apart, and of none
-    (2, 48, 11, 15, (5, 5), 1, 2, 1),  # two vectors that go together and one alone
-    (1, 72, 9, 15, (13, 13), 1, 6, 1),  # four, and one that overlaps; filters by pieces
+    (2, 48, 11, 15, (5, 5), 1, 2, 1),  # two vectors at once and one alone
+    (1, 72, 9, 15, (13, 13), 1, 6, 1),  # four vectors, and one that overlaps; filters in pieces
     (1, 40, 20, 19, (13, 9), 2, (6, 4), 1),
     (1, 48, 6, 5, (5, 5), 1, 9, 1),  # outputs that no tap reaches
     (1, 32, 6, 7, (9, 9), 3, 12, 1),
@@ -59,20 +59,20 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (7, 5, 6, 11, (3, 3), 1, 1, 1),  # three images in a vector, and the last one alone
     (7, 3, 9, 9, (5, 5), 2, 2, 1),
     (3, 3, 1, 1, (5, 5), 1, 2, 1),  # planes of one pixel
-    (1, 156, 6, 60, (3, 3), 2, 1, 1),  # vectors in turns of several, and one that overlaps
+    (1, 156, 6, 60, (3, 3), 2, 1, 1),  # several vectors at a time, and one that overlaps
     (2, 156, 8, 12, (3, 3), 1, 1, 1),
-    (1, 64, 4, 70, (3, 3), 1, 1, 1),  # pixels a multiple of 256 bytes apart: past the caches by parts of a row
+    (1, 64, 4, 70, (3, 3), 1, 1, 1),  # pixels a multiple of 256 bytes apart: written past the caches in parts of a row
     (2, 128, 5, 40, (3, 3), 1, 0, 1),
     (1, 128, 7, 71, (3, 3), 1, 2, 2),
     (1, 256, 5, 134, (3, 3), 2, 1, 1),
-    (1, 256, 9, 160, (3, 3), 1, 1, 1),  # rows of more than the second-level cache: by strips of columns
+    (1, 256, 9, 160, (3, 3), 1, 1, 1),  # rows larger than the second-level cache: in strips of columns
     (1, 200, 9, 150, (3, 7), 1, (1, 3), 1),
     (1, 256, 7, 290, (3, 3), 2, 1, 1),
     (1, 256, 8, 151, (3, 3), 1, 2, 2),
     (1, 256, 5, 140, (3, 9), 1, (1, 4), 1),
     (1, 512, 3, 200, (3, 3), 1, 200, 200),  # strips without outputs
 ]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # of the largest magnitude
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # shares of the largest magnitude
 
 
 def pair(value: int | tuple[int, int]) -> list[int]:
@@ -91,7 +91,8 @@ def make(case: tuple, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor, 
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype, terms: Tensor | None = None) -> None:
-    """``terms``: what was summed, with random signs; a sum that cancelled out is as exact as its size without that."""
+    """``terms``: the summed values, of random signs. Where they cancel, the error is relative to the sum's size without
+    cancellation."""
     assert torch.isfinite(got).all()
     assert got.shape == want.shape
     if want.numel():
@@ -200,7 +201,7 @@ def test_direct_calls_are_guarded() -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 9, 13])
 def test_pixels_that_no_output_reads_do_not_count(size: int, layout: str, value: float) -> None:
-    """The last row and column are left over by stride 2: what is there is in no gradient."""
+    """Stride 2 leaves the last row and column over. Their values must reach neither the output nor a gradient."""
     x = torch.randn(2, 24, size + 3, size + 5)
     x[:, :, -1], x[:, :, :, -1] = value, value
     x = x.contiguous(memory_format=torch.channels_last) if layout == "nhwc" else x
@@ -212,7 +213,7 @@ def test_pixels_that_no_output_reads_do_not_count(size: int, layout: str, value:
 
 
 def test_one_tap_has_no_dilation():
-    """However far apart its taps would be."""
+    """The dilation of a 1 x 1 filter means nothing, however large it is."""
     x, w = torch.randn(2, 16, 5, 6).contiguous(memory_format=torch.channels_last), torch.randn(16, 1, 1, 1)
     y = rkl_kernels.depthwise_conv2d(x, w, dilation=2**30 - 1)
     torch.testing.assert_close(y, x * w.reshape(1, 16, 1, 1))

@@ -1,4 +1,4 @@
-"""The CPU kernels as other machines would choose and cut them: lower instruction sets, other caches."""
+"""The CPU kernels as other machines would choose and split them: lower instruction sets, other caches."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ long syscall(long number, ...) {
 }
 #endif
 """
-"""Stands before the C library's own."""
+"""Preloaded, it replaces functions of the C library."""
 
 
 def run_again(which: str, files: list[str], **environment: str) -> None:
-    """Tests in a process of its own: some run, and none fails or is skipped."""
+    """Run tests in a separate process. Some must run, and none may fail or be skipped."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-k", which, *(f"tests/{file}" for file in files)],
         env={**os.environ, **environment},
@@ -88,7 +88,7 @@ def test_lower_instruction_sets(capability: str) -> None:
 
 
 def rounds_products() -> bool:
-    """Whether a product is rounded before it is added: of x86's kernels by those below AVX2 alone."""
+    """Whether a product is rounded before it is added. On x86, only the kernels below AVX2 do that."""
     x, bias = torch.full((1, 16, 8, 8), 1 + 2.0**-12), torch.full((16,), -1 - 2.0**-11)
     with rk.use_backend("cpu"):
         y = rk.depthwise_conv2d(x, x.new_full((16, 1, 1, 1), 1 + 2.0**-12), bias)
@@ -97,14 +97,15 @@ def rounds_products() -> bool:
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_separable_by_lower_instruction_sets(capability: str) -> None:
-    """But for a step that is left to PyTorch where there is AVX-512 alone."""
+    """All tests but that of a step left to PyTorch, which happens with AVX-512 alone."""
     which = "not left_to_pytorch and (test_forward or not bands)"
     run_again(which, ["test_cpu_separable.py", "test_cpu_separable_bands.py"], ATEN_CPU_CAPABILITY=capability)
 
 
 @pytest.mark.parametrize("capability", ["avx512_vnni", "AVX2", ""])
 def test_a_limit_that_pytorch_does_not_know_is_none(capability: str) -> None:
-    """What is left to PyTorch says which kernels were chosen, where the machine has AVX-512."""
+    """An unknown limit changes nothing. On a machine with AVX-512, ``explain`` shows which kernels were chosen: those
+    alone leave this call to PyTorch."""
     code = (
         "import torch, rkl_kernels\n"
         "x = torch.zeros(1, 12, 256, 256).contiguous(memory_format=torch.channels_last)\n"
@@ -123,18 +124,18 @@ needs_gcc = pytest.mark.skipif(
 
 
 def preload(folder: Path, definition: str) -> str:
-    """LD_PRELOAD for a process that is told of another machine."""
+    """The LD_PRELOAD of a process that shall see another machine."""
     source, library = folder / "machine.c", folder / "machine.so"
     source.write_text(OTHER_MACHINE)
     flags = ["-D_GNU_SOURCE", f"-D{definition}", "-shared", "-fPIC"]
     subprocess.run(["gcc", *flags, source, "-o", library], check=True)
-    return ":".join(filter(None, (os.environ.get("LD_PRELOAD"), str(library))))  # a sanitizer stands before it
+    return ":".join(filter(None, (os.environ.get("LD_PRELOAD"), str(library))))  # a sanitizer must come first
 
 
 @needs_gcc
 @pytest.mark.parametrize("kib", [256, 2048])
 def test_other_second_level_caches(kib: int, tmp_path: Path) -> None:
-    """Bands and groups of channels become narrower or wider; 1 MiB, which most tuning was done on, lies between."""
+    """Bands and groups of channels become narrower or wider. Most tuning was done on 1 MiB, which lies between."""
     preloaded = preload(tmp_path, f"L2_BYTES={kib * 1024}L")
     told = {**os.environ, "LD_PRELOAD": preloaded}
     said = subprocess.run(["getconf", "LEVEL2_CACHE_SIZE"], env=told, capture_output=True, text=True, check=True)
@@ -146,7 +147,7 @@ def test_other_second_level_caches(kib: int, tmp_path: Path) -> None:
 @needs_gcc
 @pytest.mark.parametrize("capability", ["", "avx2"])
 def test_a_small_third_level_cache(capability: str, tmp_path: Path) -> None:
-    """Every output of whole lines is then larger than the caches and written past them, its pages said to be old."""
+    """Every output of whole lines is then larger than the caches and written past them. Its pages are told to be old."""
     preloaded = preload(tmp_path, 'L3_SIZE="1K"')
     asked, files = tmp_path / "asked", ["test_cpu_depthwise.py", "test_cpu_separable.py"]
     told = {"ASKED": str(asked), "LD_PRELOAD": preloaded, "ATEN_CPU_CAPABILITY": capability}
@@ -157,7 +158,7 @@ def test_a_small_third_level_cache(capability: str, tmp_path: Path) -> None:
 @needs_gcc
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="AMX is x86's; Linux is asked")
 def test_a_machine_with_matrix_instructions(tmp_path: Path) -> None:
-    """There bf16 is the library's, one step after the other (which here does without them)."""
+    """On such a machine the library computes bf16, step by step. Here it does so without the instructions."""
     preloaded = preload(tmp_path, "AMX")
     told = {**os.environ, "LD_PRELOAD": preloaded}
     ask = "from tests.test_cpu_machine import says_library; says_library()"
@@ -166,7 +167,7 @@ def test_a_machine_with_matrix_instructions(tmp_path: Path) -> None:
 
 
 def says_library() -> None:
-    """In a process that is told of those instructions."""
+    """Called in a process that sees those instructions."""
     x = torch.randn(8, 64, 32, 32, dtype=torch.bfloat16)
     call = x, torch.randn(64, 1, 3, 3).bfloat16(), torch.randn(64, 64, 1, 1).bfloat16()
     with rk.use_backend("cpu"):

@@ -19,7 +19,7 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (2, 32, 24, 9, 8, 3, 1, 1, 1),  # pixels of whole lines
     (3, 32, 64, 16, 15, 3, 1, 1, 1),  # in bands, outputs of whole lines
     (2, 32, 96, 9, 8, 3, 1, 1, 1),
-    (1, 32, 8, 24, 48, 3, 3, 1, 1),  # and taps one by one
+    (1, 32, 8, 24, 48, 3, 3, 1, 1),  # taps one by one
 ]
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # shares of the largest magnitude
 
@@ -35,7 +35,7 @@ def make(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool, biases: bool) ->
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> None:
-    """``scale``: what the errors are shares of, where an activation may have cut off the values they come from."""
+    """``scale``: the values that errors are relative to, where an activation may have cut off the larger ones."""
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
     largest = (want if scale is None else scale).abs().max()
@@ -57,7 +57,7 @@ def test_forward_and_gradients(case: tuple[int, ...], dtype: torch.dtype, nhwc: 
     fake = [None if t is None else t.to("meta") for t in tensors]
     assert y.stride() == ops._fake_separable(*fake, *window, 0, 0).stride()
     if dtype != torch.float32:
-        return  # a kink's side can differ after rounding; the 16-bit gradients are held without activations below
+        return  # rounding can change the side of a kink; 16-bit gradients are checked without activations below
 
     grad, present = torch.randn_like(y), [d for d in doubles if d is not None]
     wanted = torch.autograd.grad(want, present, grad.double())
@@ -74,7 +74,7 @@ def test_gradients_in_16_bits(case: tuple[int, ...], dtype: torch.dtype, nhwc: b
     tensors, window = make(case, dtype, nhwc, biases=True)
     doubles = [t.double().requires_grad_() for t in tensors]
     y = ops.rkl.separable_conv2d(*tensors, *window, 0, 0)
-    grad = torch.rand_like(y)  # positive, so that the biases' sums do not cancel out
+    grad = torch.rand_like(y)  # positive, so that the sums for the biases do not cancel
     wanted = torch.autograd.grad(reference.separable_conv2d(*doubles, *window), doubles, grad.double())
     got = ops.rkl.separable_conv2d_backward(grad, None, *tensors[:4], *window, 0, 0, [True] * 5)
     for g, w in zip(got, wanted, strict=True):
@@ -109,7 +109,7 @@ def test_operators_keep_torchs_contract(nhwc: bool) -> None:
     torch.library.opcheck(
         torch.ops.rkl.separable_conv2d.default,
         (*tensors, *window, 3, 3),
-        # Differentiating twice is an error of its own, which the dynamic trace would trip over.
+        # Differentiating twice is an error, which the dynamic trace would run into.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     y = ops.rkl.separable_conv2d(*tensors, *window, 3, 3).detach()
@@ -122,7 +122,7 @@ def test_operators_keep_torchs_contract(nhwc: bool) -> None:
 
 
 def test_silu_of_large_numbers() -> None:
-    """exp stops to grow at 88: its inverse must vanish all the same, and -inf gives NaN as in PyTorch."""
+    """exp stops growing at 88. Its inverse must vanish all the same, and -inf gives NaN as in PyTorch."""
     values = torch.tensor(
         [-1e38, -1e10, -1e4, -100.0, -89.0, -88.0, -20.0, 0.0, 88.0, 1e38, float("inf"), -float("inf")]
     )
@@ -135,7 +135,7 @@ def test_silu_of_large_numbers() -> None:
 
 
 def test_gelu_keeps_its_digits() -> None:
-    """0.5 x (1 + erf) has none left where erf is near -1: F.gelu on a CPU is off by 17 % at -5."""
+    """0.5 x (1 + erf) loses all digits where erf is near -1: F.gelu on a CPU is off by 17 % at -5."""
     gelu, one, window = 5, torch.ones(1, 1, 1, 1), [[1, 1], [0, 0], [1, 1]]
     x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([-1e-30, 0.0, 1e4, -20.0])]).view(1, 1, 1, -1)
     exact = x.double().requires_grad_()
@@ -156,7 +156,7 @@ def test_gelu_keeps_its_digits() -> None:
 
 @pytest.mark.parametrize("name", [1, 2])
 def test_a_nan_lets_the_gradient_of_relu_pass(name: int) -> None:
-    """As in PyTorch: no step hides that there was a NaN. ``name``: relu, relu6."""
+    """As in PyTorch, so that no step hides a NaN. ``name`` is the number of relu or relu6."""
     x = torch.full((1, 1, 2, 3), float("nan"))
     one, grad, window = torch.ones(1, 1, 1, 1), torch.randn(1, 1, 2, 3), [[1, 1], [0, 0], [1, 1]]
     for activations in ((name, 0), (0, name)):
@@ -168,7 +168,7 @@ def test_a_nan_lets_the_gradient_of_relu_pass(name: int) -> None:
 
 
 def test_depthwise_step_is_left_to_pytorch_too() -> None:
-    """Where PyTorch's own convolution makes a depthwise output sooner, it makes a separable convolution's, too."""
+    """Where PyTorch's own convolution makes a depthwise output faster, it makes that of a separable convolution too."""
     x = torch.randn(32, 11, 32, 32).bfloat16().to(memory_format=torch.channels_last)
     depthwise, pointwise = torch.randn(11, 1, 3, 3).bfloat16(), torch.randn(4, 11, 1, 1).bfloat16()
     if not torch.ops.rkl.cpu_depthwise_by_pytorch(x, depthwise, (1, 1), (1, 1), (1, 1)):
@@ -184,7 +184,7 @@ def test_depthwise_step_is_left_to_pytorch_too() -> None:
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 @pytest.mark.parametrize("size", [6, 40])
 def test_an_infinite_gradient_where_an_activation_is_flat(layout, activation, size):
-    """It is 0 there, as PyTorch's, not infinity times zero."""
+    """The gradient is 0 there, as in PyTorch, not infinity times zero."""
     x = torch.randn(2, 16, size, size).contiguous(memory_format=layout).requires_grad_()
     w, p = torch.randn(16, 1, 3, 3, requires_grad=True), torch.randn(16, 16, 1, 1, requires_grad=True)
     with rk.use_backend("cpu"):

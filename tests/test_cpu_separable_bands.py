@@ -1,4 +1,4 @@
-"""Separable convolutions on the CPU: every way that shapes take, bands' edges, the layouts, any number of threads."""
+"""Separable convolutions on the CPU: every code path that shapes select, the edges of bands, layouts and threads."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_forward(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool) -> None:
     y = ops.rkl.separable_conv2d(*tensors, *window, 0, 0)
     exact = reference.separable_conv2d(*(t.double() for t in tensors), *window)
     magnitude = reference.separable_conv2d(*(t.double().abs() for t in tensors), *window)
-    # The depthwise output is rounded to the type too; in bf16, the product once more before the bias is added.
+    # The depthwise output is rounded to the type too. In bf16 the product is rounded once more, before the bias.
     assert_rounded(y, exact, magnitude, terms(case), roundings=3 if dtype == torch.bfloat16 else 2)
     finished = ops.rkl.separable_conv2d(*tensors, *window, 1, 3)
     exact = reference.separable_conv2d(*(t.double() for t in tensors), *window, "relu", "trelu")

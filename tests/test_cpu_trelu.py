@@ -1,4 +1,4 @@
-"""The CPU's T-ReLU: tanh to 2 units in the last place over all floats, at every instruction set."""
+"""The CPU's T-ReLU: tanh to 2 units in the last place over all floats, with every instruction set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def ulps(got: Tensor, want: Tensor) -> float:
 
 
 def sampled_negatives(step: int) -> Tensor:
-    """Every ``step``-th float below zero, denormals and -inf among them."""
+    """Every ``step``-th float below zero, with denormals and -inf among them."""
     bits = torch.arange(0x00000000, 0x7F800001, step, dtype=torch.int64)
     return (
         torch.cat([bits, torch.tensor([1, 2, 3, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000])])
@@ -27,7 +27,7 @@ def sampled_negatives(step: int) -> Tensor:
 
 
 def test_every_float_within_two_ulps() -> None:
-    for x in sampled_negatives(101).split(1 << 22):  # 21 million floats: 1 in 101, at any exponent
+    for x in sampled_negatives(101).split(1 << 22):  # 21 million floats: 1 in 101, of every exponent
         assert ulps(ops.rkl.trelu(x), torch.tanh(x.double())) <= 2.0
 
 
@@ -54,7 +54,7 @@ def test_every_16_bit_value(dtype: torch.dtype) -> None:
     got = ops.rkl.trelu(x)
     number = ~torch.isnan(x)
     assert torch.isnan(got[~number]).all()
-    # The value is off by up to 1.2e-6 of itself, so what is close to a tie may fall the other way: one unit there.
+    # The value is off by up to 1.2e-6 of itself. So a value close to a tie may round the other way, by one unit.
     steps = (got[number].view(torch.int16).int() - want[number].view(torch.int16).int()).abs()
     assert steps.max() <= 1
     assert (steps > 0).float().mean() < 1e-3
@@ -64,14 +64,14 @@ def test_every_16_bit_value(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_backward_and_odd_lengths(n: int, dtype: torch.dtype) -> None:
     torch.manual_seed(n)
-    x, grad = torch.randn(n + 1).to(dtype)[1:], torch.randn(n).to(dtype)  # x starts in the middle of a line
+    x, grad = torch.randn(n + 1).to(dtype)[1:], torch.randn(n).to(dtype)  # x starts in the middle of a cache line
     y = ops.rkl.trelu(x)
     want = torch.where(x > 0, x.double(), torch.tanh(x.double()))
     tolerance = {torch.float32: 3e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=0)
     derivative = torch.where(y > 0, 1.0, 1 - y.double() ** 2)
     dx = ops.rkl.trelu_backward(grad, y)
-    # 1 - y^2 is rounded at the size of 1, whatever is left of it.
+    # The rounding error of 1 - y^2 is relative to 1, however small the difference is.
     torch.testing.assert_close(dx.double(), grad.double() * derivative, rtol=tolerance, atol=tolerance)
     ops.rkl.trelu_(x)
     assert torch.equal(x, y)

@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, its Python runs, and its commands are ones that there are."""
+"""The documentation builds without a warning, its Python code runs, and the commands in it exist."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _commands() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The built site. Links and anchors that lead nowhere are warnings, by mkdocs.yml, and warnings are errors."""
+    """The built site. mkdocs.yml makes broken links and anchors warnings, and ``--strict`` makes warnings errors."""
     pytest.importorskip("material", reason="extra [docs] not installed")
     pytest.importorskip("mkdocstrings", reason="extra [docs] not installed")
     folder = tmp_path_factory.mktemp("docs") / "site"
@@ -48,7 +48,7 @@ def test_pages_from_elsewhere_are_in_the_site(site):
 
 @pytest.mark.xdist_group("docs")
 def test_every_public_name_stands_once_in_the_api_pages(site):
-    """A module may have a function's name: its page would list everything in it, and not the function first."""
+    """Some modules have the name of a function. A page of such a module would list all of it, not just the function."""
     pages = [page.read_text() for page in (site / "api").glob("*.html") if page.stem != "reference"]
     shown = [name for page in pages for name in re.findall(r'<h\d id="rkl_kernels\.(?:\w+\.)?(\w+)"', page)]
     assert sorted(shown) == sorted(set(rk.__all__) - {"reference"})

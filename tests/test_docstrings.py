@@ -15,15 +15,17 @@ from torch import nn
 import rkl_kernels as rk
 
 RKL = ("rkl.distill", "rkl.network.model")
-"""The modules of ``rkl`` that Python programs call; the others serve its command line."""
+"""The modules of ``rkl`` that Python programs call. The others serve its command line."""
 
 ASSUMED = {"torch": torch, "nn": nn, "rk": rk}
-"""What examples take as imported."""
+"""The names that the examples use without an import."""
 
 
 def _modules() -> list[str]:
-    """Those of ``rkl_kernels``, private ones too: public names may stand in them. Not Triton's, which need Triton,
-    nor the benchmark's, which take time."""
+    """The modules of ``rkl_kernels``, private ones too, since they may define public names.
+
+    Triton's modules are left out because they need Triton, and the benchmark's because they take time.
+    """
     left = ("triton", "bench", "__main__")
     names = [info.name for info in pkgutil.iter_modules(rk.__path__) if info.name not in left]
     return ["rkl_kernels", *(f"rkl_kernels.{name}" for name in names if not name.startswith("_C"))]
@@ -47,7 +49,7 @@ def _own(module: ModuleType) -> dict[str, object]:
 
 
 def _examples(value: object) -> int:
-    """How many lines of examples a docstring has."""
+    """The number of examples in a docstring."""
     return len(doctest.DocTestParser().get_examples(inspect.getdoc(value) or ""))
 
 

@@ -1,5 +1,7 @@
-"""One process of two: train; where "stopped" is asked for, stop in the third epoch and go on. Run with LOCAL_RANK and
-MASTER_PORT; arguments: the run's folder, and "whole" or "stopped"."""
+"""A program that trains as one process of two. With "stopped" it stops in the third epoch and then resumes.
+
+Set LOCAL_RANK and MASTER_PORT. Arguments: the run's folder, and "whole" or "stopped".
+"""
 
 from __future__ import annotations
 
