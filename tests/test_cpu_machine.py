@@ -147,7 +147,7 @@ def test_other_second_level_caches(kib: int, tmp_path: Path) -> None:
 @needs_gcc
 @pytest.mark.parametrize("capability", ["", "avx2"])
 def test_a_small_third_level_cache(capability: str, tmp_path: Path) -> None:
-    """Every output of whole lines is then larger than the caches and written past them. Its pages are told to be old."""
+    """Every output of whole lines then exceeds the caches and is written past them. Its pages are said to be old."""
     preloaded = preload(tmp_path, 'L3_SIZE="1K"')
     asked, files = tmp_path / "asked", ["test_cpu_depthwise.py", "test_cpu_separable.py"]
     told = {"ASKED": str(asked), "LD_PRELOAD": preloaded, "ATEN_CPU_CAPABILITY": capability}

@@ -1,5 +1,5 @@
 // The Python module `emulated`: the kernels of csrc/cuda/kernels.h, the seeded bugs, and the emulator's settings.
-// Pointers are integers here (tensor.data_ptr()), element types the tests' numbers, streams left out.
+// Pointers are integers here (tensor.data_ptr()), and so are streams, for which the tests pass 0.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +16,7 @@ using namespace py::literals;
 
 namespace {
 
-// How an argument of a kernel's launch comes from Python.
+// The type in which an argument of a launch comes from Python, and its conversion.
 template <class T>
 struct Passed {
   using type = T;

@@ -1,9 +1,9 @@
-"""Compiles the CUDA kernels for the emulator: a Python module ``emulated`` a variant, kept under build/emulation/.
+"""Compiles the CUDA kernels for the emulator into a Python module ``emulated`` for each variant, in build/emulation/.
 
-An object is compiled again only when something that it is made of has changed. Variants:
+An object is compiled again only when one of its inputs has changed. Variants:
 
-- ``checked``: the emulator itself checks and counts every access of device memory (device/memory.h);
-- ``sanitized``: AddressSanitizer and UBSan do; the process needs libasan preloaded (test_sanitized.py).
+- ``checked``: the emulator itself checks and counts every access of device memory (device/memory.h).
+- ``sanitized``: AddressSanitizer and UBSan check them. The process needs libasan preloaded (test_sanitized.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .rewrite import rewrite
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "build/emulation"
-# No vectoriser: it would merge a thread's scalar accesses into wider ones that the kernel never makes.
+# No vectorizer: it would merge a thread's scalar accesses into wider ones that the kernel never makes.
 COMMON = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-march=native", "-fno-tree-vectorize", "-w"]
 KERNEL_FLAGS = {
     "checked": ["-fsanitize=thread"],
@@ -37,7 +37,7 @@ LINK_FLAGS = {"checked": [], "sanitized": ["-fsanitize=address,undefined"]}
 
 
 def cuda_include() -> Path | None:
-    """The folder of cuda_runtime.h: $CUDA_HOME's, the package index's toolkit's, or that of the nvcc on PATH."""
+    """The folder of cuda_runtime.h: from $CUDA_HOME, from the toolkit of the package index, or beside nvcc on PATH."""
     spec = importlib.util.find_spec("nvidia")
     homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
     homes += [
@@ -49,7 +49,7 @@ def cuda_include() -> Path | None:
 
 
 def unavailable() -> str | None:
-    """Why the emulator cannot run here; None where it can."""
+    """Why the emulator cannot run here, or None where it can."""
     if platform.machine() != "x86_64":
         return f"the emulator switches stacks by x86-64 instructions, this machine is {platform.machine()}"
     if not shutil.which("g++"):
@@ -68,7 +68,7 @@ def _digest(*parts: bytes | str) -> str:
 
 
 def _run(command: list[str]) -> None:
-    # The compiler is not to run under the sanitizer that this process may have preloaded.
+    # This process may have a sanitizer preloaded. The compiler must run without it.
     env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -76,7 +76,7 @@ def _run(command: list[str]) -> None:
 
 
 def _compile(source: Path, flags: list[str], headers: str, folder: Path) -> Path:
-    """The object of one source file; a .cu is rewritten first."""
+    """Compile one source file and return its object. A .cu file is rewritten first."""
     text = source.read_text()
     if source.suffix == ".cu":
         text = rewrite(text, str(source))
@@ -92,7 +92,7 @@ def _compile(source: Path, flags: list[str], headers: str, folder: Path) -> Path
 
 
 def _rewrite_headers(folder: Path) -> None:
-    """Copies the headers that may hold kernels, rewritten, into include/, where is looked before csrc."""
+    """Write rewritten copies of the headers that may hold kernels into include/, which is searched before csrc."""
     include = folder / "include"
     texts = {header.name: rewrite(header.read_text(), str(header)) for header in (ROOT / "csrc/cuda").glob("*.cuh")}
     (include / "cuda").mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _rewrite_headers(folder: Path) -> None:
 
 
 def build(variant: str) -> Path:
-    """Builds the module's variant and returns the shared library."""
+    """Build a variant of the module and return the shared library."""
     import pybind11
 
     folder = OUT / variant
@@ -126,7 +126,7 @@ def build(variant: str) -> Path:
     ]
     texts = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h"), *HERE.rglob("*.*h")]
     headers = _digest(sys.version, *(p.read_bytes() for p in sorted(texts)))
-    with (folder / "lock").open("w") as lock:  # of several test processes one builds, the others wait
+    with (folder / "lock").open("w") as lock:  # of several test processes, one builds and the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         _rewrite_headers(folder)
         return _build_in(folder, variant, flags, kernels, others, headers)
@@ -154,7 +154,7 @@ def _build_in(
 
 
 def load(variant: str) -> ModuleType:
-    """Builds where needed and imports the module; of several test processes, one builds and the others wait."""
+    """Build where needed and import the module. Of several test processes, one builds and the others wait."""
     OUT.mkdir(parents=True, exist_ok=True)
     with (OUT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -168,8 +168,9 @@ def load(variant: str) -> ModuleType:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """The environment of a process that loads the sanitized variant: Python itself is not instrumented."""
-    # libstdc++ beside it: AddressSanitizer looks for the throwing of exceptions when the process starts.
+    """The environment of a process that loads the sanitized variant. It preloads libasan, since Python itself is not
+    instrumented."""
+    # libstdc++ is preloaded too: AddressSanitizer looks up the throwing of exceptions when the process starts.
     names = ("libasan.so", "libstdc++.so.6")
     found = (
         subprocess.run(["g++", f"-print-file-name={n}"], capture_output=True, text=True, check=True) for n in names

@@ -1,4 +1,4 @@
-"""The emulated GPU as a fixture. ``--sanitized`` takes the build under AddressSanitizer (see test_sanitized.py)."""
+"""The emulated GPU as a fixture. ``--sanitized`` loads the build with AddressSanitizer (see test_sanitized.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
-    if reason := build.unavailable():  # another processor, no g++, no CUDA headers: it says which
+    if reason := build.unavailable():  # another processor, no g++ or no CUDA headers
         for item in here:
             item.add_marker(pytest.mark.skip(reason=reason))
     if config.getoption("--sanitized", default=False):
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Gpu:
-    """The emulated device: kernels as attributes of ``kernels``, tensors in its memory, its schedule."""
+    """The emulated device: its kernels (attributes of ``kernels``), tensors in its memory, and its schedule."""
 
     def __init__(self, module: ModuleType, sanitized: bool) -> None:
         self.kernels = module
@@ -52,7 +52,7 @@ class Gpu:
         schedule.first_blocks, schedule.last_blocks = -1, 0
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, fill: bool = True, nhwc: bool = False) -> Tensor:
-        """Memory of the device, NaN all over; with gaps around it that no kernel may touch."""
+        """Memory of the device, filled with NaN, between gaps that no kernel may touch."""
         count = torch.Size(shape).numel()
         if not count:
             return torch.empty(shape, dtype=dtype)
@@ -64,7 +64,7 @@ class Gpu:
         return flat.view(shape)
 
     def put(self, x: Tensor) -> Tensor:
-        """A copy of a tensor in the device's memory: NHWC where it is channels_last, else contiguous."""
+        """A copy of a tensor in the device's memory: NHWC if the tensor is channels_last, else contiguous."""
         nhwc = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         return self.empty(*x.shape, dtype=x.dtype, nhwc=nhwc).copy_(x)
 
@@ -75,7 +75,7 @@ class Gpu:
         return self.kernels.traffic()
 
     def moved(self) -> int:
-        """Bytes of all kernels' sectors since the test began."""
+        """Bytes of the sectors that all kernels touched since the last reset."""
         return sum(t.read + t.written for t in self.kernels.traffic().values())
 
 
@@ -96,8 +96,8 @@ def gpu(_emulated: tuple[ModuleType, bool]) -> Iterator[Gpu]:
 
 @pytest.fixture
 def operators(gpu: Gpu) -> Iterator[Any]:
-    """The emulated kernels, serving every call of the public functions but the reference's."""
-    from .operators import Operators, serving  # it takes Gpu from here
+    """The emulated kernels. They serve every call of the public functions except the reference's."""
+    from .operators import Operators, serving  # here, because operators.py imports Gpu from this module
 
     operators = Operators(gpu)
     with serving(operators):

@@ -1,4 +1,4 @@
-"""Depthwise convolutions on the emulated GPU: a case, its run, and the bound that each result is held to."""
+"""Depthwise convolutions on the emulated GPU: a case, its run, and the bound on each result's error."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from rkl_kernels._checks import ACTIVATIONS
 from .conftest import Gpu
 
 MOST_TERMS = 28
-"""Products of a sum at most for its bound: kernels add long sums by parts, whose errors do not grow with each term."""
-# Of an activated value: one rounding to the element type, relative to the sum of magnitudes; fp32 has the sums' too.
+"""The most terms that the bound of a sum counts. Kernels add long sums in parts, so not every term adds error."""
+# For an activated value: one rounding to the element type, relative to the sum of magnitudes. In fp32 the rounding of
+# the sums counts too.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A depthwise convolution; odd sizes by default, so that no tile is full."""
+    """A depthwise convolution. The default sizes are odd, so that no tile is full."""
 
     channels: int = 16
     kernel: tuple[int, int] = (3, 3)
@@ -45,7 +46,7 @@ class Case:
 
 
 class Run:
-    """A case's tensors on the device, and what the kernels make of them."""
+    """A case's tensors on the device, and the results that the kernels make of them."""
 
     def __init__(self, gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -72,7 +73,7 @@ class Run:
         )  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory for a result; an image has the case's layout."""
+        """Memory for a result. Images have the case's layout."""
         return self.gpu.empty(*shape, dtype=dtype, nhwc=len(shape) == 4 and shape[1] > 1 and self.case.nhwc)
 
     def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -87,7 +88,10 @@ class Run:
         return y
 
     def backward(self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor:
-        """Into the tensors that are given; returns the workspace: with dw the sums of (parts, taps + 1, channels)."""
+        """Compute the gradients of the tensors that are given.
+
+        Returns the workspace. With dw it holds the sums of (parts, taps + 1, channels).
+        """
         gradients = [0 if t is None else t.data_ptr() for t in (dx, dw, db)]
         tensors = (self.grad.data_ptr(), self.x.data_ptr(), self.weight.data_ptr())
         kernels = self.gpu.kernels
@@ -107,17 +111,17 @@ class Run:
         return dw, db
 
     def both_grads(self, bias: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Of image, filter and bias, in one call."""
+        """The gradients of image, filter and bias, from one call."""
         dx, dw, db = (self.empty(*t.shape, dtype=self.x.dtype) for t in (self.x, self.weight, self.bias))
         self.backward(dx, dw, db if bias else None)
         return dx, dw, db
 
     def compared(self, x: Tensor) -> Tensor:
-        """The part of a tensor that is looked at."""
+        """The part of a tensor that is compared."""
         return x
 
     def reference(self, magnitudes: bool = False) -> tuple[Tensor, ...]:
-        """y, dx, dw, db in fp64; of the tensors' magnitudes for the error bounds."""
+        """y, dx, dw and db in fp64, or the same of the tensors' magnitudes, for the error bounds."""
         x, w, b, grad = (self.compared(t).double().clone() for t in (self.x, self.weight, self.bias, self.grad))
         if magnitudes:
             x, w, b, grad = (t.abs() for t in (x, w, b, grad))
@@ -129,7 +133,7 @@ class Run:
 
 
 def assert_right(run: Run, *names: str) -> None:
-    """names: of the results y, dx and dw (with db), each made by itself; "both": dx, dw and db in one call."""
+    """Check results by name: "y", "dx" and "dw" (with db) each come from their own call, "both" from a single one."""
     results: dict[str, Tensor] = {}
     if "y" in names:
         results["y"] = run.forward()
@@ -151,7 +155,7 @@ def assert_right(run: Run, *names: str) -> None:
 
 
 def assert_activated(run: Run, number: int) -> None:
-    """The output with ACTIVATIONS[number - 1] at its end, whose derivative is at most 1.2."""
+    """Check the output with ACTIVATIONS[number - 1] applied. An activation's derivative is at most 1.2."""
     y, expected = run.forward(activation=number), reference.activate(run.reference()[0], ACTIVATIONS[number - 1])
     bound = TOLERANCE[y.dtype] * (1.2 * run.reference(magnitudes=True)[0] + 1)
     excess = ((y.double() - expected).abs() / bound).max()
@@ -159,8 +163,10 @@ def assert_activated(run: Run, number: int) -> None:
 
 
 def moved_over_unavoidable(gpu: Gpu, case: Case) -> list[float]:
-    """Bytes of the sectors that forward, data gradient and filter gradient touch in bf16, each over image, output and
-    filter once."""
+    """Bytes of the sectors that forward, data gradient and filter gradient touch in bf16.
+
+    Each is divided by the bytes of image, output and filter.
+    """
     run = Run(gpu, case, torch.bfloat16)
     unavoidable = run.x.nbytes + run.grad.nbytes + run.weight.nbytes
     ratios = []

@@ -1,7 +1,9 @@
-"""The operators on the emulated GPU, over CPU tensors that are copied into the device's memory, for a namespace of
-torch.ops. A stand-in for csrc/cuda/ops_cuda.cpp, which needs a GPU: it computes in the same layouts, fused or step by
-step, with the same workspaces. PyTorch transposes and multiplies in the place of transpose.cu, pointwise.cu and the
-libraries, and nothing is left to cuDNN: on a GPU alone, tests/gpu runs what ops_cuda.cpp does there."""
+"""The operators on the emulated GPU, in a namespace of torch.ops. They copy CPU tensors into the device's memory.
+
+This stands in for csrc/cuda/ops_cuda.cpp, which needs a GPU. It computes in the same layouts, fused or step by step,
+with the same workspaces. PyTorch transposes and multiplies here, where a GPU runs transpose.cu, pointwise.cu and the
+libraries, and nothing is left to cuDNN. Only tests/gpu, on a GPU, runs those parts of ops_cuda.cpp.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,19 @@ def image_format(x: Tensor) -> torch.memory_format:
 
 
 def pixel_rows(image: Tensor) -> Tensor:
-    """A dense NHWC image as a matrix of pixels by channels: a view."""
+    """A view of a dense NHWC image as a matrix of pixels by channels."""
     return image.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class Operators:
-    """The operators' kernels; ``launches`` counts those of each GPU kernel."""
+    """The operators. ``launches`` counts the launches of each GPU kernel."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.launches: Counter[str] = Counter()
 
     def _call(self, kernel: str, *arguments: Any) -> Any:
-        """Tensors go as pointers, None as null."""
+        """Call a kernel's launcher with tensors as pointers and None as null."""
         passed = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
         return getattr(self.gpu.kernels, kernel)(*passed)
 
@@ -58,7 +60,7 @@ class Operators:
         return x.clone(memory_format=format)
 
     def _finish(self) -> None:
-        """Counts the launches and frees the device's memory."""
+        """Count the launches and free the device's memory."""
         self.launches.update({name: traffic.launches for name, traffic in self.gpu.traffic().items()})
         self.gpu.kernels.reset()
 
@@ -67,7 +69,7 @@ class Operators:
         return self.gpu.kernels.Conv2d(**dict(zip(GEOMETRY, numbers, strict=True)), nhwc=nhwc)
 
     def _planned(self, x: Tensor, weight: Tensor, *window: Pair, nhwc: bool, of_filter: bool) -> tuple[Any, bool]:
-        """A depthwise call's geometry, and whether it is computed in NHWC, to which images may be transposed."""
+        """A depthwise call's geometry, and whether it is computed in NHWC. Images may be transposed for that."""
         g = self._geometry(x, weight, *window, nhwc=nhwc)
         if nhwc or not self.gpu.kernels.transposes(g, self.gpu.dtype(x.dtype), of_filter):
             return g, nhwc
@@ -109,7 +111,7 @@ class Operators:
     def _depthwise_backward(
         self, g: Any, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool], nhwc: bool
     ) -> tuple[Tensor, ...]:
-        """The gradients of tensors that are on the device already; empty where not wanted."""
+        """The gradients of tensors that are already on the device. Unwanted ones are empty."""
         number, nothing = self.gpu.dtype(x.dtype), x.new_empty(0)
         dx = self._image(x, *x.shape[1:], nhwc=nhwc) if mask[0] else None
         dw = self.gpu.empty(*weight.shape, dtype=x.dtype) if mask[1] else None
@@ -167,7 +169,7 @@ class Operators:
 
     @staticmethod
     def _pointwise(image: Tensor, filter: Tensor, out: Tensor, nhwc: bool) -> None:
-        """One product over all pixels; of planes a batch of them."""
+        """One product over all pixels of NHWC images, or a batch of products over planes."""
         if nhwc:
             torch.mm(pixel_rows(image), filter.t(), out=pixel_rows(out))
         else:
@@ -222,7 +224,7 @@ class Operators:
         if nhwc or d_pw.numel() >= (len(d_pw) + c) * pixels:
             torch.mm(pixel_rows(grad).t(), pixel_rows(image), out=d_pw)
             return
-        products = self.gpu.empty(n, d_pw.numel(), dtype=d_pw.dtype)  # an image's each, and their sum
+        products = self.gpu.empty(n, d_pw.numel(), dtype=d_pw.dtype)  # one for each image, then their sum
         torch.bmm(grad.flatten(2), image.flatten(2).mT, out=products.view(n, *d_pw.shape))
         workspace = self.gpu.empty(self._call("column_sums_workspace", *products.shape))
         self._call("column_sums", products, d_pw, *products.shape, workspace, self.gpu.dtype(d_pw.dtype), 0)
@@ -233,7 +235,7 @@ rkl_emulated = ops.define("rkl_emulated")
 
 @contextmanager
 def serving(operators: Operators) -> Iterator[None]:
-    """The emulated kernels, serving every call of the public functions but the reference's."""
+    """Let the emulated kernels serve every call of the public functions except the reference's."""
 
     def namespace_for(operator: str, x: Tensor, multiplied: bool = False) -> Any:
         return None if choose(operator, x, multiplied) == "reference" else rkl_emulated
@@ -243,7 +245,8 @@ def serving(operators: Operators) -> Iterator[None]:
         for module in ("_trelu", "depthwise", "separable"):
             patched = mock.patch.object(sys.modules[f"rkl_kernels.{module}"], "namespace_for", namespace_for)
             patches.enter_context(patched)
-        shorter = {"_trelu": "is_built", "depthwise": "is_served", "separable": "is_served"}  # to the CPU
+        # These questions open a shortcut to the CPU's kernels.
+        shorter = {"_trelu": "is_built", "depthwise": "is_served", "separable": "is_served"}
         for module, question in shorter.items():
             patched = mock.patch.object(sys.modules[f"rkl_kernels.{module}"], question, return_value=False)
             patches.enter_context(patched)
@@ -252,7 +255,7 @@ def serving(operators: Operators) -> Iterator[None]:
 
 
 def register(operators: Operators) -> torch.library.Library:
-    """Puts the kernels behind :data:`rkl_emulated`, until the library that it returns is destroyed."""
+    """Register the kernels for :data:`rkl_emulated`, until the returned library is destroyed."""
     library = torch.library.Library("rkl_emulated", "IMPL")
     for name in ops.SCHEMAS:
         library.impl(name, getattr(operators, name), "CPU")

@@ -1,4 +1,4 @@
-"""Rewrites the three pieces of CUDA that a C++ compiler cannot read; everything else, line numbers too, stays."""
+"""Rewrites the three pieces of CUDA that a C++ compiler cannot read. All else stays, line numbers too."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _LAUNCH = re.compile(r"([\w:.]+)((?:<[^;{}]*?>)?)\s*<<<(.*?)>>>\s*\((?=\s*(\))?)
 
 
 def rewrite(source: str, path: str) -> str:
-    """The C++ text of CUDA text.
+    """Rewrite CUDA text as C++ text.
 
-    - ``extern __shared__ T name[];`` becomes a pointer to the launch's dynamic shared memory,
-    - ``__shared__ T name[n];`` a reference to an object of the block,
-    - ``kernel<T><<<grid, block, bytes, stream>>>(a, b)`` a call of ``emulator::Launch``.
+    - ``extern __shared__ T name[];`` becomes a pointer to the launch's dynamic shared memory.
+    - ``__shared__ T name[n];`` becomes a reference to an object of the block.
+    - ``kernel<T><<<grid, block, bytes, stream>>>(a, b)`` becomes a call of ``emulator::Launch``.
     """
     source = _DYNAMIC.sub(r"\1* \2 = static_cast<\1*>(emulator::dynamic_shared_memory());", source)
     source = _STATIC.sub(r"auto& \2 = emulator::shared<\1\3>([] {});", source)

@@ -1,4 +1,4 @@
-// Kernels with one mistake each, which the emulator must catch; `correct` is what they are mutations of.
+// Kernels with one mistake each, which the emulator must catch. They are mutations of `correct`.
 #include "cuda/ptx.cuh"
 #include "emulator.h"
 #include "seeded_bugs.h"
@@ -20,7 +20,7 @@ enum class Bug {
   lost_lane,
 };
 
-// out[i] = in[i - 1] + in[i + 1] around a ring of kThreads, through shared memory; block b has its own ring.
+// out[i] = in[i - 1] + in[i + 1] around a ring of kThreads, through shared memory. Each block has its own ring.
 template <Bug bug>
 __global__ void ring(const float* in, float* out) {
   __shared__ __align__(16) float first[kThreads];
@@ -28,7 +28,7 @@ __global__ void ring(const float* in, float* out) {
   const int i = threadIdx.x;
   in += blockIdx.x * kThreads;
   out += blockIdx.x * kThreads;
-  // Two groups of copies, of which the first is needed first.
+  // Two groups of copies. The first is needed first.
   if (i < kThreads / 4) rkl::cuda::cp_async_16(first + i * 4, in + i * 4, 16);
   rkl::cuda::cp_async_commit();
   if (i < kThreads / 4) rkl::cuda::cp_async_16(second + i * 4, in + i * 4, 16);
@@ -79,7 +79,7 @@ __global__ void too_much_shared(const float*, float* out) {
 }
 void shared_limit(const float* in, float* out) { too_much_shared<<<1, 32, 64 * 1024>>>(in, out); }
 
-// 44 KiB that its launch asks for, which need no leave by themselves, and 8 of its own.
+// The launch asks for 44 KiB, which alone need no opt-in, and the kernel has 8 KiB of static shared memory.
 __global__ void too_much_with_static(const float*, float* out) {
   extern __shared__ float buffer[];
   __shared__ float own[2048];
@@ -90,7 +90,7 @@ void static_shared_limit(const float* in, float* out) { too_much_with_static<<<1
 
 enum class RowBug { none, missing_barrier, overrun, misaligned, foreign_address };
 
-// Each warp stores 32 rows of 16 bytes by stmatrix at 32-bit addresses; each thread copies a row that another warp has
+// Each warp stores 32 rows of 16 bytes by stmatrix at 32-bit addresses. Each thread then copies a row that another warp
 // stored to `out`.
 template <RowBug bug>
 __global__ void rows_through_shared(const float* in, float* out) {

@@ -3,5 +3,5 @@
 #include <map>
 #include <string>
 
-// Name to launch; each takes two device arrays of 256 floats, in and out.
+// Launches by name. Each takes two device arrays of 256 floats, in and out.
 std::map<std::string, void (*)(const float*, float*)> seeded_bugs();

@@ -1,4 +1,4 @@
-// Each function of a warp on its own, with operands and results laid out as the CUDA and PTX manuals say.
+// Each warp function on its own, with operands and results laid out as the CUDA and PTX manuals say.
 #include "cuda/element.cuh"
 #include "cuda/ptx.cuh"
 #include "emulator.h"
@@ -30,8 +30,8 @@ __device__ uint32_t pair(T first, T second) {
   return uint32_t(bits[1]) << 16 | bits[0];
 }
 
-// d, 16 x 8, += a, 16 x k, by b, k x 8: matrices by rows. The fragments are put together element by element; the result
-// lies apart from what is added to.
+// d += a b, with d 16 x 8, a 16 x k and b k x 8, all stored by rows. The fragments are put together element by element.
+// The sum is another array than the operand it is added to.
 template <class T, int k>
 __global__ void product(const T* a, const T* b, float* d) {
   const int row = threadIdx.x / 4, column = threadIdx.x % 4 * 2;
@@ -49,7 +49,7 @@ __global__ void product(const T* a, const T* b, float* d) {
   for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + column + i % 2] = sum[i];
 }
 
-// The same product, of 16 x 16 by 16 x 8, in place and with fragments from shared memory by ldmatrix.
+// The same product of 16 x 16 by 16 x 8, in place, with fragments loaded from shared memory by ldmatrix.
 template <class T>
 __global__ void product_ldmatrix(const T* a, const T* b, float* d) {
   __shared__ __align__(16) T shared_a[16 * 16];
@@ -69,8 +69,9 @@ __global__ void product_ldmatrix(const T* a, const T* b, float* d) {
   for (int i = 0; i < 4; ++i) d[(row + i / 2 * 8) * 8 + column + i % 2] = sum[i];
 }
 
-// out = in, four 8 x 8 matrices one below the other: fragments put together element by element, rows that lie apart and
-// in another order in shared memory, and from there 16 bytes at a time. by_hand: as before sm_90.
+// out = in, four 8 x 8 matrices one below the other. The fragments are put together element by element. In shared
+// memory the rows lie apart and in another order, and from there they are read 16 bytes at a time. by_hand: the way
+// before sm_90.
 template <bool by_hand>
 __global__ void store_matrices(const uint16_t* in, uint16_t* out) {
   __shared__ __align__(16) uint16_t rows[32 * 24];

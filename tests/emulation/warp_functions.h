@@ -1,4 +1,5 @@
-// Kernels of one warp that call one function each: (a, b, result) of device memory, for test_warp_functions.py.
+// Kernels of one warp that each call one function, for test_warp_functions.py. They take a, b and result in device
+// memory.
 #pragma once
 #include <map>
 #include <string>

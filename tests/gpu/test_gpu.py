@@ -1,4 +1,4 @@
-"""Every backend of a GPU against the reference in float64 on the same device. The small ones run under a sanitizer."""
+"""Every backend of a GPU against the float64 reference on the same device. The small tests run under a sanitizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def backend(request, device):
 
 
 def check(function, tensors, device, dtype, tolerance, backend, layout="nhwc"):
-    """Output and gradients of ``function(library, *tensors)``, as shares of the largest value."""
+    """Compare output and gradients of ``function(library, *tensors)`` with the reference's, relative to its largest
+    value. A second call must give the same bits."""
     torch.manual_seed(0)
     formats = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
     mine = []
@@ -73,7 +74,8 @@ def test_depthwise_kernel_31(backend, device):
 
 
 def test_a_sum_beyond_fp16_that_the_bias_brings_back(backend, device):
-    """Of 9, 6 and 4 taps: 90,000, 60,000 and 40,000 before the bias. One rounding leaves it finite, two do not."""
+    """Sums of 9, 6 and 4 taps are 90,000, 60,000 and 40,000 before the bias. One rounding leaves the result finite, two
+    do not."""
     x = torch.full((2, 8, 5, 5), 1e4, device=device, dtype=torch.half).contiguous(memory_format=torch.channels_last)
     weight, bias = x.new_ones(8, 1, 3, 3), x.new_full((8,), -4e4)
     with rk.use_backend(backend):
@@ -96,8 +98,8 @@ def test_explain_names_the_kernels(device, k, names):
     assert names in told.kernels
 
 
-# NCHW in fp32 at stride 2 is taken where it lies, backward too: the pointwise filter's gradient as a batch of products,
-# and of 256 outputs as one over images that are transposed for it.
+# NCHW images in fp32 at stride 2 are not transposed, nor are they in the backward. The pointwise filter's gradient is
+# then a batch of products. With 256 outputs it is one product, over images that are transposed for it.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -115,7 +117,7 @@ def test_separable_activations(backend, device, inner, activation):
 
 @pytest.mark.parametrize("dilation", [1, 2], ids=["in one kernel", "step by step"])
 def test_parameters_in_one_buffer_have_the_kernels_of_others(backend, device, dilation):
-    """Other kernels would round elsewhere, and give other bits."""
+    """Kernels for unaligned parameters would round at other places and give other bits."""
     if backend != "cuda":
         pytest.skip("a library's product may go by its arguments' addresses")
     x = torch.randn(3, 32, 14, 14, device=device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
@@ -143,7 +145,7 @@ def test_trelu(backend, device, dtype, shape):
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU6, nn.SiLU, nn.GELU, rk.TReLU])
 def test_small_models_fused_for_inference(monkeypatch, device, dtype, layout, activation):
-    """A pointwise convolution, a lone depthwise one and one of 3 x 3, each with its norm and its activation."""
+    """A pointwise, a lone depthwise and a dense 3 x 3 convolution, each with its norm and its activation."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     kinds = nn.Conv2d(16, 48, 1), nn.Conv2d(48, 48, 5, padding=2, groups=48), nn.Conv2d(48, 24, 3, 2, bias=False)
@@ -169,7 +171,7 @@ def test_small_models_fused_for_inference(monkeypatch, device, dtype, layout, ac
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 def test_small_batches_of_none(backend, device, layout):
-    """Empty images and gradients, whose plans are asked all the same."""
+    """Empty images and gradients. Their calls ask for plans all the same."""
     for dtype in (torch.float16, torch.float32):
         x = torch.zeros(0, 96, 33, 17, dtype=dtype, device=device)
         x = x.contiguous(memory_format=torch.channels_last) if layout == "nhwc" else x
@@ -233,7 +235,7 @@ OPERATORS = {
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_step_in_a_cuda_graph(backend, device, name, layout):
-    """Forward and backward in 16 bits: workspaces, transpositions and the libraries' products are captured, too."""
+    """Forward and backward in 16 bits: a graph captures workspaces, transpositions and the libraries' products too."""
     if device == "cpu":
         pytest.skip("a CPU has no graphs")
     function, shapes = OPERATORS[name]
@@ -248,7 +250,7 @@ def test_a_step_in_a_cuda_graph(backend, device, name, layout):
         return y, *torch.autograd.grad(y, tensors, torch.ones_like(y))
 
     with rk.use_backend(backend):
-        before = torch.cuda.Stream()  # what is asked for once only is asked here
+        before = torch.cuda.Stream()  # a first step, so that what is set up once is set up here
         before.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(before):
             step()

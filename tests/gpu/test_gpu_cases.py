@@ -1,4 +1,4 @@
-"""Every backend of a GPU under random cases (tests/cases.py, tests/oracle.py)."""
+"""Random calls on every backend of a GPU (tests/cases.py, tests/oracle.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oracle import Rules, check
 
 @pytest.fixture(autouse=True)
 def _float32_products():
-    """No TF32, and sums of the library's products in float32: what the bounds are of."""
+    """No TF32, and float32 sums in the library's products. The bounds assume both."""
     matmul = torch.backends.cuda.matmul
     names = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     before = [getattr(matmul, name) for name in names]
@@ -44,7 +44,7 @@ def check_on(backend: str, device: str, case: Case) -> None:
 
 
 def moved(x: torch.Tensor, device: str) -> torch.Tensor:
-    """On the device with its strides, gaps and offset."""
+    """The tensor on the device, with its strides, gaps and offset."""
     storage = torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage()).to(device)
     view = storage.as_strided(x.shape, x.stride(), x.storage_offset())
     return view.requires_grad_(x.requires_grad)

@@ -1,4 +1,4 @@
-"""What PyTorch does around an operator, on a GPU: compilers, transforms, devices, memory, threads."""
+"""The operators on a GPU under PyTorch's own features: compilers, transforms, devices, memory, threads."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_no_memory_has_its_type(gpu):
 
 
 def test_backward_runs_on_the_backend_of_its_forward(gpu):
-    """Autograd runs it in a thread of its own, which knows of no ``use_backend``."""
+    """Autograd runs it in another thread, where ``use_backend`` has no effect."""
     if not all(rk.backends()[name].available for name in ("cuda", "triton")):
         pytest.skip("wants both backends of a GPU")
     shapes = (2, 32, 12, 12), (32, 1, 3, 3), (32, 32, 1, 1)
@@ -112,7 +112,7 @@ def test_another_device_than_the_current_one(gpu):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_in_float32(device, dtype):
-    """Of the library's products too, where PyTorch is told so: 4096 products of ones and of 2^-9 between them."""
+    """The library's products also sum in float32, where PyTorch's flags ask for it. Each sum has 4096 terms of 2^-9."""
     flags = torch.backends.cuda.matmul
     before = flags.allow_fp16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction
     flags.allow_fp16_reduced_precision_reduction = flags.allow_bf16_reduced_precision_reduction = False

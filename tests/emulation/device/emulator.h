@@ -1,13 +1,12 @@
-// Runs unmodified CUDA kernels on the CPU, for the tests: what a .cu file sees in place of the GPU.
+// Runs unmodified CUDA kernels on the CPU for the tests. A .cu file sees this header in place of the GPU.
 //
-// Every CUDA thread is a fiber with a stack of its own; a block's threads take turns on one CPU thread, and blocks run
-// one after another. A thread runs until it waits (at a barrier, or at a warp's exchange) or ends, so the order in
-// which threads are resumed is ours to choose: forward, reverse or shuffled, whole warps at a time, each as far as it
-// can get. These are legal schedules of a GPU, and adverse ones: a missing barrier shows as a NaN from memory not yet
-// written.
+// Every CUDA thread is a fiber with its own stack. The threads of a block take turns on one CPU thread, and blocks run
+// one after another. A thread runs until it ends or waits, at a barrier or at a warp's exchange. The emulator chooses
+// the order in which threads resume: forward, reverse or shuffled, whole warps at a time, each as far as it can get.
+// These schedules are legal on a GPU, and adverse: a missing barrier shows as a NaN from memory not yet written.
 //
 // rewrite.py turns the three pieces of CUDA that no C++ compiler reads (`__shared__`, `extern __shared__`, `<<<>>>`)
-// into calls of what is declared here. Atomics are left out on purpose: the kernels are deterministic.
+// into calls of functions declared here. Atomics are left out on purpose: the kernels are deterministic.
 #pragma once
 #define RKL_EMULATOR  // cuda/ptx.cuh takes its functions from warp.h
 #include <cuda_bf16.h>
@@ -37,21 +36,21 @@ extern dim3 blockDim, gridDim;
 
 namespace emulator {
 
-// The order of blocks, of warps in a block and of lanes in a warp; how late cp.async lands.
+// The order of blocks, of warps in a block and of lanes in a warp, and how late cp.async lands.
 enum class Order { forward, reverse, shuffled };
 struct Schedule {
   Order order = Order::forward;
   unsigned seed = 0;        // of the shuffle
-  bool late_copies = true;  // cp.async at the wait that asks for it, or at once: both are legal
-  long first_blocks = -1;   // run only so many blocks of a grid from its beginning ...
-  long last_blocks = 0;     // ... and so many from its end: for tensors too large to be walked through
+  bool late_copies = true;  // cp.async lands at the wait that asks for it, or at once: both are legal
+  long first_blocks = -1;   // run only this many blocks from the beginning of a grid ...
+  long last_blocks = 0;     // ... and this many from its end, for tensors too large to be walked through
 };
 extern Schedule schedule;
 
 // Ends the launch with a std::runtime_error that names kernel, block and thread.
 [[noreturn]] void fail(const std::string& what);
 
-// __syncthreads: waits for every thread of the block, which all must stand at the same line.
+// __syncthreads: waits for every thread of the block. All of them must wait at the same line.
 void barrier(int line);
 
 // A kernel launch: Launch("name", grid, block, shared bytes, stream)(kernel, arguments...).
@@ -74,7 +73,7 @@ class Launch {
   size_t shared_bytes_;
 };
 
-// `__shared__ T name;`: one object a block for each declaration, told apart by the lambda's type K.
+// `__shared__ T name;`: each declaration has one object in a block. The lambda's type K tells declarations apart.
 template <class T, class K>
 T& shared(K) {
   static char key;

@@ -43,11 +43,11 @@ struct Region {
   size_t begin, end;
 };
 
-// Who last touched a granule of global memory: serial numbers of blocks, counted over all launches.
+// Who last touched a granule of global memory. Blocks have serial numbers that count over all launches.
 struct GlobalTouch {
   uint32_t writer, reader;
 };
-// Who touched a granule of shared memory: in which phase (between two barriers), which warp.
+// Which warp touched a granule of shared memory, and in which phase (between two barriers).
 struct SharedTouch {
   uint32_t write_phase, read_phase;
   uint16_t writer, reader;
@@ -64,7 +64,7 @@ struct Memory {
   std::vector<uint32_t> page_region = std::vector<uint32_t>(kArena / kPage);  // number of the region, from 1
   std::vector<Region> regions{{0, 0}};
   size_t used = kGap, shared_used = 0;         // of the arena
-  size_t shared_bytes = 0, most_shared_bytes;  // that the launch's blocks have, and may have
+  size_t shared_bytes = 0, most_shared_bytes;  // what a block of the launch has, and may have
 
   std::map<const void*, size_t> shared_variables;  // key to offset; laid out anew for each launch
   Region dynamic{};
@@ -127,7 +127,7 @@ void check_shared(size_t offset, size_t n, bool write) {
 
 void check_global(size_t offset, size_t n, bool write) {
   Memory& m = memory();
-  // Blocks have no order among them: what one writes, no other may touch in the same launch.
+  // Blocks run in no fixed order. So what one writes, no other may touch in the same launch.
   const auto another = [&](uint32_t who) { return who >= m.launch && who != m.block; };
   for (size_t g = offset / kGranule; g * kGranule < offset + n; ++g) {
     GlobalTouch& t = m.touches[g];
@@ -158,7 +158,7 @@ void* allocate(size_t bytes, bool fill) {
 void reset() {
   Memory& m = memory();
   m.remove_regions(0);
-  // Gives the pages back, so that a test with a large tensor does not hold them.
+  // Give the pages back, so that a test with a large tensor does not keep them.
   madvise(m.base, m.used, MADV_DONTNEED);
   m.used = kGap;
   traffic.clear();
@@ -207,7 +207,7 @@ void begin_block() {
   ++m.block;
   ++m.phase;
   m.counted->blocks++;
-  // Nothing is left over from the block before.
+  // Shared memory keeps nothing from the block before.
   for (const Region& r : m.regions)
     if (r.begin >= m.shared_begin()) memset(m.base + r.begin, 0xff, r.end - r.begin);
 }
@@ -240,7 +240,7 @@ void access(const void* p, size_t n, bool write, bool aligned) {
 }  // namespace emulator
 
 #ifndef __SANITIZE_ADDRESS__
-// What -fsanitize=thread makes the kernels call.
+// The functions that -fsanitize=thread makes the kernels call.
 extern "C" {
 #define RKL_HOOK(n)                                                         \
   void __tsan_read##n(void* p) { emulator::access(p, n, false); }           \

@@ -1,9 +1,9 @@
-// The emulated device's memory: one arena with unreadable gaps between allocations, filled with NaN, in which every
-// access is checked and counted.
+// The emulated device's memory: one arena with unreadable gaps between allocations, filled with NaN. Every access to it
+// is checked and counted.
 //
-// Who reports accesses: the compiler. Kernels are compiled with -fsanitize=thread, which puts a call before every load
-// and store; the functions that it calls are defined in memory.cpp (no thread sanitizer is linked). The sanitized build
-// has AddressSanitizer in that place, to which the gaps are known as poisoned.
+// The compiler reports the accesses. Kernels are compiled with -fsanitize=thread, which puts a call before every load
+// and store. memory.cpp defines the called functions; no thread sanitizer is linked. The sanitized build uses
+// AddressSanitizer instead, which knows the gaps as poisoned.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -20,23 +20,23 @@ void reset();
 void* shared_memory(const void* key, size_t bytes);
 void* dynamic_shared_memory();
 
-// The 32-bit address that a GPU has for what lies in shared memory, and back; what is not in it fails.
+// From a pointer into shared memory to the 32-bit address that a GPU has for it, and back. Other pointers fail.
 uint32_t shared_address(const void* p);
 void* shared_pointer(uint32_t address);
 
-// Checks and counts n bytes at p that the running thread reads or writes. What is not in the arena (stacks, kernel
-// arguments) is not looked at.
+// Checks and counts n bytes at p that the running thread reads or writes. Memory outside the arena (stacks, kernel
+// arguments) is ignored.
 void access(const void* p, size_t n, bool write, bool aligned = true);
 
-// What a kernel's blocks moved, in bytes of the 32-byte sectors that each block touched: a block is taken to have its
-// sectors in its cache, and no block those of another. So this is an upper bound of what reaches the memory.
+// What a kernel's blocks moved, in bytes of the 32-byte sectors that each block touched. The count assumes that a block
+// finds its own sectors in its cache, but never those of another block. So it is an upper bound of the memory traffic.
 struct Traffic {
   long launches = 0, blocks = 0, read = 0, written = 0;
 };
 extern std::map<std::string, Traffic> traffic;
 
-// Called by the scheduler. most_shared: bytes that a block may have of shared memory, static and dynamic. Static ones
-// count when a thread comes to them: what no thread of a launch comes to is not known here.
+// Called by the scheduler. most_shared: bytes of shared memory that a block may have, static and dynamic. A static
+// variable counts when a thread reaches it; one that no thread of a launch reaches is not known here.
 void begin_launch(const char* kernel, size_t dynamic_shared_bytes, size_t most_shared);
 void begin_block();
 void begin_phase();  // a barrier was passed

@@ -25,8 +25,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Saves the callee-saved registers on the stack and the stack in *save, and goes on on another stack. Two system calls
-// cheaper than swapcontext, which would be most of the emulator's time.
+// Saves the callee-saved registers on the stack and the stack pointer in *save, and continues on another stack. This
+// saves the two system calls of swapcontext, which would take most of the emulator's time.
 extern "C" void rkl_switch_stack(void** save, void* to);
 __asm__(R"(
 .text
@@ -59,7 +59,7 @@ constexpr size_t kStack = 256 << 10, kGuard = 4096;
 constexpr size_t kMaxThreads = 1024;
 constexpr size_t kDefaultShared = 48 << 10, kMaxShared = 227 << 10;  // opt-in limit of sm_90; sm_80 has 163 KiB
 
-// A warp's meeting place for one mask. Two sets of values: a fast lane may be one exchange ahead, never two.
+// A warp's meeting place for one mask. It has two sets of values, as a fast lane may be one exchange ahead, never two.
 struct Meeting {
   unsigned mask = 0;
   unsigned generation[32]{};
@@ -101,7 +101,7 @@ struct Failure {
 struct Machine {
   std::vector<char*> stacks;
   std::vector<Fiber> fibers;
-  std::vector<std::deque<Meeting>> meetings;  // one list a warp
+  std::vector<std::deque<Meeting>> meetings;  // one list for each warp
   const std::function<void()>* thread = nullptr;
   const char* kernel = "";
   void* stack_pointer = nullptr;  // the scheduler's own
@@ -164,7 +164,7 @@ void prepare_fibers(dim3 block, size_t n) {
     f.index = {unsigned(i % block.x), unsigned(i / block.x % block.y), unsigned(i / block.x / block.y)};
     RKL_ASAN(__asan_unpoison_memory_region(machine.stacks[i], kStack);)  // a failed launch leaves frames behind
     void** top = reinterpret_cast<void**>(machine.stacks[i] + kStack) - 2;
-    *top = reinterpret_cast<void*>(fiber_main);  // the switch returns to it; its six registers lie below
+    *top = reinterpret_cast<void*>(fiber_main);  // the switch returns to it; six saved registers lie below
     f.stack_pointer = top - 6;
   }
 }
@@ -178,7 +178,7 @@ std::vector<long> in_order(long n, std::mt19937& random) {
   return v;
 }
 
-// Whether every lane of the mask has come to the exchange that fiber i waits for, or has returned.
+// Whether every lane of the mask has reached the exchange that fiber i waits for, or has returned.
 bool met(int i) {
   const Fiber& f = machine.fibers[i];
   for (int l = 0, j = i / 32 * 32; l < 32 && j < int(machine.fibers.size()); ++l, ++j) {
@@ -190,7 +190,7 @@ bool met(int i) {
   return true;
 }
 
-// Runs one warp as far as it can get; returns whether it moved.
+// Runs one warp as far as it can get. Returns whether it moved.
 bool run_warp(long warp, std::mt19937& random) {
   bool moved = false;
   const long first = warp * 32, n = std::min<long>(32, long(machine.fibers.size()) - first);
@@ -208,7 +208,7 @@ bool run_warp(long warp, std::mt19937& random) {
   return moved;
 }
 
-// Lets the block pass its barrier if all threads stand there; returns false when all have ended.
+// Lets the block pass its barrier if all threads wait there. Returns false when all threads have ended.
 bool pass_barrier(bool moved) {
   size_t done = 0, waiting = 0;
   int line = 0;
@@ -285,7 +285,7 @@ void Launch::run(const void* kernel, const std::function<void()>& thread) const 
     ~End() { end_launch(); }
   } end;
   begin_launch(name_, shared_bytes_, has_leave ? kMaxShared : kDefaultShared);
-  // A list of a large grid's blocks would be larger than what is run of it: those go in their own order.
+  // A list of all blocks of a large grid would be larger than the part that runs. That part runs in the grid's order.
   const bool all = schedule.first_blocks < 0;
   const std::vector<long> order = all ? in_order(blocks, random) : std::vector<long>();
   for (long b = 0; b < blocks; ++b) {

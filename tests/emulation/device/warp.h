@@ -1,8 +1,8 @@
-// What the 32 threads of a warp do together: shuffles and votes, cp.async, ldmatrix and stmatrix, and the tensor cores'
-// products.
+// What the 32 threads of a warp do together: shuffles and votes, cp.async, ldmatrix and stmatrix, and the products of
+// the tensor cores.
 //
-// One primitive carries all of it: exchange() publishes a value, waits for every lane of the mask, and gives access to
-// what each lane published. Lane layouts are those of the PTX manual's figures for ldmatrix and mma.
+// All of it builds on one primitive: exchange() publishes a value, waits for every lane of the mask, and gives access
+// to the values that the lanes published. Lane layouts are those of the PTX manual's figures for ldmatrix and mma.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -32,7 +32,7 @@ Lanes exchange(unsigned mask, const T& value) {
   return exchange_bytes(mask, &value, sizeof value);
 }
 
-// cp.async: 16 bytes of shared memory from `valid` bytes of global memory, zeros after. Lands when waited for.
+// cp.async: fills 16 bytes of shared memory with `valid` bytes of global memory, then zeros. Lands when waited for.
 void copy_async_16(void* shared, const void* global, int valid);
 void copy_commit();
 void copy_wait(int groups_left);
@@ -53,7 +53,7 @@ void store_shared(uint32_t address, const T& value) {
   memcpy(p, &value, sizeof value);
 }
 
-// The four 8 x 8 matrices of 16-bit elements whose rows the lanes' addresses name, eight lanes a matrix.
+// Four 8 x 8 matrices of 16-bit elements. The lanes' addresses name their rows, eight lanes for each matrix.
 inline void load_matrix_x4(uint32_t (&fragment)[4], uint32_t row, bool transpose) {
   const void* p = shared_pointer(row);
   access(p, 16, false);
@@ -89,7 +89,7 @@ inline float element(uint32_t pair, int which, __half) {
   return __half2float(value);
 }
 
-// d = a b + c with a 16 x 16, b 16 x 8 in 16 bits, c and d 16 x 8 in fp32. T: __nv_bfloat16 or __half.
+// d = a b + c, with a 16 x 16 and b 16 x 8 in 16 bits, c and d 16 x 8 in fp32. T: __nv_bfloat16 or __half.
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
   struct Fragments {
@@ -107,8 +107,9 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   }
 }
 
-// The hardware's tanh is off by up to 2^-11 of the value, and nobody says where by how much: here by what the bits of x
-// make a random part of that, up or down. Never past 1; zeros, infinities and NaN are exact.
+// The hardware's tanh is off by up to 2^-11 of the value, but where it is off by how much is not documented. Here the
+// bits of x choose a random part of that error, up or down. The result never passes 1; zeros, infinities and NaN are
+// exact.
 inline float tanh_approx(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -120,7 +121,7 @@ inline float tanh_approx(float x) {
 
 }  // namespace emulator
 
-// The shuffles leave the lane's own value where the source lies outside its group of `width` lanes.
+// The shuffles keep the lane's own value where the source lies outside its group of `width` lanes.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
   const int group = emulator::lane() & ~(width - 1);
@@ -167,7 +168,7 @@ template <class T>
 void __stcs(T* p, T value) {
   *p = value;
 }
-// The hardware's quick functions: to a few units in the last place, so that these stand for them.
+// The hardware's fast functions are right to a few units in the last place, so these may stand in for them.
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 using std::max;
