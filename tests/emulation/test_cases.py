@@ -1,4 +1,4 @@
-"""The CUDA kernels under random cases, on the emulated GPU (tests/cases.py, tests/oracle.py)."""
+"""Random calls of the CUDA kernels on the emulated GPU (tests/cases.py, tests/oracle.py)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import rkl_kernels as rk
 from .operators import Operators
 
 MOST = 60_000
-"""Products of a case's depthwise step: so many take a few milliseconds here."""
+"""The most products of a case's depthwise step. They take a few milliseconds here."""
 
 
 def check_emulated(case: Case) -> None:
-    """In 16 bits T-ReLU is the hardware's tanh; infinities and NaNs spread as depthwise_conv2d's docstring says."""
+    """In 16 bits T-ReLU uses the hardware's tanh. Infinities and NaNs spread as depthwise_conv2d's docstring says."""
     sixteen = case.dtype != torch.float32
     tanh, spread = (2.0**-11, 8) if sixteen else (2.0**-22, 1)
-    # The emulated operators take the CPU for a pointwise product.
+    # The emulated operators compute pointwise products on the CPU.
     flushes = case.operator == "separable" and case.dtype == torch.bfloat16
     rules = Rules(case.dtype, flushes, tanh, spread=spread)
     check(case, rules, "cuda", lambda tensors, grad: case.run(rk, tensors, grad))
@@ -38,7 +38,8 @@ def test_public_functions_are_served_by_the_emulated_kernels(operators: Operator
 
 @pytest.mark.parametrize(("height", "kernel"), [(1, "any_vectors"), (2, "rows_convolution")])
 def test_one_output_has_no_stride(operators: Operators, height: int, kernel: str) -> None:
-    """As csrc/tensor_args.h has it: strides of 1 and 2 are for the general kernel."""
+    """csrc/tensor_args.h sets the stride of a single output to 1. The general kernel serves the strides 1 and 2 of such
+    a call."""
     x = torch.randn(1, 8, height, 20, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     rk.depthwise_conv2d(x, x.new_ones(8, 1, 3, 3), stride=2, padding=height)
     assert operators.launches == {kernel: 1}
@@ -48,7 +49,7 @@ def test_one_output_has_no_stride(operators: Operators, height: int, kernel: str
 def test_an_infinity_spreads_in_images_that_are_transposed(
     operators: Operators, kernel: int, dilation: int, open_channels: int
 ) -> None:
-    """Contiguous ones of 16 bits, as depthwise_conv2d's docstring says."""
+    """Contiguous images of 16 bits may be transposed. An infinity then spreads as depthwise_conv2d's docstring says."""
     x = torch.randn(1, 16, 9, 9, dtype=torch.bfloat16)
     x[0, 0, 4, 4] = torch.inf
     y = rk.depthwise_conv2d(x, x.new_ones(16, 1, kernel, kernel), padding=dilation * (kernel // 2), dilation=dilation)
@@ -57,7 +58,7 @@ def test_an_infinity_spreads_in_images_that_are_transposed(
 
 @pytest.mark.parametrize("outputs", [4, 48])  # the pointwise filter's gradient by images, and over all pixels
 def test_a_separable_step_over_planes(operators: Operators, outputs: int) -> None:
-    """NCHW in float32 at stride 2 is taken where it lies, backward too."""
+    """NCHW images in float32 at stride 2 are not transposed, nor are they in the backward."""
     torch.manual_seed(0)
     shapes = (2, 48, 8, 9), (48, 1, 3, 3), (outputs, 48, 1, 1), (48,), (outputs,)
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]

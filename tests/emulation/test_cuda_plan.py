@@ -1,4 +1,4 @@
-"""Plans of the benchmarks' shapes for GPUs that are not here: the kernels' host functions, nothing is launched."""
+"""Plans of the benchmarks' shapes for several GPUs. Only the kernels' host functions run; nothing is launched."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from benchmarks.shapes import SHAPES, Shape, select
 
 from .conftest import Gpu
 
-# Capability, multiprocessors, bytes of shared memory that a block may ask for, and that a multiprocessor has; threads
-# and blocks that a multiprocessor has at once.
+# Capability; multiprocessors; bytes of shared memory that a block may ask for and that a multiprocessor has; threads
+# and blocks that run on a multiprocessor at once.
 DEVICES = {
     "H200": (90, 132, 227 << 10, 228 << 10, 2048, 32),
     "A100": (80, 108, 163 << 10, 164 << 10, 2048, 32),
@@ -68,7 +68,7 @@ def test_families_and_shared_memory(gpu: Gpu, dtype: str, nhwc: bool, device: st
             assert plan.shared <= limit, told
             assert plan.blocks > 0, told
             assert 0 < plan.threads <= 1024, told
-            # Where a block may have less, more may be left to the families that take less.
+            # Where a block may have less shared memory, families that take less may serve more shapes.
             fallback = set() if device == "H200" else {"registers", "general"}
             assert plan.family.name in expected_families(shape, dtype, nhwc) | fallback, told
 
@@ -76,7 +76,7 @@ def test_families_and_shared_memory(gpu: Gpu, dtype: str, nhwc: bool, device: st
 @pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_an_empty_convolution_has_a_plan_too(gpu: Gpu, dtype: str, nhwc: bool) -> None:
-    # Whoever asks how a call would be run asks for an empty batch as well; a family's cut would divide by its images.
+    # explain() asks for plans of empty batches too. There a family would divide by the number of images.
     kernels, device = gpu.kernels, gpu.kernels.Device(*DEVICES["H200"])
     for shape in SHAPES:
         for empty in ("batch", "channels"):
@@ -94,7 +94,7 @@ def test_no_shape_in_16_bits_nhwc_is_left_to_the_general_kernel(gpu: Gpu) -> Non
 
 
 def test_images_are_transposed_where_it_pays(gpu: Gpu) -> None:
-    """NCHW where planes have no kernel and NHWC has one, and where planes' are several times slower."""
+    """NCHW images are transposed where only NHWC has a kernel, and where the planes' kernel is several times slower."""
 
     def transposes(
         channels: int,
@@ -129,7 +129,8 @@ def test_images_are_transposed_where_it_pays(gpu: Gpu) -> None:
 
 
 def test_separable_layers_that_take_contiguous_images_where_they_lie(gpu: Gpu) -> None:
-    """Of the shapes, with images enough to fill a GPU: what the H200's record says of both ways."""
+    """The choice for the benchmarks' shapes, with enough images to fill a GPU. It follows the H200's record of both
+    ways."""
 
     def by_planes(dtype: str, backward: bool) -> set[str]:
         number = getattr(gpu.kernels.Dtype, dtype)
@@ -144,7 +145,7 @@ def test_separable_layers_that_take_contiguous_images_where_they_lie(gpu: Gpu) -
     forward = by_planes("f32", False)
     assert not forward & (small | dilated)
     assert {"mnv1-112", "mnv2-112s2", "mnv2-56", "rkl-32-k3", "rkl-16-k7", "rkl-8-k3", "xcep-19"} <= forward
-    # Of one image the launches of the transpositions would count.
+    # With one image, the launches of the transpositions would cost too much.
     assert all(
         gpu.kernels.takes_planes(geometry(gpu, s, False, batch=1), gpu.kernels.Dtype.f32, False)
         for s in SHAPES
@@ -168,15 +169,15 @@ def test_what_is_left_to_pytorch(gpu: Gpu) -> None:
 
 
 def test_rows_are_cut_by_waves(gpu: Gpu) -> None:
-    """28 rows are 1,792 blocks, 2.7 waves of 660: 3 x 28 rows one after the other. All 112 at once would be 448 blocks
-    and 112, and 56 rows 2 x 56."""
+    """Chunks of 28 rows are 1,792 blocks, 2.7 waves of 660, which take the time of 3 x 28 rows. All 112 rows at once
+    would be 448 blocks and take 112, and chunks of 56 rows take 2 x 56."""
     (shape,) = select("mnv1-112")
     plan = plans(gpu, shape, "f32", True, "H200")["output"]
     assert (plan.family.name, plan.rows, plan.blocks) == ("registers", 28, 1792)
 
 
 def test_rows_are_cut_by_what_a_multiprocessor_has_at_once(gpu: Gpu) -> None:
-    """A block of 8 channels is one warp, of which registers would let a multiprocessor have 16."""
+    """A block of 8 channels is one warp. Registers would let a multiprocessor run 16 of them."""
     (shape,) = select("mnv1-112")
     kernels, g = gpu.kernels, geometry(gpu, shape, True, channels=8)
 
@@ -190,8 +191,8 @@ def test_rows_are_cut_by_what_a_multiprocessor_has_at_once(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_sums_of_parts_are_few(gpu: Gpu, dtype: str) -> None:
-    """Written and read again, they are at most an eighth of what a filter's gradient reads, but for small images and
-    the general kernel, whose parts have at least 8 outputs a tap."""
+    """The sums are written and read again. They are at most an eighth of what a filter's gradient reads, except for
+    small images and the general kernel, whose parts have at least 8 outputs a tap."""
     for shape in SHAPES:
         plan = plans(gpu, shape, dtype, True, "H200")["filter_grad"]
         case = shape.case("depthwise", device="cuda")
@@ -203,7 +204,7 @@ def test_sums_of_parts_are_few(gpu: Gpu, dtype: str) -> None:
 
 
 def test_a_remembered_plan_is_the_one_that_would_be_made(gpu: Gpu) -> None:
-    """A thread remembers its last plans by all that they are made from; another thread makes them itself."""
+    """A thread remembers its last plans by all that they are made from. Another thread makes its own."""
 
     def numbers() -> list[tuple[object, ...]]:
         fields = ("family", "kernel", "rows", "parts", "blocks", "threads", "shared")
@@ -223,7 +224,7 @@ def test_a_remembered_plan_is_the_one_that_would_be_made(gpu: Gpu) -> None:
 
 
 def test_plans_of_a_network_are_made_once(gpu: Gpu) -> None:
-    """A training step of EfficientNet-B0 in NCHW asks for 92; of shapes without end not all are kept."""
+    """A training step of EfficientNet-B0 in NCHW asks for 92 plans. Of an endless stream of shapes not all are kept."""
     step = list(range(1, 93))
     assert gpu.kernels.plans_made(step * 3) == len(step)
     many = range(1000, 6000)

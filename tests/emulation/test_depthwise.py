@@ -9,7 +9,7 @@ from exactness import assert_rounded
 from .conftest import DTYPES, ORDERS, Gpu
 from .depthwise_cases import ACTIVATIONS, MOST_TERMS, Case, Run, assert_activated, assert_right, moved_over_unavoidable
 
-# What no fast path covers: dilation, strides apart, even kernels, channels that fill no vector, large kernels.
+# What no fast path covers: dilation, two different strides, even kernels, channels that fill no vector, large kernels.
 GENERAL = [
     Case(channels=5, kernel=(2, 4), stride=(1, 3), padding=(0, 2)),
     Case(channels=24, kernel=(3, 3), padding=(2, 2), dilation=(2, 2)),
@@ -19,9 +19,9 @@ GENERAL = [
     Case(channels=4, kernel=(3, 2), stride=(3, 2), nhwc=False),
     Case(channels=2, kernel=(3, 5), stride=(2, 1), padding=(4, 3), dilation=(3, 2), size=(12, 9), nhwc=False),
 ]
-# Windows that slide: rows of several groups of outputs, of every remainder, and of fewer outputs than one; residues of
-# a dilation, as many as the row has columns; more and fewer taps than the filter's gradient has sums beside each other,
-# and below; rows of the filter that shared memory takes in several times.
+# Sliding windows: rows of several groups of outputs, with every remainder, and rows shorter than a group; as many
+# residues of a dilation as the row has columns; more and fewer taps than the filter's gradient has sums, in both
+# directions; filter rows that enter shared memory in several steps.
 GENERAL += [
     Case(channels=c, kernel=kernel, size=size, padding=padding, dilation=dilation, batch=n)
     for c, kernel, padding, dilation, n, size in (
@@ -42,8 +42,8 @@ def test_general(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
     assert_right(Run(gpu, case, dtype), "y", "dx", "dw")
 
 
-# Planes of several to a block and of several blocks each, rows that begin at any address.
-# Padding wider than the filter: blocks whose rows all lie above or below the image, here the tensor's last one.
+# Several planes in a block and several blocks in a plane; rows that begin at any address. Padding wider than the
+# filter: blocks whose rows all lie above or below the image, here the tensor's last image.
 NCHW = [
     Case(channels=c, kernel=(k, k), size=size, padding=(p, p), stride=(s, s), batch=n, nhwc=False)
     for s in (1, 2)
@@ -69,7 +69,7 @@ def test_nchw(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
     assert set(gpu.traffic()) == {"convolve_planes", gradient, "filter_grad_planes", "add_parts"}
 
 
-# One case for each place where an activation is written.
+# One case for each place in the code that applies an activation.
 ACTIVATED = [
     (Case(channels=8, kernel=(2, 3)), torch.bfloat16),
     (Case(channels=3, kernel=(2, 3)), torch.float32),
@@ -90,7 +90,7 @@ def test_general_with_the_largest_filter(gpu: Gpu) -> None:
     assert set(gpu.traffic()) == {"any_vectors"}
 
 
-# One case a kernel, several strips, chunks or steps each.
+# One case for each kernel, with several strips, chunks or steps.
 EVERY_KERNEL = [
     Case(channels=8, kernel=(2, 3), size=(5, 4)),
     Case(channels=4, kernel=(3, 9), padding=(1, 4), size=(5, 12)),
@@ -130,7 +130,7 @@ def test_gradients_not_wanted_are_not_written(gpu: Gpu, nhwc: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [Case(), Case(nhwc=False), Case(channels=2, size=(70, 171), nhwc=False)], ids=str)
 def test_of_a_frozen_filter_the_image_is_not_read(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
-    """The bias's gradient is a sum of gradients, and the image's has a kernel of its own."""
+    """The bias's gradient is a sum of gradients, and the image's gradient has its own kernel."""
     run = Run(gpu, case, dtype)
     exact, magnitude = (g.double().sum((0, 2, 3)) for g in (run.grad, run.grad.abs()))
     expected_dx = run.input_grad()
@@ -153,7 +153,7 @@ def test_unaligned_views_take_the_general_kernel(gpu: Gpu) -> None:
     assert set(gpu.traffic()) == {"any_scalar", "any_filter_grad", "add_parts"}
 
 
-# One case a family and layout.
+# One case for each family and layout.
 PARAMETERS_ANYWHERE = [
     Case(channels=24),
     Case(channels=24, kernel=(7, 7), padding=(3, 3)),
@@ -170,7 +170,7 @@ PARAMETERS_ANYWHERE = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PARAMETERS_ANYWHERE, ids=str)
 def test_parameters_may_begin_anywhere(gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
-    """As views into one buffer of all parameters do: the kernels are those of aligned ones, and so are the bits."""
+    """Parameters may be views into one buffer. They get the kernels and the bits of aligned parameters."""
 
     def results(offset: int) -> tuple[list[torch.Tensor], dict[str, int]]:
         gpu.kernels.reset()
@@ -190,11 +190,11 @@ def test_parameters_may_begin_anywhere(gpu: Gpu, case: Case, dtype: torch.dtype)
     assert all(map(torch.equal, moved, aligned))
 
 
-# Bytes of the sectors that blocks touch over the bytes that cannot be avoided, with the bound that forward, input
-# gradient and filter gradient must keep. What exceeds 1, by count: the filter, read by each block; the halo of a large
-# plane's chunks; and the parts' sums, written and read again: at least 256 outputs a part, so 8 (k^2 + 1) bytes beside
-# 4 * 256, in sectors of which a block fills 4 bytes. Batches are large enough for the emulated GPU of 4 multiprocessors
-# to be filled by whole images.
+# Bytes of the sectors that blocks touch over the bytes that cannot be avoided, with the bounds for forward, input
+# gradient and filter gradient. By count, the excess over 1 is the filter, read by each block; the halo of a large
+# plane's chunks; and the sums of the parts, written and read again. A part has at least 256 outputs, so that is
+# 8 (k^2 + 1) bytes beside 4 * 256, in sectors of which a block fills 4 bytes. The batches are large enough for whole
+# images to fill the emulated GPU's 4 multiprocessors.
 TRAFFIC = [
     (Case(batch=8, channels=64, size=(16, 16), nhwc=False), (1.05, 1.05, 1.12)),
     (Case(batch=2, channels=2, size=(128, 128), nhwc=False), (1.15, 1.15, 1.25)),
@@ -208,9 +208,10 @@ def test_bytes_moved(gpu: Gpu, case: Case, bounds: tuple[float, float, float]) -
     assert all(ratio <= bound for ratio, bound in zip(moved, bounds, strict=True)), moved
 
 
-# The general kernels leave neighbours to the caches, which the count by blocks leaves out. A block has 32 groups of 4
-# outputs of vectors, here 4 rows, and reads the 2 rows that the dilated filter reaches above and below them: 8 for 4.
-# Of scalars it has 256 outputs, 8 rows, and reads 12. The filter's gradient reads both tensors once for all 9 taps.
+# The general kernels rely on the caches for rows that blocks share, which the count by blocks does not see. A block of
+# vectors has 32 groups of 4 outputs, here 4 rows. It also reads the 2 rows that the dilated filter reaches above and
+# below them: 8 for 4. A block of scalars has 256 outputs, 8 rows, and reads 12. The filter's gradient reads both
+# tensors once for all 9 taps.
 GENERAL_TRAFFIC = [
     (Case(batch=4, channels=64, size=(32, 32), padding=(2, 2), dilation=(2, 2)), (1.55, 1.55, 1.2)),
     (Case(batch=4, channels=8, size=(32, 32), padding=(2, 2), dilation=(2, 2), nhwc=False), (1.25, 1.25, 1.2)),
@@ -224,7 +225,7 @@ def test_bytes_moved_by_the_general_kernels(gpu: Gpu, case: Case, bounds: tuple[
 
 
 class Spoilt(Run):
-    """Its smallest output is off by 3 %, a small part of what was added up to it."""
+    """Its smallest output is off by 3 %, which is little beside the terms that were added up to it."""
 
     def forward(self, with_bias: bool = True, activation: int = 0) -> torch.Tensor:
         y = super().forward(with_bias, activation)

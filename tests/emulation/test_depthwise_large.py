@@ -13,12 +13,15 @@ from .depthwise_cases import Case, Run, assert_right
 
 
 class LargeRun(Run):
-    """Tensors of more than 2^31 elements: zeros that take no memory until they are touched, but for the last image's
-    last channels, which are random; results NaN there. Only a grid's first and last blocks run."""
+    """Tensors of more than 2^31 elements, of which only a grid's first and last blocks compute something.
+
+    The tensors are zeros that take no memory until they are touched. Only the last channels of the last image are
+    random, or NaN in a result.
+    """
 
     def __init__(self, gpu: Gpu, case: Case, dtype: torch.dtype) -> None:
         super().__init__(gpu, case, dtype)
-        # The general kernel has 256 outputs of NCHW a block.
+        # A block of the general kernel has 256 outputs in NCHW.
         gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 8 if case.nhwc else 256
 
     def weight_grad(self, weight: bool = True, bias: bool = True) -> tuple[Tensor, Tensor]:
@@ -30,7 +33,8 @@ class LargeRun(Run):
         return dx, *self.sums(self.backward(dx, dw, db))
 
     def sums(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
-        """The parts' sums, added here: the last channels' taps are spread over the second stage's whole grid."""
+        """Add the sums of the parts here. The kernels' second stage spreads the last channels' taps over its whole grid,
+        of which only a few blocks run."""
         parts = workspace.view(-1, self.weight[0].numel() + 1, self.case.channels)
         sums = parts[..., -64:].sum(0).t()
         return sums[:, :-1].reshape(-1, 1, *self.case.kernel), sums[:, -1]
@@ -51,10 +55,10 @@ class LargeRun(Run):
 
 
 MANY = Case(channels=64, size=(32, 32), batch=2**15 + 1)
-# With many images a block of the filter's gradient, and of wide filters, would walk through thousands of them.
+# Deep rather than many images: a block of the filter's gradient, or of a wide filter, would walk through thousands.
 DEEP = Case(channels=2**31 // 25 // 64 * 64 + 128, size=(5, 5), batch=1)
 WIDE_AND_DEEP = replace(DEEP, kernel=(1, 9), padding=(0, 4))
-# Neither of two images is too large for offsets of 32 bits, but both together are: two launches.
+# Each of two images fits offsets of 32 bits, but both together do not: two launches.
 TWO = replace(DEEP, channels=DEEP.channels // 64 * 2 // 3 * 64, batch=2)
 WITH_RESULTS = [
     *(

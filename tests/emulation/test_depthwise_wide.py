@@ -11,9 +11,10 @@ from .conftest import ORDERS, Gpu
 from .depthwise_cases import Case, Run, assert_right, moved_over_unavoidable
 from .test_plan_limits import geometry, plans
 
-# The tensor cores' path: maps of several images to a tile and of several tiles each, tiles of every number of columns,
-# rows that begin at any address, paddings that are a multiple of 8 or not, wide, none; filters not square, even, and
-# the narrowest and widest, of more pieces than one for their gradient; more channels than a block has, and fewer.
+# Cases of the tensor cores: several images in a tile and several tiles in an image; tiles of every number of columns;
+# rows that begin at any address; padding that is a multiple of 8 or not, wide, or none; filters that are not square,
+# that are even, the narrowest and the widest, and those with several pieces in their gradient; more channels than a
+# block has, and fewer.
 WIDE = [
     Case(channels=c, kernel=kernel, size=size, padding=padding, batch=n, nhwc=nhwc)
     for nhwc, c in ((True, 24), (False, 9))
@@ -52,7 +53,7 @@ def test_what_wide_filters_leave_to_the_general_kernel(gpu: Gpu) -> None:
 
 
 def cut(width: int, taps: int, align: int) -> tuple[int, int]:
-    """Columns of the gradient's tiles, by trying one tile more until those of the image, at most 64, fit; and these."""
+    """Columns of a tile of the gradient and of the image. Adds one tile at a time until the image's are at most 64."""
     tiles, piece = -(-width // 32), 16 if taps <= 16 else 32
     while True:
         tile = -(-width // tiles // 8) * 8
@@ -68,7 +69,7 @@ def cut(width: int, taps: int, align: int) -> tuple[int, int]:
 
 
 def shared_for_gradient(gpu: Gpu, width: int, taps: int, nhwc: bool) -> int:
-    """Of one row's filter gradient, in elements."""
+    """Shared memory of the filter gradient of one row, in elements."""
     g = geometry(gpu, 16, (1, width), (1, taps), (0, taps // 2), nhwc=nhwc)
     plan = plans(gpu, torch.bfloat16, g)["filter_grad"]
     assert plan.family.name == "toeplitz"
@@ -78,7 +79,7 @@ def shared_for_gradient(gpu: Gpu, width: int, taps: int, nhwc: bool) -> int:
 @pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("taps", [9, 13, 21, 27, 29, 31])
 def test_gradient_tiles_are_as_wide_as_fit(gpu: Gpu, taps: int, nhwc: bool) -> None:
-    """NCHW's columns are copied in vectors of 8, so that a tile of 32 may meet too many, and is 24 wide instead."""
+    """NCHW's columns are copied in vectors of 8. So a tile of 32 may touch too many, and is 24 wide instead."""
     channels = 16 if nhwc else 8
     for width in (8, 40, 96, 100, 128, 1000, 2056):
         tile, most = cut(width, taps, align=1 if nhwc or width % 8 else 8)
@@ -87,11 +88,11 @@ def test_gradient_tiles_are_as_wide_as_fit(gpu: Gpu, taps: int, nhwc: bool) -> N
 
 @pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
 def test_a_long_row_is_cut_as_a_short_one(gpu: Gpu, nhwc: bool) -> None:
-    """With a tile more at each try, one of 10,000,000 columns took minutes."""
+    """A planner that tried one tile more each time took minutes for a row of 10,000,000 columns."""
     assert shared_for_gradient(gpu, 10_000_000, 21, nhwc) == shared_for_gradient(gpu, 1000, 21, nhwc)
 
 
-# One case a kernel, several tiles or images each.
+# One case for each kernel, with several tiles or images.
 EVERY_WIDE_KERNEL = [
     Case(channels=16, kernel=(9, 9), padding=(4, 4), size=(5, 11), batch=9),
     Case(channels=8, kernel=(3, 31), padding=(1, 15), size=(5, 11)),
@@ -134,12 +135,13 @@ def test_unaligned_views_take_the_general_kernel(gpu: Gpu) -> None:
     assert set(gpu.traffic()) == {"any_scalar", "any_filter_grad", "add_parts"}
 
 
-# Bounds of forward, data gradient and filter gradient. The filters of 3 rows keep the test short; what exceeds 1 is the
-# filter, read by each block, and of a map of several tiles the rows and columns that neighbours share: here 68 of 64
-# rows and, by 8, 80 of 64 columns; by 16, 96, in NCHW, where those make a sector. The filter's gradient reads 76 of 64
-# columns (96 in NCHW) and the rows of its image only; to it come the parts' sums, up to an eighth of what it reads, and
-# the result itself: parts have the channels side by side, so a block writes 2 taps of 16 channels (4 of 8), each to a
-# sector of its own: 16 sectors a block, 10 kB in all beside 525 kB (0.02), and beside the 100 kB of 7 x 7 maps 0.1.
+# Bounds of forward, data gradient and filter gradient. Filters of 3 rows keep the test short. The excess over 1 is the
+# filter, read by each block, and in maps of several tiles the rows and columns that neighbours share: here 68 for 64
+# rows, and 80 for 64 columns in steps of 8. In NCHW the step is 16 columns, a sector, which makes 96. The filter's
+# gradient reads 76 for 64 columns (96 in NCHW) and only the rows of its image. It adds the sums of the parts, up to an
+# eighth of what it reads, and the result itself. Parts have the channels side by side, so a block writes 2 taps of 16
+# channels (4 of 8), each to its own sector: 16 sectors a block, 10 kB in all. That is 0.02 of 525 kB, and 0.1 of the
+# 100 kB of 7 x 7 maps.
 WIDE_TRAFFIC = [
     (Case(batch=8, channels=16, size=(32, 32), kernel=(3, 13), padding=(1, 6)), (1.03, 1.03, 1.10)),
     (Case(batch=8, channels=8, size=(32, 32), kernel=(3, 13), padding=(1, 6), nhwc=False), (1.03, 1.03, 1.10)),

@@ -1,4 +1,4 @@
-"""The emulator catches what it is there to catch, and lets pass what is right."""
+"""The emulator catches the mistakes that it is there to catch, and lets correct kernels pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import build
 from .conftest import ORDERS, Gpu
 from .rewrite import rewrite
 
-# Seeded bug: a part of the message that must come.
+# The message of each seeded bug must contain this.
 CAUGHT = {
     "missing_barrier": "race in shared memory",
     "shared_overrun": "out of bounds: read of shared memory",
@@ -32,7 +32,7 @@ CAUGHT = {
     "misaligned_row": "misaligned write to 16 bytes, shared memory",
     "foreign_address": "out of bounds: an address past all shared memory",
 }
-# What AddressSanitizer, UBSan or the emulator say of the same bugs in the sanitized build.
+# What AddressSanitizer, UBSan or the emulator must say of some of these bugs in the sanitized build.
 CAUGHT_SANITIZED = {
     "shared_overrun": "index 128 out of bounds",
     "global_overrun": "AddressSanitizer: use-after-poison",
@@ -95,7 +95,7 @@ def test_sanitizers_catch_seeded_bug(bug: str) -> None:
 def test_traffic_is_counted_by_sector(gpu: Gpu) -> None:
     ring(gpu, "correct")
     traffic = gpu.traffic()["ring"]
-    # Each block reads its 128 floats twice and writes them once: a sector counts once a block and direction.
+    # Each block reads its 128 floats twice and writes them once. A sector counts once for each block and direction.
     assert (traffic.launches, traffic.blocks, traffic.read, traffic.written) == (1, 2, 1024, 1024)
 
 

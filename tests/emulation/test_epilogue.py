@@ -13,7 +13,7 @@ from .conftest import DTYPES, ORDERS, Gpu
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 HARDWARE_TANH = {torch.float32: 0, torch.bfloat16: 2**-11, torch.float16: 2**-11}
-# Whole vectors of 16 bytes, and rows that have none.
+# Rows of whole vectors of 16 bytes, and rows that have none.
 SHAPES = [(70, 24), (33, 7)]
 
 
@@ -41,7 +41,7 @@ def test_bias_and_activation(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int
 @pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_bias_may_begin_anywhere(gpu: Gpu, dtype: torch.dtype) -> None:
-    """As a view into one buffer of all parameters does: the kernel is that of an aligned one, and so are the bits."""
+    """A bias may be a view into one buffer of all parameters. It gets the kernel and the bits of an aligned bias."""
     z, bias, buffer = put(gpu, 300, 24, dtype=dtype), put(gpu, 24, dtype=dtype), gpu.empty(25, dtype=dtype)
     moved = buffer[1:].copy_(bias)
     assert moved.data_ptr() % 16
@@ -57,7 +57,7 @@ def test_a_bias_may_begin_anywhere(gpu: Gpu, dtype: torch.dtype) -> None:
 
 
 def test_more_than_two_to_the_31_elements(gpu: Gpu) -> None:
-    # Two pieces of whole rows. Of each, the first and the last block run; the others' memory is never touched.
+    # Two pieces of whole rows. The first and the last block of each run; the memory of the others is never touched.
     rows, channels = 2**31 // 24 + 1000, 24
     z, out = (gpu.empty(rows, channels, dtype=torch.bfloat16, fill=False) for _ in range(2))
     bias = gpu.put(torch.arange(24, dtype=torch.bfloat16))
@@ -70,11 +70,11 @@ def test_more_than_two_to_the_31_elements(gpu: Gpu) -> None:
 
 
 def ends_of_pieces(elements: int) -> list[slice]:
-    """Of a tensor of so many that is cut at every 2^31: elements of pieces' first and last blocks."""
+    """Elements of the first and last blocks of each piece, for a tensor that is cut at every 2^31 elements."""
     return [slice(0, 100), slice(2**31 - 100, 2**31 + 100), slice(elements - 100, elements)]
 
 
-# An image, and a row, of 2^32 elements and more: pieces of one.
+# An image, and below a single plane, of 2^32 elements and more is cut into pieces.
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_image_of_more_than_two_to_the_32_elements(gpu: Gpu, bias: bool) -> None:
     channels, plane = 2**17 + 8, 2**15
@@ -126,7 +126,7 @@ def test_activation_backward(gpu: Gpu, dtype: torch.dtype, activation: str) -> N
 @pytest.mark.parametrize("from_output", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_an_infinite_gradient_where_an_activation_is_flat(gpu: Gpu, activation: str, from_output: bool) -> None:
-    """It is 0 there, as PyTorch's, not infinity times zero; a NaN lets it pass."""
+    """The gradient is 0 there, as in PyTorch, not infinity times zero. At a NaN it passes."""
     x = gpu.put(torch.tensor([-1.0, 0.0, 3.0, 6.0, 7.0, torch.nan])).requires_grad_()
     y = reference.activate(x, activation)
     grad, out = gpu.put(torch.full((6,), torch.inf)), gpu.empty(6)
@@ -157,7 +157,7 @@ def test_column_sums(gpu: Gpu, dtype: torch.dtype, shape: tuple[int, int]) -> No
 
 
 def test_more_columns_than_a_grid_is_tall(gpu: Gpu) -> None:
-    columns = 2**16 * 32 + 5  # of 32 a block: as of a pointwise filter of 1536 by 1536 and more
+    columns = 2**16 * 32 + 5  # a block has 32: a pointwise filter of 1536 by 1536 has more columns than that
     matrix = gpu.put(torch.arange(columns).remainder(1000).float()[None])
     gpu.kernels.schedule.first_blocks, gpu.kernels.schedule.last_blocks = 1, 1
     out = column_sums(gpu, matrix)
@@ -176,7 +176,7 @@ def test_column_sums_are_the_same_in_any_order(gpu: Gpu) -> None:
     assert torch.equal(results[0], results[2])
 
 
-# 2048 elements a block in 16 bits: whole sectors, so that no byte is moved twice but the bias, read by each block.
+# In 16 bits a block takes 2048 elements, which are whole sectors. So only the bias, read by each block, moves twice.
 def test_bytes_moved(gpu: Gpu) -> None:
     z, bias = put(gpu, 1024, 64, dtype=torch.bfloat16), put(gpu, 64, dtype=torch.bfloat16)
     values, number = put(gpu, 1024, 64, dtype=torch.bfloat16), gpu.dtype(torch.bfloat16)
@@ -192,7 +192,7 @@ def test_bytes_moved(gpu: Gpu) -> None:
     assert gpu.moved() - before == z.nbytes + 2 * sums + bias.nbytes
 
 
-# Planes of whole vectors, and of none.
+# Planes of whole vectors, and planes that have none.
 @pytest.mark.sanitized
 @pytest.mark.parametrize("shape", [(3, 5, 4, 6), (2, 9, 7, 5)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

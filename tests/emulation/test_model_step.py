@@ -1,4 +1,4 @@
-"""One training step of ResNet-KL on the emulated CUDA kernels: the gradients of every parameter against fp64."""
+"""One training step of ResNet-KL on the emulated CUDA kernels: the gradients of all parameters against fp64."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from .operators import Operators
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of every parameter, by the whole self-distillation loss."""
+    """The gradient of every parameter, by the whole self-distillation loss."""
     exits = all_exits(model, images.to(next(model.parameters()).dtype))
     sum(training_losses(exits, labels, LossWeights()).values()).backward()
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Between all gradients as one vector, relative to the exact one."""
+    """The distance between all gradients as one vector, relative to the exact vector."""
     assert found.keys() == exact.keys()
     squares = sum((found[name] - exact[name]).square().sum() for name in exact)
     return float((squares / sum(g.square().sum() for g in exact.values())).sqrt())
 
 
-# Enough of them for batch norm's statistics. Over 3 images the deepest layers' have so few values that they blow
-# roundings up: the step in fp64 with each operator's result rounded at random, up or down, to fp16 then lies 0.027 to
-# 0.34 from the exact one, from one draw to the next of the same model, so that the ratio of any two implementations
-# says nothing. Over 12 it is 0.0049 to 0.0061 whatever the draw and the model.
+# Enough images for batch norm's statistics. With 3 images the deepest layers have so few values that rounding errors
+# blow up. A step in fp64 whose operators' results are rounded at random, up or down, to fp16 then lies 0.027 to 0.34
+# from the exact one, depending on the draw alone. So the ratio of any two implementations would say nothing. With 12
+# images it is 0.0049 to 0.0061 for every draw and model.
 IMAGES = 12
 
 
-# The model as it is, its filters merged into 7 x 7 (3 x 3 in the exits, whose gradients are made in one pass), and with
-# another size from stage to stage, of which the wide one goes to the tensor cores in 16 bits.
+# "merged" is the default model: its filters are merged into 7 x 7, and are 3 x 3 in the exits, whose gradients are made
+# in one pass. "by stage" has another filter size in each stage, and in 16 bits the wide one runs on the tensor cores.
 OPTIONS = {"merged": BlockOptions(), "by stage": BlockOptions(scales=(3, 13), scale_mode="stage")}
 
 
@@ -51,7 +51,7 @@ def build(dtype: torch.dtype, options: str) -> tuple[nn.Module, nn.Module, Tenso
 
 
 def torch_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """With PyTorch's own operators, in the model's type."""
+    """The gradients by PyTorch's own operators, in the model's type."""
     with rk.use_backend("reference"):
         return gradients(model, images, labels)
 
@@ -76,7 +76,7 @@ def test_float16_step(operators: Operators, options: str) -> None:
     for kernel in ("convolve_toeplitz", "filter_grad_toeplitz"):
         assert bool(operators.launches[kernel]) == (options == "by stage"), kernel
     expected = torch_gradients(exact, images, labels)
-    # Rounding to 16 bits between operators decides the distance, and PyTorch's own operators round as often: over four
-    # models ours had 0.87 to 1.03 times their distance, 0.0041 to 0.0046.
+    # Rounding to 16 bits between operators decides the distance, and PyTorch's own operators round as often. Over four
+    # models our distance was 0.87 to 1.03 times theirs, which was 0.0041 to 0.0046.
     theirs = distance(torch_gradients(twin, images, labels), expected)
     assert distance(found, expected) < 1.25 * theirs

@@ -1,4 +1,4 @@
-"""Plans of shapes whose sizes 32 bits do not hold: the families that count in 32 bits decline. Nothing is launched."""
+"""Plans of shapes whose sizes do not fit into 32 bits. Families that count in 32 bits decline. Nothing is launched."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def geometry(
     dilation: tuple[int, int] = (1, 1),
     nhwc: bool = True,
 ) -> Any:
-    """One image, at stride 1."""
+    """The geometry of one image at stride 1."""
     out = (s + 2 * p - d * (k - 1) for s, p, d, k in zip(size, padding, dilation, kernel, strict=True))
     pairs = {"in": size, "out": out, "kernel": kernel, "stride": (1, 1), "padding": padding, "dilation": dilation}
     named = {f"{name}_{axis}": n for name, pair in pairs.items() for axis, n in zip("hw", pair, strict=True)}
@@ -46,20 +46,23 @@ ALL_GENERAL = dict.fromkeys(RESULTS[:3], "general")
 
 @pytest.mark.parametrize("width", [2**32 // 24 + 1, 2**32 // 40 + 1])
 def test_rows_of_a_plane_that_shared_memory_does_not_hold(gpu: Gpu, width: int) -> None:
-    """Six rows of inputs, and with four of the gradient: 4 GiB and a few bytes."""
+    """Six rows of inputs, or ten rows with four of the gradient, take 4 GiB and a few bytes."""
     g = geometry(gpu, 1, (6, width), (3, 3), (1, 1), nhwc=False)
     assert families(gpu, torch.float32, g) == ALL_GENERAL
 
 
 def test_planes_of_two_to_the_31_pixels(gpu: Gpu) -> None:
-    """A small image in wide padding: it fits into shared memory, but a thread counts the outputs of its plane."""
+    """A small image in wide padding fits into shared memory, but a thread counts the outputs of its plane."""
     g = geometry(gpu, 1, (100, 100), (3, 3), (50_000, 50_000), nhwc=False)
     assert families(gpu, torch.bfloat16, g) == ALL_GENERAL
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dilations_far_beyond_the_image(gpu: Gpu, dtype: torch.dtype) -> None:
-    """Four images' halos beside each other are 2^32 pixels, and a column is 2^36 bytes and more from the next tap's."""
+    """The halos of four images side by side are 2^32 pixels, and the columns of two taps lie 2^36 bytes apart or more.
+
+    Families that count in 32 bits must decline.
+    """
     g = geometry(gpu, 64, (1, 8), (3, 3), (1, 2**29), (1, 2**29))
     assert families(gpu, dtype, g) == ALL_GENERAL
 
@@ -70,20 +73,20 @@ def test_filters_of_two_to_the_31_taps(gpu: Gpu, dtype: torch.dtype) -> None:
 
 
 def test_filters_whose_bands_shared_memory_does_not_hold(gpu: Gpu) -> None:
-    """Planes and bands of eight channels: 4 GiB and a few bytes."""
+    """Planes and bands of eight channels take 4 GiB and a few bytes."""
     rows = 2**32 // (8 * 2 * (64 + 24)) + 1
     served = families(gpu, torch.bfloat16, geometry(gpu, 8, (rows, 9), (rows, 9), nhwc=False))
     assert served["output"] == "general"
 
 
 def test_filters_that_shared_memory_does_not_hold(gpu: Gpu) -> None:
-    """Of the general kernel, which has eight vectors of channels of all taps: 4 GiB."""
+    """The general kernel would keep eight vectors of channels of all taps, 4 GiB."""
     plan = plans(gpu, torch.float32, geometry(gpu, 4, (4096, 8192), (4096, 8192)))["output"]
     assert (plan.family.name, plan.kernel, plan.shared) == ("general", 0, 0)
 
 
 def test_rows_whose_neighbours_32_bits_do_not_count(gpu: Gpu) -> None:
-    """The last group of a row of 2^31 - 2 outputs ends behind what they hold; a group of single outputs does not."""
+    """The last group of a row of 2^31 - 2 outputs ends beyond 2^31 - 1. A group of single outputs does not."""
     plan = plans(gpu, torch.float32, geometry(gpu, 4, (1, 2**31 - 2), (1, 9), (0, 4)))["output"]
     assert (plan.family.name, plan.kernel) == ("general", 0)
 
@@ -103,7 +106,7 @@ def test_every_launch_makes_its_grid_by_the_one_that_refuses() -> None:
 
 
 def test_a_grid_that_no_gpu_takes_is_refused_by_name(gpu: Gpu) -> None:
-    """A block for each 2 x 16 taps and channel: 2^32 and some, which would wrap to as many as there are channels."""
+    """A block for each 2 x 16 taps and channel: more than 2^32 blocks, which would wrap to the number of channels."""
     gpu.kernels.schedule.first_blocks = 0
     g, f32 = geometry(gpu, 2**20, (2, 65552), (2, 65552), nhwc=False), gpu.dtype(torch.float32)
     plan = gpu.kernels.plan_depthwise_backward(g, 0, 0, 0, 16, 0, f32)

@@ -12,8 +12,8 @@ from .conftest import ORDERS, Gpu
 
 TYPES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHORT = [name for name in ACTIVATIONS if name != "gelu"]
-# Pixels, channels, outputs: a tile and less, channels of less than a stage and of odd numbers of halves, outputs of
-# each compiled width and of several of them.
+# Pixels, channels, outputs. They cover a whole tile and less, fewer channels than a stage and odd numbers of halves of
+# one, and outputs of each compiled width and of several.
 SHAPES = [(128, 32, 128), (5, 8, 8), (131, 16, 96), (70, 40, 24), (300, 72, 144), (129, 104, 320), (200, 136, 64)]
 
 
@@ -59,7 +59,7 @@ def test_any_order_of_warps(gpu: Gpu, order: str, late: bool) -> None:
 
 
 def test_more_tiles_than_blocks(gpu: Gpu) -> None:
-    tiles = 2000  # a block's ring runs on from one into the next
+    tiles = 2000  # a block's ring of buffers runs on from one tile into the next
     check(*multiply(gpu, (128 * tiles, 8, 8), torch.bfloat16, None), torch.bfloat16, None)
     assert gpu.traffic()["multiply_pixels"].blocks < tiles
 

@@ -13,8 +13,8 @@ from .depthwise_cases import ACTIVATIONS, Case, Run, assert_activated, assert_ri
 CONVOLUTION, FILTER, BOTH = "convolve_registers", "filter_grad_registers", "both_grads_registers"
 PAIRS = "stride2_grad_registers"
 
-# Maps narrower than a thread's columns and wider, not multiples of them; several chunks of rows and several blocks of
-# channels; wide padding and none; filters that are rounded up; dilations, one wider than the map.
+# Maps narrower and wider than a thread's columns, and no multiple of them; several chunks of rows and several blocks of
+# channels; wide padding and none; filters that are rounded up; dilations, one of them wider than the map.
 CASES = [
     Case(channels=c, kernel=kernel, size=size, padding=padding, stride=(s, s), dilation=dilation, batch=n)
     for kernel, padding, s, dilation, n, c, size in (
@@ -47,7 +47,7 @@ def test_float32(gpu: Gpu, case: Case) -> None:
     assert set(gpu.traffic()) == {CONVOLUTION, gradient, FILTER, "add_parts"}
 
 
-# With the filters that `rows` does not serve there.
+# Narrow maps, with filters that `rows` does not serve there.
 NARROW = [
     Case(channels=c, kernel=kernel, size=size, padding=(p, p), stride=(s, s), batch=n)
     for kernel, p, s, n, c, size in (
@@ -98,7 +98,7 @@ def test_activation(gpu: Gpu, dtype: torch.dtype, activation: int) -> None:
     assert_activated(Run(gpu, Case(channels=4, size=(5, 4)), dtype), activation)
 
 
-# One case a kernel that waits for others: filters in shared memory, and a block's sums.
+# One case for each kernel whose threads wait for each other: filters in shared memory, and a block's sums.
 EVERY_KERNEL = [
     (Case(channels=34, size=(9, 6)), "both"),
     (Case(channels=2, kernel=(5, 5), padding=(2, 2), size=(9, 6)), "y"),
@@ -138,9 +138,10 @@ def test_what_registers_leave_to_the_general_kernel(gpu: Gpu) -> None:
     assert not [name for name in gpu.traffic() if "registers" in name]
 
 
-# Bytes of the sectors that blocks touch over those that cannot be avoided: forward, data gradient, filter gradient, and
-# both over the three tensors of one pass (only 3 x 3 of stride 1 has it; two kernels move four). What else exceeds 1:
-# the filter, read by each block, the columns and rows that neighbouring blocks share, and the parts' sums.
+# Bytes of the sectors that blocks touch over those that cannot be avoided, for forward, data gradient, filter gradient,
+# and both gradients over the three tensors of one pass. Only 3 x 3 at stride 1 has such a pass; two kernels move four
+# tensors. Otherwise the excess over 1 is the filter, read by each block, the columns and rows that neighbouring blocks
+# share, and the sums of the parts.
 TRAFFIC = [
     (Case(batch=16, channels=32, size=(16, 32)), (1.02, 1.02, 1.04, 1.07)),
     (Case(batch=8, channels=32, size=(16, 32), kernel=(7, 7), padding=(3, 3)), (1.03, 1.03, 1.1, 1.42)),

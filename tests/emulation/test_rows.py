@@ -21,8 +21,8 @@ def square(k: int, **rest: object) -> Case:
     return Case(kernel=(k, k), **{"padding": (k // 2, k // 2), **rest})  # type: ignore[arg-type]
 
 
-# Strips that end in an image, between images and in the middle of the batch; channels that fill no block; chunks of
-# rows; every compiled filter, those rounded up to one, and all of stride and dilation.
+# Strips that end in an image, between images and in the middle of the batch; channels that do not fill a block; chunks
+# of rows; every compiled filter, filters rounded up to one, and all strides and dilations.
 STRIDE_1 = [
     square(3, channels=72, size=(7, 7), batch=5),
     square(3, channels=8, size=(13, 19), batch=3),
@@ -80,7 +80,7 @@ ONE_EACH = [
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)
 def test_orders(gpu: Gpu, case: Case, order: str) -> None:
-    """Whatever the order of warps, and whether a cp.async lands at once or at its wait."""
+    """Results are right for any order of warps, and whether a cp.async lands at once or at its wait."""
     gpu.schedule(order, late_copies=order != "reverse")
     assert_right(Run(gpu, case, torch.bfloat16), "y", "dx", "dw", "both")
 
@@ -96,8 +96,8 @@ def test_results_do_not_depend_on_the_order(gpu: Gpu) -> None:
 
 
 def test_an_infinity_stays_in_its_group_and_window(gpu: Gpu) -> None:
-    """The stated rule: NaN in the seven other channels of a group of eight, within the filter's window, and no further;
-    in the channel itself what PyTorch gives."""
+    """The documented rule: within the filter's window the seven other channels of a group of eight get NaN, and nothing
+    beyond does. The channel itself gets what PyTorch gives."""
     run = Run(gpu, square(3, channels=24, size=(9, 19)), torch.bfloat16)
     clean = run.forward().clone()
     run.x[1, 10, 4, 7] = float("inf")
@@ -118,9 +118,9 @@ def test_the_largest_finite_numbers_stay_finite(gpu: Gpu) -> None:
     assert torch.equal(run.forward(), run.x)
 
 
-# Bytes of the sectors that blocks touch over the bytes that cannot be avoided; forward, data gradient, filter gradient.
-# What exceeds 1, by count: the filter, read by each block; the columns that neighbouring strips share; the rows that
-# neighbouring chunks share; the parts' sums, written and read again.
+# Bytes of the sectors that blocks touch over the bytes that cannot be avoided, for forward, data gradient and filter
+# gradient. By count, the excess over 1 is the filter, read by each block; the columns that neighbouring strips share;
+# the rows that neighbouring chunks share; and the sums of the parts, written and read again.
 TRAFFIC = [
     (square(3, batch=64, channels=64, size=(8, 8)), (1.05, 1.05, 1.2)),
     (square(3, batch=8, channels=64, size=(32, 32)), (1.15, 1.15, 1.2)),

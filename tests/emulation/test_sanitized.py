@@ -1,4 +1,4 @@
-"""Runs the tests marked `sanitized` again, in a process of their own, under AddressSanitizer and UBSan."""
+"""Runs the tests marked `sanitized` again, in a separate process, under AddressSanitizer and UBSan."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ HARDWARE_TANH = 2**-11
 
 @dataclass(frozen=True)
 class Case:
-    """A separable convolution; odd sizes by default, so that no tile of pixels or channels is full."""
+    """A separable convolution. The default sizes are odd, so that no tile of pixels or channels is full."""
 
     channels: int = 40
     outputs: int = 24
@@ -58,7 +58,7 @@ def number(name: str | None) -> int:
 
 
 class Run:
-    """A case's tensors on the device, and what the kernels make of them."""
+    """A case's tensors on the device, and the results that the kernels make of them."""
 
     def __init__(self, gpu: Gpu, case: Case) -> None:
         torch.manual_seed(0)
@@ -99,7 +99,7 @@ class Run:
         return y
 
     def _depthwise_out(self) -> Tensor:
-        """The depthwise output in fp64, activated."""
+        """The depthwise output in fp64, with its activation."""
         case = self.case
         bias = None if self.depthwise_bias is None else self.depthwise_bias.double()
         x, weight = self.x.double(), self.depthwise.double()
@@ -107,7 +107,8 @@ class Run:
         return reference.activate(depthwise_out, case.inner)
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        """The output in fp64, and how far from it one rounding of the depthwise_out and one of the output may lead."""
+        """The output in fp64, and how far from it a result may be. The depthwise output and the output are each rounded
+        once."""
         case, depthwise_out = self.case, self._depthwise_out()
         pointwise = self.pointwise.double()[:, :, None, None]
         bias = None if self.pointwise_bias is None else self.pointwise_bias.double()
@@ -145,7 +146,7 @@ def test_forward(gpu: Gpu, case: Case) -> None:
     assert_within(Run(gpu, case).forward(), *Run(gpu, case).expected())
 
 
-# Several strips, chunks of rows and images of a block; 4 and 8 warps.
+# Several strips, chunks of rows and images in a block; 4 and 8 warps.
 SCHEDULED = [
     Case(channels=24, outputs=24, size=(19, 40), batch=1, inner="trelu", activation="trelu"),
     Case(channels=40, outputs=40, size=(8, 7), batch=7, kernel=5, padding=2),
@@ -187,8 +188,8 @@ def test_what_is_served(gpu: Gpu, case: Case, served: bool) -> None:
     assert (Run(gpu, case).plan() is not None) == served
 
 
-# Bytes that blocks touch, over those that cannot be avoided: what exceeds 1 are the columns that neighbouring strips
-# share, the rows that chunks share, and filters that each block reads anew, from the cache.
+# Bytes that blocks touch over those that cannot be avoided. The excess over 1 is the columns that neighbouring strips
+# share, the rows that chunks share, and the filters, which each block reads anew, from the cache.
 @pytest.mark.parametrize(
     ("case", "bound"),
     [

@@ -1,4 +1,4 @@
-"""Images between NCHW and NHWC (csrc/cuda/transpose.cu) on the emulated GPU."""
+"""Transposing images between NCHW and NHWC (csrc/cuda/transpose.cu) on the emulated GPU."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_there_and_back(gpu: Gpu, shape: tuple[int, int, int, int], dtype: torch
 
 
 def test_what_is_left_to_pytorch(gpu: Gpu) -> None:
-    """A word has two channels of 16 bits and begins at a multiple of 4 bytes; pixels are counted in 31 bits, and
-    groups of 32 words of channels are a grid's rows."""
+    """The kernel moves words of 4 aligned bytes, which hold two channels of 16 bits. It counts pixels in 31 bits, and a
+    grid has a row for each 32 words of channels."""
     half, single = gpu.dtype(torch.bfloat16), gpu.dtype(torch.float32)
     assert not gpu.kernels.can_transpose(2, 3, 5, half, 0)
     assert gpu.kernels.can_transpose(2, 3, 5, single, 0)

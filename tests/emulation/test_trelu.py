@@ -11,7 +11,7 @@ import rkl_kernels as rk
 
 from .conftest import DTYPES, ORDERS, Gpu
 
-# Relative to the value: the rounding to the type (half a step of tanh in fp32), and the hardware's tanh in 16 bits.
+# Relative to the value: the rounding to the type (in fp32 the error of tanh), and in 16 bits the hardware's tanh too.
 ROUNDING = {torch.float32: 3e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 TOLERANCE = {torch.float32: 3e-7, torch.bfloat16: 2**-8 + 2**-11, torch.float16: 2**-11 + 2**-11}
 SMALLEST = {torch.float32: 2**-149, torch.bfloat16: 2**-133, torch.float16: 2**-24}
@@ -63,8 +63,8 @@ def test_every_byte_is_moved_once(gpu: Gpu, dtype: torch.dtype) -> None:
 
 
 def test_more_than_two_to_the_31_elements(gpu: Gpu) -> None:
-    # 2^20 blocks walk 2^31 elements in their first turn. Only the first and the last are run here: what lies beyond
-    # 2^31 is the first block's second turn, and the tail.
+    # 2^20 blocks walk 2^31 elements in their first turn. Only the first and the last block run here. The elements
+    # beyond 2^31 are the first block's second turn, and the tail.
     n = 2**31 + 2**14 + 5
     x, y = (gpu.empty(n, dtype=torch.bfloat16, fill=False) for _ in range(2))
     x[2**31 - 2048 :] = -1

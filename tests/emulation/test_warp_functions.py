@@ -1,4 +1,4 @@
-"""The emulator's functions of a warp and its tanh, each on its own, against what the manuals say."""
+"""The emulator's warp functions and its tanh, each on its own, against what the manuals say."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_shuffles_and_votes(gpu: Gpu, order: str) -> None:
         [x[5]] * 32,
         [x[lane // 8 * 8 + (lane + 1) % 8] for lane in lanes],
         [x[lane ^ 3] for lane in lanes],
-        # A source in a group of 8 below is read, one above is not: then a lane keeps its own value.
+        # A source in a lower group of 8 is read. For one in a higher group a lane keeps its own value.
         [at(lane, lane ^ 9, (lane ^ 9) // 8 <= lane // 8) for lane in lanes],
         [at(lane, min(lane + 4, 31), lane + 4 < 32) for lane in lanes],
         [at(lane, min(lane + 3, 31), lane % 16 + 3 < 16) for lane in lanes],
@@ -46,7 +46,7 @@ def test_products(gpu: Gpu, name: str, order: str) -> None:
     gpu.schedule(order)
     torch.manual_seed(0)
     *_, type_, k = name.split("_")
-    # Whole numbers up to 8, which every type has exactly, and whose products' sums are exact: a wrong place shows.
+    # Whole numbers up to 8 are exact in every type, and so are the sums of their products. So a wrong place shows.
     a, b = (torch.randint(-8, 9, size).to(NAMES[type_]) for size in ((16, int(k)), (int(k), 8)))
     c = torch.randint(-8, 9, (16, 8)).float()
     d = gpu.put(c)
@@ -75,7 +75,7 @@ def test_approximate_tanh_is_off_by_what_the_manual_allows(gpu: Gpu) -> None:
     torch.testing.assert_close(y[:5], special.tanh(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(y[:2].signbit(), x[:2].signbit())
     off = (y[5:].double() / x[5:].double().tanh() - 1) * 2**11
-    # As adverse as it may be, in both directions: a kernel that relies on a better tanh fails its own test.
+    # The error reaches its limit in both directions, so that a kernel that relies on a better tanh fails its own test.
     assert 0.99 < off.max() <= 1
     assert -1 <= off.min() < -0.99
     assert y[5:].abs().max() == 1
