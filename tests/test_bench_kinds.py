@@ -1,4 +1,4 @@
-"""A record's means by kind of layer."""
+"""The means of a benchmark's record by kind of layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FACTS = {"device": "A CPU", "cores": 2, "threads": 2, "isa": "AVX2", "torch": "2
 
 
 def run_of(**seconds: float) -> suite.Run:
-    """A depthwise forward row of ours in 1 s by each layer's name, with PyTorch's seconds."""
+    """Rows of the depthwise forward: one for each layer's name, with ours in 1 s and PyTorch in the given seconds."""
     rows = [
         row_of(replace(TINY, operator="depthwise", name=name.replace("_", "-")), ours_nchw=1.0, eager_nchw=taken)
         for name, taken in seconds.items()

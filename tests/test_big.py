@@ -1,4 +1,4 @@
-"""More than 2^31 elements, and batches of any size. Large images take memory where they are touched."""
+"""More than 2^31 elements, and batches of any size. Large images take memory only where they are touched."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_batches(batch, memory_format):
 
 
 def gradient(tensors, separable, grad):
-    """Output and image's gradient of a depthwise, or a separable, convolution."""
+    """The output and the image's gradient of a depthwise or a separable convolution."""
     x = tensors[0].requires_grad_()
     y = F.conv2d(x, tensors[1], padding=1, groups=16)
     y = F.conv2d(y, tensors[2]) if separable else y
@@ -43,12 +43,12 @@ def gradient(tensors, separable, grad):
 
 
 def zeros(count: int) -> torch.Tensor:
-    """Pages that nobody has written to take no memory: NumPy's zeros come from the system so, PyTorch's are written."""
+    """Zeros that take no memory until they are written to. NumPy's come so from the system; PyTorch writes its own."""
     return torch.from_numpy(np.zeros(count, np.int16)).view(torch.bfloat16)
 
 
 def large(memory_format: torch.memory_format) -> torch.Tensor:
-    """An image of more than 2^31 elements: zeros, but for the last rows of the last channels."""
+    """An image of more than 2^31 elements: zeros except for the last rows of the last channels."""
     shape = (1, 64, 5900, 5900)
     x = zeros(torch.Size(shape).numel())
     x = x.view(1, 5900, 5900, 64).permute(0, 3, 1, 2) if memory_format == NHWC else x.view(shape)
@@ -64,7 +64,7 @@ def test_one_image_of_more_than_two_to_the_31_elements(memory_format):
     weight = torch.randn(64, 1, 3, 3).bfloat16().requires_grad_()
     with rk.use_backend("cpu"):
         y = rk.depthwise_conv2d(x, weight, stride=8)
-    part = x[:, -16:, -40:]  # rows 5860 and on: a multiple of 4, so outputs begin at 5864
+    part = x[:, -16:, -40:]  # rows from 5860 on. At stride 8 the first output in them begins at row 5864
     window = part[:, :, 4:].double(), weight[-16:].detach().double()
     exact, size = (F.conv2d(*t, stride=8, groups=16) for t in (window, [t.abs() for t in window]))
     assert_rounded(y[:, -16:, -exact.shape[2] :].detach(), exact, size, 9)

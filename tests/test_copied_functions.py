@@ -1,4 +1,4 @@
-"""Functions that were set on a model, as a hook or a method: those of a fused copy refer to the copy."""
+"""Functions set on a model, as a hook or a method. In a fused copy they refer to the copy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_forward_set_on_the_model_is_the_copys_own():
 
 
 class Gated(nn.Module):
-    """A norm, called by a function that was set on the model; its further argument keeps it from being read."""
+    """Has a norm that a function set on the model calls. Its further argument keeps it from being traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def by_a_partial(model: Gated) -> None:
 
 
 def by_a_weight(model: Gated) -> None:
-    """Written at each call."""
+    """Each call writes to the weight."""
     weight = model.gate[0].weight
 
     def head(x):

@@ -1,4 +1,4 @@
-"""Errors of PyTorch's below an operator come in PyTorch's words and type."""
+"""Errors that PyTorch raises below an operator keep PyTorch's words and type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BY_PYTORCH = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 @pytest.mark.skipif(not BY_PYTORCH, reason="PyTorch hands its words over from 2.13 on")
 @pytest.mark.parametrize("grad", [False, True])
 def test_no_memory(grad):
-    """An image that takes no memory, whose output takes 256 TiB, more than addresses reach."""
+    """The image takes no memory, but its output would take 256 TiB, more than the address space holds."""
     x = torch.zeros(1, 1, 1, 1).expand(1, 4, 1 << 22, 1 << 22)
     w, p = torch.zeros(4, 1, 1, 1, requires_grad=grad), torch.zeros(2, 4, 1, 1)
 
@@ -48,7 +48,7 @@ def test_no_memory_on_a_gpu_has_the_type_that_programs_catch():
 
 
 class HookError(RuntimeError):
-    """An error of a program's own."""
+    """An error of the user's program."""
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ class HookError(RuntimeError):
     ],
 )
 def test_errors_of_a_programs_own_hooks(function):
-    """They come as they are, and the call is made once."""
+    """They come through unchanged, and the call is made once."""
     hooked = []
 
     def pack(tensor):
@@ -77,7 +77,7 @@ def test_errors_of_a_programs_own_hooks(function):
 
 
 def test_a_refusal_is_one_error():
-    """The rules say better what C++'s own guard refused; that is not shown beside it."""
+    """The checks in Python explain better what the guard in C++ refused. The C++ error is not shown beside theirs."""
     x = torch.randn(1, 4, 5, 5)
     for function in (
         lambda: rk.depthwise_conv2d(x, torch.ones(4, 1, 7, 7)),

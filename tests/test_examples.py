@@ -1,4 +1,4 @@
-"""The programs in examples/ run, and reach what they say."""
+"""The programs in examples/ run and reach the results that they promise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers that fuse_for_inference makes of other convolutions, beside PyTorch's own."""
+"""The layers that fuse_for_inference makes of other convolutions, compared with PyTorch's own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_activated_convolutions(shape, outputs, settings, dtype, format):
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_pass_as_they_do_in_pytorch(activation, kernel):
-    """oneDNN's own epilogues make zeros of NaN."""
+    """oneDNN's own epilogues turn NaN into zeros."""
     layer = ActivatedConv2d(16, 16, kernel, padding=kernel // 2).to(memory_format=torch.channels_last)
     layer.activation = activation
     x = torch.randn(1, 16, 6, 6).contiguous(memory_format=torch.channels_last)
@@ -57,7 +57,7 @@ def test_nan_and_infinity_pass_as_they_do_in_pytorch(activation, kernel):
 
 
 def test_padding_that_was_set_later():
-    """PyTorch pads by other modes as much as when the layer was made."""
+    """In other padding modes than zeros, PyTorch pads by the amount that was set when the layer was made."""
     plain = chain(nn.ReLU(), padding_mode="reflect")
     plain[0].padding = (2, 2)
     assert_same(rk.fuse_for_inference(plain), plain)
@@ -65,7 +65,7 @@ def test_padding_that_was_set_later():
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_one_graph_in_every_mode(mode):
-    """The compiler cannot follow what asks whether a gradient is wanted."""
+    """The compiler cannot follow code that asks whether a gradient is wanted."""
     dense = nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.SiLU(), nn.Conv2d(5, 5, 3, groups=5), nn.BatchNorm2d(5), nn.ReLU()
     plain = nn.Sequential(*chain(nn.ReLU()), *dense).eval()
     fused = rk.fuse_for_inference(plain)
@@ -80,7 +80,7 @@ def test_one_graph_in_every_mode(mode):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_frozen_norm_of_another_type(dtype, dense):
-    """It computes in its own type and gives that; PyTorch's norms give the image's."""
+    """It computes and returns its own type, while PyTorch's norms return the image's type."""
     norms = pytest.importorskip("torchvision.ops", reason="extra [train] not installed")
     first = nn.Conv2d(6, 6, 3, groups=1 if dense else 6, dtype=dtype), norms.FrozenBatchNorm2d(6)
     plain = nn.Sequential(*first, *(chain(nn.ReLU()) if dense else ())).eval()

@@ -1,4 +1,4 @@
-"""Arguments at the edge of what integers hold, beside what ``F.conv2d`` answers: an error, never a wrong shape."""
+"""Arguments at the limits of integers, compared with ``F.conv2d``: an error, never a wrong shape."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_large_strides_are_served():
 
 @contextmanager
 def allowed(more: int) -> Iterator[None]:
-    """So many bytes of addresses more, whether they are written to or not."""
+    """Let the process map at most ``more`` further bytes of addresses, written to or not."""
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -59,7 +59,7 @@ def allowed(more: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gradients_of_large_strides_take_no_memory_for_them(layout):
-    """A table for each pixel of a stride of both dimensions had 14 GB here."""
+    """A table with an entry for each pixel of a stride in both dimensions would take 14 GB here."""
     x = torch.randn(1, 16, 8, 8).to(memory_format=layout)
     results = []
     for convolve in (rk.depthwise_conv2d, lambda *call, **window: F.conv2d(*call, **window, groups=16)):
@@ -98,7 +98,7 @@ def test_no_output_channels():
 
 @pytest.mark.parametrize("shape", [(2, 4, 0, 5), (2, 4, 5, 0), (4, 0, 0)])
 def test_no_pixels(shape):
-    """Padding makes outputs of such an image; ``F.conv2d`` refuses it all the same, unless the batch is empty too."""
+    """With padding such an image would have outputs. ``F.conv2d`` still refuses it, unless the batch is empty too."""
     with pytest.raises(RuntimeError):
         F.conv2d(torch.zeros(shape), W, padding=3, groups=4)
     for backend in ("auto", "cpu", "reference"):

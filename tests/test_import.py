@@ -1,11 +1,11 @@
-"""What importing the package must not do: ask the driver anything, or import Triton or the compiler."""
+"""Importing the package must not ask the GPU's driver anything, nor import Triton or the compiler."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-# torch.cuda as on a machine with a GPU, where whatever asks the driver is noted.
+# torch.cuda as on a machine with a GPU. Every question to the driver is noted.
 FAKE_GPU = """
 import sys, torch
 asked = []
@@ -81,4 +81,4 @@ print(counter.get_total_flops())
         run("import rkl_kernels\n" + count) == run("import torch.utils.flop_counter, rkl_kernels\n" + count) == ["144"]
     )
     asked = "import rkl_kernels, importlib.util; importlib.util.find_spec('torch.utils.flop_counter')\n"
-    assert run(asked + count) == ["144"]  # whether there is such a module was asked first
+    assert run(asked + count) == ["144"]  # after a mere search for the module

@@ -1,4 +1,4 @@
-"""rk.fuse_for_inference of models that are built of rk.SeparableConv2d."""
+"""rk.fuse_for_inference on models built from rk.SeparableConv2d."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_a_separable_layer_does_otherwise_is_kept(alter):
 
 
 class Scaled(nn.Module):
-    """Takes a tensor of a layer by itself."""
+    """Its forward uses a layer's weight directly."""
 
     def __init__(self, body: nn.Sequential) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Memory: none is kept from one step to the next, and tensors go when their last name does."""
+"""Memory: none is kept from one step to the next, and a tensor is freed with its last reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import rkl_kernels as rk
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Bytes of this process that are resident in memory."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
@@ -41,12 +41,12 @@ def test_steps_at_constant_memory(name, count):
     steps(500)
     before = resident()
     steps(count)
-    assert resident() - before < 200 * count + (1 << 18)  # less than the smallest tensor a step
+    assert resident() - before < 200 * count + (1 << 18)  # less than one tensor of the smallest size a step
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_no_cycles_hold_tensors(name):
-    """With the collector of cycles off, what a call made is gone after backward; so are its arguments."""
+    """With the garbage collector off, backward frees a call's tensors, and its arguments go with their names."""
     function, shapes = CALLS[name]
     step(name)
     gc.collect()

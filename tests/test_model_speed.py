@@ -1,4 +1,4 @@
-"""The record of models' speeds: what a run that is interrupted, fails or takes a single sample leaves in it."""
+"""The record of models' speeds, after runs that are interrupted, that fail, or that take a single sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(out: Path, monkeypatch: pytest.MonkeyPatch, measured: Speed | BaseException, *arguments: str) -> dict[str, Any]:
-    """The record after a run whose one model gives this."""
+    """The record after a run of one model, whose measurement returns or raises ``measured``."""
 
     def measure(*_: object) -> Speed:
         (record,) = out.glob("*.json")

@@ -1,4 +1,4 @@
-"""Errors against float64, beside PyTorch's own: what docs/numerics.md shows of the CPU."""
+"""Errors against float64 beside PyTorch's own, as docs/numerics.md shows them for the CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.numerics import CASES, measure
 
-# On one line each in docs/numerics.md's introduction: NHWC in fp32 has a chain of 49 or 169 sums a register.
+# docs/numerics.md explains both in its introduction: NHWC in fp32 has a chain of 49 or 169 sums in a register.
 LIMITS = {("depthwise 7 x 7", "NHWC", "fp32", "output"): 1.75, ("depthwise 13 x 13", "NHWC", "fp32", "output"): 1.75}
 
 

@@ -1,4 +1,4 @@
-"""GPUs that no kernel is compiled for: PyTorch's own operators serve them, and what is said of them says so."""
+"""GPUs that no kernel is compiled for: PyTorch's own operators serve them, and the status of a backend says so."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WHY = "it serves GPUs of compute capability 8.0 and newer, got 7.5"
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Makes torch tell of GPUs of these compute capabilities."""
+    """Make torch report GPUs of these compute capabilities."""
     monkeypatch.setitem(_backends._problems, "cuda", None)
     monkeypatch.setattr(_backends, "_BUILT", frozenset({"cpu", "cuda"}))
 

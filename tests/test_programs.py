@@ -1,4 +1,4 @@
-"""Random programs, a converted or fused model beside one that is not. ``make fuzz`` runs ten times as many."""
+"""Random programs on a converted or fused model and on a plain one. ``make fuzz`` runs ten times as many."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import rkl_kernels as rk
 
 COUNT = int(os.environ.get("RKL_PROGRAMS", "200"))
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""Of the largest value; room for the float32 sums of up to 24 layers, in another order."""
+"""Relative to the largest value. It leaves room for float32 sums in another order in up to 24 layers."""
 
 
 def assert_alike(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
@@ -29,11 +29,11 @@ def assert_alike(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
 
 
 def assert_both(ours: Callable[[], Sequence[Any]], theirs: Callable[[], Sequence[Any]]) -> bool:
-    """The same results, or an error from both: a program may be one that PyTorch refuses. Whether it can go on."""
+    """The same results, or an error from both, as PyTorch may refuse a program. Returns whether it can go on."""
     try:
         wanted = theirs()
-    except Exception:  # any error of PyTorch's own, which must then be one of ours, too
-        with pytest.raises(Exception):  # noqa: B017, PT011  whatever it is that PyTorch says
+    except Exception:  # where PyTorch raises any error, ours must raise one too
+        with pytest.raises(Exception):  # noqa: B017, PT011  any error
             ours()
         return False
     assert_alike(ours(), wanted)
@@ -41,7 +41,7 @@ def assert_both(ours: Callable[[], Sequence[Any]], theirs: Callable[[], Sequence
 
 
 def use(net: programs.Net, seed: int) -> list[Any]:
-    """A call in one mode, perhaps with a backward; what it returned and left."""
+    """One call in a random mode, perhaps with a backward. Returns the output, the gradients and the buffers."""
     rng = random.Random(seed)
     net.train(rng.random() < 0.5)
     net.flag = rng.random() < 0.5
@@ -56,7 +56,7 @@ def use(net: programs.Net, seed: int) -> list[Any]:
 
 @pytest.mark.parametrize("seed", range(COUNT))
 def test_converted(seed):
-    """Altered before and after, used in between, and restored in the end."""
+    """The model is altered before and after conversion, used in between, and restored in the end."""
     ours, theirs = programs.build(seed), programs.build(seed)
     rng = random.Random(seed)
     actions = [rng.choice(("use", "use", "alter", "convert", "restore")) for _ in range(5)]
@@ -79,7 +79,7 @@ def test_converted(seed):
 
 
 def called(net: nn.Module, seed: int) -> list[Any]:
-    """Two calls in inference, of which the first has gradients and goes back to the image."""
+    """Two calls in inference. The first has gradients, and its backward reaches the image."""
     x = programs.image(seed, net).requires_grad_()
     y = net(x)
     grad = torch.autograd.grad(y.square().mean(), x)[0] if y.requires_grad else None
@@ -89,10 +89,10 @@ def called(net: nn.Module, seed: int) -> list[Any]:
 
 @pytest.mark.parametrize("seed", range(COUNT))
 def test_fused(seed):
-    """Altered, trained for a step, fused, and called."""
+    """The model is altered, trained for a step, fused, and called."""
     plain = programs.build(seed)
     programs.alter(plain, seed)
-    with suppress(RuntimeError, IndexError, TypeError):  # of programs that PyTorch refuses
+    with suppress(RuntimeError, IndexError, TypeError):  # PyTorch refuses some programs
         use(plain, seed + 1)
     if seed % 3 == 0:
         rk.convert(plain)
@@ -106,7 +106,7 @@ def test_fused(seed):
 
 
 def test_programs_reach_what_they_are_for():
-    """Most have something fused, and many something left."""
+    """Most programs have something fused, and many something left."""
     reports = [rk.fuse_for_inference(programs.build(seed)).fusion_report for seed in range(60)]
     assert sum(bool(report.fused) for report in reports) > 30
     assert sum(bool(report.left) for report in reports) > 30

@@ -1,4 +1,4 @@
-"""What must be green before a wheel is uploaded says so of the right archives alone."""
+"""The checks before a wheel is uploaded pass for the right archives alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_one_archive_of_a_kind(tmp_path):
     assert only(tmp_path, "*.whl") == tmp_path / "a.whl"
 
 
-# Tests of a made-up package: one passes, one fails, and one ends pytest with status 0 before it has told.
+# Tests of a made-up package: one passes, one fails, and one ends pytest with status 0 before pytest reports.
 @pytest.mark.parametrize(
     ("body", "green"), [("assert True", True), ("assert False", False), ("raise SystemExit(0)", False)]
 )

@@ -1,4 +1,4 @@
-"""The training loop: what each step is given, what an epoch draws, and which epoch is the best."""
+"""The training loop: what each step gets, what an epoch draws at random, and which epoch is the best."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def row_of_an_epoch(config: Config, draws_before: int = 0) -> dict[str, Any]:
-    """What the log would say of the first epoch, after so many random numbers."""
+    """The log's row of the first epoch, after ``draws_before`` random numbers were drawn."""
     learner = learner_of(config)
     learner.wrap()
     torch.rand(draws_before)
@@ -44,7 +44,7 @@ def test_class_weights_reach_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_epoch_draws_the_same_whatever_came_before() -> None:
-    """Dropout's masks, too, so that a resumed run ends as an uninterrupted one."""
+    """Dropout's masks too, so that a resumed run ends like an uninterrupted one."""
     config = replace(TINY, model="vgg", width=8, image_size=16)
     one, other = (row_of_an_epoch(config, draws)["losses"] for draws in (0, 1))
     assert one == other
@@ -56,7 +56,7 @@ def test_the_seed_reaches_the_validation_split() -> None:
 
 
 def test_the_first_of_equal_epochs_is_the_best() -> None:
-    """By the deepest exit."""
+    """The deepest exit's accuracy decides."""
     facts = {"epoch": 1, "best": None}
     assert trainer.note_best(facts, [{"accuracy": 0.9}, {"accuracy": 0.5}])
     facts["epoch"] = 2

@@ -1,4 +1,4 @@
-"""What the trainer asks of the allocator, by the page faults that a process then has."""
+"""The trainer's settings of the allocator, by the page faults that a process then has."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_gaps_between_tensors_go_back() -> None:
 def test_a_training_process_keeps_what_a_step_freed(tmp_path: Path) -> None:
     fresh = touched("fresh", tmp_path)
     assert fresh >= 512  # or this test shows nothing
-    assert touched("trained", tmp_path) < fresh / 4  # 0 in most runs; the heap may grow once more
+    assert touched("trained", tmp_path) < fresh / 4  # 0 in most runs, but the heap may grow once more
 
 
 def test_another_allocator_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

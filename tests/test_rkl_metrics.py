@@ -1,4 +1,4 @@
-"""What a model is measured by, against counts made by hand; in which mode and precision, and on which images."""
+"""A model's metrics against counts made by hand; the mode, the precision and the images that they are measured on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_metrics_by_hand() -> None:
-    """Three of class 0, all found; of the one of class 1, none, and of the two of class 2, one."""
+    """Of three images of class 0 all are found, of one of class 1 none, and of two of class 2 one."""
     labels, chosen = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([0, 0, 0, 0, 2, 0])
     logits = torch.full((6, 3), -100.0)
     logits[range(6), chosen] = 0.0
@@ -31,7 +31,7 @@ def test_metrics_by_hand() -> None:
 
 
 def test_the_calibration_error_is_of_fifteen_bins() -> None:
-    """Confidences in neighbouring fifteenths: right at the lower, wrong at the higher."""
+    """Two confidences in neighbouring fifteenths: the lower one is right, the higher one wrong."""
     low, high = 0.72, 0.74
     logits = torch.tensor([[low, 1 - low], [high, 1 - high]]).log()
     found = metrics.exit_metrics(logits, torch.tensor([0, 1]))
@@ -54,7 +54,7 @@ def test_a_model_is_measured_in_the_precision_it_is_trained_in() -> None:
 
 
 def test_thresholds_are_of_validation_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test images decide nothing."""
+    """No threshold comes from the test images."""
     data, real, seen = trainer.load_data(TINY), trainer.collect, []
     monkeypatch.setattr(trainer, "collect", lambda model, split, *rest: seen.append(split) or real(model, split, *rest))
     assert trainer.calibrated(build_model(TINY, 10, 1, 8), data, TINY)

@@ -1,4 +1,4 @@
-"""Where a run's settings come from, and which do not go together."""
+"""Where a run's settings come from, and which settings exclude each other."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_settings_that_do_not_go_together(settings: dict, message: str) -> None:
 
 
 def test_a_tilde_is_the_home_wherever_a_path_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell reads it in a word of its own alone, and nobody in a file: `out: ~/run` made a folder named `~`."""
+    """A shell expands `~` only at the start of a word, and never in a file: `out: ~/run` made a folder named `~`."""
     monkeypatch.setenv("HOME", "/home/anna")
     (tmp_path / "settings.yaml").write_text("out: ~/run\ndata: folder:~/photos\ndata_root: ~/sets\nweights: ~/first")
     settings = read_options(["--config", str(tmp_path / "settings.yaml")]).settings

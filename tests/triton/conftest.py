@@ -1,5 +1,8 @@
-"""The Triton kernels in the interpreter: a process of its own (``make test`` starts it), since Triton reads
-TRITON_INTERPRET when it is imported. Without the variable nothing here is collected."""
+"""The Triton kernels in the interpreter.
+
+``make test`` starts a separate process for them, since Triton reads TRITON_INTERPRET when it is imported. Without the
+variable nothing here is collected.
+"""
 
 import os
 import warnings
@@ -10,5 +13,5 @@ if not collect_ignore_glob:
     import interpreter  # noqa: F401  (before any kernel runs)
     import sanitizer  # noqa: F401
 
-    # NumPy reports what a GPU lets pass in silence: exp of a large number is infinite.
+    # NumPy warns where a GPU is silent: exp of a large number is infinite.
     warnings.filterwarnings("ignore", "overflow encountered in exp", RuntimeWarning)

@@ -1,10 +1,10 @@
-"""Triton's interpreter with its arithmetic put right; a test imports it before any kernel runs.
+"""Triton's interpreter with corrected arithmetic. A test imports it before any kernel runs.
 
-Stock (3.6 and 3.7), bfloat16 is a bit pattern to it: sums and products of patterns, casts that cut instead of round.
-Its minimum and maximum treat NaN as NumPy does rather than as a GPU does, and it refuses nothing that a GPU would leave
-undefined; the last is the sanitizer's part (sanitizer.py).
+The stock interpreter (3.6 and 3.7) takes bfloat16 for bit patterns: it adds and multiplies the patterns, and its casts
+cut instead of round. Its minimum and maximum treat NaN as NumPy does, not as a GPU does. It also accepts what is
+undefined on a GPU; the sanitizer (sanitizer.py) refuses that.
 
-Here every operation on bfloat16 is done in float32 and rounded once, to nearest, ties to even: as the hardware does.
+Here every operation on bfloat16 is done in float32 and rounded once, to nearest, ties to even, as the hardware does.
 Only tl.dot, which no kernel calls, is left as it was.
 """
 
@@ -31,7 +31,7 @@ def widen(bits: np.ndarray) -> np.ndarray:
 
 
 def narrow(values: np.ndarray) -> np.ndarray:
-    """float32 rounded to bfloat16 bit patterns, to nearest, ties to even; NaN stays NaN."""
+    """float32 rounded to bfloat16 bit patterns, to nearest, ties to even. NaN stays NaN."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -96,7 +96,7 @@ def _ternary(stock: Any) -> Any:
 
 
 def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-    """One rounding, as the hardware's: the product of two floats is exact in the next wider type."""
+    """One rounding, as in hardware: the product of two floats is exact in the next wider type."""
     exact = values(x).astype(np.float64) * values(y) + values(z)
     data = narrow(exact.astype(np.float32)) if is_bf16(z) else exact.astype(z.data.dtype)
     return Handle(data, z.dtype.scalar)
@@ -119,7 +119,7 @@ def _sum(stock: Any) -> Any:
 
 
 def _index_of_scalars(stock: Any) -> Any:
-    """Triton 3.6 asks int() of an array of one element, which NumPy 2.4 refuses."""
+    """Triton 3.6 calls int() on an array of one element, which NumPy 2.4 refuses."""
 
     def patch(tensor: Any, *scope: Any) -> Any:
         stock(tensor, *scope)
@@ -129,7 +129,7 @@ def _index_of_scalars(stock: Any) -> Any:
 
 
 def _restore(stock: Any) -> Any:
-    """Results were written in place: copying each tensor onto itself would touch every page of a very large one."""
+    """Results are written in place. Copying each tensor onto itself would touch every page of a very large one."""
 
     def restore(self: Any, args: Any, host_args: Any, kwargs: Any, host_kwargs: Any) -> None:
         return None
@@ -138,7 +138,7 @@ def _restore(stock: Any) -> Any:
 
 
 def install() -> None:
-    """Put the corrections in; once a process."""
+    """Put the corrections in, once for a process."""
     Builder.cast_impl = _cast
     Builder.create_fp_to_fp = _convert(Builder.create_fp_to_fp)
     Builder.unary_op = _unary(Builder.unary_op)

@@ -1,9 +1,10 @@
-"""Memory checks for interpreted Triton kernels: what a GPU would do silently becomes an error.
+"""Memory checks for interpreted Triton kernels. What a GPU would do silently becomes an error here:
 
-- a load or store outside the storage of every tensor that the kernel was given;
+- a load or store outside the storages of the tensors that the kernel was given;
 - a load or store not aligned to its element;
-- two programs, or two lanes of one store, that write the same element; a program that reads what another writes;
-- lanes that a load masks out without ``other``: undefined on a GPU, NaN (or the largest integer) here.
+- two programs, or two lanes of one store, that write the same element, and a program that reads what another writes.
+
+Lanes that a load masks out without ``other`` are undefined on a GPU. Here they are NaN, or the largest integer.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ NOBODY, SEVERAL = 0, -1
 
 
 class MemoryFaultError(Exception):
-    """A kernel touched memory as it must not."""
+    """A kernel touched memory that it must not touch."""
 
 
 @dataclass
 class Storage:
-    """One tensor's storage during one launch, and by element who wrote and who read it.
+    """A tensor's storage during one launch, and for each element the programs that wrote and read it.
 
-    Programs are numbered from 1. The shadows are made by np.zeros, which takes memory page by page, so that those of a
-    huge tensor cost what is touched of it.
+    Programs are numbered from 1. np.zeros makes these shadows and takes memory page by page, so the shadows of a huge
+    tensor take memory only where it is touched.
     """
 
     begin: int
@@ -45,7 +46,7 @@ class Storage:
 
 @dataclass
 class Launch:
-    """The storages of the launch that is running, and its programs' numbers."""
+    """The storages of the running launch, and the numbers of its programs."""
 
     storages: list[Storage] = field(default_factory=list)
     programs: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -87,7 +88,11 @@ def _live(pointers: Any, mask: Any) -> np.ndarray:
 
 
 def _locate(addresses: np.ndarray, size: int, what: str) -> list[tuple[Storage, np.ndarray]]:
-    """Element numbers by storage; an error for an address that is in none, or between two elements."""
+    """The numbers of the addressed elements in each storage.
+
+    Raises:
+        MemoryFaultError: an address lies in no storage, or between two elements.
+    """
     found, left = [], np.ones(addresses.shape, bool)
     for storage in current.storages:
         inside = (addresses >= storage.begin) & (addresses + np.uint64(size) <= storage.end)
@@ -129,7 +134,7 @@ def _load(stock: Any) -> Any:
 
 
 def _poison(pointers: Any) -> Any:
-    """What undefined lanes hold: NaN, or the largest integer."""
+    """The value of undefined lanes: NaN, or the largest integer."""
     kind = pointers.get_element_ty()
     data = np.dtype(interpreter._get_np_dtype(kind))
     if kind == tl.bfloat16:
@@ -167,7 +172,7 @@ def _atomic(stock: Any) -> Any:
 
 
 def install() -> None:
-    """Put the checks in; once a process."""
+    """Put the checks in, once for a process."""
     interpreter.GridExecutor._init_args_hst = _begin(interpreter.GridExecutor._init_args_hst)
     Builder.create_masked_load = _load(Builder.create_masked_load)
     Builder.create_masked_store = _store(Builder.create_masked_store)

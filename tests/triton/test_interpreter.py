@@ -1,4 +1,4 @@
-"""The corrected interpreter and its sanitizer, by what they compute and by bugs planted for them to find."""
+"""The corrected interpreter computes as a GPU does, and its sanitizer finds planted bugs."""
 
 import numpy as np
 import pytest

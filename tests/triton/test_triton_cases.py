@@ -1,4 +1,4 @@
-"""The Triton kernels under random cases, in the interpreter (tests/cases.py, tests/oracle.py)."""
+"""Random calls of the Triton kernels in the interpreter (tests/cases.py, tests/oracle.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oracle import Rules, check
 import rkl_kernels as rk
 
 MOST = 60_000
-"""Products of a case's depthwise step."""
+"""The most products of a case's depthwise step."""
 
 
 def check_interpreted(case: Case) -> None:
@@ -18,7 +18,7 @@ def check_interpreted(case: Case) -> None:
         with rk.use_backend("triton"):
             return case.run(rk, tensors, grad)
 
-    # The library takes the CPU for a pointwise product.
+    # PyTorch computes pointwise products on the CPU here.
     bf16 = case.operator == "separable" and case.dtype == torch.bfloat16
     check(case, Rules(case.dtype, flushes=bf16, parts=bf16), "triton", serve)
 

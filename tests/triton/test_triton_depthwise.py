@@ -65,7 +65,7 @@ def test_sixteen_bits(case, dtype):
     check(*CASES[case], TYPES[dtype], bias=False)
 
 
-# Several blocks of columns (of more than one image) and of channels, several splits and several pieces of the rows.
+# Several blocks of columns (from more than one image) and of channels, several splits and several pieces of the rows.
 GPU_CASES = {
     "by the window": ((2, 70, 26, 4), (3, 3), 1, 1, 1, "NHWC"),
     "by the window, dilated": ((1, 8, 61, 6), (3, 3), 1, (3, 2), (2, 3), "NHWC"),
@@ -84,7 +84,7 @@ def test_tiles_of_a_gpu(case, monkeypatch):
 
 @pytest.mark.parametrize("kernel", [(1, 3), (3, 3)])
 def test_rows_further_apart_than_a_grid_has_programs(monkeypatch, kernel):
-    """One tap's dilation means nothing; that of three is left to the gather, whose programs are along one axis."""
+    """The dilation of one tap means nothing. Three taps are left to the gather, whose programs lie along one axis."""
     grids = []
 
     def run(kernel, grid, *args, **constants):
@@ -100,7 +100,7 @@ def test_rows_further_apart_than_a_grid_has_programs(monkeypatch, kernel):
 
 
 def test_vectors_of_eight_channels():
-    """Strides that are multiples of 8 but not of 16 are told to the compiler as such."""
+    """The compiler is told of strides that are multiples of 8 but not of 16."""
     x = image(1, 24, 5, 6, dtype=torch.float16, layout="NHWC")
     assert kernels.alignment(x) == 8
     check((1, 24, 5, 6), (3, 3), 1, 1, 1, "NHWC", torch.float16)
@@ -120,7 +120,7 @@ def test_unwanted_gradients_come_back_empty(mask):
 @pytest.mark.parametrize("apart", [0, 2])
 @pytest.mark.parametrize("kernel", [3, 9])
 def test_a_bias_whose_values_lie_apart(apart, kernel):
-    """Expanded, or a slice: by the moving window and by the kernel that gathers."""
+    """The bias is expanded or a slice. The moving window serves it, and so does the kernel that gathers."""
     x, weight = torch.randn(2, 8, 9, 9), torch.randn(8, 1, kernel, kernel)
     bias = torch.randn(16).as_strided((8,), (apart,))
     with rk.use_backend("triton"):
@@ -128,16 +128,16 @@ def test_a_bias_whose_values_lie_apart(apart, kernel):
     torch.testing.assert_close(y, rk.reference.depthwise_conv2d(x, weight, bias, 1, kernel // 2), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", [3, 8])  # the bias with all taps; behind 64 of them
+@pytest.mark.parametrize("kernel", [3, 8])  # the bias beside all taps, or after 64 of them
 def test_of_a_frozen_filter_the_image_is_not_read(monkeypatch, kernel):
-    """The gradient of the bias alone: the same bits as beside the filter's."""
+    """The bias's gradient alone has the same bits as when the filter's is computed too."""
     x, weight = image(2, 20, 9, 11, dtype=torch.float32, layout="NHWC"), torch.randn(20, 1, kernel, kernel)
     window = [1, 1], [1, 1], [1, 1]
     grad = torch.randn_like(rk.reference.depthwise_conv2d(x, weight, None, *window))
     was_read = []
 
     def sum_splits(*tensors):
-        _, reader = sanitizer.current.storages[1].shadows(4)  # of the launch before: gradient, image, sums
+        _, reader = sanitizer.current.storages[1].shadows(4)  # the last launch had gradient, image and sums
         was_read.append(bool((reader != sanitizer.NOBODY).any()))
         launch.sum_splits(*tensors)
 
@@ -177,7 +177,7 @@ def test_second_derivative():
 
 
 def test_offsets_beyond_31_bits():
-    """Two images more than 2^31 elements apart, in memory of which only they are ever touched."""
+    """Two images more than 2^31 elements apart. Nothing else of the memory is ever touched."""
     apart = 2**31 + 64
     memory = torch.empty(apart + 8 * 5 * 4, dtype=torch.float16)
     x = memory.as_strided((2, 8, 5, 4), (apart, 1, 32, 8))
@@ -191,7 +191,7 @@ def test_offsets_beyond_31_bits():
     assert_near(y, exact, size, 9)
 
 
-# In an image of more than 2^31 elements rows or channels are so far apart that a number times a stride is beyond 2^31.
+# In an image of more than 2^31 elements, rows or channels lie so far apart that an index times a stride exceeds 2^31.
 FAR = 2**30 + 64
 APART = {  # as if NHWC, as if NCHW
     "rows": ((1, 8, 4, 4), (4 * FAR, 1, FAR, 8)),
@@ -203,7 +203,7 @@ APART = {  # as if NHWC, as if NCHW
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("apart", APART)
 def test_one_image_beyond_31_bits(apart, stride, kernel):
-    """Strides of such an image, over memory of which only its elements are ever touched."""
+    """The strides of such an image. Only the image's elements in the memory are ever touched."""
     image, strides = APART[apart]
     c = image[1]
 
@@ -228,7 +228,8 @@ def test_one_image_beyond_31_bits(apart, stride, kernel):
         assert_near(got, want, magnitude, max(weight[0].numel(), grad.numel() // c))
 
 
-# Tracing is held by a whole model (test_triton_model.py); tests/test_contract.py holds the shared gradients.
+# Not the checks of tracing: test_triton_model.py traces a whole model, and tests/test_contract.py checks the shared
+# gradients.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 

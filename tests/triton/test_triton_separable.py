@@ -43,10 +43,10 @@ def check(case, dtype, layout, inner=None, activation=None):
     size = rk.reference.separable_conv2d(*large, *window)
     sizes = torch.autograd.grad(size, large, grad.double().abs())
     taps, channels, pixels = inputs[1][0].numel(), shape[1], grad.numel() // outputs
-    # The depthwise tile (forward) and the gradients on the way down (backward) are rounded to the operands' type, and
-    # an activation's derivative, from a rounded value, carries that rounding once more.
+    # The depthwise tile (forward) and the gradients between the steps (backward) are rounded to the operands' type. An
+    # activation's derivative is computed from a rounded value, and carries that rounding once more.
     rounded = roundoff(dtype) if dtype != torch.float32 else 0.0
-    derivative = 1.3 if inner or activation else 1.0  # the steepest that silu and gelu are
+    derivative = 1.3 if inner or activation else 1.0  # no less than the steepest slope of silu and gelu
     assert_near(y, exact, derivative * size, 2 * (taps + channels), rounded)
     terms = (taps + outputs, pixels + outputs, pixels + taps, pixels + outputs, pixels)
     for got, want, magnitude, count in zip(grads, exact_grads, sizes, terms, strict=True):
@@ -67,7 +67,7 @@ def test_sixteen_bits(dtype):
     ("inner", "activation"), [(None, "trelu"), ("trelu", None), ("silu", "trelu"), ("gelu", "silu")]
 )
 def test_smooth_activations(inner, activation):
-    """T-ReLU, silu and gelu have no kink, so that the bound of rounding holds for their gradients too."""
+    """T-ReLU, silu and gelu have no kink, so the rounding bound holds for their gradients too."""
     check(CASES["3x3"], torch.float32, "NHWC", inner, activation)
 
 
@@ -86,7 +86,7 @@ def test_every_activation(name):
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize("name", ["relu", "relu6"])
 def test_an_infinite_gradient_where_an_activation_is_flat(name, layout):
-    """It is 0 there, as PyTorch's, not infinity times zero."""
+    """The gradient is 0 there, as in PyTorch, not infinity times zero."""
     inputs = tensors((2, 6, 5, 7), 6, 3, torch.float32, layout)
     with rk.use_backend("triton"):
         y = rk.separable_conv2d(*inputs, padding=1, inner_activation=name, activation=name)

@@ -21,7 +21,7 @@ def test_forward_is_within_rounding(dtype):
     with rk.use_backend("triton"):
         y = rk.trelu(x)
     exact = rk.reference.trelu(x.double())
-    # 3 ulp of tanh in float32, then the rounding to the type.
+    # An error of 3 ulp in tanh in float32, then the rounding to the type.
     ulp = 3 * torch.finfo(torch.float32).eps + (roundoff(dtype) if dtype != torch.float32 else 0)
     finite = exact.isfinite()
     assert torch.equal(y[~finite].double(), exact[~finite])
@@ -59,7 +59,7 @@ def test_layouts_and_gradient(dtype, layout):
     (exact_dx,) = torch.autograd.grad(exact, twin, grad.double())
     assert y.stride() == torch.empty_like(x).stride()
     torch.testing.assert_close(y.double(), exact, rtol=2 * roundoff(dtype) + 1e-6, atol=1e-7)
-    # 1 - y^2 from the rounded y: an error of 2 |y| u(y) before the gradient's own rounding.
+    # 1 - y^2 is computed from the rounded y. That is an error of 2 |y| u(y) before the gradient's own rounding.
     torch.testing.assert_close(dx.double(), exact_dx, rtol=2 * roundoff(dtype), atol=3 * roundoff(dtype) * 4 + 1e-6)
 
 
@@ -74,7 +74,7 @@ def test_in_place(gaps):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_and_derivative(name):
-    """The mirror of csrc/activation.h: each formula against PyTorch's own function and its gradient."""
+    """The formulas that mirror csrc/activation.h, each against PyTorch's own function and its gradient."""
     x = values(torch.float32)[:-2]
     number = ACTIVATIONS.index(name) + 1
     (twin,) = copies(x)
@@ -91,7 +91,7 @@ def test_every_activation_and_derivative(name):
 @pytest.mark.parametrize("from_output", [True, False])
 @pytest.mark.parametrize("name", ["relu", "relu6"])
 def test_relu_and_relu6_select(name, from_output):
-    """An infinite or NaN gradient is 0 where they are flat and passes elsewhere, as in PyTorch."""
+    """An infinite or NaN gradient becomes 0 where they are flat and passes elsewhere, as in PyTorch."""
     x = torch.tensor([-1.0, 0.0, 3.0, 6.0, 7.0, float("nan")], requires_grad=True)
     exact = rk.reference.activate(x, name)
     for gradient in (float("inf"), float("nan")):
