@@ -1,5 +1,7 @@
-"""Damaged and hostile images and data sets: each is refused in one line that names it; nothing is run, written or held
-for it. Where a format cannot tell a changed value from a meant one (a pixel, say), what is read has the format's shape.
+"""Damaged and hostile images and data sets.
+
+Each is refused in one line that names it. Nothing is run or written for it, and no large memory is held. Where a format
+cannot tell a changed value from a right one (a pixel, say), the result has the format's shape.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def test_bad_idx_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         cases.append((str(shape), gzip.compress(struct.pack(">4B3I", 0, 0, 8, 3, *shape) + bytes(31360))))
     monkeypatch.setattr(formats, "MOST_UNPACKED", 2**20)
     cases.append(("a bomb", gzip.compress(bytes(2**24))))
-    # gzip's own checksum tells every flip but those in the name and date of its header.
+    # gzip's checksum detects every flip except those in the name and date of its header.
     assert refusals(file, cases, read, lambda data: len(data.train) == 36) >= len(cases) - 1
     file.write_bytes(cases[-1][1])
     with pytest.raises(DataError, match=r"must unpack to at most 1,048,576 bytes, got more"):
@@ -95,7 +97,7 @@ def test_bad_idx_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 class Runs:
-    """Pickles as a call of ``function``."""
+    """Pickles as a call of ``function``, which unpickling would run."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = (function, arguments)

@@ -1,5 +1,8 @@
-"""Damaged and hostile checkpoints, configurations and records: each is refused in one line that names it, or means what
-it meant before; nothing is run, written or held for it."""
+"""Damaged and hostile checkpoints, configurations and records.
+
+Each is refused in one line that names it, or means what it meant before. Nothing is run or written for it, and no large
+memory is held.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,7 @@ def test_damaged_records_of_a_checkpoint_are_refused_or_mean_the_same(sound: Pat
 
 
 def test_hostile_records_with_a_right_checksum_are_refused(sound: Path, tmp_path: Path) -> None:
-    """What a checksum cannot tell: names that lead out of the folder, sizes that would take all memory."""
+    """A checksum cannot detect these: names that lead out of the folder, sizes that would take all memory."""
     run, record, tensors = copied(sound, tmp_path / "run")
     facts = json.loads(record.read_text())
     del facts["sha256"]
@@ -130,7 +133,7 @@ def test_a_model_of_another_size_is_refused_before_it_takes_memory(
     record.write_text(json.dumps(facts | {"sha256": checkpoint.digest(facts, tensors)}))
     plain = facts["config"] | {"out": "x"}
     case = ("huge", json.dumps(plain).encode())  # JSON is YAML
-    # A width is what cuts began with: the plan of channels may lead from any of them to these tensors.
+    # The width is that before all cuts. The plan of channels may lead from any width to these tensors.
     accepts = same_weights(checkpoint.open_run(sound)) if "width" in change and "model" not in change else never
     refusals(run / "config.yaml", [case], lambda: checkpoint.open_run(run), accepts)
 
@@ -219,7 +222,7 @@ def test_an_experiments_record_cannot_lead_out_of_its_folder(tmp_path: Path) -> 
 
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
 ALLOWED = {"rkl/data/formats.py": {"pickle"}}
-"""CIFAR's own files are pickles; the reader there refuses every global but arrays (test_bad_data.py)."""
+"""CIFAR's own files are pickles. Their reader refuses every global except those of arrays (test_bad_data.py)."""
 
 
 def test_nothing_unpickles_or_runs_a_file() -> None:

@@ -1,4 +1,4 @@
-"""Every baseline: the published size unmodified, a training step at the paper's image sizes."""
+"""Every baseline: unmodified it has the published size, and it trains at the paper's image sizes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from rkl.network.deployed import deployed
 from rkl.network.replknet import RepLKNet
 from rkl.training.evaluation import size_of
 
-# The parameter counts that torchvision (weights' meta data) and timm (results tables) publish for 1,000 classes.
+# Parameter counts for 1,000 classes as torchvision (metadata of the weights) and timm (tables of results) publish them.
 PUBLISHED = {
     "alexnet": 61_100_840,
     "vgg": 138_365_992,
@@ -29,7 +29,7 @@ def parameters(model):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Only shapes are asked for: leave the large models without memory."""
+    """Build the large models without memory, since only their shapes are needed."""
     monkeypatch.setattr(torch.nn.Module, "to_empty", lambda self, *, device: self)
     monkeypatch.setattr(baselines, "_initialise", lambda module: None)
 
@@ -49,7 +49,8 @@ def test_replknet_31b_has_the_published_79_86_million_parameters():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_deployed_baseline_has_its_norms_folded(name):
-    """As ResNet-KL has, which it is compared with; left are those that no convolution comes right before."""
+    """The comparison with ResNet-KL is then fair, as its norms are folded too. Norms stay where no convolution comes
+    right before them."""
     torch.manual_seed(0)
     model, x = create(name, classes=4, image_size=32, width=8).double(), torch.randn(3, 3, 32, 32).double()
     for module in model.modules():
@@ -90,7 +91,7 @@ def test_a_training_step_lowers_the_loss(name, image_size):
     before.backward()
     missing = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not missing
-    with torch.no_grad():  # a step down the gradient, so short that its first-order effect is a hundredth
+    with torch.no_grad():  # a step down the gradient, so short that to first order the loss falls by a hundredth
         squared = sum(p.grad.square().sum() for p in model.parameters())
         for p in model.parameters():
             p -= 0.01 / squared * p.grad

@@ -1,4 +1,4 @@
-"""The benchmark harness: rounds, ratios and noise are computed rightly, and a wrong rival is rejected before timing."""
+"""The benchmark harness computes rounds, ratios and noise rightly, and rejects a wrong rival before timing."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_rounds_and_a_slow_one_sits_out() -> None:
 
 @pytest.mark.parametrize("cold", [4.0, 0.25])
 def test_nothing_is_told_by_a_first_call(cold: float) -> None:
-    """It pays for memory that the later ones find: 97 ms a layer were recorded where 9 is right, and samples of what
-    took 1 ms or more but once were single calls."""
+    """A first call pays for memory that later calls reuse. It once gave 97 ms a layer where 9 is right, and made single
+    calls the samples of whatever took 1 ms or more just once."""
     first, told = iter([cold]), []
 
     def timer(run: Callable[[], object], calls: int) -> float:
@@ -67,7 +67,7 @@ def test_nothing_is_told_by_a_first_call(cold: float) -> None:
 
 
 def test_every_contestant_follows_every_other() -> None:
-    """What one leaves in the caches helps or hinders the next: in fixed turns always the same one."""
+    """What one leaves in the caches helps or hinders the next. In fixed turns that would always be the same one."""
     order: list[str] = []
 
     def timer(run, calls):  # type: ignore[no-untyped-def]
@@ -114,7 +114,7 @@ def test_times_are_a_layers_also_with_the_allocator_as_it_comes() -> None:
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("name", ["ours", "eager"])
 def test_who_is_timed_with_the_allocator_as_it_comes(name: str, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By whose operator is called. At least three samples; of a busy machine's, the shortest."""
+    """Told by whose operator is called. There are at least three samples; on a busy machine the shortest counts."""
     called: set[str] = set()
 
     def spied(library: Any, of: str) -> None:
@@ -133,7 +133,7 @@ def test_who_is_timed_with_the_allocator_as_it_comes(name: str, busy: bool, monk
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator may keep what glibc's gives back")
 def test_with_the_allocator_as_it_comes_large_tensors_fault() -> None:
-    """Also where freed memory is kept here. After that no setting of this process made them fault."""
+    """They do even if this process keeps freed memory. Once it does, no setting of this process makes them fault."""
     keep_freed_memory()
     case = replace(TINY, batch=1, channels=16, height=1024, width=1024)
     faults = [process().submit(resource.getrusage, resource.RUSAGE_SELF).result().ru_minflt]
@@ -153,7 +153,7 @@ def test_one_disturbed_sample_moves_neither_median_nor_noise() -> None:
 
 @pytest.mark.parametrize("count", [3, 4, 5, 7, 15, 30])
 def test_the_noise_of_few_samples_is_not_too_small(count: int) -> None:
-    """The middle of what is told is the standard deviation of medians, of which there are many here."""
+    """The median of the reported noise is the standard deviation of the medians, of which there are many here."""
     draw = random.Random(count)
     timings = [summarize([draw.gauss(1, 0.01) for _ in range(count)]) for _ in range(10_000)]
     told = median(timing.noise for timing in timings)

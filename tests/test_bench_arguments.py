@@ -1,4 +1,4 @@
-"""The programs of benchmarks/ on wrong input: a line that says what is wrong and what to do, exit code 2."""
+"""The programs of benchmarks/ on wrong input: one line says what is wrong and what to do, and the exit code is 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rkl_kernels.bench.machine import machine, machine_line, slug
 
 
 def refused(main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line of what the program says as it ends."""
+    """The last line that the program prints to stderr. It must exit with code 2."""
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2

@@ -1,4 +1,4 @@
-"""What a run of the benchmarks leaves behind: records that are written, read, compared and measured again."""
+"""The records of benchmark runs: how they are written, read, compared and measured again."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_model_that_fails_now_is_lost(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_rival_that_fails_in_one_run_alone_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*rivals: str, why: str) -> suite.Run:
-        """Ours and these rivals timed, in the row and in the model; the others rejected."""
+        """A run with ours and these rivals timed, in the row and in the model. The other rivals are rejected."""
         others = [name for name in ("eager nchw", "eager nhwc") if name not in rivals]
         row = row_of(ours_nchw=2.0, **{name.replace(" ", "_"): 4.0 for name in rivals})
         row.rejected = dict.fromkeys(others, why)
@@ -102,7 +102,7 @@ def test_a_rival_that_fails_in_one_run_alone_is_named(tmp_path: Path, capsys: py
 
 
 def judged(folder: Path, new: suite.Run, old: suite.Run) -> int:
-    """compare's exit code."""
+    """The exit code of compare.py."""
     new.save(folder / "new.json")
     old.save(folder / "old.json")
     return compare.main([str(folder / "new.json"), str(folder / "old.json")])

@@ -1,4 +1,4 @@
-"""How the package is built: which compiler is taken, what wheels and editable installs hold. No kernel is compiled."""
+"""How the package is built: which compiler it takes, what wheels and editable installs hold. No kernel is compiled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# Writes what it is told to write, and the list of headers that ninja expects beside it.
+# Writes the output file that it is told to write, and the list of headers that ninja expects beside it.
 COMPILER = """#!/bin/sh
 while [ $# -gt 0 ]; do
   case "$1" in -o | -MF) shift; echo stub: > "$1" ;; esac
@@ -45,7 +45,7 @@ esac
 
 @pytest.fixture(scope="module")
 def build() -> ModuleType:
-    """setup.py as a module: its functions, nothing built."""
+    """setup.py as a module, for its functions. Nothing is built."""
     spec = importlib.util.spec_from_file_location("rkl_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -66,7 +66,7 @@ def _toolkit(home: Path, version: str) -> Path:
 
 @pytest.fixture
 def on_path(build, monkeypatch, tmp_path):
-    """Puts a toolkit of a version on PATH, and no other within reach."""
+    """Put a toolkit of a version on PATH, with no other within reach."""
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setattr(build, "index_toolkits", lambda: iter(()))
 
@@ -97,14 +97,14 @@ def test_a_toolkit_of_another_major_version_leaves_a_cpu_build(build, on_path, c
 
 
 def test_a_fitting_toolkit_is_taken_wherever_it_stands(build, on_path, monkeypatch, tmp_path):
-    """That of the index is asked first, but one that does not fit does not hide the one on PATH."""
+    """The toolkit of the index comes first, but one that does not fit does not hide the one on PATH."""
     home = on_path("12.8")
     other = _toolkit(tmp_path / "nvidia/cu13", "13.0")
     monkeypatch.setattr(build, "index_toolkits", lambda: iter([other]))
     assert build.cuda_home("12.6", None) == home
     assert build.cuda_home("13.0", None) == other
     monkeypatch.setenv("CUDA_HOME", str(home))
-    assert build.cuda_home("13.0", None) is None  # whoever sets it means it
+    assert build.cuda_home("13.0", None) is None  # a set CUDA_HOME is the user's choice
 
 
 def test_says_what_is_missing(build, on_path, monkeypatch, tmp_path):
@@ -118,14 +118,14 @@ def test_finds_the_toolkit_of_the_package_index(build, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     home = tmp_path / "nvidia/cu13"
     _toolkit(home, "13.0")
-    assert list(build.index_toolkits()) == []  # a compiler without its middle part is of no use
+    assert list(build.index_toolkits()) == []  # nvcc is of no use without cicc
     _program(home / "nvvm/bin/cicc", "")
     assert list(build.index_toolkits()) == [home]
 
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
-    """A source tree that was built before, by another version of the package and with a CUDA compiler."""
+    """A source tree that was built before by another version of the package, with a CUDA compiler."""
     tree = tmp_path / "tree"
     left_out = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "runs", "results")
     shutil.copytree(ROOT, tree, ignore=left_out)
@@ -141,7 +141,7 @@ def tree(tmp_path) -> Path:
 
 
 def _make(tree: Path, kind: str, **settings: str) -> set[str]:
-    """What a wheel holds that the build back end makes, with a compiler that makes empty files."""
+    """The files in a wheel that the build back end makes. The compiler is a stub."""
     made = tree.parent / "made"
     made.mkdir()
     compiler = str(tree.parent / "bin/c++")
@@ -175,7 +175,8 @@ def test_an_unfit_compiler_does_not_stop_the_build(tree):
 
 @pytest.mark.parametrize("asked", [True, False], ids=["asked for", "unfit toolkit"])
 def test_an_editable_install_is_a_plain_path(tree, asked):
-    """Type checkers follow a path, but no import hook. The binaries are those that were made, whyever one is not."""
+    """Type checkers follow a path, but not an import hook. The tree holds only the binaries that were made, whatever
+    the reason that one was not."""
     settings = {"FORCE_CUDA": "0"} if asked else {"CUDA_HOME": str(_toolkit(tree.parent / "cuda-9", "9.2"))}
     files = _make(tree, "editable", **settings)
     (path,) = (name for name in files if name.endswith(".pth"))
@@ -191,7 +192,7 @@ def test_the_version_stands_in_one_place(tree):
 
 
 def test_the_extra_cuda_holds_no_torch_back():
-    """torch pins cuda-toolkit to the minor version; a bound of ours would choose an older torch."""
+    """torch pins cuda-toolkit to the minor version. An upper bound here would select an older torch."""
     (toolkit,) = map(Requirement, PROJECT["project"]["optional-dependencies"]["cuda"])
     assert all(bound.operator == ">=" for bound in toolkit.specifier)
 

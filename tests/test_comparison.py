@@ -1,4 +1,4 @@
-"""Intervals against SciPy's own tests, verdicts at their borders, and what cannot be in the paper's tables."""
+"""Intervals against SciPy's own tests, verdicts at their limits, and figures that a paper's table cannot hold."""
 
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -74,13 +74,13 @@ def test_holm_on_a_worked_example():
     judged = holm([with_p(p, mean=mean) for p, mean in ((0.01, 1), (0.04, 1), (0.03, 1), (0.005, -1))], negligible=0.01)
     assert [j.p for j in judged] == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert [j.verdict for j in judged] == ["helps", "not decided", "not decided", "harms"]
-    # Holm stops at the first that is not rejected, so that both undecided ones are corrected for two.
+    # Holm stops at the first hypothesis that is not rejected, so both undecided ones are corrected for two.
     assert [1 - j.confidence for j in judged] == pytest.approx([0.05 / 3, 0.05 / 2, 0.05 / 2, 0.05 / 4])
     assert judged[0].low > 0 > judged[2].low
 
 
 def test_an_undecided_interval_holds_zero():
-    """None of three is decided, so none may have an interval that leaves zero out."""
+    """None of the three is decided, so every interval must contain zero."""
     judged = holm([Estimate(mean, 0.4, 5) for mean in (1.2, 1.15, 1.12)], negligible=0.2)
     assert [j.verdict for j in judged] == ["not decided"] * 3
     assert all(j.low < 0 < j.high for j in judged)
@@ -95,7 +95,7 @@ def test_a_small_interval_around_zero_does_nothing():
 
 
 def test_what_does_nothing_is_corrected_too():
-    """The last of three undecided ones is tested for all three: 2.93 standard errors, not the 2.26 of one alone."""
+    """The last of three undecided ones is corrected for all three: 2.93 standard errors, not the 2.26 of one alone."""
     judged = holm([Estimate(mean, 0.08, 10) for mean in (0.1, 0.05, 0.0)], negligible=0.2)
     assert [j.verdict for j in judged] == ["not decided"] * 3
     assert judged[2].high == pytest.approx(0.08 * stats.t.isf(0.025 / 3, 9))

@@ -1,4 +1,4 @@
-"""torch.compile of every operator: whole graphs, any batch, both directions; and for a GPU that is not there."""
+"""torch.compile of every operator: whole graphs, any batch, forward and backward. Also for a GPU that is not there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_inductor_whole_graph_any_batch(call):
 
 
 def test_choice_of_backend_is_seen_by_the_compiler():
-    """Around the compiled call, within it, and from a thread's setting that changed since."""
+    """The choice counts around the compiled call and within it, also where it has changed since compilation."""
     kinds = []
 
     def count(graph, inputs):
@@ -75,7 +75,7 @@ def test_function_transforms_within(transform):
 
 
 def test_forward_mode_after_a_plain_call():
-    """The graph of a plain call has no tangents, and is not taken for a dual number."""
+    """The graph of a plain call has no tangents and must not be reused for dual numbers."""
     compiled = torch.compile(rk.trelu, backend="aot_eager")
     x = torch.randn(5)
     for _ in range(2):
@@ -97,11 +97,11 @@ def test_direct_in_place_operator_compiles():
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """The choice of backend takes the branch of a GPU with both backends, the first of which lacks an operator."""
+    """Choose backends as on a GPU that has both, where the first lacks one operator."""
     available = {"cuda": True, "triton": True, "reference": True, "cpu": True}
     monkeypatch.setattr(backends, "status", lambda name: backends.Status(available[name], "as if"))
     monkeypatch.setattr(backends, "_age_refusal", lambda gpu: None)
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # of others' operators, PyTorch calls what it says
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # the true answer for operators of others
 
     def as_if(name: str, key: str) -> bool:
         if name.startswith("rkl::") and key == "CUDA":
@@ -140,7 +140,7 @@ def test_choice_for_a_gpu_is_traced(fake_gpu):
 
 
 def test_order_of_backends_on_a_gpu(fake_gpu):
-    """CUDA C++ first; Triton serves what that lacks, and the reference what neither does."""
+    """CUDA C++ comes first. Triton serves what it lacks, and the reference serves what neither does."""
     image = torch.empty(1, 3, 5, 5, device="cuda")
     assert backends.choose("depthwise_conv2d", image) == "cuda"
     assert backends.choose("separable_conv2d", image) == "triton"
@@ -154,7 +154,7 @@ def test_export_for_a_gpu(fake_gpu):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_backward_of_a_plain_call_compiles(bias):
-    """What compiled autograd follows is not the call, but what the call left for the backward."""
+    """Compiled autograd does not follow the call itself, only what the call left for the backward."""
     layer, x = nn.Conv2d(6, 6, 3, groups=6, bias=bias), torch.randn(2, 6, 9, 8)
     gradients = []
     for swap in (lambda layer: None, rk.convert):
@@ -167,7 +167,7 @@ def test_the_backward_of_a_plain_call_compiles(bias):
 
 
 def test_reduce_overhead_mode_of_a_layer():
-    """CUDA graphs are for GPUs; on a CPU the mode is to do no harm."""
+    """CUDA graphs are for GPUs. On a CPU the mode must do no harm."""
     layer = rk.SeparableConv2d(3, 4, 3)
     x = torch.randn(2, 3, 6, 6)
     torch.testing.assert_close(torch.compile(layer, mode="reduce-overhead", fullgraph=True)(x), layer(x))

@@ -1,4 +1,4 @@
-"""The public functions on every CPU backend: same arguments, results, layouts and gradients as ``F.conv2d``."""
+"""The public functions on every CPU backend have the arguments, results, layouts and gradients of ``F.conv2d``."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_separable_is_two_convolutions(backend, inner, activation):
     exact = rk.reference.separable_conv2d(
         x.double(), *[t.double() for t in tensors], **window, inner_activation=inner, activation=activation
     )
-    # 1.13: the steepest slope of an activation (gelu's); magnitudes pass through it twice.
+    # The steepest slope of an activation is 1.13 (gelu's). Magnitudes pass through it twice, which makes 1.3.
     size = [t.double().abs() for t in (x, *tensors)]
     magnitude = 1.3 * rk.reference.separable_conv2d(*size, **window)
     for image in layouts(x).values():
@@ -140,7 +140,7 @@ def test_separable_gradients(backend, layout, inner, activation):
     exact = _gradients(
         lambda *t: rk.reference.separable_conv2d(*t, **settings), [t.double() for t in tensors], grad.double()
     )
-    # Slopes are computed from rounded values: relative to the gradients' scale, not to each value.
+    # Slopes are computed from rounded values, so the bound is relative to the gradients' scale, not to each value.
     for our, ex in zip(ours, exact, strict=True):
         torch.testing.assert_close(our.double(), ex, rtol=2e-5, atol=2e-5 * ex.abs().max().item())
 
@@ -180,7 +180,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_where_no_gradient_comes_none_goes_on(backend, name):
-    """As through PyTorch's layers. An optimizer that finds zeros would decay the weights of a part that is cut off."""
+    """As through PyTorch's layers. Given zeros, an optimizer would decay the weights of a part that is cut off."""
     function, *tensors = CALLS[name]
     leaves = [t.clone().requires_grad_() for t in tensors]
     Stop.apply(function(*leaves)).sum().backward()
@@ -272,7 +272,7 @@ def test_caller_tensors_are_left_alone(backend):
 
 
 def test_a_plain_call_needs_no_rules(monkeypatch):
-    """C++ refuses what the rules would; were it to refuse a right call too, each call would be made twice."""
+    """C++ refuses what the rules refuse. If it refused a right call too, each such call would be made twice."""
 
     def fail(*_):
         raise AssertionError("asked for rules")

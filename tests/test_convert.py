@@ -1,4 +1,4 @@
-"""rk.convert and rk.restore: the same results whatever the model is and whatever is done to it later."""
+"""rk.convert and rk.restore keep a model's results, whatever the model is and whatever is done to it later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pair() -> nn.Sequential:
 
 
 def assert_alike(ours: nn.Module, theirs: nn.Module) -> None:
-    """Outputs and the gradients of every parameter."""
+    """Outputs agree, and so do the gradients of every parameter."""
     results = []
     for model in (ours, theirs):
         model.zero_grad()
@@ -36,7 +36,7 @@ def assert_alike(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 class Kept(nn.Module):
-    """A flag, a tap, a loop over a ModuleList, a pointwise that two parents share, gradients off for a part."""
+    """Has a flag, a tap, a loop over a ModuleList, a pointwise layer with two parents, and a part without gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def test_known_models(name):
 
 
 def circular(layer):
-    """A way of padding that replaces a method of the layer, as programs that make images tile do."""
+    """Pad by replacing a method of the layer, as programs that make tiling images do."""
 
     def forward(self, x, weight, bias):
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias, groups=self.groups)
@@ -353,7 +353,7 @@ def test_a_transformer_computes_the_replaced_activation_in_inference_too():
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_stack_of_transformer_layers_takes_a_padding_mask_in_inference():
-    """PyTorch's stack makes nested tensors of such a call, which T-ReLU does not take."""
+    """PyTorch's stack makes nested tensors for such a call, which T-ReLU does not take."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, nn.ReLU(), batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
     x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])

@@ -1,4 +1,4 @@
-"""Every source, read from small files in its true on-disk format, whole and broken."""
+"""Every data source, read from small files in its true on-disk format, whole and broken."""
 
 import gzip
 import pickle

@@ -1,4 +1,4 @@
-"""Batches: right pixels, right labels, the same for the same seed and epoch."""
+"""Batches have the right pixels and labels, and are the same for the same seed and epoch."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_the_seed_moves_validation_but_not_test():
 
 
 def test_the_fingerprint_is_of_the_images_that_a_run_uses():
-    """Not of the size they are scaled to, as that rounds, nor of the validation split, which the seed decides."""
+    """It depends neither on the size that images are scaled to, which rounds, nor on the validation split of a seed."""
     first = load("digits").fingerprint
     assert set(first) == {"train", "test"}
     assert load("digits", seed=1, image_size=8, val_fraction=0.3).fingerprint == first
@@ -103,7 +103,7 @@ def test_crop_is_a_shift_with_zeros_moving_in():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_crops_are_of_an_eighth_and_mirrors_where_the_split_allows_them(flip):
-    """The columns are numbered: how many of them an image lost, and in which order they run, can be read off."""
+    """Columns are numbered, so an image shows how many of them it lost and in which order they run."""
     numbered = torch.arange(1, 17, dtype=torch.uint8).expand(64, 1, 16, 16)
     split = Split(numbered, torch.zeros(64, dtype=torch.int64), (0.0,), (1 / 255,), flip=flip)
     first, second = (
@@ -143,7 +143,7 @@ def test_erasing_takes_a_rectangle_of_some_images():
 
 
 def test_mixing_gives_soft_labels_of_what_is_in_the_image(split):
-    """Constant images, one value a class, so that the label's shares can be read off the pixels."""
+    """Images are constant with one value for each class, so the pixels show the shares of the label."""
     images = torch.arange(4.0)[split.labels].view(-1, 1, 1, 1).expand(-1, 1, 12, 12).contiguous()
     for cutmix, mixup in ((1.0, 0.0), (0.0, 1.0)):
         mixed, soft = augment.mixed(images, split.labels, 4, cutmix, mixup, torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Gradients of gradients of separable convolutions, and of a converted model, beside PyTorch's two layers."""
+"""Gradients of gradients of separable convolutions and of a converted model, against PyTorch's two layers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rkl_kernels import _checks
 
 
 def assert_close(ours, theirs):
-    """Each tensor by its own size: of these sums some are a hundred times as large as others."""
+    """Compare each tensor relative to its own size, since some sums are a hundred times as large as others."""
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
 
 
 def penalty(function, *leaves):
-    """Gradients of a gradient penalty, which is what wants them."""
+    """The gradients of a gradient penalty, the usual reason for second derivatives."""
     y = function(*leaves)
     grads = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
     return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
@@ -42,7 +42,7 @@ def test_separable(inner, activation, biased):
 @pytest.mark.parametrize("activation", ["relu6", "silu", "gelu"])
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_operator_itself(activation, biased):
-    """What graphs and torch.vmap call: every activation is within, and is differentiated there."""
+    """Graphs and torch.vmap call the operator itself. It contains every activation and differentiates it."""
     shapes = (2, 3, 6, 5), (3, 1, 3, 3), (4, 3, 1, 1), *(((3,), (4,)) if biased else ())
     leaves = [(torch.randn(shape) / 2).requires_grad_() for shape in shapes]
 
@@ -114,7 +114,7 @@ def test_under_hooks_on_saved_tensors(around):
 
 
 def test_tensors_that_depend_on_each_other():
-    """The filter is made of the image: each counts for itself, and both for what they are made of."""
+    """The filters are made from the image. Each tensor has its own gradient, and both gradients reach the image."""
     x = torch.randn(2, 3, 6, 5, requires_grad=True)
     results = []
     for library in (rk, rk.reference):

@@ -1,4 +1,4 @@
-"""Wrong arguments: one line that names the argument, the rule and the value got; the same on every backend."""
+"""Wrong arguments: one line names the argument, the rule and the value got. It is the same on every backend."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_depthwise(backend, args, window, kind, message):
     with pytest.raises(kind, match=message) as caught:
         rk.depthwise_conv2d(*args, **window)
     assert "\n" not in str(caught.value)
-    if args[0] is X and args[1].device == X.device:  # what programs catch that know F.conv2d
+    if args[0] is X and args[1].device == X.device:  # programs that know F.conv2d catch the types of its errors
         with pytest.raises(Exception) as theirs:  # noqa: PT011
             F.conv2d(*args, **window, groups=4)
         assert isinstance(caught.value, theirs.type)
@@ -54,7 +54,7 @@ NO_PAIRS = [{1, 2}, {1: 1, 2: 2}, np.array([1, 2]), (Fraction(5, 2), 1), [1, 1.5
 @pytest.mark.parametrize("value", NO_PAIRS, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
 def test_no_pairs(name, value):
-    """In a plain call, too, whose numbers PyTorch would convert: a set in any order, a fraction to less."""
+    """Also in a plain call, where PyTorch would convert the numbers: a set in any order, a fraction rounded down."""
     message = f"{name} must be .*an int or a pair of ints, got "
     with pytest.raises(TypeError, match=message):
         rk.depthwise_conv2d(X, W, **{name: value})
@@ -139,7 +139,7 @@ def test_backends():
     ],
 )
 def test_direct_calls_cannot_read_out_of_bounds(operator, args):
-    """torch.ops.rkl is reachable without the checks of the public functions: C++ has a guard of its own."""
+    """torch.ops.rkl can be called without the checks of the public functions, so C++ has its own guard."""
     with pytest.raises(RuntimeError):
         getattr(ops.rkl, operator)(*args)
 

@@ -1,4 +1,4 @@
-"""Every table, run small from end to end; and the parts of it: cells, resuming, gradient shares, the page."""
+"""Every table, run small from end to end, and its parts: cells, resuming, gradient shares, the page."""
 
 import json
 import multiprocessing
@@ -29,12 +29,12 @@ from rkl.paper.gradients import gradient_norms, shares
 from rkl.paper.rows import FACTORS, ROWS, TABLES, Row, Table
 from rkl.training.checkpoint import RunError
 
-pytestmark = pytest.mark.xdist_group("experiments")  # one worker, so that the pass below is made once
+pytestmark = pytest.mark.xdist_group("experiments")  # one worker, so that the pass below runs once
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One smoke pass of all tables on the embedded data; rows that tables share are trained once."""
+    """One smoke pass over all tables on the embedded data. Rows that tables share are trained once."""
     out = tmp_path_factory.mktemp("experiments")
     said = []
     for table in TABLES:
@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(finished):
-    """The page of that pass, its latencies from two passes each."""
+    """The page of that pass. Each latency is measured in two passes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "REPEATS", 2)
         return tables.write(finished[0]).read_text()
@@ -116,7 +116,7 @@ def test_other_settings_do_not_mix_into_a_folder(finished):
 
 
 def test_a_cell_that_lacks_its_gradients_is_finished_with_its_own_settings_alone(finished, tmp_path):
-    """Its process died after metrics.json, and the command may come again with other settings."""
+    """Its process died after it wrote metrics.json, and the command may be repeated with other settings."""
     plan = experiment("table5", "smoke", finished[0], data="digits", image_size=16)
     shutil.copytree(plan.folder("ResNet", 0), tmp_path / "cell")
     config = replace(plan.config("ResNet", 0), out=tmp_path / "cell")
@@ -168,7 +168,7 @@ def test_the_page_prints_what_the_records_hold(finished, page):
 
 
 def test_every_resnet_kl_has_a_plain_resnet_of_its_compute(finished):
-    """Within what whole channels allow at these widths and with one cut; the page prints the ratios there are."""
+    """Their compute agrees as far as whole channels allow at these widths with one cut. The page prints the ratios."""
     for row, plain, tolerance in (
         ("ResNet-KL", "ResNet at ResNet-KL's MACs", 0.25),
         ("ResNet-KL at half MACs", "ResNet at half MACs", 0.25),
@@ -189,7 +189,8 @@ def test_every_class_has_an_image_to_validate_on(tmp_path, monkeypatch, classes,
 
 
 def test_a_scale_takes_all_images_where_there_are_fewer(tmp_path):
-    """Digits have 1,438 to train on, STL-10 has 5,000; cpu asks for 10,000. What the caller asks for stays."""
+    """Digits have 1,438 images to train on and STL-10 has 5,000, while cpu asks for 10,000. Numbers that the caller
+    gives stay."""
     plan = experiment("table4", "cpu", tmp_path, data="digits", image_size=20)
     config = plan.config("VGG", 0)
     assert (config.train_size, plan.images["train_size"], plan.shape) == (None, 1438, (10, 1, 20))
@@ -263,7 +264,7 @@ def test_a_cell_that_fails_without_words_is_told(tmp_path, monkeypatch):
 
 
 def test_a_killed_command_takes_its_cells_with_it(tmp_path):
-    """Whoever holds its output lives: the cell, which would train for hours, and the server it was forked from."""
+    """The output of the command stays open while the cell, which would train for hours, or its fork server lives."""
     (tmp_path / "long.yaml").write_text("epochs: 100000\nimage_size: 16\n")
     command = [sys.executable, "-m", "rkl", "experiments", "table5", "--data", "digits", "--scale", "smoke"]
     options = ["--rows", "ResNet", "--config", str(tmp_path / "long.yaml"), "--out", str(tmp_path)]
@@ -282,7 +283,8 @@ def test_a_killed_command_takes_its_cells_with_it(tmp_path):
 
 
 def test_with_a_gpu_processes_are_spawned_and_see_one_device_each(tmp_path, monkeypatch):
-    """A fork of a process that has initialised CUDA could not use it; a device chosen after the imports is too late."""
+    """A fork of a process that has initialised CUDA cannot use it, and after the imports it is too late to choose a
+    device."""
     seen = []
 
     class Process:

@@ -1,4 +1,4 @@
-"""torch.export, its files, AOTInductor packages and ONNX, each read back and run; DTensor."""
+"""torch.export, its files, AOTInductor packages and ONNX, each read back and run. DTensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = ({0: torch.export.Dim("batch", min=2)},)
 
 
 class Net(nn.Module):
-    """Every operator, every activation's kind, and a window that is not square."""
+    """Has every operator, every kind of activation, and a window that is not square."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def test_exported_program_for_any_batch(strict):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 def test_gradient_of_an_exported_program(activation, fused, mode):
-    """Of a program that was exported without gradients, too, and of a fused copy, whose filters have none."""
+    """Also for a program exported without gradients, and for a fused copy, whose filters have no gradient."""
     net = nn.Sequential(rk.SeparableConv2d(4, 6, 3, activation=activation))
     net = rk.fuse_for_inference(net) if fused else net
     with mode():
@@ -83,7 +83,7 @@ torch.testing.assert_close(torch.export.load(sys.argv[1] + "/net.pt2").module()(
 
 
 def test_onnx_as_it_is(tmp_path):
-    """Standard operators alone, and ONNX Runtime's numbers."""
+    """The file has standard operators alone, and ONNX Runtime computes the same numbers."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="extra [bench] not installed")
     pytest.importorskip("onnxscript", reason="extra [bench] not installed")
     net, file = Net().eval(), tmp_path / "net.onnx"
@@ -120,7 +120,7 @@ def test_aot_inductor_package(tmp_path):
     torch.__version__.startswith("2.11."), reason="torch 2.11 does not take convolutions apart for DTensor; 2.12 does"
 )
 def test_sharded_by_batch_as_pytorchs_layers():
-    """DTensors along the batch, and FSDP of one layer: placements of two devices' ranks, without the devices."""
+    """DTensors along the batch, and FSDP of one layer. Placements are those of two ranks, without two devices."""
     code = """
 import torch, torch.distributed as dist, rkl_kernels as rk
 from torch.testing._internal.distributed.fake_pg import FakeStore

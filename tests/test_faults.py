@@ -1,5 +1,8 @@
-"""Runs that are killed, starved, cut off or poisoned: none loses what was written, and each goes on to the weights of
-the run that nothing happened to, bit for bit. `make faults` kills hundreds; here it is a few."""
+"""Runs that are killed, starved, cut off or poisoned.
+
+None loses what was written, and each goes on to the weights of an undisturbed run, bit for bit. `make faults` kills
+hundreds of runs; here it is a few.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from rkl.training.files import RunError
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("faults")]
 
 KILLS = int(os.environ.get("RKL_FAULTS", "6"))
-"""How many runs to kill, half of them before chosen writes, half at random moments."""
+"""How many runs to kill: half of them before chosen writes, half at random moments."""
 SMALL = Config(
     width=4,
     exits=False,
@@ -46,7 +49,7 @@ SMALL = Config(
 
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer to draw than all else here."""
+    """Leave the plots out: they take longer to draw than all else here."""
     for name in ("_plot_curves", "plot_confusion"):
         monkeypatch.setattr(report, name, lambda *arguments: None)
 
@@ -57,14 +60,17 @@ def small(out: Path, **changes: object) -> Config:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of a run that nothing happened to, and its writes; three epochs, a cut after the first."""
+    """The folder of an undisturbed run, and its writes. It has three epochs and a cut after the first."""
     folder = tmp_path_factory.mktemp("whole")
     assert faults.ended(small(folder / "run"), fault=partial(faults.note_writes, str(folder / "writes"))) == 0
     return folder / "run", (folder / "writes").read_text().splitlines()
 
 
 def assert_same(run: Path, whole: Path) -> None:
-    """Bit for bit the weights, momentum and averages, and all that the records say but times; nothing half-written."""
+    """The runs agree bit for bit in weights, momentum and averages, and in their records except times.
+
+    No file is half written.
+    """
     for name in ("last", "best"):
         ours, theirs = (checkpoint.load(folder / "checkpoints", name)[0] for folder in (run, whole))
         assert ours.keys() == theirs.keys()
@@ -75,13 +81,13 @@ def assert_same(run: Path, whole: Path) -> None:
 
 
 def goes_on(config: Config, whole: Path) -> None:
-    """From whatever is there, in a process of its own."""
+    """A run resumed in a separate process, from whatever is there, ends as the whole one did."""
     assert faults.ended(config, resume=True) == 0
     assert_same(config.out, whole)
 
 
 def moments(count: int, writes: list[str]) -> list[int]:
-    """Numbers of writes, evenly over the run, the save after a cut's epoch among them."""
+    """Numbers of writes, spread evenly over the run. The save after the cut's epoch is among them."""
     chosen = {round(i * (len(writes) - 1) / max(1, count - 1)) for i in range(count)}
     return sorted(chosen | {writes.index("os.rename .last.json.partial last.json", len(writes) // 3)})
 
@@ -131,7 +137,7 @@ def test_a_run_killed_again_and_again_at_random_moments_goes_on(tmp_path: Path, 
 
 
 def one_line(output: Path) -> str:
-    """The complaint among what a run wrote to stderr."""
+    """The error message among the lines that a run wrote to stderr."""
     text = output.read_text()
     assert "Traceback" not in text
     (line,) = (line for line in text.splitlines() if line.startswith(("rkl: ", "stopped; ")))
@@ -177,7 +183,7 @@ def test_a_folder_that_may_not_be_written_is_refused_before_training(tmp_path: P
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, number: int, poison: Any) -> None:
-    """``poison`` takes the loss terms of the batch of that number, from 0, and gives others."""
+    """``poison`` replaces the loss terms of the batch of that number, counted from 0."""
     losses_of, count = trainer.training_losses, 0
 
     def losses(*arguments: Any) -> dict[str, torch.Tensor]:
@@ -194,7 +200,7 @@ def nan_loss(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def nan_gradient(terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A finite loss, through a root at 0, whose slope is infinite."""
+    """A finite loss through a root at 0, where the slope is infinite."""
     return terms | {"deepest": terms["deepest"] + 0 * (0 * terms["deepest"]).sqrt()}
 
 
@@ -227,7 +233,7 @@ def test_a_loss_that_is_not_finite_ends_a_run_where_it_happened(
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The epoch's last step, whose loss is finite: no later loss would tell."""
+    """It comes in the epoch's last step, whose loss is finite, so no later loss would show it."""
     poisoned(monkeypatch, 1, nan_gradient)
     with pytest.raises(RunError, match=r"epoch 1: the weights must be finite after the last step, got nan"):
         trainer.train(small(tmp_path / "run"))
@@ -238,7 +244,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatc
 def test_a_step_that_is_not_finite_can_be_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Any
 ) -> None:
-    """It is counted, and weights, momentum, average and statistics after it are those before it."""
+    """The step is counted. Weights, momentum, average and statistics are the same after it as before."""
     config = small(tmp_path / "run", on_nan="skip", epochs=2)
     undone, seen = guard.StepGuard.undone, []
 

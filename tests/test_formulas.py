@@ -1,7 +1,7 @@
 """The operators' gradient formulas (rkl_kernels/ops.py) in float64, where a wrong formula cannot hide in rounding.
 
-The kernels serve no float64, so the operators are defined once more, in a namespace of the tests, with plain PyTorch
-behind them: what is checked is the autograd and shape rules that every backend shares.
+The kernels do not serve float64. So the tests define the operators once more, in their own namespace, with plain
+PyTorch behind them. This checks the autograd and shape rules that all backends share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _name(activation: int) -> str | None:
 
 
 def _convolution_backward(grad, x, weight, stride, padding, dilation, groups, mask):
-    """PyTorch's own convolution gradients, laid out as the fakes say; empty where not wanted."""
+    """PyTorch's own convolution gradients in the layouts of the fake kernels. Unwanted ones are empty."""
     grads = torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, mask
     )

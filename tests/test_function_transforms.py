@@ -1,4 +1,4 @@
-"""torch.func, torch.vmap and forward-mode AD through the public functions, beside the same through PyTorch's layers."""
+"""torch.func, torch.vmap and forward-mode AD through the public functions, compared with PyTorch's layers."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ MAPPED = {
 
 def counted(function):
     """The result, and how often each operator was called for it."""
-    with torch.profiler.profile(acc_events=True) as profile:  # without a word of torch 2.11 on cycles
+    with torch.profiler.profile(acc_events=True) as profile:  # acc_events avoids a warning of torch 2.11 on cycles
         result = function()
     return result, {event.key: event.count for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("dims", MAPPED.values(), ids=MAPPED)
 def test_vmap_stays_on_the_kernels(dims):
-    """One call of the operator, no warning of a loop. (Pointwise filters that differ are PyTorch's to serve.)"""
+    """The operator is called once, without a warning of a loop. (PyTorch serves pointwise filters that differ.)"""
     depthwise, separable = dims
     tensors = torch.randn(2, 3, 6, 5), W, B, P
 
@@ -121,7 +121,7 @@ def test_vmap_over_pointwise_biases_alone():
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_backward_of_a_mapped_call(call):
-    """Ordinary autograd around vmap: the operators' own gradients."""
+    """Ordinary autograd around vmap uses the operators' own gradients."""
     grads = []
     for library in (rk, rk.reference):
         x = X.clone().requires_grad_()
@@ -170,7 +170,7 @@ def test_many_gradients_at_once_are_differentiated_again(call):
 
 
 def tangent_of_backward(call, library, dual):
-    """The backward of a plain call, differentiated by its incoming gradient."""
+    """The tangent of a plain call's backward with respect to its incoming gradient."""
     x = X.clone().requires_grad_()
     y = call(library, x)
     weights, tangent = torch.ones_like(y), torch.arange(y.numel()).reshape(y.shape).float()
@@ -193,7 +193,7 @@ def test_forward_mode_of_a_backward(call, dual):
 
 @pytest.mark.parametrize("dual", [True, False])
 def test_forward_mode_of_a_depthwise_backward_is_refused_or_right(dual):
-    """PyTorch has no tangents of the backward of a device's own convolution. docs/operators.md says what to do."""
+    """PyTorch has no tangents for the backward of a device's own convolution. docs/operators.md says what to do."""
     call = CALLS["depthwise"]
     wanted = tangent_of_backward(call, rk.reference, dual)
     with pytest.raises(NotImplementedError, match="forward AD with convolution_backward_overrideable"):

@@ -1,4 +1,4 @@
-"""What a fused copy returns, what it refuses, and what it does when a layer of it is written to."""
+"""What a fused copy returns, what it refuses, and what it does when one of its layers is written to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Outputs = namedtuple("Outputs", ["image", "mean"])
 
 
 class Naming(nn.Module):
-    """What it gives is of a type of its own; its further argument keeps it from being read."""
+    """Returns a type of its own. Its further argument keeps it from being read."""
 
     def __init__(self, kind, body) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def test_what_a_closed_module_gives_may_be_anything():
 
 
 class Steps(list):
-    """Not the list that a graph would make of it."""
+    """A graph would make a plain list of it."""
 
     def __init__(self, image, mean):
         super().__init__([image, mean])
@@ -85,7 +85,7 @@ def test_a_refusal_leaves_nothing_half_done():
 
 
 class Middle(nn.Module):
-    """Reads whole, but for a part that takes a flag and stands behind a norm of its own."""
+    """Can be read, except for a part that takes a flag and stands behind its own norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def saved_and_loaded(model):
 @pytest.mark.parametrize("came_by", [lambda model: model, copy.deepcopy, saved_and_loaded])
 @pytest.mark.parametrize("kind", ["graph", "closed", "both"])
 def test_a_refused_call_changes_nothing(kind, came_by):
-    """Of the copy as a whole and of each module in it, whichever is called."""
+    """This holds for the copy as a whole and for each module in it."""
     plain = {"graph": chain(nn.ReLU()), "closed": nn.ModuleList([nn.BatchNorm2d(3), Flagged()]), "both": Middle()}[kind]
     fused = came_by(rk.fuse_for_inference(plain.eval()))
     assert isinstance(fused, torch.fx.GraphModule) == (kind != "closed")
@@ -140,7 +140,7 @@ def test_a_refused_call_changes_nothing(kind, came_by):
 
 
 def test_a_part_that_refuses_leaves_the_others_as_they_are():
-    """A norm that was set to training, say, to take its statistics anew."""
+    """The others may be norms that were set to training to take new statistics."""
     fused = rk.fuse_for_inference(nn.ModuleList([nn.BatchNorm2d(3), Flagged(), nn.BatchNorm2d(3)]).eval())
     fused[0].train()
     fused[2].train()
@@ -161,13 +161,13 @@ def runs_its_steps(fused: nn.Module) -> bool:
 
 
 def never_counted(model):
-    """With tensors that do not count their writes."""
+    """A copy whose tensors do not count their writes."""
     with torch.inference_mode():
         return copy.deepcopy(model).to(torch.float64).to(torch.float32)
 
 
 def saved_when_compiled(model):
-    """By ``nn.Module.compile``, what a copy or a file does not hold."""
+    """Saved after ``nn.Module.compile``, whose result a copy or a file does not hold."""
     model.body.compile(backend="eager")
     return saved_and_loaded(model)
 
@@ -191,7 +191,7 @@ def test_a_copy_of_a_copy_is_as_fused(came_by):
 
 
 def test_a_replica_calls_its_own_layers():
-    """``nn.DataParallel``'s, whose layers are on another device than the steps."""
+    """The layers of a replica by ``nn.DataParallel`` are on another device than the steps."""
     fused = rk.fuse_for_inference(Flagged().eval())
     body = fused.body._replicate_for_data_parallel()
     body[0] = copy.deepcopy(body[0])  # as on the other device
@@ -253,7 +253,7 @@ def test_a_layer_in_the_place_of_another_is_called(came_by):
 
 
 class Writing(nn.Module):
-    """Makes another layer's filter of each image; the layer is no child of it."""
+    """Makes another layer's filter from each image. That layer is not its child."""
 
     def __init__(self, *layers: nn.Conv2d) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ def test_a_lazy_layer_is_made_at_the_first_call(is_read):
 
 @pytest.mark.parametrize("change", [partial(rk.convert, activation="trelu"), rk.restore], ids=["convert", "restore"])
 def test_a_copy_that_is_converted_or_restored_after_fusing(change):
-    """Layers of another class do something else than the steps that were made of them."""
+    """Layers of another class compute something else than the steps that were made from them."""
     plain = Flagged().eval()
     if change is rk.restore:
         rk.convert(plain, activation="trelu")
@@ -313,7 +313,7 @@ def test_a_copy_that_is_converted_or_restored_after_fusing(change):
 
 
 class Sampling(nn.Module):
-    """Keeps a layer in training, by a ``train`` of its own: a dropout that samples, a norm that goes by the batch."""
+    """Its own ``train`` keeps a layer in training: a dropout that samples, or a norm that uses batch statistics."""
 
     def __init__(self, kept: nn.Module) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ class Compiled(nn.Module):
 @pytest.mark.parametrize("came_by", [lambda model: model, copy.deepcopy, saved_and_loaded])
 @pytest.mark.parametrize("is_whole", [False, True])
 def test_copies_of_a_copy_with_compiled_parts(came_by, is_whole):
-    """What ``torch.compile`` makes of a module is made anew of that one when it is copied."""
+    """A copy of a compiled module compiles the copied module anew."""
     plain = Compiled().eval()
     if is_whole:
         plain = torch.compile(plain, backend="eager")
@@ -371,7 +371,7 @@ def test_copies_of_a_copy_with_compiled_parts(came_by, is_whole):
 
 
 class SilentlyTrained(nn.Sequential):
-    """As many models have it, a ``train`` that returns nothing."""
+    """Its ``train`` returns nothing, as in many models."""
 
     def train(self, mode=True):
         super().train(mode)
@@ -382,7 +382,7 @@ class SilentlyTrained(nn.Sequential):
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_models_that_answer_otherwise_when_they_are_switched(compiled):
-    """TorchScript's modules have no ``requires_grad_`` and copy their parameters under autograd's eyes."""
+    """TorchScript's modules have no ``requires_grad_``, and autograd records the copies of their parameters."""
     plain = SilentlyTrained(compiled(nn.Conv2d(6, 6, 1)), chain(nn.ReLU()))
     fused = rk.fuse_for_inference(plain)
     assert fused.fusion_report.fused == [("1.0", "1.1", "1.2", "1.3")]

@@ -1,4 +1,4 @@
-"""``make gpu``'s program, tried without a GPU: every step runs, and failures of one do not end the others."""
+"""The program of ``make gpu``, tried without a GPU: every step runs, and a step that fails does not end the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def timing(seconds: float) -> Timing:
 
 
 def test_whole_program_on_tiny_shapes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu_host, "measure_host", os.abort)  # wants no arguments: raises in the worker
+    monkeypatch.setattr(gpu_host, "measure_host", os.abort)  # takes no arguments, so it raises in the worker
     monkeypatch.setattr(gpu_models, "MODELS", ())
     monkeypatch.setattr(gpu_groups, "QUICK", ("rkl-4-k3",))
     monkeypatch.setattr(gpu_rows, "MOST_BUDGET", 0.01)
@@ -144,7 +144,7 @@ def test_a_wrong_model_is_not_timed(factor, monkeypatch):
 
 
 def test_every_head_of_a_model_counts(monkeypatch):
-    """A NaN too, behind heads that are right."""
+    """A NaN too is found behind heads that are right."""
     seen = []
 
     def heads(outputs):

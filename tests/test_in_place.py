@@ -1,4 +1,4 @@
-"""In-place T-ReLU beside ``torch.relu_``: what other operators saved, leaves, views, and the raw operator."""
+"""In-place T-ReLU beside ``torch.relu_``: tensors that other operators saved, leaves, views, and the raw operator."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_views_of_what_is_no_leaf(in_place):
 
 
 def saving(*parts: str):
-    """A policy that saves the results of operators whose names hold one of these."""
+    """A policy that saves the results of operators whose names contain one of ``parts``."""
 
     def policy(context, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if any(part in str(op) for part in parts) else CheckpointPolicy.MUST_RECOMPUTE
@@ -97,7 +97,7 @@ SAVED = {"nothing": (), "activation": ("relu",), "product": ("mm",), "both": ("r
 @pytest.mark.parametrize("step", [torch.matmul, torch.mul, torch.add], ids=lambda step: step.__name__)
 @pytest.mark.parametrize("in_place", [rk.TReLU(inplace=True), IN_PLACE["public"], torch.relu_])
 def test_selective_checkpoints_are_right_or_refused(in_place, step, saved):
-    """Never silently wrong: what overwrites a saved tensor is refused, as relu_ is."""
+    """Never silently wrong: overwriting a saved tensor is refused, as it is for relu_."""
     x, weight = torch.randn(5, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
 
     def body(x, weight):
@@ -109,7 +109,7 @@ def test_selective_checkpoints_are_right_or_refused(in_place, step, saved):
     try:
         got = torch.autograd.grad(y.square().sum(), (x, weight))
     except RuntimeError as refused:
-        assert "has been mutated" in str(refused)  # noqa: PT017  either is right
+        assert "has been mutated" in str(refused)  # noqa: PT017  a refusal is right too
         assert saved
     else:
         torch.testing.assert_close(got, wanted)

@@ -1,4 +1,4 @@
-"""rk.fuse_for_inference: the same results from fewer layers, and everything that is left, with why."""
+"""rk.fuse_for_inference gives the same results from fewer layers, and reports what it leaves and why."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_dense_layer_activates(inner):
 
 
 class ReadTwice(nn.Module):
-    """A convolution of which the norm is not the only reader."""
+    """Its norm is not the only layer that reads the convolution's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,7 +335,7 @@ def test_a_sample_of_the_table_of_models(name):
 
 
 class Changing(nn.Module):
-    """A model that changes its chain for a call and restores it after that."""
+    """A model that changes its chain for a call and then restores it."""
 
     def __init__(self, how):
         super().__init__()

@@ -1,5 +1,5 @@
-"""Making a fused copy moves no random numbers; its report names a chain once, its layers get names that are free; one
-that was saved is the same when it is loaded."""
+"""Fused copies: making one draws no random numbers, its report names a chain once, and its layers get free names. A
+copy that was saved computes the same when it is loaded."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Drawing(nn.Module):
 
 
 def by_numpy():
-    return float(np.random.rand())  # noqa: NPY002  the global one is asked for
+    return float(np.random.rand())  # noqa: NPY002  the test needs the global generator
 
 
 @pytest.mark.parametrize("draw", [random.random, by_numpy])
 def test_random_numbers_that_a_forward_draws_are_given_back(draw):
-    """A forward that draws is looked at, too, and told by that."""
+    """The forward runs while its model is examined. Its random numbers are given back afterwards."""
 
     def states():
         of_numpy = np.random.get_state()  # noqa: NPY002
@@ -61,7 +61,7 @@ def test_a_chain_that_is_called_twice_is_reported_once():
 
 
 class Named(nn.Module):
-    """A layer has the name that a fused one would get."""
+    """One of its layers has the name that the fused layer would get."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def test_a_fused_layer_takes_no_others_name():
 
 
 class Adding(nn.Module):
-    """Adds to what is held under another name, too."""
+    """Writes in place to tensors that it also holds under other names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,8 @@ class Ordering(Adding):
 
 @pytest.mark.parametrize("kind", [Adding, Placing, Ordering])
 def test_a_loaded_copy_does_what_was_saved(kind):
-    """torch.fx reads its code anew: by itself it takes writes for something else, and an OrderedDict for a dict."""
+    """torch.fx traces the loaded code anew. By itself it would misread in-place writes, and take an OrderedDict for a
+    dict."""
     plain = kind().eval()
     fused = rk.fuse_for_inference(plain)
     assert isinstance(fused, torch.fx.GraphModule)

@@ -1,4 +1,4 @@
-"""Layers are drop-in: parameters, initial values, state_dict keys and results of ``torch.nn``."""
+"""Layers are drop-in: they have the parameters, initial values, state_dict keys and results of ``torch.nn``."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ ALTERED = {
 
 
 class Plain(rk.SeparableConv2d):
-    """The same layer as two calls."""
+    """The same layer, computed by separate calls of its steps."""
 
     def forward(self, x):
         return rk.reference.trelu(self.pointwise(nn.functional.silu(self.depthwise(x))))
@@ -112,7 +112,7 @@ class Plain(rk.SeparableConv2d):
 
 @pytest.mark.parametrize("name", ALTERED)
 def test_separable_layer_does_what_its_steps_do_by_now(name):
-    """Through a step of training, where a weight that was made once would be stale."""
+    """The layer follows its altered steps through training, where a weight computed once would be stale."""
     ours = rk.SeparableConv2d(4, 4, 3, padding=1, inner_activation="silu", activation="trelu")
     theirs = Plain(4, 4, 3, padding=1)
     theirs.load_state_dict(ours.state_dict())
@@ -139,7 +139,7 @@ def test_a_steps_hooks_on_gradients_are_called(step, hook):
 
 
 class Halved(torch.Tensor):
-    """Half of a filter, of which PyTorch's convolution alone is told, as classes of quantized weights do it."""
+    """Half of a filter. Only PyTorch's convolution doubles it again, as classes of quantized weights do."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -186,7 +186,7 @@ def test_several_filters_a_channel():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 def test_images_in_onednns_own_layout():
-    """What ``to_mkldnn`` makes, which PyTorch's convolution takes beside filters of the common layout."""
+    """``to_mkldnn`` makes them. PyTorch's convolution takes them together with filters of the common layout."""
     chain = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
     model, x = nn.Sequential(*chain).eval(), torch.randn(2, 8, 7, 6)
     converted, pair = copy.deepcopy(model), rk.SeparableConv2d(8, 4, 3, padding=1, inner_activation="relu")
@@ -204,7 +204,7 @@ def test_images_in_onednns_own_layout():
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), rk.TReLU(), rk.TReLU(inplace=True)], ids=str)
 def test_activations_and_fused_copies_in_onednns_own_layout(activation):
-    """Of a fused copy, the layer with the norm in its filter, depthwise and not, and the separable one."""
+    """In fused copies: layers with a norm folded into the filter, depthwise and dense, and the separable layer."""
     first, dense = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 3)
     x = torch.randn(2, 8, 7, 6)
     for convolutions in ((first,), (dense,), (first, nn.Conv2d(8, 8, 1))):
@@ -231,7 +231,7 @@ def test_gradient_in_onednns_own_layout(layer):
 @pytest.mark.parametrize("shape", [(2, 4, 7, 6), (4, 7, 6), (2, 16, 7, 6), (2, 24, 7, 6)], ids=str)
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_an_image_of_other_channels_is_refused(shape, multiplier):
-    """As PyTorch refuses it: a layer's filters are those of its own channels, and not several of each of fewer."""
+    """As in PyTorch: filters belong to the layer's own channels, and do not serve fewer channels several times."""
     theirs = nn.Conv2d(8, 8 * multiplier, 3, padding=1, groups=8)
     converted = copy.deepcopy(theirs)
     rk.convert(converted)

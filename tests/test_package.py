@@ -1,4 +1,4 @@
-"""The package as installed: what it says of itself, what its binaries need, and life without them."""
+"""The installed package: what it reports, what its binaries need, and how it works without them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_extensions_are_built():
 
 @pytest.mark.parametrize("path", EXTENSIONS, ids=lambda path: path.name)
 def test_extensions_need_the_stable_abi_alone(path):
-    """No C++ symbol of PyTorch, and of Python only what the limited API has."""
+    """They need no C++ symbol of PyTorch, and of Python only symbols of the limited API."""
     listing = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
     needed = [line.split()[-1].split("@")[0] for line in listing.splitlines()]
     torch_symbols = [name for name in needed if re.search(r"(2at|3c10|5torch|6caffe2)", name) and name.startswith("_Z")]
@@ -49,7 +49,7 @@ def test_says_what_is_built():
 
 
 def test_works_without_any_extension(tmp_path):
-    """The Python files alone: everything runs on the reference, and the report says what is missing."""
+    """With the Python files alone everything runs on the reference, and the report says what is missing."""
     shutil.copytree(
         Path(rk.__file__).parent, tmp_path / "rkl_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )

@@ -1,4 +1,4 @@
-"""What ``explain`` says of a call: who serves it, in which steps, and what bounds it."""
+"""What ``explain`` says of a call: the backend that serves it, its steps, and the bound on its speed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_explanation_names_kernel_floor_and_fusion(backend):
 
 @pytest.fixture
 def one_thread():
-    """The profiler does not see what threads of a pool call."""
+    """One thread: the profiler does not see what the threads of a pool call."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +35,8 @@ def one_thread():
 def profiled(
     channels: int, outputs: int, size: int, layout: torch.memory_format, dilation: int = 1
 ) -> tuple[int, int, Explanation]:
-    """The library's products and convolutions, and the tensors, that a forward on the CPU makes; what is said of it."""
+    """How many of the library's products and convolutions a forward on the CPU calls, how many tensors it makes, and
+    what ``explain`` says of it."""
     x = torch.randn(2, channels, size, size).to(memory_format=layout)
     call = x, torch.randn(channels, 1, 3, 3), torch.randn(outputs, channels, 1, 1)
     with rk.use_backend("cpu"), torch.profiler.profile(profile_memory=True) as profile:
@@ -51,8 +52,8 @@ def profiled(
     ("channels", "outputs", "size", "fused"), [(144, 24, 56, True), (64, 64, 32, True), (64, 64, 8, False)]
 )
 def test_explanation_is_what_the_profiler_sees(one_thread, layout, channels, outputs, size, fused):
-    """Nothing is the library's; the output alone is a tensor, or the depthwise output too, and of NCHW images NHWC ones
-    of both."""
+    """The library is never called. The only tensor is the output if fused, else the depthwise output too. Unfused NCHW
+    images add NHWC copies of image and output."""
     calls, tensors, told = profiled(channels, outputs, size, layout)
     assert not calls
     assert told.fused is (tensors == 1) is fused
@@ -63,7 +64,7 @@ def test_explanation_is_what_the_profiler_sees(one_thread, layout, channels, out
 
 @pytest.mark.parametrize("outputs", [64, 1024, 2048, 4096])
 def test_explanation_says_which_images_are_transposed_whole(one_thread, outputs):
-    """Where bands of NCHW rows would be too thin for a dilation, bands of NHWC rows may be thick enough."""
+    """Where bands of NCHW rows are too thin for a dilation, bands of NHWC rows may be thick enough."""
     _, tensors, told = profiled(64, outputs, 24, torch.contiguous_format, dilation=4)
     whole = told.reason.startswith("images transposed to NHWC, then ")
     assert tensors == (1 if told.fused else 2) + 2 * whole
@@ -80,7 +81,7 @@ def test_explanation_says_which_images_are_transposed_whole(one_thread, outputs)
     ],
 )
 def test_explanation_says_how_the_filter_gradient_is_made(layout, size, inner, remade):
-    """On a CPU: the plan that the launcher follows."""
+    """On a CPU, ``explain`` tells the plan that the launcher follows."""
     x = torch.randn(1, 64, size, size).to(memory_format=layout)
     call = x, torch.randn(64, 1, 3, 3), torch.randn(256, 64, 1, 1)
     with rk.use_backend("cpu"):
@@ -91,7 +92,7 @@ def test_explanation_says_how_the_filter_gradient_is_made(layout, size, inner, r
 def explain_as_cuda(
     monkeypatch, kernel: int, dtype: torch.dtype, layout: torch.memory_format, stride: int = 2
 ) -> Explanation:
-    """Of tensors that only have shapes."""
+    """The explanation of a separable call as if on a GPU, for tensors that have only shapes."""
     monkeypatch.setattr("rkl_kernels.planner.choose", lambda operator, x, multiplied: "cuda")
     shapes = ((8, 64, 32, 30), (64, 1, kernel, kernel), (48, 64, 1, 1))
     x, *weights = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
@@ -135,7 +136,7 @@ def test_explanation_names_each_depthwise_kernel(monkeypatch):
     ],
 )
 def test_one_output_has_no_stride_and_one_tap_no_dilation(monkeypatch, kernel, size, window, window_of_plan):
-    """As the operators plan such a call (csrc/tensor_args.h)."""
+    """The operators plan such a call in the same way (csrc/tensor_args.h)."""
     asked = []
     monkeypatch.setattr(
         torch.ops.rkl, "cuda_depthwise_plan", lambda geometry, *_: asked.append(geometry) or [0, True], raising=False
@@ -163,7 +164,7 @@ def test_explanation_says_what_the_cuda_plan_is(monkeypatch, answer, fused, reas
 
 @pytest.mark.parametrize(("capability", "balance"), [((8, 0), 10), ((8, 9), 10), ((9, 0), 20), ((10, 0), 20)])
 def test_floor_on_a_gpu(monkeypatch, capability, balance):
-    """Operations in fp32 over bytes from memory, by the data sheets: 19.5 T over 2 TB, 67 T over 3.35 TB a second."""
+    """The data sheets' fp32 operations over bytes from memory: 19.5 T over 2 TB, and 67 T over 3.35 TB a second."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with rk.use_backend("reference"), FakeTensorMode():
         told = rk.explain("trelu", torch.empty(4, device="cuda"))
@@ -178,7 +179,7 @@ needs_cuda_extension = pytest.mark.skipif(
 @needs_cuda_extension
 @pytest.mark.parametrize(("kernel", "dtype"), [(3, torch.float32), (4, torch.float16)])
 def test_explanation_asks_the_cuda_extension(monkeypatch, kernel, dtype):
-    """Without a GPU too: that these are not served needs none."""
+    """This works without a GPU too, since these calls are not served on any."""
     told = explain_as_cuda(monkeypatch, kernel, dtype, torch.channels_last)
     assert "serves 16-bit images, k = 3 at stride" in told.reason
 
@@ -195,7 +196,7 @@ def test_larger_filters_are_fused_at_stride_1_alone(monkeypatch, kernel, stride,
 @pytest.mark.parametrize(("kernel", "stride", "family"), [(3, 3, "the general kernel"), (13, 1, "the tensor cores")])
 @pytest.mark.parametrize("nhwc", [True, False])
 def test_contiguous_images_are_said_to_be_transposed(monkeypatch, kernel, stride, family, nhwc):
-    """Where they are, for the general kernel too; not where NCHW has the kernel itself."""
+    """They are named transposed where they are, for the general kernel too, and not where NCHW has its own kernel."""
     told = explain_depthwise_as_cuda(monkeypatch, kernel, nhwc, padding=kernel // 2, stride=stride)
     transposed = "transposed to NHWC, " if not nhwc and family == "the general kernel" else ""
     assert told.startswith(f"output: {transposed}{family}")
@@ -223,7 +224,7 @@ def test_contiguous_images_at_stride_2_are_not_fused(monkeypatch, layout, stride
     assert explain_as_cuda(monkeypatch, 3, torch.bfloat16, layout, stride).fused is fused
 
 
-MEASURED = {  # where PyTorch's own kernels were the faster ones; elsewhere nothing is left to them
+MEASURED = {  # where PyTorch's own kernels measured faster; elsewhere nothing is left to them
     torch.float32: torch.backends.cpu.get_cpu_capability() == "AVX512",
     torch.bfloat16: torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported(),
 }
@@ -232,19 +233,19 @@ MEASURED = {  # where PyTorch's own kernels were the faster ones; elsewhere noth
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_cpu_kernels_are_named(memory, dtype):
-    """Which outputs are PyTorch's, that it is told, and that they are right."""
+    """``explain`` tells which outputs are left to PyTorch, and those outputs are right."""
     nhwc = memory == torch.channels_last
     cases = {  # channels, size, filter: whether it is left to PyTorch
         (4096, 8, 7, 7): False,
         (4096, 8, 5, 5): False,
-        (16, 8, 7, 7): False,  # of 2,048 elements
+        (16, 8, 7, 7): False,  # 2,048 elements
         (16, 40, 3, 3): False,
         (12, 136, 3, 3): nhwc,
-        (12, 64, 3, 3): False,  # of 8,192 pixels
-        (3, 136, 3, 3): False,  # two images, which share vectors
+        (12, 64, 3, 3): False,  # 8,192 pixels
+        (3, 136, 3, 3): False,  # two images share vectors
         (3, 64, 3, 3): False,
         (12, 136, 3, 1): False,  # one column, so that pixels can be channels
-        (12, 135, 3, 1): nhwc,  # which do not fill vectors
+        (12, 135, 3, 1): nhwc,  # pixels that do not fill vectors
         (24, 136, 3, 1): False,
         (64, 136, 3, 1): False,
     }
@@ -262,7 +263,7 @@ def test_cpu_kernels_are_named(memory, dtype):
 
 @pytest.mark.parametrize("columns", [15, 31])
 def test_wide_filters_in_16_bits_are_not_left_to_pytorch(columns):
-    """oneDNN's call does not come back."""
+    """oneDNN's call does not return."""
     x = torch.randn(2, 12, 136, 136, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     w, padding = torch.randn(12, 1, 1, columns, dtype=torch.bfloat16), [0, columns // 2]
     assert not torch.ops.rkl.cpu_depthwise_by_pytorch(x, w, [1, 1], padding, [1, 1])
@@ -274,7 +275,7 @@ X8, W8, P8 = torch.zeros(2, 8, 9, 9), torch.zeros(8, 1, 3, 3), torch.zeros(4, 8,
 
 
 def test_bytes_and_operations_by_hand():
-    """Each tensor is moved once; a product and its sum are two operations."""
+    """Each tensor is moved once. A product and its sum are two operations."""
     image, pixels = 2 * 8 * 9 * 9, 2 * 7 * 7
     told = rk.explain("depthwise_conv2d", X8, W8, torch.zeros(8))
     assert told.bytes == 4 * (image + 8 * 9 + 8 + 8 * pixels)

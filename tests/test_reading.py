@@ -1,4 +1,4 @@
-"""Which forwards rk.fuse_for_inference reads through, and which keep their own code."""
+"""Which forwards rk.fuse_for_inference can read, and which keep their own code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rkl_kernels._modes import QUESTIONS
 
 
 class Block(nn.Module):
-    """Layers as attributes, and a forward that a test chooses."""
+    """Has its layers as attributes, and a forward that a test chooses."""
 
     def __init__(self, forward) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ def test_what_depends_on_gradients_is_left():
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("module", "name"), QUESTIONS)
 def test_what_depends_on_what_it_is_called_for_is_left(module, name):
-    """A graph would hold what the model does in a plain call, in an exported program too."""
+    """A graph would repeat what the model does in a plain call, even in an exported program."""
     before = getattr(module, name)
     plain = Block(lambda self, x: self.straight(x) * (2 if getattr(module, name)() else 1)).eval()
     fused = rk.fuse_for_inference(plain)
@@ -294,7 +294,7 @@ def test_what_depends_on_what_it_is_called_for_is_left(module, name):
 
 
 class Scaling:
-    """Does something before PyTorch's own call, and after it."""
+    """Does something before and after PyTorch's own call."""
 
     def __call__(self, x):
         return super().__call__(x / 255) + 1
@@ -325,7 +325,7 @@ def test_a_call_of_its_own():
 
 
 class Sizes(nn.Module):
-    """Takes a size, no tensor: PyTorch's C++ must not take its stand-in for one."""
+    """Takes a size and no tensor. PyTorch's C++ code must not take the size's stand-in for a tensor."""
 
     def forward(self, shape):
         return torch.zeros(shape)
@@ -348,7 +348,7 @@ def test_a_module_that_takes_no_tensor():
 
 
 def test_a_forward_that_is_none_of_pythons():
-    """``torch.relu`` does not say what it takes."""
+    """``torch.relu`` has no Python signature."""
     activation = Sizes()
     activation.forward = torch.relu
     plain = nn.Sequential(chain(nn.ReLU()), activation).eval()
@@ -375,7 +375,7 @@ def test_a_sequential_in_code_that_cannot_be_read():
 
 
 class Second(nn.Module):
-    """Takes a pair, and goes on with a tensor."""
+    """Takes a pair and returns one tensor of it."""
 
     def forward(self, pair):
         return pair[1]

@@ -1,4 +1,4 @@
-"""What code asks of a value while it is read: a fused copy answers as the model does, or the code is not read."""
+"""What a forward asks of a value while it is read. A fused copy answers as the model does, or the code is not read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import rkl_kernels as rk
 
 
 class Way(nn.Module):
-    """A chain, attributes and a forward that a test chooses."""
+    """A chain, with attributes and a forward that a test chooses."""
 
     def __init__(self, way, **attributes) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Way(nn.Module):
 
 
 def fused_as(plain: nn.Module, is_read: bool) -> nn.Module:
-    """The fused copy, which gives what the model gives. Whether or not it is read, its chain is fused."""
+    """The fused copy, after a check that it gives what the model gives. Its chain is fused, read or not."""
     fused = rk.fuse_for_inference(plain.eval())
     assert isinstance(fused, torch.fx.GraphModule) == is_read
     assert [len(names) for names in fused.fusion_report.fused] == [4]
@@ -57,7 +57,7 @@ def test_a_value_looked_up(way):
 
 
 def test_a_value_in_an_error():
-    """A message may be made of a value that nobody decides on; one of an error must not fail the reading."""
+    """A message may be made from a value that decides nothing. Making it must not stop the reading."""
 
     def asserting(model, x):
         torch._assert(x.ndim == 4, f"no images: {x.shape}")
@@ -103,7 +103,7 @@ CONSTANTS = {
 
 @pytest.mark.parametrize("way", CONSTANTS)
 def test_a_constant_of_another_class(way):
-    """A graph is a program: it holds what it can write down."""
+    """A graph is a program, and holds only constants that it can write down."""
     fused_as(Way(CONSTANTS[way][0]), is_read=CONSTANTS[way][1])
 
 
@@ -132,7 +132,7 @@ def test_a_constant_that_is_given_back(way):
 
 
 class Auxiliary(nn.Module):
-    """Has nothing to say about small images."""
+    """Returns None for small images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def attended(model, x):
 
 
 def unasked(model, x):
-    """What is given may be None or not: nobody asks."""
+    """The results may be None or not, but no code asks."""
     y, more = model.paired(model.body(x))
     tokens = y.flatten(2).transpose(1, 2)
     tokens, weights = model.attention(tokens, tokens, tokens, need_weights=False)
@@ -188,7 +188,7 @@ def parts() -> dict[str, nn.Module | None]:
 
 @pytest.mark.parametrize("way", [chosen, added, unpacked, attended], ids=lambda way: way.__name__)
 def test_code_that_asks_for_none(way):
-    """A value that stands for another is never None."""
+    """While code is read, the stand-in for a value is never None."""
     plain = Way(way, **parts())
     fused = fused_as(plain, is_read=False)
     wide = torch.cat([X, X], -1)
@@ -248,7 +248,7 @@ RESULTS = {
 
 @pytest.mark.parametrize("way", RESULTS)
 def test_a_result_that_makes_itself(way):
-    """A graph makes it anew of its fields."""
+    """A graph makes such a result anew from its fields."""
     plain = Way(RESULTS[way][0]).eval()
     fused = rk.fuse_for_inference(plain)
     assert isinstance(fused, torch.fx.GraphModule) == RESULTS[way][1]
@@ -264,7 +264,7 @@ def test_a_result_that_makes_itself(way):
 
 
 class Keeping(nn.Module):
-    """Keeps what it computed: as its attribute, for whoever has the list, or how many images there were."""
+    """Keeps what it computed: as an attribute, in a list that others hold, and as the number of images."""
 
     def __init__(self, notes: list) -> None:
         super().__init__()
@@ -278,7 +278,7 @@ class Keeping(nn.Module):
 
 
 class AroundKeeping(nn.Module):
-    """A forward that reads what the module in it keeps, in a way that a test chooses, or has nothing to do with it."""
+    """Its forward uses what its part keeps, in a way that a test chooses, or ignores it."""
 
     def __init__(self, way) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ def test_what_a_module_keeps_for_another(way):
 
 
 class Features:
-    """What hooks have collected, in an object of the model's own."""
+    """An object of the model that holds what hooks have collected."""
 
     def __init__(self) -> None:
         self.kept: list = []
@@ -340,7 +340,7 @@ class Features:
 
 
 class Hooked(nn.Module):
-    """Gives what a hook of its first chain has collected. hook: makes it of the model."""
+    """Returns what a hook of its first chain has collected. ``hook`` makes that hook from the model."""
 
     def __init__(self, hook) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""After training: early exit, a cut to a target, exported files."""
+"""After training: early exit, cuts to a target, and exported files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model() -> ResNetKL:
 
 
 def test_compaction_gives_each_samples_own_result(model: ResNetKL) -> None:
-    """A batch equals its samples one by one, and equals choosing from all exits' logits afterwards."""
+    """A batch gives what its samples give one by one, and what a choice among all exits' logits gives."""
     images = torch.randn(24, 1, 8, 8)
     with torch.no_grad():
         every = model.forward_exits(images).logits
@@ -77,7 +77,7 @@ def test_exit_costs_add_up_to_the_whole_model(model: ResNetKL) -> None:
 
 
 def test_operating_point_by_hand() -> None:
-    """Four samples, two exits: the first is sure of two samples and right about one."""
+    """Four samples and two exits. The first exit is sure of two samples and right about one of them."""
     sure, unsure = [4.0, 0.0], [0.1, 0.0]
     exits = [torch.tensor([sure, sure, unsure, unsure]), torch.tensor([[0.0, 1], [0.0, 1], [0.0, 1], [1.0, 0]])]
     point = early_exit.operate(exits, torch.tensor([0, 1, 1, 1]), ([10, 100], [1, 2]), [0.9])
@@ -110,7 +110,7 @@ def test_calibration_meets_its_target() -> None:
 
 
 def test_the_deepest_exits_own_accuracy_is_within_reach(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the target where none is given, also where rounding to single precision would put it out of reach."""
+    """It is the default target, and in reach even where rounding to single precision would put it above."""
     labels = torch.zeros(20, dtype=torch.int64)
     logits = torch.eye(10)[[0] * 11 + [1] * 9]
     monkeypatch.setattr(metrics, "collect_exits", lambda model, batches: ([logits] * 4, labels))
@@ -119,7 +119,7 @@ def test_the_deepest_exits_own_accuracy_is_within_reach(run: Path, monkeypatch: 
 
 
 def test_a_target_accuracy_is_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the first exit would be cheaper, and right about half of the images."""
+    """The first exit would be cheaper, but is right about only half of the images."""
     labels = torch.zeros(20, dtype=torch.int64)
     first, deeper = (10 * torch.eye(10)[[0] * right + [1] * (20 - right)] for right in (11, 19))
     monkeypatch.setattr(metrics, "collect_exits", lambda model, batches: ([first, deeper, deeper, deeper], labels))
@@ -182,7 +182,7 @@ def test_cut_to_macs(model: ResNetKL, share: float) -> None:
 
 
 def pretend(latency: Callable[[nn.Module], float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is never asserted on: a clock that reads what the test says."""
+    """Replace the clock by one that reads what the test says, since tests never assert speed."""
     monkeypatch.setattr(metrics, "measure_latencies", lambda models, images: [latency(model) for model in models])
     monkeypatch.setattr(metrics, "measure_latency", lambda model, images: latency(model))
 
@@ -202,7 +202,7 @@ def test_cut_to_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_latency_that_the_model_has_needs_no_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cut of nothing is faster than the model in every other measurement, and not accepted for it."""
+    """A cut of nothing measures faster than the model every other time, and is not accepted for that."""
     model, image = ResNet(3, 18, 8, 1, 8).eval(), torch.zeros(1, 1, 8, 8)
     pretend(lambda m: 5.0, monkeypatch)
     monkeypatch.setattr(metrics, "measure_latencies", lambda models, images: [5.0, 4.9])
@@ -226,7 +226,7 @@ def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
 def test_latencies_before_and_after_a_cut_are_measured_together(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """The run's record is of another time, and perhaps of another machine."""
+    """The run's record is from another time, and perhaps from another machine."""
     before = Path(shutil.copytree(run, tmp_path / "before"))
     record = json.loads((before / "metrics.json").read_text())
     record["size"] |= {"latency_ms": 98765.0, "latency_batch": 3}
@@ -238,7 +238,7 @@ def test_latencies_before_and_after_a_cut_are_measured_together(
 
 
 def test_a_cut_run_trains_on_by_the_runs_own_recipe(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the learning rate, and for what prepared its cuts and its start."""
+    """All settings stay, except the learning rate and those that prepared its cuts and its start."""
     opened, given = open_run(run), []
     own = {"weight_decay": 0.01, "mixup": 0.3, "loss": replace(opened.config.loss, beta=0.5, l1=0.2)}
     gone = {"warmup": 1.0, "prune_at": (0.5,), "prune_macs": 0.5, "weights": tmp_path, "epochs": 8}
@@ -253,13 +253,13 @@ def test_a_cut_run_trains_on_by_the_runs_own_recipe(run: Path, tmp_path: Path, m
 def test_a_process_of_several_that_does_not_write_says_nothing_of_a_cut(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(prune, "train", lambda *_, **__: None)  # as it answers there
+    monkeypatch.setattr(prune, "train", lambda *_, **__: None)  # as it returns in such a process
     main(["prune", str(run), "--out", str(tmp_path / "slim"), "--target-macs", "0.5"])
     assert capsys.readouterr() == ("", "")
 
 
 def test_export_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Both files are read back and compared by the command itself; here, that they are whole and hold what they say."""
+    """The command itself reads both files back and compares them. The test checks that they are whole."""
     main(["export", str(run), "--out", str(tmp_path)])
     program = torch.export.load(tmp_path / "model.pt2")
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}

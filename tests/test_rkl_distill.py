@@ -1,4 +1,4 @@
-"""The losses against their formulas, written out by hand in float64."""
+"""The losses against their formulas, which are written out by hand in float64."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_terms_equal_the_formulas(exits: Exits, soft: bool) -> None:
 
 
 def test_classes_are_weighed_by_a_mean(exits: Exits) -> None:
-    """Each sample counts by its class's weight, and all of them together as one."""
+    """Each sample counts by the weight of its class, and the weights are normalised to a sum of one."""
     logits, labels, weights = exits.logits[-1], [0, 3, 1], [1.0, 2.0, 3.0, 5.0]
     losses = training_losses(
         Exits((logits,)), torch.tensor(labels), LossWeights(), torch.tensor(weights, dtype=torch.float64)
@@ -75,7 +75,7 @@ def divided(logits: list[list[float]], temperature: float) -> list[list[float]]:
 
 
 def test_a_student_that_equals_its_teacher_is_not_pulled(exits: Exits) -> None:
-    """With the teacher's side alone divided by T, the same logits would be pulled towards the uniform distribution."""
+    """If only the teacher's side were divided by T, equal logits would be pulled towards the uniform distribution."""
     student = exits.logits[0]
     (gradient,) = torch.autograd.grad(logit_distillation(student, student, 3.0), student)
     assert float(gradient.abs().max()) < 1e-12
@@ -118,7 +118,7 @@ def test_a_model_with_one_output_has_one_term(exits: Exits) -> None:
 
 
 def test_smoothing_gives_every_class_its_part(exits: Exits) -> None:
-    """Of 0.2, each of four classes gets 0.05; in the heads too."""
+    """Of a smoothing of 0.2 each of the four classes gets 0.05, in the heads too."""
     labels = torch.tensor([0, 3, 1])
     targets = [[0.85 if c == label else 0.05 for c in range(4)] for label in labels.tolist()]
     losses = training_losses(exits, labels, LossWeights(smoothing=0.2, x=0.25))

@@ -38,7 +38,7 @@ def settled(model: torch.nn.Module, x: torch.Tensor) -> torch.nn.Module:
 
 @pytest.mark.parametrize("scale_mode", ["sum", "stage", "mixed"])
 def test_initial_scales(scale_mode: str) -> None:
-    """Sums of squares a filter: 2 for dense ones, 1/3 for depthwise (all scales together) and pointwise ones."""
+    """The sum of squares of a filter is 2 if dense, and 1/3 if depthwise (all scales together) or pointwise."""
     torch.manual_seed(0)
     model = ResNetKL(10, 18, 64, 3, 8, BlockOptions(scale_mode=scale_mode))
     conv = model.stages[2][1].branch[0].conv
@@ -77,7 +77,7 @@ def test_the_heads_are_the_configurations() -> None:
 
 @pytest.mark.parametrize(("size", "kernel", "stride"), [(64, 3, 1), (65, 3, 2), (128, 3, 2), (129, 7, 2)])
 def test_the_stem_is_that_of_the_size(size: int, kernel: int, stride: int) -> None:
-    """Of the baseline, too."""
+    """The baseline has the same stem."""
     ours, theirs = ResNet(3, width=8, image_size=size), create("resnet18", 3, image_size=size, width=8)
     for conv in ((ours.stem if size <= 128 else ours.stem[0]).conv, theirs.conv1):
         assert (conv.kernel_size, conv.stride) == ((kernel, kernel), (stride, stride))
@@ -85,7 +85,7 @@ def test_the_stem_is_that_of_the_size(size: int, kernel: int, stride: int) -> No
 
 @pytest.mark.parametrize(("depth", "parameters"), [(18, 11_689_512), (50, 25_557_032)])
 def test_plain_resnet_has_the_standard_models_parameters(depth: int, parameters: int) -> None:
-    """Those of torchvision's resnet18 and resnet50."""
+    """The parameter counts of torchvision's resnet18 and resnet50."""
     with torch.device("meta"):
         model = ResNet(1000, depth, image_size=224)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -123,7 +123,7 @@ def test_multi_scale_separable_equals_its_two_steps() -> None:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_gate_range(legacy: bool) -> None:
-    """The old form lies in [0.5, 1) and cannot suppress; the new one can."""
+    """The old form lies in [0.5, 1) and cannot suppress. The new one can."""
     gate = Gate(4, 8, "trelu", legacy)
     norm = gate.expand[0] if legacy else gate.expand.norm
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_the_gate_starts_neutral() -> None:
 
 @pytest.mark.parametrize(("depth", "most"), [(18, 0.2), (34, 0.2), (50, 0.75)])
 def test_resnet_kl_is_no_larger_than_resnet(depth: int, most: float) -> None:
-    """Parameters of the deployed network over those of the plain one, at the same width."""
+    """The ratio of parameters of the deployed network to those of the plain one, at the same width."""
     with torch.device("meta"):
         ours, plain = ResNetKL(100, depth), ResNet(100, depth)
     ours.exits = torch.nn.ModuleList()
@@ -149,8 +149,8 @@ def test_resnet_kl_is_no_larger_than_resnet(depth: int, most: float) -> None:
 
 
 def test_gradient_of_a_narrow_shortcut() -> None:
-    """oneDNN's own crashes here: 1 x 1 at stride 2, channels_last, fewer channels than a vector. Small integers have
-    exact sums."""
+    """oneDNN's own gradient crashes here: 1 x 1 at stride 2, channels_last, fewer channels than a vector. Sums of small
+    integers are exact."""
     skip = Skip(8, 16, 1, 2, bias=False)
     x = torch.randint(-2, 3, (4, 8, 64, 64)).float()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Files to answers: prepared as training prepares them, one bad file among many, the thresholds of the run."""
+"""From files to answers: preparation as in training, one bad file among many, and the thresholds of the run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_files_are_prepared_as_in_training(run: Path, folder: Path) -> None:
-    """A file of the training set gives the very tensor that training took from it, but for augmentation."""
+    """A file of the training set gives the tensor that training takes from it, except for augmentation."""
     data = load(f"folder:{folder}", image_size=8)
     pixels = torch.cat([data.train.images, data.val.images, data.test.images])
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
@@ -66,7 +66,7 @@ def test_files_are_prepared_as_in_training(run: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("size", [5, 8, 13, 16])
 def test_files_are_scaled_as_a_data_sets_images_are(tmp_path: Path, size: int) -> None:
-    """Digits as files and digits in memory are the same pixels at any size, but for how halves are rounded."""
+    """Digits from files and digits in memory have the same pixels at any size, except for the rounding of halves."""
     images = load("digits", image_size=8).test.images[:20]
     wanted = resized(images, size).int()
     for number, (image, scaled) in enumerate(zip(images, wanted, strict=True)):
@@ -116,7 +116,7 @@ def test_greys_out_of_range_and_huge_images_are_refused(tmp_path: Path, monkeypa
 def test_one_bad_file_costs_no_other_answer(
     run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In batches of two, with names that look like markup and are longer than a terminal is wide."""
+    """In batches of two. A name looks like markup and is longer than a terminal is wide."""
     monkeypatch.setattr(prediction, "BATCH", 2)
     (tmp_path / "torn.png").write_bytes(b"no image")
     long = tmp_path / ("[b]" + 90 * "n" + ".png")
@@ -134,7 +134,7 @@ def test_one_bad_file_costs_no_other_answer(
 
 
 def test_names_that_the_terminal_cannot_write_are_answered(run: Path, folder: Path, tmp_path: Path) -> None:
-    """A name that is not UTF-8, as an archive of other days leaves it, beside one that is."""
+    """A name that is not UTF-8, as an old archive may leave it, beside one that is."""
     paths = [tmp_path / os.fsdecode(b"caf\xe9.png"), tmp_path / "café.png"]
     for path in paths:
         path.write_bytes((folder / "dog" / "0.png").read_bytes())
@@ -189,7 +189,7 @@ def test_a_renamed_class_is_no_silent_zero(run: Path, folder: Path, capsys: pyte
 
 
 def test_images_in_another_folder(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A run goes on with them where its classes are the same, and not where they would mean something else."""
+    """A run goes on with them if they have its classes, and not if the classes would mean something else."""
     begun, moved = shutil.copytree(run, tmp_path / "run"), shutil.copytree(folder, tmp_path / "moved")
     (begun / "metrics.json").unlink()  # as where the run was stopped before its test
     command = ["train", "--resume", "--out", str(begun), "--data", f"folder:{moved}"]
@@ -209,7 +209,7 @@ def test_images_in_another_folder(run: Path, folder: Path, tmp_path: Path, capsy
 
 
 def test_one_more_image_is_noticed(run: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """It changes which images are cut out for the test, so those may have been trained on."""
+    """It changes which images are set aside for the test, so the run may have trained on those."""
     begun, other = shutil.copytree(run, tmp_path / "run"), shutil.copytree(folder, tmp_path / "more")
     shutil.copy(other / "dog" / "0.png", other / "dog" / "00.png")
     config = begun / "config.yaml"

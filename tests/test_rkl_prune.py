@@ -1,4 +1,4 @@
-"""Pruning: what hangs together leaves together, and training goes on as if it had never been there."""
+"""Pruning: channels that belong together are cut together, and training goes on as if they had never been there."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 
 def silence(model: nn.Module, cut: pruning.Cut) -> None:
-    """Zero what a cut will take: gamma and beta of its channels, so that nothing reaches the layers after them."""
+    """Zero gamma and beta of the channels that a cut will take, so that nothing reaches the layers after them."""
     parameters = dict(model.named_parameters())
     for name, kept in cut.items():
         owner = model.get_submodule(name.rpartition(".")[0]) if name in parameters else None
@@ -57,8 +57,8 @@ def test_a_larger_ratio_keeps_no_more(channels: int) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cutting_silent_channels_changes_nothing(name: str) -> None:
-    """Channels whose batch norm gives zero contribute nothing to a layer after them, so the cut model is the same
-    function. The gates' sigmoid of zero is one half, but of a channel that is zero itself."""
+    """Channels whose batch norm gives zero contribute nothing to the layers after them, so the cut model is the same
+    function. A gate's sigmoid of zero is one half, but it multiplies a channel that is zero itself."""
     torch.manual_seed(0)
     model = MODELS[name]()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -80,7 +80,7 @@ def test_cutting_silent_channels_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_goes_on_after_a_cut(name: str) -> None:
-    """Momentum and the follower lose the same channels as the parameters; a step after it reaches all that is left."""
+    """Momentum and the follower lose the same channels as the parameters. The next step reaches all that are left."""
     torch.manual_seed(0)
     model = MODELS[name]()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -116,7 +116,7 @@ def test_the_least_important_channels_leave() -> None:
 
 
 def test_importance_is_a_sum_of_each_layers_shares() -> None:
-    """The filter's and gamma's, each over its layer's mean; what the layers after it make of a channel is no part."""
+    """It adds the shares of the filter and of gamma, each over its layer's mean. Later layers have no part in it."""
     torch.manual_seed(0)
     model = ResNet(5, 18, 10, 2, 8)
     unit = model.stages[0][0].branch[0]
@@ -149,7 +149,7 @@ def test_what_is_frozen_stays_so_through_a_cut() -> None:
     ],
 )
 def test_channels_kept(channels: int, ratio: float, kept: int) -> None:
-    """Multiples of 8 where the ratio spans 8 channels, of a smaller power of two where it does not; never too few."""
+    """Multiples of 8 where the ratio spans 8 channels, else multiples of a smaller power of two. Never too few."""
     assert pruning.channels_kept(channels, ratio) == kept
     assert kept >= channels * (1 - ratio)
 

@@ -1,4 +1,4 @@
-"""What a recipe can ask of the trainer, and what training keeps through a cut."""
+"""What a recipe can ask of the trainer, and what a cut leaves as it was."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_norms_biases_and_depthwise_filters_do_not_decay() -> None:
 
 
 def test_depthwise_filters_of_one_channel_do_not_decay_either() -> None:
-    """A cut may leave one channel; a run that goes on after it must decay what it decayed before."""
+    """A cut may leave a single channel. A run that goes on after it must decay what it decayed before."""
     for layer in (rk.DepthwiseConv2d(1, 3), MultiScaleDepthwise(1, (3, 5), 1)):
         decaying, _ = parameter_groups(nn.Sequential(layer, nn.Conv2d(1, 4, 1)), 0.1)
         assert [tuple(p.shape) for p in decaying["params"]] == [(4, 1, 1, 1)]
@@ -63,7 +63,7 @@ def test_depthwise_filters_of_one_channel_do_not_decay_either() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_gradients_that_rank_channels(weighted: bool) -> None:
-    """They are the training loss's own, the same whatever was drawn before, and none is left for the next step."""
+    """They are the gradients of the training loss, whatever was drawn before. None is left for the next step."""
     config = replace(
         TINY, data="digits-lt", imbalance=20.0, train_size=None, importance="taylor", class_weights=weighted
     )
@@ -99,7 +99,7 @@ def test_dropout_draws_the_same_whatever_came_before() -> None:
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:
-    """Fabric would train in bfloat16, and the record would say float16."""
+    """Fabric would train in bfloat16 while the record would say float16."""
     with pytest.raises(ValueError, match="precision must be 32-true or bf16-mixed on a CPU, got '16-mixed'"):
         make_fabric(replace(TINY, precision="16-mixed"))
 
@@ -120,7 +120,7 @@ def test_a_network_that_cannot_be_cut_is_refused_before_it_trains(
 
 
 def test_a_share_that_no_cut_leaves_is_refused_before_it_trains(tmp_path: Path) -> None:
-    """With the least there is, which trains."""
+    """The message names the least share that is possible, and a run with that share trains."""
     config = replace(TINY, out=tmp_path / "run", epochs=4, prune_at=(0.5, 0.75), prune_macs=0.001)
     with pytest.raises(ValueError, match=r"prune_macs must be at least 0\.\d+, which is as .*, got 0.001") as refused:
         trainer.train(config)
@@ -152,7 +152,7 @@ def test_curves_of_one_epoch_show(tmp_path: Path) -> None:
 
 
 def test_every_process_has_a_batch_to_evaluate() -> None:
-    """However few the images are; where there are fewer than processes, the run is refused."""
+    """This holds for few images too. With fewer images than processes the run is refused."""
     data = trainer.load_data(TINY)
     for images in range(3, 40):
         split = data.val.select(torch.arange(images) % len(data.val))
@@ -168,7 +168,7 @@ def test_every_process_has_a_batch_to_evaluate() -> None:
 
 
 def gammas_before_the_cut(tmp_path: Path, l1: float | None, **settings: object) -> torch.Tensor:
-    """The backbone's gammas when the cut comes."""
+    """The backbone's gammas just before the cut."""
     config = Config(
         tmp_path / str(l1), width=8, image_size=8, prune_at=(0.75,), loss=replace(TINY.loss, l1=l1), **settings
     )
@@ -188,14 +188,14 @@ def gammas_before_the_cut(tmp_path: Path, l1: float | None, **settings: object) 
 
 def test_l1_spreads_the_gammas_where_it_has_the_way(tmp_path: Path) -> None:
     spreads = []
-    for l1 in (0.01, 1e-5):  # ways of 1 and of 0.001
+    for l1 in (0.01, 1e-5):  # they move a gamma by up to 1 and 0.001 before the cut
         values = gammas_before_the_cut(tmp_path, l1, epochs=4, batch_size=16, lr=0.05)
         spreads.append(float(values.std() / values.mean()))
     assert spreads[0] > 1.5 * spreads[1]
 
 
 def test_l1_leaves_a_short_run_its_network(tmp_path: Path) -> None:
-    """In 24 steps of this rate a gamma gets to 0 by a lambda of 1, against which no loss holds it."""
+    """In 24 steps at this rate a lambda of 1 would bring a gamma to 0, and no loss could hold it against that."""
     assert gammas_before_the_cut(tmp_path, None, epochs=8, batch_size=256, lr=0.01).mean() > 0.9
 
 
@@ -203,7 +203,7 @@ def test_l1_acts_until_the_last_cut_and_only_for_cuts() -> None:
     kl = Config(epochs=50)
     assert kl.cut_epochs == [4, 8, 12]
     way = 12 * 100 * kl.lr / (1 - kl.momentum)
-    assert kl.l1_at(0, 100) == MOST_L1 < 1 / way  # few steps: not more than the loss can hold against
+    assert kl.l1_at(0, 100) == MOST_L1 < 1 / way  # few steps: no more than the loss can hold against
     way = 12 * 1000 * kl.lr / (1 - kl.momentum)
     assert [kl.l1_at(epoch, 1000) * way for epoch in (0, 11, 12)] == pytest.approx([1.0, 1.0, 0.0])
     plain = Config(model="resnet")
@@ -217,7 +217,7 @@ def test_a_cut_keeps_channels_last_and_ranks_by_taylor_too(tmp_path: Path) -> No
     data = trainer.load_data(config)
     trainer.taylor_gradients(config, learner, data, 0)
     norm = learner.model.stages[0][0].branch[0].norm
-    with torch.no_grad():  # a channel whose loss has no slope leaves first
+    with torch.no_grad():  # a channel without gradients is cut first
         conv = learner.model.stages[0][0].branch[0].conv
         for weight in (norm.weight, norm.bias, conv.pointwise.weight):
             weight.grad[3] = 0
@@ -250,7 +250,7 @@ def test_the_gradient_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_early_stopping_and_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validation that never gets better than in the first epoch."""
+    """Validation is never better than in the first epoch."""
     real, calls = trainer.evaluate, []
 
     def getting_worse(*arguments: object) -> list:
@@ -270,7 +270,7 @@ def test_early_stopping_and_the_best_epoch(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
-    """A pruned model of ten classes, tuned for two: its channels and averaged values but for the heads."""
+    """A pruned model of ten classes is tuned for two. It keeps its channels and averaged values except in the heads."""
     first = replace(TINY, out=tmp_path / "first", width=8, prune_at=(0.5,), prune_ratio=0.3, ema=0.9)
     trainer.train(first)
     wanted = checkpoint.open_run(first.out).model
@@ -300,7 +300,7 @@ def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
 
 
 def test_a_compiled_model_trains_as_an_eager_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced by torch.compile and run eagerly: what a compiler would change is not ours."""
+    """The model is traced by torch.compile and run eagerly, since a compiler's own changes are not tested here."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: real(model, backend="eager"))
     options = {"train_size": 60, "epochs": 1, "model": "resnet", "activation": "trelu"}
@@ -322,7 +322,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_a_reader_that_closes_the_pipe_is_no_error() -> None:
-    """`rkl train --help | head` ends without a word; the pipe is closed before the first line here."""
+    """`rkl train --help | head` ends without a word. Here the pipe is closed before the first line."""
     command = [sys.executable, "-m", "rkl", "train", "--help"]
     reading, writing = os.pipe()
     os.close(reading)
@@ -360,7 +360,7 @@ def test_every_example_of_the_usage_is_a_command_that_parses(tmp_path: Path, mon
 
 @pytest.mark.parametrize(("package", "extra"), [("tyro", "train"), ("onnxruntime", "export")])
 def test_a_missing_package_is_one_sentence(package: str, extra: str) -> None:
-    """Without the extra: before any command, and in the one that needs it."""
+    """Without the extra the sentence comes before any command, or in the command that needs it."""
     ask = {
         "tyro": "from rkl.__main__ import main; main()",
         "onnxruntime": "from rkl.cli import *; COMMANDS['info'] = lambda _: __import__('onnxruntime'); main(['info'])",

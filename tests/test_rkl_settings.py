@@ -1,4 +1,4 @@
-"""What each setting of the trainer does: to a step by hand, to the learning rate, to what is asked of the batches."""
+"""What each setting of the trainer does: to a step computed by hand, to the learning rate, and to the batches."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_learning_rate_along_half_a_cosine() -> None:
 
 
 def test_warm_up_is_linear_and_beside_the_schedule() -> None:
-    """It may reach into the second third, where the rate it rises to is a tenth."""
+    """Warm-up may reach into the second third, where the rate that it rises to is a tenth."""
     config = Config(epochs=6, lr=0.9, warmup=3.0)
     found = [config.learning_rate(progress) for progress in (0, 1, 2.5, 3, 4)]
     assert found == pytest.approx([0.0, 0.3, 0.09 * 2.5 / 3, 0.09, 0.009])
@@ -73,7 +73,7 @@ def test_batches_are_asked_for_as_configured(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def step(learner: Learner, gradient: float, rate: float) -> None:
-    """One step along a gradient that is the same everywhere."""
+    """One step along a gradient of the same value everywhere."""
     for parameter in learner.model.parameters():
         parameter.grad = torch.full_like(parameter, gradient)
     learner.step(rate, 0.0)
@@ -90,7 +90,7 @@ def wrapped(config: Config) -> tuple[Learner, list[torch.Tensor]]:
     ("changes", "expected"),
     [
         ({}, 2.0),
-        ({"momentum": 0.5}, 1 + 1.5),  # the gradient, and then half of it again
+        ({"momentum": 0.5}, 1 + 1.5),  # the gradient, and in the second step half of it again
         ({"momentum": 0.5, "nesterov": True}, 1.5 + 1.75),  # each looks half of its buffer ahead
     ],
 )
@@ -103,7 +103,7 @@ def test_two_steps_of_momentum(changes: dict, expected: float) -> None:
 
 
 def test_a_clipped_gradient_has_its_norm() -> None:
-    """In all, over the parameters; one below it stays as it is."""
+    """The norm is over all parameters together. A gradient below the limit stays as it is."""
     for gradient in (2.0, 1e-6):
         learner, before = wrapped(replace(PLAIN, clip=0.5))
         norm = gradient * sum(parameter.numel() for parameter in before) ** 0.5
@@ -117,12 +117,12 @@ def test_a_step_without_a_gradient_decays_what_decays(decay: str) -> None:
     learner, before = wrapped(replace(PLAIN, weight_decay=0.1, decay=decay))
     step(learner, 0.0, 0.5)
     for parameter, start in zip(learner.model.parameters(), before, strict=True):
-        decays = decay == "all" or parameter.ndim > 1  # its filters are all dense
+        decays = decay == "all" or parameter.ndim > 1  # all filters of this model are dense
         torch.testing.assert_close(parameter.detach(), start * (0.95 if decays else 1.0))
 
 
 def test_the_moving_average_starts_at_the_first_step_and_follows() -> None:
-    """It is what is evaluated: the first step's weights, then a fifth of the way to each next one's."""
+    """The average is evaluated. It starts as the first step's weights, then moves a fifth of the way to each next."""
     learner, before = wrapped(replace(PLAIN, ema=0.8))
     for _ in range(3):
         step(learner, 1.0, 1.0)

@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def comparable(folder: Path) -> tuple[list, dict]:
-    """Log and metrics of a run without what depends on the clock."""
+    """Log and metrics of a run, without values that depend on the clock or the machine's memory."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     record = json.loads((folder / "metrics.json").read_text())
     timed = {"seconds", "data_share", "peak_memory_bytes", "test_looked_at", "latency_ms"}
@@ -104,7 +104,7 @@ def train_interrupted(config: Config, monkeypatch: pytest.MonkeyPatch, stop_afte
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
-    """Stopped in the epoch after ``stop_after``, before and after the cut."""
+    """The run stops in the epoch after ``stop_after``, before or after the cut."""
     config = tiny(tmp_path / "run")
     train_interrupted(config, monkeypatch, stop_after)
     trainer.train(config, resume=True)
@@ -116,7 +116,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
 
 def test_cuts_reach_their_share_of_the_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cuts to half the multiply-accumulates; stopped between them, the second one still knows where it started."""
+    """Two cuts to half the multiply-accumulates. The run stops between them; the second cut still knows the start."""
     config = tiny(tmp_path / "run", width=8, prune_at=(0.3, 0.7), prune_macs=0.5)
     train_interrupted(config, monkeypatch, stop_after=2)
     trainer.train(config, resume=True)
@@ -312,7 +312,7 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatc
 
 
 def test_a_checkpoint_saved_while_it_is_loaded(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by a run that trains meanwhile: the newer one is loaded, and not refused as damaged."""
+    """A run may train meanwhile. The newer checkpoint is loaded, and not refused as damaged."""
     tensors, facts = checkpoint.load(run / "checkpoints", "last")
     checkpoint.save(tmp_path, "last", tensors, facts)
     whole = checkpoint.load_file
@@ -341,7 +341,7 @@ def test_safetensors_hold_model_momentum_and_average(run: Path) -> None:
 
 
 def train_in_two_processes(folder: Path, how: str) -> dict[str, torch.Tensor]:
-    """What the run of tests/two_processes.py saved last."""
+    """Run tests/two_processes.py twice at once and return what the run saved last."""
     port = str(find_free_network_port())
     script = Path(__file__).with_name("two_processes.py")
     processes = [
@@ -360,9 +360,12 @@ def train_in_two_processes(folder: Path, how: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_end_as_one_with_the_same_batches(tmp_path: Path) -> None:
-    """Gloo, with a cut and a resume on the way; one process takes their two batches in turn before each step, so that
-    batch norm sees the same images. Its running statistics are each one's own way, and not compared. Two that were not
-    stopped end with the same bits."""
+    """Two processes train over Gloo, with a cut and a resume on the way. Two that were not stopped end with the same
+    bits.
+
+    A single process takes their two batches in turn before each step, so that batch norm sees the same images. The
+    running statistics take another course and are not compared.
+    """
     stopped, whole = (train_in_two_processes(tmp_path / how, how) for how in ("stopped", "whole"))
     assert stopped.keys() == whole.keys()
     assert all(torch.equal(value, whole[name]) for name, value in stopped.items())

@@ -1,4 +1,4 @@
-"""What a run may do to its folder, and what it finds there: nobody's files are lost, and a run goes on from its own."""
+"""What a run may do to its folder and what it finds there: no one's files are lost, and a run goes on from its own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, by its place."""
+    """The content of every file, by its path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -67,7 +67,7 @@ def test_files_of_others_are_left_and_named(
 
 
 def test_a_failing_run_leaves_what_was_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Files beside a run's own, and what a run leaves that was killed in its first epoch."""
+    """There are other files beside the run's own, and the leftovers of a run killed in its first epoch."""
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events.out.tfevents.1").write_bytes(b"of a killed run")
@@ -105,7 +105,7 @@ def test_a_finished_run_does_not_look_at_the_test_images_again(run: Path, tmp_pa
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`rkl train --resume --out FOLDER`, as the usage says; settings that a run may change are given beside it."""
+    """`rkl train --resume --out FOLDER`, as the usage says, with a setting that a resumed run may change."""
     config = tiny(tmp_path / "run", lr=0.04)
     train_interrupted(config, monkeypatch, 1)
     main(["train", "--resume", "--out", str(config.out), "--on-nan", "skip"])
@@ -117,7 +117,7 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytes
 def test_settings_that_were_edited_in_the_runs_own_file_are_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, key: str, value: float
 ) -> None:
-    """A bare --resume takes them from there; a run that trained on with them could not be opened."""
+    """A bare --resume reads them from there. A run that trained on with them could not be opened."""
     folder = shutil.copytree(run, tmp_path / "run")
     (folder / "metrics.json").unlink()
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -187,7 +187,7 @@ def test_a_cut_run_that_fails_leaves_nothing(run: Path, tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_names_a_way_on_that_there_is(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command again where nothing is left or --resume is given; `rkl prune` has no --resume."""
+    """That is the same command where nothing is left or --resume is given. `rkl prune` has no --resume."""
     config, opened, replace = tiny(tmp_path / "run", width=8), checkpoint.open_run(run), os.replace
 
     def said(file: str, act: Callable[[], object]) -> str:
@@ -257,7 +257,7 @@ def test_a_run_that_started_from_anothers_weights_goes_on_without_it(
 
 
 def test_resume_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A mistyped folder must not begin the default run."""
+    """A mistyped folder must not start the default run."""
     said = fails(["train", "--resume", "--out", str(tmp_path / "typo")], capsys)
     assert "out must be the folder of a run to --resume" in said
     assert not (tmp_path / "typo").exists()
@@ -266,7 +266,7 @@ def test_resume_of_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_no_run_lies_among_its_images(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """There it would be a class with its plots for images, and nothing would find what it was trained on."""
+    """There the run would be a class with its plots as images, and no one could find what it was trained on."""
     images = Path(shutil.copytree(run / "plots", tmp_path / "images" / "a")).parent
     shutil.copytree(run / "plots", images / "b")
     before, data = contents(tmp_path), f"folder:{images}"

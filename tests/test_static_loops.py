@@ -1,4 +1,4 @@
-"""The finding of hot loops in machine code, and the bounds on what they may cost."""
+"""How hot loops are found in machine code, and the bounds on their instructions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.static_loops import Bound, beyond, functions, instructions_a_row, kind, loop_rows
 
-# An outer loop from 0x0010 around one from 0x0020 that multiplies; the latter's unlikely part stands behind it and
-# jumps back, and a shuffle has a way for a warp whose threads have parted, which a whole warp never takes.
+# An outer loop from 0x0010 around one from 0x0020 that multiplies. The unlikely part of the inner loop stands behind it
+# and jumps back. The shuffle has a branch for a warp whose threads have diverged, which a whole warp never takes.
 OUTER = """
 \tarch = sm_90
 \t\tFunction : _Z4loopv
@@ -33,7 +33,7 @@ OUTER = """
         /*0100*/                   BRA 0x80 ;
         /*0110*/                   BRA 0x110 ;
 """
-# Threads that part and meet again (BSSY, BSYNC) inside of the loop.
+# Threads that diverge and meet again (BSSY, BSYNC) inside the loop.
 MEETING = """
 \tarch = sm_80
 \t\tFunction : _Z4meetv

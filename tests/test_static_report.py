@@ -1,4 +1,4 @@
-"""The built CUDA kernels against the committed static report: no spill, and nothing lost that an earlier build had."""
+"""The built CUDA kernels against the committed static report: no spills, and no loss against the earlier build."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from benchmarks import static_loops, static_report
 from benchmarks.static_loops import Bound
 
-# What a row of 256 outputs may cost in the hot loop: as many instructions as it takes today.
+# How many instructions a row of 256 outputs may take in the hot loop: as many as it takes today.
 BOUNDS = [
     # The trial programs that ran on an H200 took 84 and 128 forward at 3 x 3 and 7 x 7, and 150 for the filter's
-    # gradient at 7 x 7. Knowing rows of padding, which are then left out (6 of 14 at 8 px and 7 x 7), takes 1 to 6.
+    # gradient at 7 x 7. It takes 1 to 6 more to detect rows of padding and leave them out (6 of 14 at 8 px and 7 x 7).
     Bound(r"rows::rows_convolution<\w+, 0, false>", products=12, instructions=78, blocks=3),
     Bound(r"rows::rows_convolution<\w+, 1, false>", products=12, instructions=88, blocks=2),
     Bound(r"rows::rows_convolution<\w+, 2, false>", products=12, instructions=122, blocks=3),
@@ -62,7 +62,7 @@ def test_built_kernels() -> None:
 
 
 TRITON_CALLS = ("trelu bf16", "depthwise 64ch 3x3 bf16", "depthwise 64ch 3x3 s2 fp16")
-"""A part of what ``make static`` compiles, for time: every kernel."""
+"""A part of what ``make static`` compiles, to save time. It covers every kernel."""
 
 
 def test_triton_kernels_ahead_of_time() -> None:
@@ -108,6 +108,6 @@ def test_no_regression() -> None:
     [(32, 0, 16), (96, 0, 5), (128, 0, 4), (255, 0, 2), (32, 40 << 10, 4), (32, 41 << 10, 3), (32, 1 << 20, 0)],
 )
 def test_blocks_of_128_threads_on_sm_80(registers: int, shared: int, blocks: int) -> None:
-    # 65536 registers are 16 blocks of 128 threads with 32 each. With the
-    # reserved KiB, 40 KiB of shared memory fit 4 times into 164, 41 KiB 3 times.
+    # 65536 registers are 16 blocks of 128 threads with 32 registers each. With the reserved KiB, 40 KiB of shared
+    # memory fit 4 times into 164, and 41 KiB 3 times.
     assert static_report.blocks_per_multiprocessor(80, 128, registers, shared) == blocks

@@ -1,4 +1,4 @@
-"""Threads and processes: settings hold for the thread that made them; results are the same however many there are."""
+"""Threads and processes: settings hold for the thread that made them, and results are the same for any number."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_settings_are_undone_after_an_error():
 
 
 def called(model: nn.Module, done: threading.Event) -> int:
-    """Calls a model until another thread is done; how often. Each call gives the same."""
+    """Call a model until another thread is done, and return how often. Each call must give the same."""
     calls = 0
     with torch.no_grad():
         expected = model(IMAGE)
@@ -94,7 +94,7 @@ def test_models_are_called_while_a_fused_one_is_loaded():
 
 
 def test_models_are_fused_at_once():
-    """And torch's own methods are in their places afterwards, which torch.fx replaces while it reads."""
+    """torch.fx replaces methods of torch while it traces. They are in their places afterwards."""
     methods = nn.Module.__call__, nn.Module.__getattr__
     models = [nn.Sequential(chain(nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Tanh())) for _ in range(20)]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -104,7 +104,7 @@ def test_models_are_fused_at_once():
 
 
 def results(case: Case) -> list[Tensor]:
-    """Of a case; none where the rules refuse its arguments. An error of a kernel's is a failure."""
+    """A case's results, or none where the rules refuse its arguments. An error from a kernel is a failure."""
     with rk.use_backend("cpu"), suppress(ArgumentError, ArgumentTypeError):
         return case.run(rk, *case.make())
     return []
@@ -120,8 +120,8 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
 @examples(0.1)
 @given(st.one_of(cases("depthwise"), cases("separable")))
 def test_same_bits_for_any_number_of_threads(case):
-    # Where a gradient is wanted the last silu or gelu is PyTorch's, which rounds otherwise where a thread's share ends:
-    # there, all that is before it.
+    # Where a gradient is wanted, the last silu or gelu is PyTorch's, which rounds differently where a thread's share
+    # ends. So compare all that comes before it.
     if any(case.wanted) and case.activations[1:] in (("silu",), ("gelu",)):
         case = replace(case, activations=(case.activations[0], None))
     before, found = torch.get_num_threads(), []
@@ -145,7 +145,7 @@ CALLS = {
 
 
 def step(name: str) -> list[Tensor]:
-    """Output and gradients of one call on tensors of its own, always the same."""
+    """Output and gradients of one call on tensors that are always the same."""
     function, shapes = CALLS[name]
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
@@ -169,7 +169,7 @@ def test_several_processes():
 
 
 def is_same_in_fork(name: str) -> bool:
-    """As PyTorch's own operators: in a child of one thread, as DataLoader's workers are."""
+    """Whether a forked child of one thread, like a DataLoader's worker, gets the same, as with PyTorch's operators."""
     torch.set_num_threads(2)
     expected, context = step(name), multiprocessing.get_context("fork")
 
@@ -185,7 +185,7 @@ def is_same_in_fork(name: str) -> bool:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_after_use():
-    # From a process of its own: PyTorch refuses a backward in the fork of one where autograd has started threads, as
-    # the compiler's tests make it do.
+    # In a separate process: PyTorch refuses a backward in the fork of a process where autograd has started threads, and
+    # the compiler's tests start some.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert all(pool.map(is_same_in_fork, CALLS))

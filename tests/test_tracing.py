@@ -1,4 +1,4 @@
-"""Counters and tracers that look on: FlopCounterMode, torch.fx, torch.jit.trace; meta, fake and complex tensors."""
+"""Counters and tracers: FlopCounterMode, torch.fx, torch.jit.trace. Also meta, fake and complex tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def flops(function, *shapes, backward):
     return counter.get_total_flops()
 
 
-# PyTorch's count of a filter's gradient forgets the groups (it is C times too large), so with a gradient C is 1.
+# PyTorch's count of a filter's gradient ignores the groups and is C times too large. So C is 1 with a gradient.
 @pytest.mark.parametrize(("channels", "backward"), [(6, False), (1, True)])
 def test_flops_are_those_of_convolutions(channels, backward):
     shapes = (2, channels, 9, 8), (channels, 1, 3, 3), (5, channels, 1, 1)
@@ -72,7 +72,7 @@ def test_flops_of_a_backward_alone():
 
 
 def test_flops_of_a_biass_gradient():
-    """It is a sum, which counts as nothing; a depthwise bias takes the pointwise step's gradient first."""
+    """It is a sum, which counts as nothing. For a depthwise bias the gradient of the pointwise step comes first."""
     x, w, p, b = torch.randn(2, 6, 9, 8), torch.randn(6, 1, 3, 3), torch.randn(5, 6, 1, 1), torch.randn(6)
     b.requires_grad_()
     for y, before in ((rk.depthwise_conv2d(x, w, b), 0), (rk.separable_conv2d(x, w, p, b), 2 * 2 * 7 * 6 * 6 * 5)):
@@ -82,7 +82,7 @@ def test_flops_of_a_biass_gradient():
 
 
 class Names(TorchDispatchMode):
-    """The operators of our namespaces, and PyTorch's convolutions, that are called in the block."""
+    """Notes the convolutions called in the block, those of our namespaces and PyTorch's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def test_jit_trace_is_the_same_in_every_grad_mode():
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 def test_a_traced_activation_that_keeps_its_input(activation, mode):
-    """torch.jit.trace compares its graph with one that it makes without gradients."""
+    """torch.jit.trace compares its graph with a second one, made without gradients."""
     layer = rk.SeparableConv2d(3, 4, 3, activation=activation)
     with mode():
         traced = torch.jit.trace(layer, X)
@@ -195,7 +195,7 @@ def test_complex_tensors_are_the_references():
 
 
 class Tagged(torch.Tensor):
-    """A subclass without anything of its own."""
+    """A subclass that adds nothing."""
 
 
 def test_subclasses_and_modes_are_served_as_by_pytorchs_functions():

@@ -1,4 +1,4 @@
-"""Layers under torch.compile and autocast; what is registered with the operators, by opcheck and by what it says."""
+"""Layers under torch.compile and autocast, and the registrations of the operators by opcheck and decompositions."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_autocast_leaves_what_it_is_not_for():
 
 
 def _arguments(layout, dtype):
-    """Of each operator, one or several."""
+    """The arguments of one or several calls of each operator."""
     window = [2, 1], [1, 1], [1, 1]
 
     def leaf(*shape):
@@ -136,7 +136,7 @@ def test_operators_are_what_they_decompose_into(layout):
 
 
 def test_every_thread_count_gives_the_same_bits():
-    """Sums are cut by shape, never by the number of threads."""
+    """Sums are split by the shape, never by the number of threads."""
     threads = torch.get_num_threads()
     results = []
     for count in (1, 2, 3):

@@ -1,4 +1,5 @@
-"""What cannot be written is told in one line, before the work where that can be known; nothing is half written."""
+"""A file that cannot be written ends a command in one line, before the work if that can be known. Nothing is left half
+written."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def spoilt(*_: object, **__: object) -> Any:
 
 
 def refused(main: Callable[[list[str]], object], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The last line that a program ends with where it refuses."""
+    """The last line that a program prints when it refuses."""
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
@@ -41,7 +42,7 @@ def refused(main: Callable[[list[str]], object], arguments: list[str], capsys: p
 
 @pytest.fixture
 def in_the_way(tmp_path: Path) -> Path:
-    """A file, where a folder is wanted."""
+    """A file where a folder is wanted."""
     path = tmp_path / "file"
     path.write_text("mine")
     return path
@@ -113,7 +114,7 @@ def test_a_plot_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: py
 
 
 def test_records_are_json_to_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A validation loss may be nan where training goes on, and JSON knows none: null is written, and nan is read."""
+    """A validation loss may be nan while training goes on. JSON has no nan, so null is written and read as nan."""
     measured = metrics.exit_metrics
     monkeypatch.setattr(metrics, "exit_metrics", lambda *values: measured(*values) | {"nll": math.nan})
     small = {"width": 4, "image_size": 8, "train_size": 60, "test_size": 20, "batch_size": 32}

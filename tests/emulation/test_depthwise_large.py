@@ -33,8 +33,8 @@ class LargeRun(Run):
         return dx, *self.sums(self.backward(dx, dw, db))
 
     def sums(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the sums of the parts here. The second stage spreads the last channels' taps over its whole grid, but only
-        a few blocks run."""
+        """Add the sums of the parts here. The second stage spreads the last channels' taps over its whole grid, but
+        only a few blocks run."""
         parts = workspace.view(-1, self.weight[0].numel() + 1, self.case.channels)
         sums = parts[..., -64:].sum(0).t()
         return sums[:, :-1].reshape(-1, 1, *self.case.kernel), sums[:, -1]

@@ -26,6 +26,6 @@ def test_gradients_of_a_whole_step():
     got, want = gradients(net, images, "triton"), gradients(exact, images.double(), "reference")
     assert got.keys() == want.keys()
     for name, gradient in want.items():
-        # Batch norm over two images amplifies small differences, so the bound is a share of the layer's largest gradient.
+        # Batch norm over two images amplifies small differences. The bound is a share of the layer's largest gradient.
         error = (got[name].double() - gradient).abs().max().item()
         assert error <= 2e-3 * gradient.abs().max().item() + 1e-6, name
