@@ -105,7 +105,7 @@ def at_epoch(number: int, what: Callable[[], object]) -> None:
 def small_files(number: int, limit: int, config: Config) -> None:
     """From an epoch on (0: from the start), writes fail where a file would get longer than ``limit`` bytes.
 
-    This is like a full disk but for the error's text: a write fails in its middle.
+    As on a full disk, a write fails in its middle. Only the error's text differs.
     """
     most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     what = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, most))

@@ -30,7 +30,7 @@ def flipped(content: bytes, draw: random.Random) -> bytes:
 
 
 def headless(content: bytes, draw: random.Random) -> bytes:
-    """Other first bytes: there a format says what it is and how large."""
+    """Replace the first bytes, where a format says what it is and how large."""
     return draw.randbytes(8) + content[8:]
 
 

@@ -7,8 +7,8 @@ With the unit roundoff u of the type, v = 2^-24 of float32, and gamma_n = n v / 
   the factors add to that.
 - Rounding to the type adds u times the value, or half of the smallest number.
 - An activation passes on the argument's error times its steepest slope, and adds the roundings of its own formula.
-- Where a sum of magnitudes reaches float32's largest number, any result is allowed. So it is where a rounded value
-  reaches the type's largest number.
+- Where a sum of magnitudes reaches float32's largest number, any result is allowed. The same holds where a rounded
+  value reaches the type's largest number.
 - Where a factor that may be zero meets an infinity, the result must be NaN or an infinity.
 
 Infinities and NaNs must be those of the exact result. The docstrings leave these cases open: a filter's infinities and

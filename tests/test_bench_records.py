@@ -160,7 +160,7 @@ def test_a_single_sample_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFix
     assert "not judged: 1 rows, of which a run has a single sample and so no noise" in told
     data = json.loads((tmp_path / "new.json").read_text(), parse_constant=pytest.fail)
     assert data["rows"][0]["times"]["ours nchw"] == {"seconds": 20.0, "noise": None, "samples": 1}
-    data["rows"][0]["times"]["ours nchw"]["noise"] = 0.0  # as it was written once
+    data["rows"][0]["times"]["ours nchw"]["noise"] = 0.0  # as earlier records have it
     (tmp_path / "new.json").write_text(json.dumps(data))
     assert suite.Run.load(tmp_path / "new.json") == runs[0]
     assert report.markdown(runs[0], "run.png").count("| ? |") == 1

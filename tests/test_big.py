@@ -43,7 +43,7 @@ def gradient(tensors, separable, grad):
 
 
 def zeros(count: int) -> torch.Tensor:
-    """Zeros that take no memory until they are written to. NumPy's come so from the system; PyTorch writes its own."""
+    """Zeros that take no memory until they are written to. NumPy gets them from the system; PyTorch writes its own."""
     return torch.from_numpy(np.zeros(count, np.int16)).view(torch.bfloat16)
 
 

@@ -1,5 +1,5 @@
-"""Fused copies: making one draws no random numbers, its report names a chain once, and its layers get free names. A
-copy that was saved computes the same when it is loaded."""
+"""Fused copies: making one leaves the random state as it was, its report names a chain once, and its layers get free
+names. A saved copy computes the same when it is loaded."""
 
 from __future__ import annotations
 

@@ -196,7 +196,8 @@ def test_larger_filters_are_fused_at_stride_1_alone(monkeypatch, kernel, stride,
 @pytest.mark.parametrize(("kernel", "stride", "family"), [(3, 3, "the general kernel"), (13, 1, "the tensor cores")])
 @pytest.mark.parametrize("nhwc", [True, False])
 def test_contiguous_images_are_said_to_be_transposed(monkeypatch, kernel, stride, family, nhwc):
-    """They are named transposed where they are, for the general kernel too, and not where NCHW has its own kernel."""
+    """Images are said to be transposed where they are, for the general kernel too. Where NCHW has its own kernel they
+    are not."""
     told = explain_depthwise_as_cuda(monkeypatch, kernel, nhwc, padding=kernel // 2, stride=stride)
     transposed = "transposed to NHWC, " if not nhwc and family == "the general kernel" else ""
     assert told.startswith(f"output: {transposed}{family}")

@@ -107,7 +107,7 @@ def catching_the_refusal(self, x):
     x = self.straight(x)
     try:
         return x * 2 if x.mean() > -100 else x
-    except Exception:  # as a model may, to go on without: the refusal must count all the same
+    except Exception:  # a model may catch this and go on; the refusal must count all the same
         return x
 
 
@@ -115,7 +115,7 @@ def asking_for_a_length(self, x):
     x = self.straight(x)
     try:
         return x * len(x)
-    except Exception:  # as a model may, to go on without: the refusal must count all the same
+    except Exception:  # a model may catch this and go on; the refusal must count all the same
         return x
 
 

@@ -78,7 +78,7 @@ def test_models_are_called_while_another_is_fused():
 
 
 def test_models_are_called_while_a_fused_one_is_loaded():
-    """torch.fx reads its code anew."""
+    """Loading traces the model's code anew by torch.fx."""
     file, done = io.BytesIO(), threading.Event()
     torch.save(rk.fuse_for_inference(nn.Sequential(*chain(nn.ReLU()), *(nn.Tanh() for _ in range(50)))), file)
     with ThreadPoolExecutor(THREADS) as pool:

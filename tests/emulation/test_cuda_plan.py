@@ -76,7 +76,7 @@ def test_families_and_shared_memory(gpu: Gpu, dtype: str, nhwc: bool, device: st
 @pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_an_empty_convolution_has_a_plan_too(gpu: Gpu, dtype: str, nhwc: bool) -> None:
-    # explain() asks for plans of empty batches too. There a family would divide by the number of images.
+    # Whoever asks how a call would run may ask for an empty batch too. There a family would divide by its images.
     kernels, device = gpu.kernels, gpu.kernels.Device(*DEVICES["H200"])
     for shape in SHAPES:
         for empty in ("batch", "channels"):
@@ -154,7 +154,7 @@ def test_separable_layers_that_take_contiguous_images_where_they_lie(gpu: Gpu) -
 
 
 def test_what_is_left_to_pytorch(gpu: Gpu) -> None:
-    """Of the shapes, outputs of stride 2 of 4 columns and less, in 16 bits and NHWC, with nothing behind them."""
+    """Of the shapes, PyTorch gets outputs of up to 4 columns at stride 2, in 16 bits and NHWC, with nothing after them."""
 
     def left(dtype: str, nhwc: bool, finished: bool = False) -> set[str]:
         number = getattr(gpu.kernels.Dtype, dtype)

@@ -26,8 +26,8 @@ def backend(request, device):
 
 
 def check(function, tensors, device, dtype, tolerance, backend, layout="nhwc"):
-    """Compare output and gradients of ``function(library, *tensors)`` with the reference's, relative to its largest
-    value. A second call must give the same bits."""
+    """Compare output and gradients of ``function(library, *tensors)`` with the reference's, relative to the reference's
+    largest value or 1. A second call must give the same bits."""
     torch.manual_seed(0)
     formats = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
     mine = []
