@@ -26,7 +26,7 @@ from .rewrite import rewrite
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OUT = ROOT / "build/emulation"
-# No vectorizer: it would merge a thread's scalar accesses into wider ones that the kernel never makes.
+# No vectoriser: it would merge a thread's scalar accesses into wider ones that the kernel never makes.
 COMMON = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-march=native", "-fno-tree-vectorize", "-w"]
 KERNEL_FLAGS = {
     "checked": ["-fsanitize=thread"],

@@ -154,7 +154,7 @@ def test_separable_layers_that_take_contiguous_images_where_they_lie(gpu: Gpu) -
 
 
 def test_what_is_left_to_pytorch(gpu: Gpu) -> None:
-    """Of the shapes, PyTorch gets outputs of up to 4 columns at stride 2, in 16 bits and NHWC, with nothing after them."""
+    """PyTorch gets shapes of up to 4 output columns at stride 2, in 16 bits and NHWC, without bias or activation."""
 
     def left(dtype: str, nhwc: bool, finished: bool = False) -> set[str]:
         number = getattr(gpu.kernels.Dtype, dtype)
