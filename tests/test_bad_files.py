@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import mmap
 import shutil
 import struct
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import flipped, headless, mutated, never, refusals, spliced, truncated
+from mutations import MOST, flipped, headless, mutated, never, refusals, spliced, truncated, watched
 
 from rkl.cli import main
 from rkl.config import Config, read_yaml
@@ -223,6 +224,16 @@ def test_an_experiments_record_cannot_lead_out_of_its_folder(tmp_path: Path) -> 
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
 ALLOWED = {"rkl/data/formats.py": {"pickle"}}
 """CIFAR's own files are pickles. Their reader refuses every global except those of arrays (test_bad_data.py)."""
+
+
+def test_the_watch_sees_memory_below_an_earlier_peak(tmp_path: Path) -> None:
+    def hold(size: int) -> None:
+        with mmap.mmap(-1, size) as memory:  # not of the heap, which may keep what was freed
+            memory[:: mmap.PAGESIZE] = bytes(size // mmap.PAGESIZE)
+
+    hold(2 * MOST)
+    with pytest.raises(AssertionError, match="bytes more were held"), watched(tmp_path):
+        hold(MOST + 2**24)
 
 
 def test_nothing_unpickles_or_runs_a_file() -> None:

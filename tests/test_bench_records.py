@@ -143,8 +143,9 @@ def test_a_run_that_time_cut_short_replaces_no_fuller_record(tmp_path: Path) -> 
 def test_bench_compare_has_the_time_that_the_committed_records_took() -> None:
     (line,) = re.findall(r"benchmarks\.suite .*--out runs/bench", (ROOT / "Makefile").read_text())
     within = re.search(r"--within (\d+)", line)
-    for path in suite.RESULTS.glob("*-2-threads.json"):
-        record = suite.Run.load(path)
+    records = [suite.Run.load(path) for path in suite.RESULTS.glob("*-2-threads.json")]
+    assert records
+    for record in records:
         assert record.rows
         assert not record.left_out
         assert within, f"{line} ends before all rows are measured, and compare.py calls the others missing"

@@ -38,7 +38,7 @@ CASES = [  # N, C, H, W, (kh, kw), stride, padding, dilation
     (2, 17, 5, 64, (3, 3), 1, 1, 1),  # several blocks inside the image
     (1, 24, 6, 57, (5, 5), 1, 2, 1),
     (1, 20, 7, 90, (3, 3), 2, 1, 1),
-    (2, 19, 9, 13, (3, 3), 2, 1, 1),  # halved: rows in pairs, the last one alone
+    (2, 19, 9, 13, (3, 3), 2, 1, 1),  # by HalvingRows: rows in pairs, the last one alone
     (3, 8, 16, 16, (3, 3), 2, 1, 1),  # pairs that fill a vector
     (1, 6, 37, 69, (3, 3), 2, 1, 1),  # rows of whole vectors and a rest
     (2, 3, 1, 64, (3, 3), 2, 1, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import weakref
 
 import pytest
@@ -15,7 +16,7 @@ import rkl_kernels as rk
 def resident() -> int:
     """Bytes of this process that are resident in memory."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 STEPS = {

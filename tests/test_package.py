@@ -81,11 +81,11 @@ def test_wheel_is_tagged_abi3(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(r"resnet_kl-.*-cp310-abi3-.*\.whl", wheel.name)
     files = zipfile.ZipFile(wheel).namelist()
-    assert {"rkl_kernels/_C.abi3.so", "rkl_kernels/py.typed", "rkl_kernels/__init__.py"} <= set(files)
+    assert {"rkl_kernels/_C.abi3.so", "rkl_kernels/py.typed", "rkl_kernels/__init__.py", "rkl/cli.py"} <= set(files)
 
 
 def test_source_distribution_holds_every_source(tmp_path):
-    """Whether or not there is a CUDA compiler where it is made."""
+    """Those of the CUDA kernels too where it is made without them."""
     tree = tmp_path / "tree"
     left_out = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "runs", "dist")
     shutil.copytree(ROOT, tree, ignore=left_out)

@@ -139,14 +139,16 @@ def test_every_thread_count_gives_the_same_bits():
     """Sums are split by the shape, never by the number of threads."""
     threads = torch.get_num_threads()
     results = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        torch.manual_seed(0)
-        net = Net()
-        x = torch.randn(9, 4, 33, 35, requires_grad=True)
-        y = net(x)
-        y.square().sum().backward()
-        results.append([y.detach(), x.grad, *[p.grad for p in net.parameters()]])
-    torch.set_num_threads(threads)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            net = Net()
+            x = torch.randn(9, 4, 33, 35, requires_grad=True)
+            y = net(x)
+            y.square().sum().backward()
+            results.append([y.detach(), x.grad, *[p.grad for p in net.parameters()]])
+    finally:
+        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

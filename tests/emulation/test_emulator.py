@@ -42,12 +42,12 @@ CAUGHT_SANITIZED = {
 }
 
 
-def ring(gpu: Gpu, bug: str) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(gpu: Gpu, bug: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel read and what it wrote."""
     x = gpu.put(torch.randn(256))
     y = gpu.empty(256)
     getattr(gpu.kernels.seeded_bugs, bug)(x.data_ptr(), y.data_ptr())
-    rings = x.view(2, 128)
-    return y.view(2, 128), rings.roll(1, 1) + rings.roll(-1, 1)
+    return x, y
 
 
 @pytest.mark.sanitized
@@ -55,9 +55,12 @@ def ring(gpu: Gpu, bug: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("order", ORDERS)
 def test_correct_kernel_passes(gpu: Gpu, order: str, late_copies: bool) -> None:
     gpu.schedule(order, late_copies=late_copies)
-    y, expected = ring(gpu, "correct")
-    torch.testing.assert_close(y, expected, rtol=0, atol=0)
-    ring(gpu, "correct_rows")
+    x, y = launch(gpu, "correct")
+    rings = x.view(2, 128)
+    assert torch.equal(y.view(2, 128), rings.roll(1, 1) + rings.roll(-1, 1))
+    x, y = launch(gpu, "correct_rows")
+    # Word c of row r of matrix i is register i of thread 4 r + c, and each warp has the other's rows.
+    assert torch.equal(y.view(2, 4, 8, 4), x.view(2, 8, 4, 4).permute(0, 3, 1, 2).flip(0))
 
 
 @pytest.mark.parametrize("bug", CAUGHT)
@@ -66,7 +69,7 @@ def test_seeded_bug_is_caught(gpu: Gpu, bug: str) -> None:
     for order in ORDERS:
         gpu.schedule(order)
         try:
-            ring(gpu, bug)
+            launch(gpu, bug)
         except RuntimeError as error:
             found.append(str(error))
     assert found, f"{bug} passed in every order"
@@ -93,7 +96,7 @@ def test_sanitizers_catch_seeded_bug(bug: str) -> None:
 
 
 def test_traffic_is_counted_by_sector(gpu: Gpu) -> None:
-    ring(gpu, "correct")
+    launch(gpu, "correct")
     traffic = gpu.traffic()["ring"]
     # Each block reads its 128 floats twice and writes them once. A sector counts once for each block and direction.
     assert (traffic.launches, traffic.blocks, traffic.read, traffic.written) == (1, 2, 1024, 1024)

@@ -12,7 +12,7 @@ from .conftest import DTYPES, ORDERS, Gpu
 def test_shuffles_and_votes(gpu: Gpu, order: str) -> None:
     gpu.schedule(order)
     x = [(7 * lane) % 32 - 9 for lane in range(32)]  # every value once
-    out = gpu.empty(11, 32, dtype=torch.int32)
+    out = gpu.empty(13, 32, dtype=torch.int32)
     values = gpu.put(torch.tensor(x, dtype=torch.int32))
     gpu.kernels.warp_functions.warp_functions(values.data_ptr(), 0, out.data_ptr())
 
@@ -34,6 +34,8 @@ def test_shuffles_and_votes(gpu: Gpu, order: str) -> None:
         [ballot - (ballot >> 31 << 32)] * 32,
         [1] * 32,
         [0] * 32,
+        [0] * 32,
+        [1] * 32,
     ]
 
 

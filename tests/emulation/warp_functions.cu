@@ -13,12 +13,12 @@ constexpr int kAll = ~0;
 // out: a row of 32 for each function.
 __global__ void warp_functions(const int* in, int* out) {
   const int lane = threadIdx.x, v = in[lane];
-  const int results[] = {__shfl_sync(kAll, v, 5),         __shfl_sync(kAll, v, lane + 1, 8),
-                         __shfl_xor_sync(kAll, v, 3),     __shfl_xor_sync(kAll, v, 9, 8),
-                         __shfl_down_sync(kAll, v, 4),    __shfl_down_sync(kAll, v, 3, 16),
-                         __shfl_up_sync(kAll, v, 3),      __shfl_up_sync(kAll, v, 3, 8),
-                         int(__ballot_sync(kAll, v > 0)), __any_sync(kAll, v > 0),
-                         __all_sync(kAll, v > 0)};
+  const int results[] = {
+      __shfl_sync(kAll, v, 5),        __shfl_sync(kAll, v, lane + 1, 8), __shfl_xor_sync(kAll, v, 3),
+      __shfl_xor_sync(kAll, v, 9, 8), __shfl_down_sync(kAll, v, 4),      __shfl_down_sync(kAll, v, 3, 16),
+      __shfl_up_sync(kAll, v, 3),     __shfl_up_sync(kAll, v, 3, 8),     int(__ballot_sync(kAll, v > 0)),
+      __any_sync(kAll, v > 0),        __all_sync(kAll, v > 0),           __any_sync(kAll, v > 22),
+      __all_sync(kAll, v > -10)};
   for (int i = 0; i < int(sizeof results / sizeof *results); ++i) out[i * 32 + lane] = results[i];
 }
 

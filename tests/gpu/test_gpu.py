@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -208,9 +205,9 @@ def test_training_step_has_the_gradients_of_the_reference(backend, device):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_streams_and_graphs(backend, device):
+def test_a_call_in_a_cuda_graph(backend, device):
     if device == "cpu":
-        pytest.skip("a CPU has no streams")
+        pytest.skip("a CPU has no graphs")
     x = torch.randn(4, 32, 16, 16, device=device)
     weight = torch.randn(32, 1, 3, 3, device=device)
     with rk.use_backend(backend), torch.no_grad():
@@ -279,12 +276,6 @@ def test_compiles_into_one_graph(backend, device, name):
         got = (y, *torch.autograd.grad(y, tensors, grad))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-def test_import_leaves_the_gpu_alone():
-    code = "import torch, rkl_kernels as rk; rk.reference; assert not torch.cuda.is_initialized()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", OPERATORS)
