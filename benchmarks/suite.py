@@ -197,7 +197,7 @@ def place(path: Path, run: Run) -> Path:
     that (``.part.json``)."""
     try:
         before = Run.load(path)
-    except ValueError:
+    except ValueError:  # no record there, or none that can be read
         return path
     lost = {row.case.id for row in before.rows} - {row.case.id for row in run.rows}
     return path.with_name(f"{path.stem}.part.json") if lost & set(run.left_out) else path
