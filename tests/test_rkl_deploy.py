@@ -19,7 +19,8 @@ from rkl.config import Config
 from rkl.data import Dataset
 from rkl.deploy import exit_report, export, prune
 from rkl.network.model import ResNet, ResNetKL
-from rkl.slimming import early_exit, pruning
+from rkl.slimming import early_exit
+from rkl.slimming.channels import channel_plan
 from rkl.training import metrics
 from rkl.training import train as trainer
 from rkl.training.checkpoint import open_run
@@ -219,7 +220,7 @@ def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     before, after = (open_run(folder).model for folder in (run, tmp_path / "slim"))
     image = torch.zeros(1, 1, 8, 8)
     assert metrics.count_macs(after, image) <= 0.5 * metrics.count_macs(before, image)
-    assert pruning.channel_plan(after).keys() == pruning.channel_plan(before).keys()
+    assert channel_plan(after).keys() == channel_plan(before).keys()
     assert "after" in capsys.readouterr().out
 
 

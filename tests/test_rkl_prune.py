@@ -12,6 +12,7 @@ from rkl.distill import LossWeights, training_losses
 from rkl.network.blocks import BlockOptions
 from rkl.network.model import ResNet, ResNetKL, all_exits
 from rkl.slimming import pruning
+from rkl.slimming.channels import Cut, apply_cut, apply_plan, channel_plan, narrow
 
 MODELS = {
     "kl18": lambda: ResNetKL(5, 18, 10, 2, 8),
@@ -37,7 +38,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return total.item()
 
 
-def silence(model: nn.Module, cut: pruning.Cut) -> None:
+def silence(model: nn.Module, cut: Cut) -> None:
     """Zero gamma and beta of the channels that a cut will take, so that nothing reaches the layers after them."""
     parameters = dict(model.named_parameters())
     for name, kept in cut.items():
@@ -70,11 +71,11 @@ def test_cutting_silent_channels_changes_nothing(name: str) -> None:
     silence(model, cut)
     with torch.no_grad():
         expected = all_exits(model, images)
-        before = pruning.channel_plan(model)
-        pruning.apply_cut(model, cut)
+        before = channel_plan(model)
+        apply_cut(model, cut)
         for ours, theirs in zip(all_exits(model, images).logits, expected.logits, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    after = pruning.channel_plan(model)
+    after = channel_plan(model)
     assert sum(map(sum, after.values())) < sum(map(sum, before.values()))
 
 
@@ -92,8 +93,8 @@ def test_training_goes_on_after_a_cut(name: str) -> None:
     cut = pruning.prune(model, batch()[0], 0.3, optimizer, [follower])
     for n, parameter in model.named_parameters():
         kept = cut.get(n, {})
-        assert torch.equal(parameter, pruning.narrow(weights[n], kept)), n
-        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], pruning.narrow(momenta[n], kept)), n
+        assert torch.equal(parameter, narrow(weights[n], kept)), n
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], narrow(momenta[n], kept)), n
     assert len(optimizer.state) == len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
     for (n, ours), theirs in zip(model.state_dict().items(), follower.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), n
@@ -161,22 +162,22 @@ def test_a_plan_rebuilds_the_pruned_model(name: str) -> None:
     images, _ = batch()
     pruning.prune(model, images, 0.3)
     again = MODELS[name]()
-    pruning.apply_plan(again, pruning.channel_plan(model))
+    apply_plan(again, channel_plan(model))
     again.load_state_dict(model.state_dict())
     model.eval()
     again.eval()
     with torch.no_grad():
         assert torch.equal(model(images), again(images))
         torch.testing.assert_close(again.deploy()(images), model(images), rtol=1e-4, atol=1e-4)
-    assert pruning.channel_plan(again) == pruning.channel_plan(model)
+    assert channel_plan(again) == channel_plan(model)
     pruning.prune(again, images, 0.3)
 
 
 def test_a_plan_of_another_model_is_refused() -> None:
     model = ResNet(5, 18, 4, 2, 8)
     with pytest.raises(ValueError, match="must name this model's layers"):
-        pruning.apply_plan(model, pruning.channel_plan(ResNetKL(5, 18, 4, 2, 8)))
-    plan = pruning.channel_plan(model)
+        apply_plan(model, channel_plan(ResNetKL(5, 18, 4, 2, 8)))
+    plan = channel_plan(model)
     plan["fc"] = [33, 5]
     with pytest.raises(ValueError, match="channels in of fc must be between 1 and 32, got 33"):
-        pruning.apply_plan(model, plan)
+        apply_plan(model, plan)

@@ -24,6 +24,7 @@ from rkl.distill import gamma_l1, gammas, training_losses
 from rkl.network.blocks import MultiScaleDepthwise
 from rkl.network.model import ResNet, ResNetKL
 from rkl.slimming import pruning
+from rkl.slimming.channels import channel_plan
 from rkl.terminal import parse
 from rkl.train_options import read_options
 from rkl.training import checkpoint, report
@@ -277,7 +278,7 @@ def test_fine_tuning_starts_from_another_runs_weights(tmp_path: Path) -> None:
     model = ResNetKL(2, 18, 8, 1, 8)
     head = model.fc.weight[:, :3].detach().clone()
     tuned = checkpoint.start_from(model, first.out, 8, 1, ["a", "b"])
-    plan, own = pruning.channel_plan(wanted), pruning.channel_plan(tuned)
+    plan, own = channel_plan(wanted), channel_plan(tuned)
     assert {name for name in plan if plan[name] != own[name]} == {"fc", *(f"exits.{i}.fc" for i in range(3))}
     for name, value in tuned.state_dict().items():
         if ".fc." not in f".{name}":

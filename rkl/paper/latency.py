@@ -12,7 +12,7 @@ from torch import nn
 from ..config import from_plain
 from ..network.build import build_model
 from ..network.deployed import deployed
-from ..slimming import pruning
+from ..slimming.channels import apply_plan
 from ..training import metrics
 from ..training.evaluation import default_device
 from .records import Results, Run
@@ -37,7 +37,7 @@ def rebuilt(run: Run) -> nn.Module:
     """A run's deployed network with its channels. The weights are arbitrary, since speed does not depend on them."""
     config, (channels, size) = from_plain(run.config), run.metrics["image"]
     model = build_model(replace(config, weights=None), len(run.metrics["classes"]), channels, size)
-    pruning.apply_plan(model, run.metrics["plan"])
+    apply_plan(model, run.metrics["plan"])
     return deployed(model.eval())
 
 

@@ -22,7 +22,7 @@ from rkl_kernels.errors import first_line
 from ..config import Config, is_other_run, read_yaml, to_plain
 from ..data import Dataset
 from ..network.build import build_model
-from ..slimming import pruning
+from ..slimming.channels import Plan, apply_plan, channel_plan
 from .files import RunError, read_json, replacing, understood, write_text
 
 __all__ = ["Run", "RunError", "check_data", "example_image", "load", "open_run", "save", "start_from"]
@@ -124,12 +124,10 @@ def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def restore_model(
-    model: nn.Module, tensors: dict[str, Tensor], plan: pruning.Plan, source: Path, assign: bool = False
-) -> None:
+def restore_model(model: nn.Module, tensors: dict[str, Tensor], plan: Plan, source: Path, assign: bool = False) -> None:
     """Give the model the checkpoint's channels and values. With ``assign`` the tensors are not copied."""
     try:
-        pruning.apply_plan(model, plan)
+        apply_plan(model, plan)
         for name, value in model.state_dict().items():
             if name in tensors and tensors[name].dtype != value.dtype:
                 raise ValueError(f"{name} is {tensors[name].dtype} in place of {value.dtype}")
@@ -235,7 +233,7 @@ def start_from(model: nn.Module, folder: Path, width: int, channels: int, classe
         raise RunError(f"{source}: weights must be of a network of the same width, got {then} for width {width}")
     if of_images != channels:  # so would these
         raise RunError(f"{source}: weights must be of images of {channels} channels, as the data has, got {of_images}")
-    plan, others = pruning.channel_plan(model), facts["classes"]
+    plan, others = channel_plan(model), facts["classes"]
     own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and others != classes}
     counts = [len(others), len(classes)]
     heads = {name for name in own if [facts["plan"].get(name, [0, 0])[1], plan[name][1]] == counts}
@@ -243,8 +241,8 @@ def start_from(model: nn.Module, folder: Path, width: int, channels: int, classe
     given = part(tensors, "ema." if any(key.startswith("ema.") for key in tensors) else "model.")
     kept = {key: value for key, value in given.items() if key.rpartition(".")[0] not in heads}
     try:
-        pruning.apply_plan(model, wanted)
+        apply_plan(model, wanted)
     except ValueError as error:
         raise RunError(f"{source}: weights must be of this configuration's model, got another: {error}") from error
-    restore_model(model, model.state_dict() | kept, pruning.channel_plan(model), source)
+    restore_model(model, model.state_dict() | kept, channel_plan(model), source)
     return model

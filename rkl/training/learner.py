@@ -19,6 +19,7 @@ from ..distill import add_l1_gradient
 from ..network.blocks import MultiScaleDepthwise
 from ..network.build import build_model
 from ..slimming import pruning
+from ..slimming.channels import channel_plan
 from . import checkpoint
 from .evaluation import default_device, precision_on
 
@@ -148,7 +149,7 @@ class Learner:
     def facts(self) -> dict[str, Any]:
         """All else that a run needs to go on, for JSON: the plan of channels and the scaler's state."""
         return {
-            "plan": pruning.channel_plan(self.model),
+            "plan": channel_plan(self.model),
             "scaler": self.fabric.strategy.precision.state_dict(),
         }
 

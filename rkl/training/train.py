@@ -21,7 +21,8 @@ from ..distill import gamma_l1, training_losses
 from ..network.build import check_options
 from ..network.model import Exits, ResNet, ResNetKL
 from ..paths import check_apart
-from ..slimming import early_exit, pruning
+from ..slimming import early_exit
+from ..slimming.channels import channel_plan
 from . import checkpoint, metrics, report
 from .cuts import check_reach, cut_ratio
 from .evaluation import collect, device_name, evaluate, evaluation_batches, peak_memory, precision_on, size_of
@@ -372,7 +373,7 @@ def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any
         "val": rows[-1]["val"] if rows else [],
         "training_loss": rows[-1]["losses"] if rows else {},
         "size": size_of(model, example),
-        "plan": pruning.channel_plan(model),
+        "plan": channel_plan(model),
         "image": [data.channels, data.image_size],
         "cuts": facts["cuts"],
         "thresholds": thresholds,
