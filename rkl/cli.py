@@ -16,10 +16,11 @@ from .terminal import complain, device_named, missing_package, parse, show
 def train(arguments: Sequence[str]) -> None:
     """Train a model by self-distillation."""
     from .train_options import read_options
-    from .training import report
-    from .training.train import train as run
 
     options = read_options(arguments)
+    from .training import report  # late, since they take seconds: help and a wrong option need none of it
+    from .training.train import train as run
+
     folder = run(options.settings, resume=options.resume)
     if folder is None:  # another process writes and prints
         return

@@ -43,6 +43,13 @@ def test_import_brings_no_compiler():
     assert run(f"import rkl_kernels; print({heavy})") == before
 
 
+def test_help_and_a_prediction_wait_for_no_trainer():
+    """What only training and evaluation need takes several times as long to import as torch."""
+    late = "'lightning_fabric', 'torchmetrics', 'torchvision', 'torch_pruning', 'torch._dynamo', 'matplotlib'"
+    code = f"import rkl.train_options, rkl.deploy.predict, sys; print([m for m in ({late}) if m in sys.modules])"
+    assert run(code) == ["[]"]
+
+
 def test_calls_on_a_cpu_ask_nothing():
     code = """
 import rkl_kernels as rk

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor
-from torchvision.transforms import v2
 
 SHARED = 8
 """Images that share one random transform of TrivialAugment: launches for each image would cost more than the step."""
@@ -48,6 +47,8 @@ def crop_and_flip(images: Tensor, indices: Tensor, padding: int, flip: bool, gen
 
 def trivial_augment(images: Tensor, generator: Generator) -> Tensor:
     """TrivialAugment (Müller and Hutter, 2021) of uint8 images. Each eight images share one random transform."""
+    from torchvision.transforms import v2  # late, here and below: it takes seconds, and only training mixes images
+
     transform = v2.TrivialAugmentWide()
     with seeded(generator):
         return torch.cat([transform(part) for part in images.split(SHARED)])
@@ -89,6 +90,8 @@ def mixed(
 ) -> tuple[Tensor, Tensor]:
     """The batch mixed with itself: by CutMix (equation 1; Yun et al., 2019) with probability ``cutmix``, else by mixup
     (Zhang et al., 2018) with Beta(``mixup``, ``mixup``) if ``mixup`` is above 0. Labels of a mixed batch are soft."""
+    from torchvision.transforms import v2
+
     draw = float(torch.rand((), generator=generator))
     if draw < cutmix:
         transform = v2.CutMix(num_classes=num_classes)

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from .. import data as datasets
 from ..config import Config, Precision
@@ -58,6 +57,8 @@ def collect(model: nn.Module, split: Split, data: Dataset, config: Config) -> tu
     with autocast(config, split.images.device):
         exits, labels = metrics.collect_exits(model, evaluation_batches(split, data, size, rank, world_size))
     if world_size > 1:
+        from torchmetrics.utilities.distributed import gather_all_tensors  # late, as in metrics.py
+
         *exits, labels = (torch.cat(gather_all_tensors(values)) for values in (*exits, labels))
     return exits, labels
 

@@ -10,13 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_recall,
-)
 
 import rkl_kernels as rk
 
@@ -40,19 +33,23 @@ def collect_exits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
 
 def exit_metrics(logits: Tensor, labels: Tensor) -> ExitMetrics:
     """Top-1 accuracy, macro recall, macro F1, negative log likelihood and calibration error (15 bins) of one exit."""
+    from torchmetrics.functional import classification  # late: it takes seconds, and a prediction needs none of it
+
     classes = logits.shape[1]
     probabilities = logits.softmax(1)
     return {
-        "accuracy": float(multiclass_accuracy(logits, labels, classes, average="micro")),
-        "recall": float(multiclass_recall(logits, labels, classes, average="macro")),
-        "f1": float(multiclass_f1_score(logits, labels, classes, average="macro")),
+        "accuracy": float(classification.multiclass_accuracy(logits, labels, classes, average="micro")),
+        "recall": float(classification.multiclass_recall(logits, labels, classes, average="macro")),
+        "f1": float(classification.multiclass_f1_score(logits, labels, classes, average="macro")),
         "nll": float(F.cross_entropy(logits, labels)),
-        "ece": float(multiclass_calibration_error(probabilities, labels, classes, n_bins=15)),
+        "ece": float(classification.multiclass_calibration_error(probabilities, labels, classes, n_bins=15)),
     }
 
 
 def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
     """Counts by true class (row) and predicted class (column)."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     return multiclass_confusion_matrix(logits, labels, logits.shape[1]).tolist()
 
 
