@@ -32,6 +32,13 @@ from rkl.training.checkpoint import RunError
 pytestmark = pytest.mark.xdist_group("experiments")  # one worker, so that the pass below runs once
 
 
+def test_one_worker_runs_this_file(request):
+    """pytest-xdist knows a group by what it puts behind a test's name."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("one process runs all tests, or pytest-xdist without --dist loadgroup")
+    assert request.node.nodeid.endswith("@experiments")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One smoke pass over all tables on the embedded data. Rows that tables share are trained once."""
