@@ -64,7 +64,8 @@ class FusedSequential(nn.Sequential):
 
     Attributes:
         above: the modules that contain it. A graph is left out, since it refuses by itself; so is a module made by
-            ``torch.compile``, which has no mode of its own. It is a tuple so that nothing is registered.
+            ``torch.compile``, which has no mode of its own. It is a tuple so that nothing is registered. A copy or a
+            saved module leaves it out, and has it from the ``_Above`` of those that are copied or saved too.
         steps: the fused graph, or nothing. It is a tuple for the same reason.
         made: the state from which the steps were made.
     """
@@ -94,7 +95,9 @@ class FusedSequential(nn.Sequential):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"made": self._is_as_made()}
+        state = super().__getstate__() | {"made": self._is_as_made()}
+        state.pop("above", None)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a saved module. Its tensors have other addresses and start to count writes anew."""
@@ -114,13 +117,30 @@ class FusedSequential(nn.Sequential):
         _refuse_loading()
 
 
+class _Above:
+    """Tells the fused parts in a module of that module. The module keeps it, as an attribute: so a part that is copied
+    or saved alone does not take along what contains it, and a copied or loaded module tells its own parts."""
+
+    def __init__(self, module: nn.Module, parts: tuple[FusedSequential, ...]) -> None:
+        self.__setstate__((module, parts))
+
+    def __getstate__(self) -> tuple[nn.Module, tuple[FusedSequential, ...]]:
+        return self.module, self.parts
+
+    def __setstate__(self, state: tuple[nn.Module, tuple[FusedSequential, ...]]) -> None:
+        self.module, self.parts = state
+        for part in self.parts:
+            vars(part)["above"] = (*part.above, self.module)
+
+
 def tie(fused: nn.Module) -> None:
     """Make a fused copy refuse training and weights before it changes, whichever of its modules is called."""
     for module in fused.modules():
         _refuse_loads(module)
         has_mode = "training" in vars(module) and not isinstance(module, FusedGraph)
-        for part in _sequentials(module) if has_mode else ():
-            part.above = (*part.above, module)
+        parts = tuple(_sequentials(module)) if has_mode else ()
+        if parts:
+            vars(module)["_rkl_above"] = _Above(module, parts)
 
 
 def _refuse_loads(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from chains import X, assert_same, chain
+from chains import Flagged, X, assert_same, chain
 from torch import nn
 
 import rkl_kernels as rk
@@ -125,3 +125,20 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("came_by", [copy.deepcopy, saved_and_loaded])
+def test_a_part_that_is_copied_or_saved_takes_nothing_else_along(came_by):
+    """What contains it is the part's only for as long as both are together."""
+    large = 1 << 20
+    plain = nn.ModuleList([nn.Linear(large, 1), Flagged()]).eval()
+    fused = rk.fuse_for_inference(plain)
+    file = io.BytesIO()
+    torch.save(fused[1].body, file)
+    assert file.tell() < large
+    part = came_by(fused[1].body)
+    assert part.above == ()
+    assert_same(part, plain[1].body)
+    again, flagged = came_by(fused), came_by(fused[1])
+    assert set(again[1].body.above) == {again, again[1]}
+    assert flagged.body.above == (flagged,)
