@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._copying import refers_to
-from ._modes import as_exported, cast_and_by_reference, random_state, same_random_numbers, surroundings
+from ._reading_modes import as_exported, cast_and_by_reference, random_state, same_random_numbers, surroundings
 from ._stand_in import Answering, Recorder, StandIn, alone
 from ._state import held_by, same, state
 from .errors import told

@@ -14,7 +14,7 @@ from chains import Flagged, X, assert_same, chain
 from torch import nn
 
 import rkl_kernels as rk
-from rkl_kernels._modes import QUESTIONS
+from rkl_kernels._reading_modes import QUESTIONS
 
 
 class Block(nn.Module):

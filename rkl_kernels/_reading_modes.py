@@ -1,4 +1,5 @@
-"""What a forward may ask of what surrounds its call, answered otherwise in a block, and the random numbers it draws."""
+"""The modes in which a forward is read: blocks in which questions about its call have other answers, and a block after
+which the caller's random numbers are the same."""
 
 from __future__ import annotations
 
