@@ -15,9 +15,10 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import mutations
 import pytest
 import torch
-from mutations import MOST, flipped, headless, mutated, never, refusals, spliced, truncated, watched
+from mutations import MOST, clear_peak, flipped, headless, mutated, never, refusals, spliced, truncated, watched
 
 from rkl.cli import main
 from rkl.config import Config, read_yaml
@@ -231,9 +232,23 @@ def test_the_watch_sees_memory_below_an_earlier_peak(tmp_path: Path) -> None:
         with mmap.mmap(-1, size) as memory:  # not of the heap, which may keep what was freed
             memory[:: mmap.PAGESIZE] = bytes(size // mmap.PAGESIZE)
 
+    if why := clear_peak():
+        pytest.skip(why)
     hold(2 * MOST)
     with pytest.raises(AssertionError, match="bytes more were held"), watched(tmp_path):
         hold(MOST + 2**24)
+
+
+def test_the_watch_does_without_a_peak_that_it_may_not_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbidden = tmp_path / "none" / "clear_refs"
+    monkeypatch.setattr(mutations, "CLEARS", forbidden)
+    assert clear_peak() == (
+        f"the peak of this process's memory cannot be cleared: {forbidden}: No such file or directory"
+    )
+    with watched(tmp_path):
+        pass
+    with pytest.raises(AssertionError), watched(tmp_path):
+        (tmp_path / "written").write_text("")
 
 
 def test_nothing_unpickles_or_runs_a_file() -> None:
