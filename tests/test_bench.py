@@ -263,6 +263,18 @@ def test_a_wrong_rival_is_rejected_before_it_is_timed(spoil, reason: str) -> Non
     assert reason in table([row])
 
 
+def test_what_must_be_zero_is_right_where_it_is_zero() -> None:
+    """The one tap meets the padding alone. A share of the largest value would be 0 / 0."""
+    case = Case("depthwise", 1, 2, 1, 1, kernel=1, stride=3, padding=1)
+    assert not reference(case)[0].any()
+    row = measure(case, contestants(layouts=("nchw",)), budget=0.01)
+    assert set(row.times) == {"ours nchw", "eager nchw"}
+    assert not row.rejected
+    (zero,) = reference(case)
+    for wrong in (1e-30, math.nan):
+        assert error((zero + wrong,), (zero,)) == math.inf
+
+
 def test_one_reference_serves_every_type() -> None:
     given = inputs(replace(TINY, dtype="bf16"))
     assert torch.equal(given.x, given.x.bfloat16().float())

@@ -17,7 +17,8 @@ import rkl_kernels as rk
 
 COUNT = int(os.environ.get("RKL_PROGRAMS", "200"))
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""Relative to the largest value. It leaves room for float32 sums in another order in up to 24 layers."""
+"""Relative to the largest value, or to 1 where that is larger: gradients before a norm may cancel to zero, and then all
+that is left is the rounding of larger values. It leaves room for float32 sums in another order in up to 24 layers."""
 
 
 def assert_alike(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
