@@ -178,6 +178,9 @@ def test_ratios_are_to_the_best_rival_and_to_the_floor() -> None:
     slow_arithmetic = replace(row, matrix_rate=row.case.operations / 1.6)
     assert slow_arithmetic.floor == 1.6, "the longer of bytes and operations"
     assert row_of(ours_nchw=1.0).over_best() is None
+    forced = replace(row, times=row.times | row_of(**{"ours-triton_nhwc": 1.0}).times)
+    assert forced.over_best() == 1.5, "what a call gets counts, not a backend that is faster when it is forced"
+    assert forced.of_floor() == 0.5
     assert "3.00" in table([row])
     assert "1.50" in table([row])
 
