@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from bench_rows import TINY, Net, Spoilt, row_of
+from bench_rows import TINY, row_of
 
 import rkl_kernels as rk
-from benchmarks import models, suite
+from benchmarks import suite
 from benchmarks.run import main as run_main
 from benchmarks.shapes import SHAPES, select
 from rkl_kernels import bench
@@ -27,7 +27,6 @@ from rkl_kernels.allocator import keep_freed_memory
 from rkl_kernels.bench import Case, contestants, faulting, measure, runtimes
 from rkl_kernels.bench import row as row_module
 from rkl_kernels.bench.faulting import process, time_faulting
-from rkl_kernels.bench.memory import allocated, peak_memory
 from rkl_kernels.bench.rivals import Rival, eager, error, inputs, layers, ours, reference
 from rkl_kernels.bench.row import from_json, to_json
 from rkl_kernels.bench.table import table
@@ -334,32 +333,6 @@ def test_four_lines() -> None:
         assert line.count("x PyTorch") == 2
 
 
-def test_a_model_is_timed_in_both_directions_converted_and_not() -> None:
-    rows = models.measure_model(models.Model("Net", Net, 2, 8), budget=0.02)
-    assert [row.direction for row in rows] == ["inference", "training step"]
-    for row in rows:
-        assert set(row.times) == set(models.VARIANTS)
-        assert row.ratio() is not None
-    prepared = models.Prepared(models.Model("Net", Net, 2, 8), "ours nhwc")
-    assert isinstance(prepared.net[0], rk.DepthwiseConv2d)
-    before = prepared.net[3].weight.clone()
-    prepared.step()
-    assert not torch.equal(prepared.net[3].weight, before)
-
-
-@pytest.mark.parametrize("factor", [2.0, float("nan")])
-def test_a_wrong_model_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rk, "fuse_for_inference", lambda net: Spoilt(net, factor))
-    Spoilt.calls = 0
-    rows = models.measure_model(models.Model("Net", Net, 2, 8), budget=0.02)
-    assert Spoilt.calls == 2, "the check of each layout alone"
-    for row in rows:
-        assert set(row.times) == {"eager nchw", "eager nhwc"}
-        assert set(row.rejected) == {"ours nchw", "ours nhwc"}
-        assert all(why.startswith("wrong: logits off by ") for why in row.rejected.values())
-        assert row.ratio() is None
-
-
 def test_an_error_without_words_is_told() -> None:
     def prepare(case: Case, device: str) -> Callable[..., object]:
         raise AssertionError
@@ -389,22 +362,3 @@ def test_what_cannot_be_recorded_is_not_timed_another_way(monkeypatch: pytest.Mo
         "eager nhwc": "cannot be recorded: operation not permitted",
         "eager nchw": "cannot be recorded: without a message",
     }
-
-
-@pytest.mark.skipif(allocated() is None, reason="this allocator does not tell how much it has given out: not glibc's")
-def test_peak_memory_counts_what_backward_keeps() -> None:
-    x = torch.randn(2_000_000, requires_grad=True)
-    size = x.numel() * 4
-
-    def step(activation) -> None:  # type: ignore[no-untyped-def]
-        y = x
-        for _ in range(8):
-            y = activation(y)
-        y.sum().backward()
-        x.grad = None
-
-    sine, ours, reference = (peak_memory(lambda f=f: step(f)) / size for f in (torch.sin, rk.trelu, rk.reference.trelu))
-    assert 7.5 < sine < 11.5, "seven inputs beside x, and the gradients that meet in backward"
-    assert 7.5 < ours < 11.5, "one tensor kept for each T-ReLU"
-    assert reference > ours + 1.5, "where(x > 0, x, tanh(x)) also keeps the condition"
-    assert peak_memory(lambda: torch.ones(10).sum()) < size / 10
