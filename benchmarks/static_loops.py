@@ -215,7 +215,7 @@ def beyond(bounds: Iterable[Bound], rows: list[dict[str, Any]], found: list[dict
             where = f"{row['kernel']} on sm_{row['arch']}"
             hot = next((one for one in found if (one["kernel"], one["arch"]) == (row["kernel"], row["arch"])), None)
             if hot is None:
-                wrong.append(f"{where}: no loop multiplies matrices")
+                wrong.append(f"{where}: no loop multiplies matrices or numbers")
             elif (count := instructions_a_row(hot, bound.products)) > bound.instructions:
                 unit = "a row of 256 outputs" if products_of(hot) else f"for {bound.products} multiply-adds"
                 wrong.append(f"{where}: {count:.1f} instructions {unit}, at most {bound.instructions}")

@@ -168,7 +168,9 @@ def markdown(report: dict[str, list[dict[str, Any]]]) -> str:
         "Written by `make static`. Spills must be 0: accesses of local memory, of kernels that multiply matrices those",
         "in the loops that do so (beside them a few bytes may be spilled, once a task). Blocks: how many fit on a",
         "multiprocessor by registers and static shared memory. Counts of instructions in the code, not of those run.",
-        "Loops: the innermost ones that multiply matrices, one line a loop, the one with the most products first.",
+        "Loops: of a kernel that multiplies matrices, every innermost loop that does so, the one with the most",
+        "products first. Of another kernel, the innermost loop with the most multiply-adds. A kernel without either",
+        "has no line.",
     ]
     for compiler, rows in report.items():
         fields = list(rows[0]) if rows else []

@@ -106,7 +106,7 @@ def test_a_loop_of_two_rows_counts_half_for_each() -> None:
         (Bound(r"conv<3>", 12, 83), [LOOP], "conv<3> on sm_90: 84.0 instructions a row of 256 outputs, at most 83"),
         (Bound(r"conv<3>", 32, 47), [NUMBERS], "conv<3> on sm_90: 48.0 instructions for 32 multiply-adds, at most 47"),
         (Bound(r"conv<3>", 12, 84, blocks=9), [LOOP], "8 blocks fit on a multiprocessor, at least 9 must"),
-        (Bound(r"conv<3>", 12, 84), [], "no loop multiplies matrices"),
+        (Bound(r"conv<3>", 12, 84), [], "no loop multiplies matrices or numbers"),
         (Bound(r"conv", 12, 84), [LOOP], "conv on sm_90: no such kernel"),
     ],
 )

@@ -61,6 +61,28 @@ def test_built_kernels() -> None:
     assert static_loops.beyond(BOUNDS, rows, static_report.nvcc_loops(bodies)) == []
 
 
+def test_the_committed_page_shows_the_committed_figures() -> None:
+    committed = json.loads((static_report.RESULTS / "static.json").read_text())
+    assert (static_report.RESULTS / "static.md").read_text() == static_report.markdown(committed)
+
+
+def test_the_page_says_which_loops_it_lists() -> None:
+    """Kernels with matrix products have all loops of products, others one loop of multiply-adds."""
+    committed = json.loads((static_report.RESULTS / "static.json").read_text())
+    of_kernels: dict[tuple[str, int], list[int]] = {}
+    for loop in committed["loops"]:
+        assert static_loops.multiplications(loop)
+        of_kernels.setdefault((loop["kernel"], loop["arch"]), []).append(static_loops.products_of(loop))
+    for row in committed["nvcc"]:
+        products = of_kernels.get((row["kernel"], row["arch"]), [])
+        if row["hmma"]:
+            assert products == sorted(products, reverse=True)
+            assert all(products)
+        else:
+            assert products in ([], [0])
+    assert "Of another kernel, the innermost loop with the most multiply-adds." in static_report.markdown(committed)
+
+
 TRITON_CALLS = ("trelu bf16", "depthwise 64ch 3x3 bf16", "depthwise 64ch 3x3 s2 fp16")
 """A part of what ``make static`` compiles, to save time. It covers every kernel."""
 
