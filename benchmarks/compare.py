@@ -73,9 +73,11 @@ def compare(new: Run, old: Run) -> list[Change]:
 
 
 def part_of(old: Run, new: Run) -> Run:
-    """What of the old run the new one was to measure: the rows of its ``--only``, or all rows and the models."""
+    """What of the old run the new one was to measure: the rows of its ``--only``, or all rows, and the models, unless
+    these were not wanted. An earlier record does not tell that, and a part without models did not want them."""
     rows = [row for row in old.rows if new.only in row.case.id]
-    return replace(old, rows=rows, models=[] if new.only and not new.models else old.models)
+    without = new.no_models or (new.only and not new.models)
+    return replace(old, rows=rows, models=[] if without else old.models)
 
 
 def _timed(run: Run, ours: bool = True) -> list[tuple[str, str]]:

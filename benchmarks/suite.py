@@ -61,6 +61,8 @@ class Run:
     """Parts of names: rows whose names contain one are from later runs, and replace this run's rows."""
     only: str = ""
     """The part that all rows' names contain, where not all rows were wanted."""
+    no_models: bool = False
+    """Whether only operators were wanted (``--no-models``). Earlier records do not tell."""
 
     def with_rows_of(self: AnyRun, later: Run, only: str) -> AnyRun:
         """This run, with its own rows replaced by those of a later run, whose names contain ``only``."""
@@ -253,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     if before:
         run = before.with_rows_of(run, options.only)
     else:
-        run = replace(run, only=options.only)
+        run = replace(run, only=options.only, no_models=options.no_models)
         path = place(path, run)
     with writing(parser):
         run.save(path)

@@ -123,6 +123,11 @@ def test_what_a_run_does_not_reach_is_told(tmp_path: Path, capsys: pytest.Captur
     part = replace(old, rows=[other], models=[], only="backward")
     assert judged(tmp_path, part, old) == 0, "a part is held against that part"
     assert judged(tmp_path, replace(part, rows=[]), old) == 1
+    whole = replace(old, models=[])
+    assert judged(tmp_path, whole, old) == 1
+    assert "not reached: Net training step: " in capsys.readouterr().out
+    assert judged(tmp_path, replace(whole, no_models=True), old) == 0, "nobody asked for models"
+    assert "not reached" not in capsys.readouterr().out
 
 
 def test_a_run_that_time_cut_short_replaces_no_fuller_record(tmp_path: Path) -> None:
@@ -236,6 +241,9 @@ def test_operators_alone_do_not_replace_models(
     other = ["--out", str(tmp_path / "other")]
     for _ in range(2):
         assert suite.main([*part, *other, "--no-models"]) == 0, "a record without models may be replaced"
+    (without,) = (tmp_path / "other").glob("*.json")
+    assert suite.Run.load(without).no_models
+    assert not suite.Run.load(path).no_models
     path.write_text("{}")
     with pytest.raises(SystemExit):
         suite.main([*arguments, "--no-models"])
