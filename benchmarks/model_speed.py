@@ -6,9 +6,9 @@
 
 The models are those of docs/models.md, in fp32, at the image size that each was published with. Ours and PyTorch's are
 timed in rounds, each in both layouts, of which the better one counts. glibc keeps freed memory for both, as in a
-training process. Rows are written as they come. A model that a run does not reach keeps its earlier row. A second run
-with `--again` and a larger `--budget` measures the models with a row below LOW again, and its figures stand.
-`--missing` measures the models without a row.
+training process. Rows are written as they come. A model that a run does not reach keeps its earlier row, and a model
+that fails loses it. A second run with `--again` measures the models with a figure below LOW once more, and its figures
+stand, so give it a larger `--budget`. `--missing` measures the models without a row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,12 @@ BUILDERS = {"torchvision": torchvision_model, "timm": timm_model}
 
 @dataclass(frozen=True)
 class Speed:
-    """One model: its image size, how many times faster ours is, and the noise of that ratio, as a share of it."""
+    """One model: its image size, how many times faster ours is, and the noise of that ratio, as a share of it.
+
+    Attributes:
+        again: whether it was measured a second time, as its first figures were low.
+        budget: seconds of timing in inference. None in earlier records, which do not tell.
+    """
 
     size: int
     inference: float
@@ -57,9 +62,11 @@ class Speed:
     step: float
     step_noise: float
     again: bool = False
+    budget: float | None = None
 
     def is_low(self) -> bool:
-        return min(self.inference, self.step) < LOW
+        """Whether it is to be measured again. Second figures stand: the best of several attempts would be too high."""
+        return not self.again and min(self.inference, self.step) < LOW
 
 
 def speed_to_json(speed: Speed) -> dict[str, Any]:
@@ -86,10 +93,10 @@ def ratio_and_noise(row: ModelRow) -> tuple[float, float]:
     """The row's ratio and its noise.
 
     Raises:
-        RuntimeError: a variant was rejected, so that there is no ratio.
+        RuntimeError: a variant was rejected. It may be the faster layout, so what is left gives no ratio.
     """
     ratio, ours, eager = row.ratio(), row.best("ours"), row.best("eager")
-    if ratio is None or ours is None or eager is None:
+    if row.rejected or ratio is None or ours is None or eager is None:
         raise RuntimeError("; ".join(f"{variant}: {why}" for variant, why in row.rejected.items()))
     return ratio, math.hypot(row.times[ours].noise, row.times[eager].noise)
 
@@ -120,8 +127,7 @@ def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]
     ]
     if speeds:
         lines += [
-            f"Rows below {LOW}, those with a star, were measured again, for longer, and the second figures stand,",
-            "whatever they are (`--again`). Others were not, so that the means lean upwards by a share of the noise.",
+            *measured_again(speeds.values()),
             "",
             f"Geometric means over {len(speeds)} models: inference {mean([s.inference for s in speeds.values()])}; "
             f"training step {mean([s.step for s in speeds.values()])}. Noise of a ratio: {spread(noises)}.",
@@ -135,6 +141,26 @@ def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]
     if failed:
         lines += ["", "Not run:", "", *(f"- {name}: {why}" for name, why in failed.items())]
     return "\n".join(lines) + "\n"
+
+
+def measured_again(speeds: Collection[Speed]) -> list[str]:
+    """What the page says of second measurements, and for how long rows were timed."""
+
+    def seconds(rows: list[Speed]) -> str:
+        budgets = sorted({s.budget for s in rows}, key=lambda budget: budget or 0)
+        return " or ".join("not recorded" if budget is None else f"{budget:g}" for budget in budgets)
+
+    first, second = ([s for s in speeds if s.again == again] for again in (False, True))
+    groups = {"rows without a star": first, "rows with a star": second}
+    timed = "; ".join(f"{seconds(rows)} ({name})" for name, rows in groups.items() if rows)
+    told = [f"Seconds of timing in inference: {timed}. A training step had three times as many."]
+    if not second:
+        return [*told, "No row was measured a second time (`--again`)."]
+    return [
+        *told,
+        f"Rows with a star were below {LOW} at first. They were measured again (`--again`), and the second figures",
+        "stand, whatever they are. The others were not, so the means lean upwards by a share of the noise.",
+    ]
 
 
 def models(matrix: Path) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
@@ -168,13 +194,15 @@ class Record:
             )
 
     def save(self) -> None:
-        plain = {name: speed_to_json(speed) for name, speed in self.speeds.items()}
+        standing = {name: speed for name, speed in self.speeds.items() if name not in self.failed}
+        plain = {name: speed_to_json(speed) for name, speed in standing.items()}
         text = json.dumps({"machine": self.facts, "speeds": plain, "failed": self.failed}, indent=1)
         write_text(self.path, text + "\n")
-        write_text(self.path.with_suffix(".md"), page(self.facts, self.speeds, self.failed))
+        write_text(self.path.with_suffix(".md"), page(self.facts, standing, self.failed))
 
     def add(self, name: str, work: Callable[[], Speed]) -> None:
-        """Add the model's row, or why there is none. If interrupted, the model keeps what it had."""
+        """Add the model's row, or why there is none; a row from before goes then. If interrupted, the model keeps what
+        it had."""
         before = self.failed.get(name)
         self.failed[name] = CRASHED
         self.save()
@@ -184,6 +212,7 @@ class Record:
             del self.failed[name]
         except Exception as problem:  # a model that fails must not cost the others their rows
             self.failed[name] = told(problem)
+            self.speeds.pop(name, None)
             print(name, self.failed[name], flush=True)
         except KeyboardInterrupt:
             del self.failed[name]
@@ -199,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--budget", type=positive, default=1.0, help="seconds of timing; a step gets 3 times that")
     parser.add_argument("--within", type=positive, default=1200, help="seconds after which no further model is begun")
-    parser.add_argument("--again", action="store_true", help=f"only models below {LOW}, whose rows are replaced")
+    parser.add_argument("--again", action="store_true", help=f"only models first below {LOW}; replaces their rows")
     parser.add_argument("--missing", action="store_true", help="only models without a row")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the record")
     options = parser.parse_args(arguments)
@@ -225,7 +254,10 @@ def main(arguments: list[str] | None = None) -> int:
             if time.perf_counter() - start > options.within:
                 break
             record.add(
-                name, lambda name=name, build=build: replace(measure(name, build, options.budget), again=options.again)
+                name,
+                lambda name=name, build=build: replace(
+                    measure(name, build, options.budget), again=options.again, budget=options.budget
+                ),
             )
     return 0
 
