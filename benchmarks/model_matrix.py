@@ -4,10 +4,10 @@
     python -m benchmarks.model_matrix --only NAME --out FILE
 
 The models are all of torchvision's classifiers and one of each timm family, where they have depthwise layers, and 40
-others of timm, drawn by seed. They have random weights and run on small images. Results are compared with float64: the
-output in inference, and all gradients of the mean of its squares. A value within rounding of an activation's kink may
-get the derivative of the other side, in PyTorch's layers as in ours, and that changes every gradient before it. So each
-figure is the median of three batches.
+others of timm, drawn by seed. A model that fails counts among the 40. The models have random weights and run on small
+images. Results are compared with float64: the output in inference, and all gradients of the mean of its squares. A
+value within rounding of an activation's kink may get the derivative of the other side, in PyTorch's layers as in ours,
+and that changes every gradient before it. So each figure is the median of three batches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -189,15 +189,40 @@ def _middle_error(got: list[Tensor], want: list[Tensor]) -> float:
     return median(float((g.double() - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True))
 
 
-def table(rows: list[Row], failed: dict[str, str]) -> str:
-    lines = [
+def introduction(names: Collection[str], failed: Collection[str]) -> list[str]:
+    """What the page says before its table.
+
+    Args:
+        names: the models in the table.
+        failed: the models below it.
+    """
+    ran, not_run = (sum(_is_drawn(name) for name in some) for some in (names, failed))
+    return [
         "# Models",
         "",
-        f"What `rk.convert` swaps and `rk.fuse_for_inference` fuses, with random weights, on {BATCH} images of the",
-        "size given, on a CPU, in float32. Errors are the largest difference from float64 as a share of the largest",
-        f"value: of the output, and of all gradients; the middle one of {BATCHES} batches, since a value within",
-        "rounding of an activation's kink has the other side's derivative. By `python -m benchmarks.model_matrix`.",
+        "This page lists models with depthwise layers. It shows how many of these layers `rk.convert` swaps, and how",
+        "many chains of layers `rk.fuse_for_inference` fuses. `python -m benchmarks.model_matrix` writes it.",
         "",
+        "The models are torchvision's classifiers, one model of each timm family, and others of timm that are drawn by",
+        f"seed, of up to {LARGEST_DRAWN:.0f} million parameters. {ran + not_run} were drawn, and {ran} of them ran.",
+        "Models that did not run are named at the end.",
+        "",
+        f"Weights are random. A model gets {BATCH} images of the size given, on a CPU, in float32. An error is the",
+        "largest difference from float64, as a share of the largest value. There is one for the output and one for all",
+        "gradients. A value within rounding of an activation's kink may get the derivative of the other side, and that",
+        f"changes all gradients before it. So each error is the middle one of {BATCHES} batches.",
+        "",
+    ]
+
+
+def _is_drawn(name: str) -> bool:
+    library, _, model = name.partition(" ")
+    return library == "timm" and model not in TIMM
+
+
+def table(rows: list[Row], failed: dict[str, str]) -> str:
+    lines = [
+        *introduction([row.name for row in rows], failed),
         "| model | size | depthwise | swapped | chains (layers) | output: PyTorch, converted, fused "
         "| gradients: PyTorch, converted |",
         "|---|---|---|---|---|---|---|",

@@ -153,17 +153,23 @@ def page(rows: dict[str, list[Row]]) -> str:
 
 INTRODUCTION = """# Numbers
 
-Errors against float64 in units of the last place (ulp) of the result's type: the largest, and the root mean square. An
-ulp is that of the exact value, or of the tensor's root mean square where the value is smaller. A result that is the
-exact one, rounded, has at most 0.5. Inputs are normal numbers, images of 2 x 32 x 20 x 20, four draws; the worse of
-NCHW and NHWC. PyTorch: its own operators on the CPU, in the same type. The emulated and the interpreted kernels have
-their pointwise products from the CPU's library. Written by `python -m benchmarks.numerics`.
+This page shows how far results are from float64, beside PyTorch's own. Each cell holds two errors: the largest, and the
+root mean square.
 
-`tests/test_numerics.py` holds that on the CPU the root mean square is at most 1.5 times PyTorch's, in every line and
-layout. Two lines are worse, 1.58 and 1.54 times PyTorch's, where the test allows 1.75: the outputs of 7 x 7 and
-13 x 13 filters on NHWC images in fp32, where we add all products of an output one after the other in one register and
-PyTorch in several; to part them would cost the registers that make these kernels fast. The bound that each single
-result is held to follows from the arithmetic and stands in `tests/oracle.py`.
+Errors are in units of the last place (ulp) of the result's type. An ulp is that of the exact value, or of the tensor's
+root mean square where the value is smaller. An exact result that is rounded once is off by at most 0.5.
+
+Inputs are normal numbers, drawn four times. Images have 2 x 32 x 20 x 20 values, and T-ReLU gets 50,000. A cell is the
+worse of NCHW and NHWC. PyTorch stands for its own operators on the CPU, in the same type. The emulated and the
+interpreted kernels get their pointwise products from the CPU's library. `python -m benchmarks.numerics` writes this
+page.
+
+`tests/test_numerics.py` tests the CPU's kernels. Their root mean square may be 1.5 times PyTorch's, in every line and
+layout. Two lines are at 1.58 and 1.54 times PyTorch's, and may be at 1.75: the outputs of 7 x 7 and 13 x 13 filters on
+NHWC images in fp32. There we add all products of an output one after the other in one register, and PyTorch adds them
+in several. To do the same would cost us the registers that make these kernels fast.
+
+Each single result is held to a bound that follows from the arithmetic (`tests/oracle.py`).
 """
 
 
