@@ -124,7 +124,8 @@ class Case:
 
     @property
     def operations(self) -> int:
-        """The least floating-point operations. A multiply-add counts as two; T-ReLU counts one for each value."""
+        """The floating-point operations. A multiply-add counts as two, also where it meets the padding's zeros, as in
+        PyTorch's FLOP counter. T-ReLU counts one for each value."""
         if self.operator == "trelu":
             return self.batch * self.channels * self.height * self.width
         forward = 2 * self.batch * self.out_height * self.out_width * self._filters
