@@ -84,10 +84,17 @@ def logit_distillation(student: Tensor, teacher: Tensor, temperature: float, t_s
     return loss * temperature**2 if t_squared else loss
 
 
+FAINT = 1e-3
+"""The L2 norm below which a feature map counts as nearly zero. The gradient of a sample is at most 4 / FAINT. With
+torch's own 1e-12 a map of zeros spoils all weights, and in fp16, where 1e-12 is 0, the loss is nan. Batch norm makes
+values of about 1, and takes deviations below 0.003 for none, so the maps of a network that learns have larger norms."""
+
+
 def feature_distillation(student: Tensor, teacher: Tensor, legacy: bool = False) -> Tensor:
     """Squared distance of the L2-normalised feature maps, averaged over the samples. The teacher is detached.
 
-    For one sample it is 2 - 2 cos of the angle between the two maps, for any size of map and batch. With ``legacy`` it
+    For one sample it is 2 - 2 cos of the angle between the two maps, for any size of map and batch. A map of a norm
+    below :data:`FAINT` is divided by FAINT instead of the norm, so that the gradient stays bounded. With ``legacy`` it
     is ``torch.dist`` of the maps, one norm over the whole batch (Zhang et al., 2019, "Be Your Own Teacher").
 
     Args:
@@ -107,7 +114,7 @@ def feature_distillation(student: Tensor, teacher: Tensor, legacy: bool = False)
     if legacy:
         return torch.dist(student, teacher.detach())
     student, teacher = student.flatten(1), teacher.detach().flatten(1)
-    return (F.normalize(student) - F.normalize(teacher)).square().sum(1).mean()
+    return (F.normalize(student, eps=FAINT) - F.normalize(teacher, eps=FAINT)).square().sum(1).mean()
 
 
 def training_losses(

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rkl.distill import (
+    FAINT,
     LossWeights,
     add_l1_gradient,
     feature_distillation,
@@ -111,6 +113,38 @@ def test_features_distance_does_not_depend_on_the_batch(exits: Exits) -> None:
     a, *_, b = exits.features
     twice = feature_distillation(torch.cat([a, a]), torch.cat([b, b]))
     assert float(twice) == pytest.approx(float(feature_distillation(a, b)), rel=1e-12)
+
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [0.0, 1e-6, 4e-5])
+def test_a_map_of_nearly_zero_is_pulled_gently(size: float, dtype: torch.dtype) -> None:
+    """A gradient of 1e11, as of a division by torch's eps, would spoil all weights. A teacher of zeros does no harm."""
+    torch.manual_seed(0)
+    maps = torch.randn(2, 8, 4, 4)
+    maps[0] *= size
+    student, teacher = maps.to(dtype).requires_grad_(), torch.randn(2, 8, 4, 4).to(dtype)
+    loss = feature_distillation(student, teacher)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert 0 < float(loss) < 4
+    assert 0 < float(gradient[0].double().norm()) <= 4 / FAINT
+    assert float((gradient[0].double() * teacher[0].double()).sum()) < 0, "towards the teacher"
+    backward = feature_distillation(teacher.requires_grad_(), student)
+    assert math.isfinite(float(backward))
+    assert bool(torch.autograd.grad(backward, teacher)[0].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_ordinary_maps_are_normalised_as_by_torch(size: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    student, teacher = ((size * torch.randn(3, 8, 4, 4)).to(dtype).requires_grad_() for _ in range(2))
+    by_torch = (F.normalize(student.flatten(1)) - F.normalize(teacher.detach().flatten(1))).square().sum(1).mean()
+    ours = feature_distillation(student, teacher)
+    assert torch.equal(ours, by_torch)
+    assert torch.equal(*(torch.autograd.grad(loss, student)[0] for loss in (ours, by_torch)))
 
 
 def test_a_model_with_one_output_has_one_term(exits: Exits) -> None:
