@@ -20,7 +20,7 @@ import yaml
 from rkl.cli import main
 from rkl.config import Config, to_plain
 from rkl.distill import LossWeights
-from rkl.network.build import check_options
+from rkl.ignored import check_ignored
 from rkl.network.model import ResNetKL
 from rkl.paper import experiments, latency, records, tables
 from rkl.paper.compute import macs
@@ -110,11 +110,15 @@ def test_no_two_data_sets_share_a_folder(tmp_path):
 
 
 def test_settings_of_our_networks_are_not_given_to_baselines(tmp_path):
-    plan = experiment("table2", "smoke", tmp_path, data="digits", depth=34, gate="legacy", width=16, image_size=16)
-    ours, theirs = (plan.config(row, 0) for row in ("ResNet-KL", "VGG"))
-    assert (ours.depth, ours.gate, ours.width) == (34, "legacy", 16)
-    assert (theirs.depth, theirs.gate, theirs.width) == (18, None, 16)
-    check_options(theirs)
+    given = {"depth": 34, "gate": "legacy", "width": 16, "exit_gate": "none", "loss": {"beta": 0.5}}
+    plan = experiment("table2", "smoke", tmp_path, data="digits", image_size=16, **given)
+    ours, plain, theirs = (plan.config(row, 0) for row in ("ResNet-KL", "ResNet", "VGG"))
+    assert (ours.depth, ours.gate, ours.width, ours.exit_gate, ours.loss.beta) == (34, "legacy", 16, "none", 0.5)
+    assert (plain.depth, plain.gate, plain.width, plain.exit_gate) == (34, "legacy", 16, "light"), "it has no heads"
+    assert (theirs.depth, theirs.gate, theirs.width, theirs.exit_gate) == (18, None, 16, "light")
+    for config in (plain, theirs):
+        assert config.loss == LossWeights()
+        check_ignored(config)
 
 
 def test_other_settings_do_not_mix_into_a_folder(finished):

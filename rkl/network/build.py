@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-from typing import Any
-
 from torch import nn
 
-from ..config import Config, ModelSettings
+from ..config import Config
 from . import baselines
 from .blocks import BlockOptions
 from .model import ResNet, ResNetKL
@@ -17,25 +14,6 @@ OWN: dict[str, tuple[BlockOptions, bool]] = {
     "resnet": (BlockOptions(separable=False, scales=(3,), gate="none", activation="relu"), False),
 }
 """The default block options of the project's own models, and whether the models have exits by default."""
-
-
-OWN_OPTIONS: dict[str, Any] = {
-    f.name: f.default for f in fields(ModelSettings) if f.name not in ("model", "width", "weights")
-}
-"""Settings that only the project's own models have, with their defaults. Baselines are built as published."""
-
-
-def check_options(config: Config) -> None:
-    """Raise ValueError if a baseline is given an option that it would ignore: its record would claim the option."""
-    for name, default in OWN_OPTIONS.items() if config.model in baselines.BASELINES else ():
-        value = getattr(config, name)
-        if value != default:
-            raise ValueError(f"{name} must be left out for {config.model}, which has no such option, got {value}")
-
-
-def without_own_options(config: Config) -> Config:
-    """The configuration without options that a baseline ignores. Several models may be given one set of options."""
-    return replace(config, **OWN_OPTIONS) if config.model in baselines.BASELINES else config
 
 
 def model_names() -> list[str]:

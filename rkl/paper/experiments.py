@@ -31,7 +31,7 @@ import torch
 from rkl_kernels.errors import told
 
 from ..config import Config, from_plain, is_other_run, read_plain, read_yaml, to_plain
-from ..network.build import without_own_options
+from ..ignored import without_ignored
 from ..paths import check_apart
 from ..training.files import RunError, UnwritableError, read_json, understood, write_text
 from ..training.train import load_data, train
@@ -63,7 +63,7 @@ class Experiment:
 
     def _settled(self, row: str) -> Config:
         base = self._fitted
-        config = without_own_options(from_plain(ROWS[row].settings, base, source=row))
+        config = without_ignored(from_plain(ROWS[row].settings, base, source=row))
         like = ROWS[row].macs_of
         if like is None:
             return config

@@ -89,6 +89,14 @@ def check_splits(config: Config, data: Dataset) -> None:
             raise ValueError(f"devices must be at most the {len(split)} {name} images, got {config.devices}")
 
 
+def check_cutout(config: Config, data: Dataset) -> None:
+    """Refuse a square that is larger than the images: of many it would leave nothing."""
+    if config.cutout > data.image_size:
+        raise ValueError(
+            f"cutout must be at most the images' side of {data.image_size} pixels, got {config.cutout}; lower it"
+        )
+
+
 def check_cuttable(model: nn.Module, image: Tensor, rule: str, got: object) -> None:
     """Refuse a network that torch_pruning cannot follow, before training rather than at the first cut. ``rule`` names
     the network, and what must be in place of ``got``."""

@@ -18,7 +18,7 @@ from .. import data as datasets
 from ..config import Config, to_plain
 from ..data import Dataset
 from ..distill import gamma_l1, training_losses
-from ..network.build import check_options
+from ..ignored import check_ignored
 from ..network.model import Exits, ResNet, ResNetKL
 from ..paths import check_apart
 from ..slimming import early_exit
@@ -27,7 +27,7 @@ from . import checkpoint, metrics, report
 from .cuts import check_reach, cut_ratio
 from .evaluation import collect, device_name, evaluate, evaluation_batches, peak_memory, precision_on, size_of
 from .files import RunError, read_json, to_json, write_text
-from .guard import StepGuard, check_cuttable, check_finite, check_splits, in_one_line
+from .guard import StepGuard, check_cutout, check_cuttable, check_finite, check_splits, in_one_line
 from .learner import Learner, make_fabric
 from .run_log import RunLog, TrainingProgress
 
@@ -72,7 +72,8 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     log = RunLog(config, resume, takes_resume=start is None)
     resumed = resume and log.has_checkpoint
     if not resumed and start is None:
-        check_options(config)
+        check_ignored(config)
+        check_cutout(config, data)
     with in_one_line(config, fabric):
         data = data.to(fabric.device)
         learner = Learner(config, data, fabric, start, resumed)
