@@ -31,9 +31,11 @@ import torch
 from rkl_kernels.errors import told
 
 from ..config import Config, from_plain, is_other_run, read_plain, read_yaml, to_plain
-from ..ignored import without_ignored
+from ..ignored import check_ignored, without_ignored
 from ..paths import check_apart
+from ..training.checkpoint import check_data
 from ..training.files import RunError, UnwritableError, read_json, understood, write_text
+from ..training.guard import check_cutout
 from ..training.train import load_data, train
 from .compute import at_macs, cut_to_macs, macs
 from .gradients import record_gradients
@@ -187,15 +189,14 @@ def run(
         raise ValueError(f"rows must be of {plan.table}'s: {', '.join(rows)}; got {odd[0] if odd else 'none'}")
     # Seed by seed, so that an interruption leaves whole pairs.
     cells = [(row, seed) for seed in range(plan.seeds) for row in chosen]
-    configs = {cell: plan.config(*cell) for cell in cells}
-    open_cells = [cell for cell in cells if not _finished(configs[cell])]
-    if open_cells:
-        load_data(configs[open_cells[0]])  # report bad data once, before any run
+    listed = _listed(plan)
+    done = _finished(plan, listed)
+    configs = {cell: plan.config(*cell) for cell in cells if cell not in done}
+    if configs:  # report bad data and settings once, before any run
+        _check_new(list(configs.values()), [plan.folder(*cell) for cell in done])
     settled = {"table": plan.table, "data": plan.data, "scale": plan.scale}
-    write_text(plan.record, json.dumps(settled | {"rows": _listed(plan)}, indent=1))
-    announce(
-        f"{TABLES[plan.table].title} on {plan.data}: {len(cells)} runs, {len(cells) - len(open_cells)} done before"
-    )
+    write_text(plan.record, json.dumps(settled | {"rows": listed}, indent=1))
+    announce(f"{TABLES[plan.table].title} on {plan.data}: {len(cells)} runs, {len(cells) - len(configs)} done before")
     gpus = torch.cuda.device_count()
     jobs = jobs or gpus or torch.get_num_threads()
     threads = max(1, torch.get_num_threads() // jobs)
@@ -213,31 +214,70 @@ def run(
         return error and f"{cell[0]}, seed {cell[1]}: {error}"
 
     with ThreadPoolExecutor(jobs) as pool:
-        errors = [error for error in pool.map(train_cell, open_cells) if error]
+        errors = [error for error in pool.map(train_cell, configs) if error]
     if errors:
         raise RunError(f"{len(errors)} of {len(cells)} runs failed, the first: {errors[0]}")
     return plan.record
 
 
 def _listed(plan: Experiment) -> dict[str, list[str]]:
-    """The runs of each row, for the plan's number of seeds or the number in the present record, whichever is larger."""
+    """The runs of each row, for the plan's number of seeds or the number in the present record, whichever is larger.
+    Rows of the present record that the table no longer has stay at the end.
+
+    Raises:
+        RunError: the present record is damaged, or is of another scale and has a finished run.
+    """
     with understood(plan.record, RECORD):
-        before = read_json(plan.record, RECORD)["rows"] if plan.record.exists() else {}
-        seeds = {row: max(plan.seeds, len(before.get(row, []))) for row in TABLES[plan.table].rows}
-    return {row: [str(plan.folder(row, seed).relative_to(plan.out)) for seed in range(n)] for row, n in seeds.items()}
-
-
-def _finished(config: Config) -> bool:
-    """Whether a cell is finished. Raises RunError if its folder holds a run of other settings."""
-    if not (config.out / "gradients.json").exists():
-        return False
-    then, now = to_plain(read_yaml(config.out / "config.yaml")), to_plain(config)
-    for key in now:
-        if is_other_run(key, then.get(key), now[key]):
+        none: dict[str, Any] = {"scale": plan.scale, "rows": {}}
+        before = read_json(plan.record, RECORD) if plan.record.exists() else none
+        runs = {row: list(map(str, of_row)) for row, of_row in before["rows"].items()}
+        finished = any(_is_finished(plan.out / run) for of_row in runs.values() for run in of_row)
+        if finished and before["scale"] != plan.scale:
             raise RunError(
-                f"{config.out}: holds a run with {key} {then.get(key)!r}, want {now[key]!r}; give another out"
+                f"{plan.record}: scale must be that of the finished runs, {before['scale']!r}, got {plan.scale!r}; "
+                "give another out"
             )
-    return True
+    seeds = {row: max(plan.seeds, len(runs.pop(row, []))) for row in TABLES[plan.table].rows}
+    return {
+        row: [str(plan.folder(row, seed).relative_to(plan.out)) for seed in range(n)] for row, n in seeds.items()
+    } | runs
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "gradients.json").exists()
+
+
+def _finished(plan: Experiment, listed: dict[str, list[str]]) -> list[tuple[str, int]]:
+    """The finished cells of the table. The page compares all of them, whichever rows the command trains.
+
+    Raises:
+        RunError: a cell's folder holds a run of other settings.
+    """
+    cells = [(row, seed) for row in TABLES[plan.table].rows for seed in range(len(listed[row]))]
+    cells = [cell for cell in cells if _is_finished(plan.folder(*cell))]
+    for cell in cells:
+        folder, now = plan.folder(*cell), to_plain(plan.config(*cell))
+        then = to_plain(read_yaml(folder / "config.yaml"))
+        for key in now:
+            if is_other_run(key, then.get(key), now[key]):
+                raise RunError(
+                    f"{folder}: holds a run with {key} {then.get(key)!r}, want {now[key]!r}; give another out"
+                )
+    return cells
+
+
+def _check_new(configs: list[Config], finished: list[Path]) -> None:
+    """Check, before any run, that no setting is ignored or beyond the images, and that the data is there and is that of
+    the finished runs, as far as their checkpoints tell."""
+    for config in configs:
+        check_ignored(config)
+    data = load_data(configs[0])
+    check_cutout(configs[0], data)
+    for folder in finished:
+        file = folder / "checkpoints" / "last.json"
+        if file.exists():
+            with understood(file, "a checkpoint's JSON record"):
+                check_data(folder, read_json(file, "a checkpoint's JSON record"), data)
 
 
 SLOW_IMPORTS = ("matplotlib.backends.backend_agg", "sklearn.datasets", "timm", "torchvision.models")

@@ -1,0 +1,104 @@
+"""What a folder of experiments holds already: a further command neither mixes other runs into it nor loses some."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rkl.config import Config, to_plain
+from rkl.paper import experiments
+from rkl.paper.experiments import Experiment, experiment
+from rkl.paper.rows import TABLES
+from rkl.training.files import RunError, write_text
+
+SMALL = {"data": "digits", "image_size": 16}
+
+
+@pytest.fixture(autouse=True)
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of the runs that were asked for. Each gets a finished run's settings, and its images' fingerprint."""
+    folders: list[Path] = []
+
+    def pretend(config: Config, device: int | None, threads: int) -> None:
+        data = experiments.load_data(config)
+        write_text(config.out / "config.yaml", yaml.safe_dump(to_plain(config)))
+        write_text(config.out / "gradients.json", "{}")
+        facts = {"classes": data.classes, "fingerprint": data.fingerprint}
+        write_text(config.out / "checkpoints" / "last.json", json.dumps(facts))
+        folders.append(config.out)
+
+    monkeypatch.setattr(experiments, "_in_own_process", pretend)
+    return folders
+
+
+def train(plan: Experiment, *rows: str) -> dict[str, Any]:
+    """Run some rows of a plan, and return the record."""
+    experiments.run(plan, jobs=1, announce=lambda _: None, only=rows)
+    return json.loads(plan.record.read_text())
+
+
+def test_a_table_goes_on_at_its_own_scale_alone(tmp_path: Path, trained: list[Path]) -> None:
+    """With the other scale in its record the page would compare short runs with long ones, row by row."""
+    plan = experiment("table5", "smoke", tmp_path, **SMALL)
+    before = train(plan, "ResNet")
+    other = experiment("table5", "cpu", tmp_path, seeds=1, **SMALL)
+    with pytest.raises(RunError, match=r"table5-digits\.json: scale must be .*, 'smoke', got 'cpu'; give another out$"):
+        train(other, "ResNet + logic")
+    assert (json.loads(plan.record.read_text()), len(trained)) == (before, 1)
+    (plan.folder("ResNet", 0) / "gradients.json").unlink()
+    assert train(other, "ResNet + logic")["scale"] == "cpu", "no run was finished"
+
+
+@pytest.mark.parametrize(("table", "row"), [("table5", "ResNet + logic"), ("factors", "ResNet + gate")])
+def test_rows_that_are_not_trained_now_must_agree_too(
+    tmp_path: Path, trained: list[Path], table: str, row: str
+) -> None:
+    """They stand on the same page, those that another table trained as well."""
+    train(experiment("table5", "smoke", tmp_path, **SMALL), "ResNet")
+    for settings in ({"image_size": 20}, {"lr": 0.5}):
+        plan = experiment(table, "smoke", tmp_path, **SMALL | settings)
+        with pytest.raises(
+            RunError, match=f"resnet/seed-0: holds a run with {next(iter(settings))} .*give another out"
+        ):
+            train(plan, row)
+    assert len(trained) == 1
+    train(experiment(table, "smoke", tmp_path, **SMALL), row)
+    assert len(trained) == 2
+
+
+def test_rows_that_the_table_no_longer_has_stay_on_its_page(tmp_path: Path) -> None:
+    plan = experiment("table5", "smoke", tmp_path, **SMALL)
+    record = train(plan, "ResNet")
+    gone = {"ResNet wide": ["runs/digits/resnet-wide/seed-0"]}
+    write_text(plan.record, json.dumps(record | {"rows": gone | record["rows"]}))
+    rows = train(plan, "ResNet + logic")["rows"]
+    assert list(rows) == [*TABLES["table5"].rows, "ResNet wide"]
+    assert rows == record["rows"] | gone
+
+
+def test_rows_are_not_trained_on_other_images(
+    tmp_path: Path, trained: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image was added to the data's folder since the first row. Differences between rows are paired by images."""
+    plan, real = experiment("table5", "smoke", tmp_path, **SMALL), experiments.load_data
+    train(plan, "ResNet")
+
+    def with_others(config: Config) -> Any:
+        return replace(real(config), fingerprint={"train": "others"})
+
+    monkeypatch.setattr(experiments, "load_data", with_others)
+    with pytest.raises(RunError, match="resnet/seed-0: data must be the images the run was trained on, got others"):
+        train(plan, "ResNet + logic")
+    assert len(trained) == 1
+
+
+def test_a_setting_without_effect_is_refused_before_any_run(tmp_path: Path, trained: list[Path]) -> None:
+    with pytest.raises(ValueError, match="mixup must go with a cutmix_probability below 1"):
+        train(experiment("table5", "smoke", tmp_path, mixup=0.2, **SMALL), "ResNet")
+    assert not trained
+    assert not list(tmp_path.iterdir())
