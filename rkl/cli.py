@@ -149,6 +149,8 @@ class Experiments:
     """Folder of the data set's files; by default the usual folders are searched."""
     scale: str = "cpu"
     """Size of the runs: `smoke`, `cpu` or `full`."""
+    download: bool = False
+    """Download missing files of the data set into data_root."""
     seeds: int | None = None
     """Number of runs for each row; the scale's number by default."""
     rows: tuple[str, ...] | None = None
@@ -162,8 +164,7 @@ class Experiments:
         from .paper import experiments, tables
 
         overrides = experiments.read_overrides(self.config) if self.config else {}
-        if self.data_root:
-            overrides["data_root"] = self.data_root
+        overrides |= {name: given for name in ("data_root", "download") if (given := getattr(self, name))}
         plan = experiments.experiment(self.table, self.scale, self.out, self.data, self.seeds, **overrides)
         experiments.run(plan, self.jobs, announce=print, only=self.rows)
         print(f"report: {tables.write(self.out)}")

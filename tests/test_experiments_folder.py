@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from rkl.cli import main
 from rkl.config import Config, to_plain
-from rkl.paper import experiments
+from rkl.paper import experiments, tables
 from rkl.paper.experiments import Experiment, experiment
 from rkl.paper.rows import TABLES
 from rkl.training.files import RunError, write_text
@@ -102,3 +103,19 @@ def test_a_setting_without_effect_is_refused_before_any_run(tmp_path: Path, trai
         train(experiment("table5", "smoke", tmp_path, mixup=0.2, **SMALL), "ResNet")
     assert not trained
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_files_are_downloaded_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Experiment] = []
+    monkeypatch.setattr(experiments, "run", lambda plan, *_, **__: plans.append(plan))
+    monkeypatch.setattr(tables, "write", lambda out: out)
+    command = ["experiments", "table5", "--scale", "smoke", "--out", str(tmp_path)]
+    main(command)
+    main([*command, "--download", "--data-root", str(tmp_path)])
+    (tmp_path / "a.yaml").write_text("download: true\nlr: 0.2")
+    main([*command, "--config", str(tmp_path / "a.yaml")])
+    assert [plan.overrides for plan in plans] == [
+        {},
+        {"download": True, "data_root": tmp_path},
+        {"download": True, "lr": 0.2},
+    ]

@@ -166,7 +166,7 @@ def _read(name: str, root: str | Path | None, download: bool) -> tuple[Split, Sp
         wanted = " or ".join(dict.fromkeys(Path(marker).name for marker in source.readers))
         raise DataError(
             f"{name}: no {wanted} under {' or '.join(map(str, roots))}; give the folder that holds it as root "
-            "(--data-root), or set download (--download; of rkl experiments, download: true in its --config)"
+            "(--data-root), or set download (--download)"
         )
     reader, folder = found
     return reader(folder)
