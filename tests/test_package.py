@@ -85,10 +85,11 @@ def test_wheel_is_tagged_abi3(tmp_path):
 
 
 def test_source_distribution_holds_every_source(tmp_path):
-    """Those of the CUDA kernels too where it is made without them."""
+    """Those of the CUDA kernels too where it is made without them, and the records that pages are made from."""
     tree = tmp_path / "tree"
-    left_out = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "runs", "dist")
-    shutil.copytree(ROOT, tree, ignore=left_out)
+    left_out = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist")
+    own_runs = {str(ROOT): {"runs"}}  # those in results/ are tracked
+    shutil.copytree(ROOT, tree, ignore=lambda folder, names: left_out(folder, names) | own_runs.get(str(folder), set()))
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "made")]
     subprocess.run(command, cwd=tree, env=os.environ | {"FORCE_CUDA": "0"}, capture_output=True, check=True)
     (archive,) = (tmp_path / "made").glob("*.tar.gz")
@@ -97,6 +98,10 @@ def test_source_distribution_holds_every_source(tmp_path):
     sources = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.is_file()}
     assert any(name.endswith(".cu") for name in sources)
     assert sources <= held
+    endings = {".md", ".png", ".json", ".jsonl", ".yaml"}
+    records = {str(path.relative_to(tree)) for path in (tree / "results").rglob("*") if path.suffix in endings}
+    assert any(name.endswith("seed-0/log.jsonl") for name in records)
+    assert records <= held
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "tests/conftest.py"} <= held
 
 

@@ -11,9 +11,11 @@ import pytest
 from tools.installed import Outcome, core_tests, environment, only
 from tools.release import ALSO, BINARIES, sdist_faults, wheel_faults
 
-TRACKED = {"rkl/cli.py", "rkl_kernels/py.typed", "csrc/ops.cpp", "tests/conftest.py", "results/README.md", *ALSO}
+RUN = "results/a/runs/a/resnet/seed-0"
+RECORDS = {"results/README.md", "results/a/table5-a.json", f"{RUN}/config.yaml", f"{RUN}/log.jsonl"}
+TRACKED = {"rkl/cli.py", "rkl_kernels/py.typed", "csrc/ops.cpp", "tests/conftest.py", *RECORDS, *ALSO}
 WHEEL = {"rkl/", "rkl/cli.py", "rkl_kernels/py.typed", "resnet_kl-1.dist-info/METADATA", *BINARIES}
-SDIST = TRACKED - {"results/README.md"} | {"PKG-INFO", "setup.cfg", "resnet_kl.egg-info/SOURCES.txt"}
+SDIST = TRACKED | {"PKG-INFO", "setup.cfg", "resnet_kl.egg-info/SOURCES.txt"}
 
 
 def test_archives_that_hold_what_they_should():
@@ -28,8 +30,10 @@ def test_names_what_is_missing_and_what_is_too_much():
         "the wheel must not hold resnet_kl.libs/libcudart.so.13",
         "the wheel must not hold rkl_kernels/gone.py",
     ]
-    assert sdist_faults(SDIST - {"csrc/ops.cpp"} | {"runs/digits/log.jsonl"}, TRACKED) == [
+    sdist = SDIST - {"csrc/ops.cpp", "results/a/table5-a.json"} | {"runs/digits/log.jsonl"}
+    assert sdist_faults(sdist, TRACKED) == [
         "the source distribution lacks csrc/ops.cpp",
+        "the source distribution lacks results/a/table5-a.json",
         "the source distribution must not hold runs/digits/log.jsonl",
     ]
 

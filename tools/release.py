@@ -15,7 +15,7 @@ from tools.installed import NEEDED, core_tests, environment, only, unpack
 
 BINARIES = {"rkl_kernels/_C.abi3.so", "rkl_kernels/_C_cuda.abi3.so"}
 PACKAGES = ("rkl/", "rkl_kernels/")
-SOURCES = (*PACKAGES, "csrc/", "tests/", "benchmarks/", "docs/", "examples/", "tools/")
+SOURCES = (*PACKAGES, "csrc/", "tests/", "benchmarks/", "docs/", "examples/", "tools/", "results/")
 ALSO = {
     "CHANGELOG.md",
     "LICENSE",
@@ -37,8 +37,8 @@ def wheel_faults(names: Iterable[str], tracked: set[str]) -> list[str]:
 
 
 def sdist_faults(names: Iterable[str], tracked: set[str]) -> list[str]:
-    """What is wrong with a source distribution. It must hold all that builds and tests the packages, and only tracked
-    files."""
+    """What is wrong with a source distribution. It must hold all that builds and tests the packages, the records that
+    ``rkl report`` makes its pages from, and only tracked files."""
     held = set(names)
     made = {name for name in held if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
     wanted = {name for name in tracked if name.startswith(SOURCES)} | ALSO
