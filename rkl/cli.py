@@ -73,7 +73,8 @@ class Evaluate:
             from .deploy import exit_report
 
             record = exit_report.evaluate_early_exit(run, self.target_accuracy, self.target_macs, self.checkpoint)
-            title = f"{run.config.model} on {run.config.data}: early exit on the test images"
+            images = f"the test images, epoch {record['epoch']}"
+            title = f"{run.config.model} on {run.config.data}: early exit on {images}"
             show(report.rich_table(title, *exit_report.rows(record)))
             print(f"plot: {run.folder / 'plots' / 'early_exit.png'}")
             return
@@ -84,7 +85,8 @@ class Evaluate:
             raise ValueError(f"split must have images, got {self.split!r} of a run with val_fraction 0")
         exits, labels = collect(run.model, split, data, run.config)
         rows = report.exit_rows([metrics.exit_metrics(logits, labels) for logits in exits])
-        title = f"{run.config.model} on {run.config.data}: {len(labels)} {self.split} images"
+        images = f"{len(labels)} {self.split} images, epoch {run.facts['epoch']}"
+        title = f"{run.config.model} on {run.config.data}: {images}"
         show(report.rich_table(title, ["", *report.EXIT_METRICS.values()], rows))
 
 
@@ -147,10 +149,10 @@ class Experiments:
     """Name of the data set; by default the paper's for the table."""
     data_root: Path | None = None
     """Folder of the data set's files; by default the usual folders are searched."""
-    scale: str = "cpu"
-    """Size of the runs: `smoke`, `cpu` or `full`."""
     download: bool = False
     """Download missing files of the data set into data_root."""
+    scale: str = "cpu"
+    """Size of the runs: `smoke`, `cpu` or `full`."""
     seeds: int | None = None
     """Number of runs for each row; the scale's number by default."""
     rows: tuple[str, ...] | None = None

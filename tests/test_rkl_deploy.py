@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,6 +237,36 @@ def test_latencies_before_and_after_a_cut_are_measured_together(
     said = capsys.readouterr().out
     assert said.count(" ms for 16 ") == 2
     assert "98765" not in said
+
+
+@pytest.mark.parametrize(("tested", "checkpoint"), [("last", "best"), ("best", "last")])
+def test_accuracies_before_and_after_a_cut_are_told_with_their_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tested: str, checkpoint: str
+) -> None:
+    """The run was tested once, in another epoch than that of the checkpoint that is cut."""
+    real, values = trainer.evaluate, iter((0.75, 0.5, 0.25))
+
+    def getting_worse(*arguments: Any) -> list[metrics.ExitMetrics]:
+        accuracy = next(values)
+        return [exit | {"accuracy": accuracy} for exit in real(*arguments)]
+
+    small = {"width": 4, "image_size": 8, "train_size": 100, "test_size": 40, "batch_size": 32, "prune_at": ()}
+    config = Config(tmp_path / "run", epochs=2, exits=False, test_with=tested, **small)
+    monkeypatch.setattr(trainer, "evaluate", getting_worse)
+    trainer.train(config)
+    record = json.loads((config.out / "metrics.json").read_text())
+    epochs = {"best": 1, "last": 2}
+    assert record["epoch"] == epochs[tested]
+    capsys.readouterr()
+    arguments = ["--out", str(tmp_path / "slim"), "--target-macs", "0.7", "--epochs", "1"]
+    main(["prune", str(config.out), "--checkpoint", checkpoint, *arguments])
+    before, after = (line for line in capsys.readouterr().out.splitlines() if " ms for 16 " in line)
+    assert f"before, epoch {epochs[checkpoint]}" in before
+    assert f" {[0.75, 0.5][epochs[checkpoint] - 1]:.2%} " in before
+    assert f" {record['test'][-1]['accuracy']:.2%} (epoch {epochs[tested]})" in before
+    assert "after, epoch 1" in after
+    assert " 25.00% " in after
+    assert "(epoch" not in after
 
 
 def test_a_cut_run_trains_on_by_the_runs_own_recipe(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from ..paths import check_apart
 from ..slimming import pruning
 from ..training import metrics, report
 from ..training.checkpoint import Run, check_data, example_image, open_run
+from ..training.files import read_lines
 from ..training.guard import check_cuttable
 from ..training.train import load_data, train
 
@@ -120,13 +121,18 @@ def prune_run(
 
 def before_and_after(run: Run, out: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table that ``rkl prune`` prints: a run before, and the run in ``out`` that was cut from it
-    after. The values come from the two records, except for the latencies. Those are measured here in turns, since the
-    recorded ones are from other times and perhaps from another machine."""
-    models = [deployed(run.model), deployed(open_run(out, device=run.device).model)]
-    latencies = metrics.measure_latencies(models, example_image(run).repeat(LATENCY_BATCH, 1, 1, 1))
+    after, each as of its checkpoint's epoch. The values come from the two runs' records, except for the latencies.
+    Those are measured here in turns, since the recorded ones are from other times and perhaps from another machine."""
+    runs = [run, open_run(out, device=run.device)]
+    images = example_image(run).repeat(LATENCY_BATCH, 1, 1, 1)
+    latencies = metrics.measure_latencies([deployed(each.model) for each in runs], images)
     rows = []
-    for name, folder, milliseconds in zip(("before", "after"), (run.folder, out), latencies, strict=True):
-        record = report.read_metrics(folder)
+    for name, each, milliseconds in zip(("before", "after"), runs, latencies, strict=True):
+        epoch, record = each.facts["epoch"], report.read_metrics(each.folder)
         record["size"] |= {"latency_ms": milliseconds, "latency_batch": LATENCY_BATCH}
-        rows.append([name, *report.size_rows(record)[-1][1:], f"{record['test'][-1]['accuracy']:.2%}"])
+        record["val"] = next((row["val"] for row in read_lines(each.folder / "log.jsonl") if row["epoch"] == epoch), [])
+        tested = f"{record['test'][-1]['accuracy']:.2%}"
+        if record["epoch"] != epoch:  # the test images are looked at once, with the model that the run named beforehand
+            tested += f" (epoch {record['epoch']})"
+        rows.append([f"{name}, epoch {epoch}", *report.size_rows(record)[-1][1:], tested])
     return [*report.SIZE_HEADER, "test accuracy"], rows

@@ -69,7 +69,8 @@ def rich_table(title: str, header: list[str], rows: list[list[str]]) -> Table:
 
 def rich_tables(record: dict[str, Any]) -> list[Table]:
     """The two tables that a run prints at its end."""
-    title = f"{record['model']} on {record['data']}: {record['test_images']} test images"
+    images = f"{record['test_images']} test images, epoch {record['epoch']}"
+    title = f"{record['model']} on {record['data']}: {images}"
     return [
         rich_table(title, ["", *EXIT_METRICS.values()], exit_rows(record["test"])),
         rich_table("before and after the cuts" if record["cuts"] else "size", SIZE_HEADER, size_rows(record)),
