@@ -178,6 +178,20 @@ def test_the_page_prints_what_the_records_hold(finished, page):
     assert "| ResNet-KL | 87.71 | 94.616† |" in paper
 
 
+def test_the_page_says_which_epoch_was_tested_and_what_most_rows_have(finished):
+    """A run may be asked to test its best epoch, and the first row to finish may be one of a fitted width."""
+    results = next(r for r in records.load_results(finished[0]) if r.table == "table5")
+    assert "(the last epoch's)" in tables._reading([results])
+    run = results.rows["ResNet"][0]
+    best = replace(results, rows={"ResNet": [replace(run, metrics=run.metrics | {"tested": "best"})]})
+    assert "(the best epoch's by validation)" in tables._reading([best])
+    assert "(the last epoch's or the best epoch's by validation)" in tables._reading([best, results])
+    fitted = results.rows["ResNet at ResNet-KL's MACs"][0]
+    assert fitted.config["width"] != run.config["width"] == 8
+    rows = {"ResNet at ResNet-KL's MACs": [fitted], "ResNet + logic": results.rows["ResNet + logic"]}
+    assert "width 8," in tables._setting(replace(results, rows=rows))
+
+
 def test_every_resnet_kl_has_a_plain_resnet_of_its_compute(finished):
     """Their compute agrees as far as whole channels allow at these widths with one cut. The page prints the ratios."""
     for row, plain, tolerance in (

@@ -17,7 +17,7 @@ from .comparison import Estimate, Judged, f1_ceiling, holm, impossible, smallest
 from .experiments import data_slug
 from .latency import Latency, measure
 from .records import APART, Results, Run, load_results, published
-from .rows import FACTORS, TABLES, Factor
+from .rows import FACTORS, ROWS, TABLES, Factor
 
 NEGLIGIBLE = 0.2
 """Percentage points of accuracy. A factor does nothing if its whole interval lies within this distance of zero."""
@@ -37,7 +37,7 @@ def write(folder: Path) -> Path:
         # If several tables on the same data can judge a claim, the first of them does.
         headlines = _headlines(results, own) | headlines
     ordered = sorted(headlines, key=lambda key: [factor.name for factor in FACTORS].index(key[0]))
-    parts = ["# Experiments", "\n".join(headlines[key] for key in ordered), _reading()]
+    parts = ["# Experiments", "\n".join(headlines[key] for key in ordered), _reading(found)]
     for results, own in zip(found, latencies, strict=True):
         parts += _section(results, own, others, folder)
     parts += [_paper_check(others)]
@@ -45,11 +45,16 @@ def write(folder: Path) -> Path:
     return folder / "report.md"
 
 
-def _reading() -> str:
+TESTED = {"last": "the last epoch's", "best": "the best epoch's by validation"}
+
+
+def _reading(found: list[Results]) -> str:
+    tested = {run.metrics.get("tested", "last") for results in found for runs in results.rows.values() for run in runs}
+    named = " or ".join(words for name, words in TESTED.items() if name in tested)
     return (
         "Ours: the mean over seeds ± half of the 95% t interval, n runs. A seed gives every row the same validation "
         "split, the same batches and, in layers that rows share, the same initial values. The test images are looked "
-        "at once a run, after training, with the model named beforehand (the last epoch's). Loss is the deepest head's "
+        f"at once a run, after training, with the model named beforehand ({named}). Loss is the deepest head's "
         "NLL. Latencies are measured when this page is written."
     )
 
@@ -101,9 +106,16 @@ def _seeds(results: Results) -> str:
     return f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") + " a row"
 
 
+def _own_settings(row: str) -> tuple[bool, int]:
+    """A key by which the row with the fewest settings of its own is the smallest. A fitted width is one."""
+    own = ROWS.get(row)
+    return (True, 0) if own is None else (own.macs_of is not None, len(own.settings))
+
+
 def _setting(results: Results) -> str:
     runs = [run for runs in results.rows.values() for run in runs]
-    config, metrics = runs[0].config, runs[0].metrics
+    (first, *_) = results.rows[min(results.rows, key=_own_settings)]
+    config, metrics = first.config, first.metrics
     images = "all" if config["train_size"] is None else f"a fixed {config['train_size']:,}"
     devices = ", ".join(sorted({run.metrics["device"] for run in runs}))
     augmented = {
