@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,33 @@ def test_resume_takes_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytes
     main(["train", "--resume", "--out", str(config.out), "--on-nan", "skip"])
     assert json.loads((config.out / "metrics.json").read_text())["epochs"] == config.epochs
     assert checkpoint.open_run(config.out).config.lr == 0.04
+
+
+def test_a_run_killed_after_it_saved_its_best_model_tests_that_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the epoch may come out worse when it is trained again. Its first model is on the disk, and is tested."""
+    real, save, values = trainer.evaluate, checkpoint.save, iter((0.5, 0.9, 0.1))
+
+    def going(*arguments: Any) -> list[metrics.ExitMetrics]:
+        accuracy = next(values)
+        return [exit | {"accuracy": accuracy} for exit in real(*arguments)]
+
+    def killed(folder: Path, name: str, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        if (name, facts["epoch"]) == ("last", 2):
+            raise KeyboardInterrupt
+        save(folder, name, tensors, facts)
+
+    config = tiny(tmp_path / "run", epochs=2, prune_at=(), prune_ratio=0.2, test_with="best")
+    monkeypatch.setattr(trainer, "evaluate", going)
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(config)
+    monkeypatch.setattr(checkpoint, "save", save)
+    trainer.train(config, resume=True)
+    record = json.loads((config.out / "metrics.json").read_text())
+    assert checkpoint.open_run(config.out, "best").facts["epoch"] == record["epoch"] == 2
+    assert record["best"] == {"epoch": 2, "accuracy": 0.9}
 
 
 @pytest.mark.parametrize(("key", "value"), [("lr", 0.5), ("seed", 7), ("val_fraction", 0.3)])

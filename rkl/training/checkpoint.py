@@ -119,6 +119,17 @@ def _load(folder: Path, record: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, facts
 
 
+def with_newer_best(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The last checkpoint's facts, with the best epoch of the best checkpoint if that is newer: the run was killed
+    between the two saves. The best model is then that one, even if the epoch, trained again, comes out worse."""
+    record = folder / "best.json"
+    if not record.exists():
+        return facts
+    with understood(record, "a checkpoint's JSON record"):
+        best = read_json(record, "a checkpoint's JSON record")
+        return facts | {"best": best["best"]} if best["epoch"] > facts["epoch"] else facts
+
+
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

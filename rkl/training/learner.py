@@ -171,4 +171,4 @@ class Learner:
             checkpoint.restore_model(self.average.module, checkpoint.part(tensors, "ema."), facts["plan"], source)
             self.average.n_averaged.copy_(tensors["averaged"])
         self.fabric.strategy.precision.load_state_dict(facts.get("scaler") or {})
-        return facts
+        return checkpoint.with_newer_best(folder, facts) if self.config.test_with == "best" else facts

@@ -354,7 +354,8 @@ def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any
     tested = facts["epoch"]
     if config.test_with == "best":
         learner.fabric.barrier()  # the best checkpoint is written by one process
-        model, tested = checkpoint.open_run(config.out, "best", learner.fabric.device).model, facts["best"]["epoch"]
+        best = checkpoint.open_run(config.out, "best", learner.fabric.device)
+        model, tested = best.model.to(memory_format=learner.memory_format), best.facts["epoch"]  # type: ignore[call-overload]
     thresholds = calibrated(model, data, config)
     exits, labels = collect(model, data.test, data, config)
     example = next(evaluation_batches(data.test, data, 16))[0]
