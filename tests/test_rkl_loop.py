@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_rkl_recipe import TINY, learner_of
+from torch import nn
 
 from rkl.config import Config
 from rkl.data import class_weights
@@ -62,3 +66,24 @@ def test_the_first_of_equal_epochs_is_the_best() -> None:
     facts["epoch"] = 2
     assert not trainer.note_best(facts, [{"accuracy": 1.0}, {"accuracy": 0.5}])
     assert facts["best"] == {"epoch": 1, "accuracy": 0.5}
+
+
+@pytest.mark.parametrize("tested", ["last", "best"])
+def test_latencies_of_a_run_are_of_one_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tested: str) -> None:
+    """Those before and after the cut and at the end stand in one table. Images of one channel have no layout."""
+    seen: list[torch.Tensor] = []
+    real, pixels = trainer.size_of, np.random.default_rng(0)
+    for number in range(60):
+        (tmp_path / "images" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(pixels.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        image.save(tmp_path / "images" / "ab"[number % 2] / f"{number}.png")
+
+    def noting(model: nn.Module, example: torch.Tensor) -> dict[str, float]:
+        seen.extend([example, model.stem.conv.weight])
+        return real(model, example)
+
+    monkeypatch.setattr(trainer, "size_of", noting)
+    data = {"data": f"folder:{tmp_path / 'images'}", "train_size": None, "test_size": None}
+    trainer.train(replace(TINY, out=tmp_path / "run", prune_at=(0.5,), test_with=tested, **data))
+    assert len(seen) == 6
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in seen)

@@ -358,7 +358,7 @@ def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any
         model, tested = best.model.to(memory_format=learner.memory_format), best.facts["epoch"]  # type: ignore[call-overload]
     thresholds = calibrated(model, data, config)
     exits, labels = collect(model, data.test, data, config)
-    example = next(evaluation_batches(data.test, data, 16))[0]
+    example = next(evaluation_batches(data.test, data, 16))[0].to(memory_format=learner.memory_format)
     rows = log.rows()
     seconds = sum(row["seconds"] for row in rows)
     return {
