@@ -60,8 +60,7 @@ class Block {
 
   template <bool to_write>
   static RKL_INLINE void ask(const Prefetch& p, int b, int row) {
-#pragma GCC unroll 2
-    for (int line = 0; line < kLines; ++line)
+    RKL_UNROLL for (int line = 0; line < kLines; ++line)
       __builtin_prefetch(p.from + b * p.step + row * p.row + line * kLine, to_write, 2);
   }
 
@@ -70,30 +69,26 @@ class Block {
     const int64_t c = S * o - job.left, at = job.at + c * job.pitch;
     const int64_t from = edge ? std::max<int64_t>(0, -c) : 0;
     const int64_t to = edge ? std::min<int64_t>(kColumns, job.inputs - c) : kColumns;
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) {
-#pragma GCC unroll 4
-      for (int row = 0; row < S * S; ++row) ask<false>(job.read, b, row);
+    RKL_UNROLL for (int b = 0; b < B; ++b) {
+      RKL_UNROLL for (int row = 0; row < S * S; ++row) ask<false>(job.read, b, row);
     }
     Vec sum[B][V];
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[b][v] = read<Vec>(job.start[0] + (o + b) * job.start_step + v * kLanes);
+    RKL_UNROLL for (int b = 0; b < B; ++b)
+      RKL_UNROLL for (int v = 0; v < V; ++v) {
+        sum[b][v] = read<Vec>(job.start[0] + (o + b) * job.start_step + v * kLanes);
+      }
     const int whole = P::kRows > 1 && job.odd && job.end == job.units ? job.end - 1 : job.end;
     for (int u = job.begin; u < whole; ++u) add<edge, false>(job, u, at, int(from), int(to), sum);
     if (whole < job.end) add<edge, true>(job, whole, at, int(from), int(to), sum);
     const int64_t count = edge ? std::min<int64_t>(B, job.count - o) : B;
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) {
+    RKL_UNROLL for (int b = 0; b < B; ++b) {
       ask<true>(job.written, b, 0);
       if (b >= count) continue;
       if (!job.sums[0]) {
         P::store(job.out[0] + (o + b) * job.out_pitch, sum[b], job.streams);
         continue;
       }
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) store(job.sums[0] + ((o + b) * V + v) * kLanes, sum[b][v]);
+      RKL_UNROLL for (int v = 0; v < V; ++v) store(job.sums[0] + ((o + b) * V + v) * kLanes, sum[b][v]);
     }
   }
 
@@ -103,21 +98,18 @@ class Block {
     const float* weights = job.weights + u * job.weight_row;
     const T* const* rows = job.rows + u * P::kRows;
     Vec weight[K][V];
-#pragma GCC unroll 8
-    for (int t = 0; t < K; ++t)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) weight[t][v] = in_register(read<Vec>(weights + v * job.weight_vector + t * kLanes));
-#pragma GCC unroll 24
-    for (int j = 0; j < kColumns; ++j, at += job.pitch) {
+    RKL_UNROLL for (int t = 0; t < K; ++t)
+      RKL_UNROLL for (int v = 0; v < V; ++v) {
+        weight[t][v] = in_register(read<Vec>(weights + v * job.weight_vector + t * kLanes));
+      }
+    RKL_UNROLL for (int j = 0; j < kColumns; ++j, at += job.pitch) {
       if (edge && j < from) continue;
       if (edge && j >= to) break;
       Vec x[V];
       P::load(rows, at, x);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
+      RKL_UNROLL for (int v = 0; v < V; ++v) {
         if (upper) x[v] = P::upper_alone(x[v]);
-#pragma GCC unroll 8
-        for (int t = 0; t < K; ++t)
+        RKL_UNROLL for (int t = 0; t < K; ++t)
           if (const int b = j - t; b >= 0 && b % S == 0 && b / S < B)
             sum[b / S][v] = P::add(sum[b / S][v], x[v], weight[t][v]);
       }

@@ -63,8 +63,7 @@ class Window {
         written_step_((given.written.in_columns ? 1 : V) * given.written.step),
         newest_(given.ahead ? given.rows + (given.units + (R - 1) * given.shift) * P::kRows - kNewest : nullptr),
         ahead_(given.ahead) {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) out_[r] = given.out[r];
+    RKL_UNROLL for (int r = 0; r < R; ++r) out_[r] = given.out[r];
   }
 
   RKL_INLINE void next() {
@@ -84,18 +83,14 @@ class Window {
 
   template <int phase, int J>
   RKL_INLINE void held_column() {
-#pragma GCC unroll 16
-    for (int u = 0; u < kUnits + (R - 1) * S; ++u) {
+    RKL_UNROLL for (int u = 0; u < kUnits + (R - 1) * S; ++u) {
       Vec x[V];
       P::load(rows_ + u * P::kRows, column_, x);
-#pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) {
+      RKL_UNROLL for (int r = 0; r < R; ++r) {
         const int m = u - r * S;
         if (m < 0 || m >= kUnits) continue;
-#pragma GCC unroll 8
-        for (int t = J; t < K; t += S)
-#pragma GCC unroll 2
-          for (int v = 0; v < V; ++v) {
+        RKL_UNROLL for (int t = J; t < K; t += S)
+          RKL_UNROLL for (int v = 0; v < V; ++v) {
             Vec& to = sum[r][(phase - (t - J) / S + M) % M][v];
             to = P::add(to, part(x[v], m), kHoldsWeights ? held[v][m * K + t] : weight(v, m * K + t));
           }
@@ -108,17 +103,14 @@ class Window {
   RKL_INLINE void add_unit(int u) {
     Vec x[V];
     P::load(rows_ + u * P::kRows, column_, x);
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
+    RKL_UNROLL for (int r = 0; r < R; ++r) {
       if (!(r ? second : first)) continue;
       const int m = r ? u - job.shift : u;
       const bool last = P::kRows > 1 && job.odd && m == job.units - 1;
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
+      RKL_UNROLL for (int v = 0; v < V; ++v) {
         const Vec pixel = last ? P::upper_alone(x[v]) : x[v];
         const float* row = weights + v * job.weight_vector + m * job.weight_row;
-#pragma GCC unroll 8
-        for (int t = J; t < K; t += S) {
+        RKL_UNROLL for (int t = J; t < K; t += S) {
           Vec& to = sum[r][(phase - (t - J) / S + M) % M][v];
           to = P::add(to, pixel, read<Vec>(row + t * kLanes));
         }
@@ -143,30 +135,25 @@ class Window {
   }
 
   RKL_INLINE void look_ahead() const {
-#pragma GCC unroll 4
-    for (int r = 0; r < kNewest; ++r) __builtin_prefetch(newest_[r] + column_ + ahead_, 0, 3);
+    RKL_UNROLL for (int r = 0; r < kNewest; ++r) __builtin_prefetch(newest_[r] + column_ + ahead_, 0, 3);
   }
 
   template <int place>
   RKL_INLINE void begin(int64_t output) {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v)
+    RKL_UNROLL for (int r = 0; r < R; ++r)
+      RKL_UNROLL for (int v = 0; v < V; ++v)
         sum[r][place][v] =
             read<Vec>((H ? job.start[0] : job.start[r] + output * job.start_step) + vector_ + v * kLanes);
   }
 
   template <int place>
   RKL_INLINE void write(int64_t output) {
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
+    RKL_UNROLL for (int r = 0; r < R; ++r) {
       if (H || V > P::kTogether || !job.sums[0]) {
         P::store(out_[r] + to_, sum[r][place], may_stream(K) && job.streams);
         continue;
       }
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) store(job.sums[r] + (output * V + v) * kLanes, sum[r][place][v]);
+      RKL_UNROLL for (int v = 0; v < V; ++v) store(job.sums[r] + (output * V + v) * kLanes, sum[r][place][v]);
     }
   }
 
@@ -196,10 +183,8 @@ class Window {
   template <bool looks_ahead, int... phase>
   RKL_INLINE void slide(std::integer_sequence<int, phase...>) {
     if constexpr (H > 0 && kHoldsWeights)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v)
-#pragma GCC unroll 12
-        for (int i = 0; i < kUnits * K; ++i) held[v][i] = in_register(weight(v, i));
+      RKL_UNROLL for (int v = 0; v < V; ++v)
+        RKL_UNROLL for (int i = 0; i < kUnits * K; ++i) held[v][i] = in_register(weight(v, i));
     constexpr std::make_integer_sequence<int, S> columns;
     const int64_t last = count_ + M - 1;  // the last outputs are complete behind the image's columns
     int64_t i = job.first;

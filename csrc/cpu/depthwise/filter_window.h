@@ -57,14 +57,11 @@ class FilterWindow {
 
   template <int phase, int J>
   RKL_INLINE void column() {
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
+    RKL_UNROLL for (int q = 0; q < Q; ++q) {
       Vec x[V];
       P::load(job.rows[q].row, column_, x);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v)
+      RKL_UNROLL for (int m = 0; m < M; ++m)
+        RKL_UNROLL for (int v = 0; v < V; ++v)
           if (const int t = J + S * m; t < K) sum[q][t][v] = P::add(sum[q][t][v], x[v], grad[(phase - m + M) % M][v]);
     }
   }
@@ -75,8 +72,7 @@ class FilterWindow {
     Vec g[V] = {};
     if (exists(output, count_)) P::load(job.grad, output_, g);
     output_ += job.grad_pitch;
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) grad[place][v] = g[v];
+    RKL_UNROLL for (int v = 0; v < V; ++v) grad[place][v] = g[v];
   }
 
   // Loads the gradient of output i, and adds the columns under its first S taps.
@@ -96,12 +92,9 @@ class FilterWindow {
 
   template <bool looks_ahead, int... phase>
   RKL_INLINE void slide(std::integer_sequence<int, phase...>) {
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 8
-      for (int t = 0; t < K; ++t)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sum[q][t][v] = Vec{};
+    RKL_UNROLL for (int q = 0; q < Q; ++q)
+      RKL_UNROLL for (int t = 0; t < K; ++t)
+        RKL_UNROLL for (int v = 0; v < V; ++v) sum[q][t][v] = Vec{};
     constexpr std::make_integer_sequence<int, S> columns;
     const int64_t last = job.last;
     int64_t i = job.first;
@@ -110,12 +103,9 @@ class FilterWindow {
     column_ = at_ + job.at + ((K == 1 ? job.step : S) * i - job.left) * job.pitch;
     while (((i < last ? (step<looks_ahead, phase>(i++, columns), true) : false) && ...)) {
     }
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q)
-#pragma GCC unroll 8
-      for (int t = 0; t < K; ++t)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) {
+    RKL_UNROLL for (int q = 0; q < Q; ++q)
+      RKL_UNROLL for (int t = 0; t < K; ++t)
+        RKL_UNROLL for (int v = 0; v < V; ++v) {
           float* to = job.rows[q].sums + sums_ + v * job.sums_vector + t * kLanes;
           store(to, read<Vec>(to) + sum[q][t][v]);
         }

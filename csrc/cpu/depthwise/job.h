@@ -19,8 +19,7 @@ inline Prefetch nothing(const void* at_hand) { return {static_cast<const char*>(
 // Prefetches a line in each of `rows` rows at `at`, and moves `at` on by `step`.
 template <int rows, bool to_write>
 RKL_INLINE void ask(const Prefetch& p, const char*& at, int64_t step) {
-#pragma GCC unroll 8
-  for (int row = 0; row < rows; ++row) __builtin_prefetch(at + row * p.row, to_write, 2);
+  RKL_UNROLL for (int row = 0; row < rows; ++row) __builtin_prefetch(at + row * p.row, to_write, 2);
   at += step;
 }
 

@@ -35,16 +35,16 @@ struct ChannelFilter {
 
   RKL_INLINE ChannelFilter(const Finish& finish, int64_t channel)
       : bias(broadcast(finish.bias[channel])), act(finish.act) {
-#pragma GCC unroll 9
-    for (int i = 0; i < 9; ++i) weight[i] = as_factor(broadcast(finish.weights[at_channel(channel, i, 9)]), T{});
+    RKL_UNROLL for (int i = 0; i < 9; ++i) {
+      weight[i] = as_factor(broadcast(finish.weights[at_channel(channel, i, 9)]), T{});
+    }
   }
 
   // The outputs over these pixels, which lie row by row of the taps. Each row has its own sum: nine multiply-adds into
   // one sum would wait for each other.
   RKL_INLINE Vec outputs(const Vec (&x)[9]) const {
     Vec row[3] = {bias, Vec{}, Vec{}};
-#pragma GCC unroll 9
-    for (int i = 0; i < 9; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
+    RKL_UNROLL for (int i = 0; i < 9; ++i) row[i / 3] = multiply_add(row[i / 3], x[i], weight[i], T{});
     const Vec sum = row[0] + (row[1] + row[2]);
     return act == Activation::none ? sum : activate(act, sum, T{});
   }
@@ -137,8 +137,7 @@ class FlatRows {
     Vec before[3], here[3];
     // Nothing lies to the left of the first pixel, so nothing before the first vector is loaded. What lies behind the
     // last vector is masked out.
-#pragma GCC unroll 3
-    for (int i = 0; i < 3; ++i) {
+    RKL_UNROLL for (int i = 0; i < 3; ++i) {
       before[i] = Vec{};
       here[i] = take(plane, 0, i);
     }
@@ -146,8 +145,7 @@ class FlatRows {
     for (int64_t v = 0; v < vectors; ++v) {
       const Masks m = masks_[v];
       Vec x[kTaps];
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i) {
+      RKL_UNROLL for (int i = 0; i < 3; ++i) {
         const Vec after = take(plane, v + 1, i);
         x[3 * i] = (Vec)_mm512_maskz_alignr_epi32(m.left, (__m512i)here[i], (__m512i)before[i], kLanes - 1);
         x[3 * i + 1] = here[i];
@@ -168,16 +166,13 @@ class FlatRows {
 
   void correlate(const T* in, const T* grad, float* sums) const {
     Vec sum[kRows];
-#pragma GCC unroll 10
-    for (int i = 0; i < kRows; ++i) sum[i] = load(sums + i * kLanes);
+    RKL_UNROLL for (int i = 0; i < kRows; ++i) sum[i] = load(sums + i * kLanes);
     for_windows(in, [&](int64_t v, const Vec(&x)[kTaps]) __attribute__((always_inline)) {
       const Vec g = take(grad, v, 1);
       sum[kTaps] += widened(g, T{});
-#pragma GCC unroll 9
-      for (int i = 0; i < kTaps; ++i) sum[i] = multiply_add(sum[i], x[i], g, T{});
+      RKL_UNROLL for (int i = 0; i < kTaps; ++i) sum[i] = multiply_add(sum[i], x[i], g, T{});
     });
-#pragma GCC unroll 10
-    for (int i = 0; i < kRows; ++i) store(sums + i * kLanes, sum[i]);
+    RKL_UNROLL for (int i = 0; i < kRows; ++i) store(sums + i * kLanes, sum[i]);
   }
 
   const Lanes lanes_;

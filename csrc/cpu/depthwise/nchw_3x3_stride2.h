@@ -79,8 +79,7 @@ class HalvingRows {
         const uint16_t in_a = from.lanes(2 * w), in_b = from.lanes(2 * w + kLanes), in_before = w > 0 ? 0x8000 : 0;
         from.ask(2 * h, 2 * w);
         Vec x[kTaps];
-#pragma GCC unroll 3
-        for (int i = 0; i < 3; ++i) {
+    RKL_UNROLL for (int i = 0; i < 3; ++i) {
           const int64_t row = 2 * h - 1 + i;
           under_taps(from.take(row, 2 * w, in_a), from.take(row, 2 * w + kLanes, in_b),
                      from.take(row, 2 * w - kLanes, in_before), 0xffff, x + 3 * i);
@@ -99,8 +98,7 @@ class HalvingRows {
     const uint16_t lanes = from.lanes(0);
     for (int64_t h = tile.first_row; h < tile.last_row; h += 2) {
       Vec x[kTaps];
-#pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i) {
+      RKL_UNROLL for (int i = 0; i < 3; ++i) {
         const int64_t row = 2 * h - 1 + i;
         under_taps(from.take(row, 0, lanes), from.take(row + 2, 0, lanes), Vec{}, kNotFirst, x + 3 * i);
       }

@@ -24,16 +24,14 @@ struct Pixels {
   static constexpr bool kLooksAhead = kLineVectors<T> == 1;
   template <int V>
   static RKL_INLINE void load(const T* const* rows, int64_t at, Vec (&x)[V]) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) x[v] = in_register(RKL_ISA::load(rows[0] + at + v * kLanes));
+    RKL_UNROLL for (int v = 0; v < V; ++v) x[v] = in_register(RKL_ISA::load(rows[0] + at + v * kLanes));
   }
   // streamed: stores past the caches, where the vectors are whole cache lines.
   template <int V>
   static RKL_INLINE void store(T* to, const Vec (&y)[V], bool streamed) {
     if constexpr (V % kLineVectors<T> == 0)
       if (streamed) return stream(to, y);
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) RKL_ISA::store(to + v * kLanes, y[v]);
+    RKL_UNROLL for (int v = 0; v < V; ++v) RKL_ISA::store(to + v * kLanes, y[v]);
   }
   static RKL_INLINE void cross(Vec (&)[1]) {}
   static RKL_INLINE void uncross(Vec (&)[1]) {}

@@ -109,20 +109,15 @@ template <int R, int V, class T, class Out>
 __attribute__((noinline)) void make_tile(Factors x, FloatRows weights, FloatRows start, Out* out, int64_t out_row,
                                          int64_t last, bool streams) {
   Vec sum[R][V];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = read<Vec>(start.first + r * start.row + v * kLanes);
+  RKL_UNROLL for (int r = 0; r < R; ++r)
+    RKL_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = read<Vec>(start.first + r * start.row + v * kLanes);
   int64_t left = x.count;
   do {  // no `for`: the compiler would keep the sums in memory for the case of no round
     Vec weight[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) weight[v] = in_register(read<Vec>(weights.first + v * kLanes));
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+    RKL_UNROLL for (int v = 0; v < V; ++v) weight[v] = in_register(read<Vec>(weights.first + v * kLanes));
+    RKL_UNROLL for (int r = 0; r < R; ++r) {
       const Vec factor = (Vec)(read<uint32_t>(x.first + r * x.row) - VecBits{});
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = Pixels<T>::add(sum[r][v], factor, weight[v]);
+      RKL_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = Pixels<T>::add(sum[r][v], factor, weight[v]);
     }
     weights.first += weights.row;
     x.first += x.step;
@@ -130,14 +125,11 @@ __attribute__((noinline)) void make_tile(Factors x, FloatRows weights, FloatRows
   // With AVX2, streaming stores gain nothing (fp32: xcep-147, dlab-33-d6 and kb-86).
   if constexpr (RKL_LANES == 16 && V % kLineVectors<Out> == 0)
     if (streams) {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r, out += out_row) stream(out, sum[r]);
+      RKL_UNROLL for (int r = 0; r < R; ++r, out += out_row) stream(out, sum[r]);
       return;
     }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r, out += out_row) {
-#pragma GCC unroll 4
-    for (int v = 0; v + 1 < V; ++v) store(out + v * kLanes, sum[r][v]);
+  RKL_UNROLL for (int r = 0; r < R; ++r, out += out_row) {
+    RKL_UNROLL for (int v = 0; v + 1 < V; ++v) store(out + v * kLanes, sum[r][v]);
     store_up_to(out + (V - 1) * kLanes, sum[r][V - 1], last);
   }
 }

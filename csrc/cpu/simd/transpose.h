@@ -17,16 +17,13 @@ inline Vec zip(Vec a, Vec b, std::integer_sequence<int, I...>) {
 // Transposes the matrix whose rows these are: each round moves one bit of a lane's number into the row's number.
 inline void transpose(Vec (&rows)[kLanes]) {
   constexpr std::make_integer_sequence<int, kLanes> lanes;
-#pragma GCC unroll 4
-  for (int round = 1; round < kLanes; round *= 2) {
+  RKL_UNROLL for (int round = 1; round < kLanes; round *= 2) {
     Vec next[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
+    RKL_UNROLL for (int i = 0; i < kLanes / 2; ++i) {
       next[2 * i] = zip<0>(rows[i], rows[i + kLanes / 2], lanes);
       next[2 * i + 1] = zip<1>(rows[i], rows[i + kLanes / 2], lanes);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+    RKL_UNROLL for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
   }
 }
 
@@ -66,19 +63,15 @@ void transpose_tile(const Word* in, int64_t in_row, Word* out, int64_t out_row, 
   constexpr int kRows = kRowsOfLane<Word>;
   Vec tile[kLanes];
   if (rows == kRows * kLanes && columns == kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) tile[i] = load_lanes(in + i * kRows * in_row, in_row, kRows, kLanes);
+    RKL_UNROLL for (int i = 0; i < kLanes; ++i) tile[i] = load_lanes(in + i * kRows * in_row, in_row, kRows, kLanes);
     transpose(tile);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) write(out + i * out_row, tile[i]);
+    RKL_UNROLL for (int i = 0; i < kLanes; ++i) write(out + i * out_row, tile[i]);
     return;
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
+  RKL_UNROLL for (int i = 0; i < kLanes; ++i)
     tile[i] = i * kRows < rows ? load_lanes(in + i * kRows * in_row, in_row, rows - i * kRows, columns) : Vec{};
   transpose(tile);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
+  RKL_UNROLL for (int i = 0; i < kLanes; ++i) {
     if (i == columns) break;
     store_lanes(out + i * out_row, tile[i], rows);
   }

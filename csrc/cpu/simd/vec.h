@@ -35,6 +35,10 @@ inline void write(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// Unrolls the loop behind it, of at most 32 rounds: an array of vectors lies in registers only where its indices are
+// constants.
+#define RKL_UNROLL _Pragma("GCC unroll 32")
+
 // The same value, held in a register from here on. GCC would load it again for every multiply-add that uses it.
 inline Vec in_register(Vec v) {
 #if defined(__x86_64__)
@@ -169,8 +173,7 @@ inline void end_stream() {
 template <class T, int V>
 inline void stream(T* p, const Vec (&v)[V]) {
   static_assert(V % kLineVectors<T> == 0);
-#pragma GCC unroll 8
-  for (int i = 0; i < V; ++i) {
+  RKL_UNROLL for (int i = 0; i < V; ++i) {
 #if RKL_LANES == 16
     if constexpr (sizeof(T) == 4) {
       _mm512_stream_si512(reinterpret_cast<__m512i*>(p + i * kLanes), (__m512i)v[i]);
