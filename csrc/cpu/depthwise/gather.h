@@ -30,10 +30,6 @@ inline int64_t pixels_as_channels(const Conv2d& g, int64_t whole) {
   return apart && g.in_w % pixels == 0 ? pixels : 1;
 }
 
-inline Axis forward_axis(int64_t out, int kernel, int stride, int padding, int dilation) {
-  return {out, stride, kernel, 0, 1, -int64_t(padding), dilation};
-}
-
 // Output (i + padding - k * dilation) / stride, where that is whole, read input pixel i through tap k. Which k those
 // are depends on i modulo the stride alone. So a stride of 2 makes 2 dense convolutions, each of about half the taps.
 inline std::vector<Axis> gradient_axes(int64_t in, int kernel, int stride, int padding, int dilation) {
@@ -51,21 +47,15 @@ inline std::vector<Axis> gradient_axes(int64_t in, int kernel, int stride, int p
 }
 
 inline Gather forward_gather(const Conv2d& g) {
-  return {{forward_axis(g.out_h, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h)},
-          {forward_axis(g.out_w, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w)},
-          g.in_h,
-          g.in_w,
-          g.out_h,
-          g.out_w};
+  const Axis down{g.out_h, g.stride_h, g.kernel_h, 0, 1, -int64_t(g.padding_h), g.dilation_h};
+  const Axis across{g.out_w, g.stride_w, g.kernel_w, 0, 1, -int64_t(g.padding_w), g.dilation_w};
+  return {{down}, {across}, g.in_h, g.in_w, g.out_h, g.out_w};
 }
 
 inline Gather gradient_gather(const Conv2d& g) {
-  return {gradient_axes(g.in_h, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h),
-          gradient_axes(g.in_w, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w),
-          g.out_h,
-          g.out_w,
-          g.in_h,
-          g.in_w};
+  const auto down = gradient_axes(g.in_h, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h);
+  const auto across = gradient_axes(g.in_w, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w);
+  return {down, across, g.out_h, g.out_w, g.in_h, g.in_w};
 }
 
 }  // namespace rkl::cpu

@@ -41,30 +41,27 @@ struct RowsAhead {
         written(i < l.count || !after ? l.output(i) : after->output(i_after)) {}
 };
 
-// Output i of the axis reads step * i + offset + distance * t. With q = distance / gcd(step, distance), the outputs
+// Output i of an axis reads step * i + offset + distance * t. With q = distance / gcd(step, distance), the outputs
 // q * j + r read inputs a whole number of distances apart.
-inline void add_lattices(const Axis& axis, int phase, int64_t phases, int64_t distance, int64_t in,
-                         std::vector<Lattice>& lattices) {
-  const int taps = axis.taps;
-  const int64_t q = distance / std::gcd<int64_t>(axis.step, distance);
-  for (int64_t r = 0; r < std::min(q, axis.count); ++r) {
-    const int64_t from = axis.step * r + axis.offset;
-    const int64_t origin = ((from % distance) + distance) % distance;
-    const int64_t count = ceil_div(axis.count - r, q), step = axis.step * q / distance;
-    const int64_t left = (origin - from) / distance, read = step * (count - 1) + taps - left;
-    const int64_t inputs = taps ? std::max<int64_t>(0, std::min(ceil_div(in - origin, distance), read)) : 0;
-    lattices.push_back({phase + phases * r, phases * q, count, origin, distance, inputs, step, left, phase, taps});
-  }
-}
-
 inline std::vector<Lattice> lattices_of(const std::vector<Axis>& axes, int64_t in) {
   // One distance for all phases, even of one tap or none: lattices have one pitch, and bands of rows hold whole pairs.
   int64_t distance = 1;
   for (const Axis& axis : axes)
     if (axis.taps > 1) distance = axis.distance;
+  const int phases = int(axes.size());
   std::vector<Lattice> lattices;
-  for (size_t phase = 0; phase < axes.size(); ++phase)
-    add_lattices(axes[phase], int(phase), int64_t(axes.size()), distance, in, lattices);
+  for (int phase = 0; phase < phases; ++phase) {
+    const Axis& axis = axes[phase];
+    const int64_t q = distance / std::gcd<int64_t>(axis.step, distance), step = axis.step * q / distance;
+    for (int64_t r = 0; r < std::min(q, axis.count); ++r) {
+      const int64_t from = axis.step * r + axis.offset, origin = ((from % distance) + distance) % distance;
+      const int64_t left = (origin - from) / distance, count = ceil_div(axis.count - r, q);
+      const int64_t read = std::min(ceil_div(in - origin, distance), step * (count - 1) + axis.taps - left);
+      const int64_t inputs = axis.taps ? std::max<int64_t>(0, read) : 0;
+      lattices.push_back(
+          {phase + phases * r, phases * q, count, origin, distance, inputs, step, left, phase, axis.taps});
+    }
+  }
   return lattices;
 }
 
