@@ -3,11 +3,7 @@
 // A sum stays in its register until it is complete, and the next output takes that register, so that nothing is moved.
 // Columns outside the image are skipped. Rows outside the image are rows of zeros.
 #pragma once
-#include <array>
-#include <utility>
-
 #include "cpu/depthwise/block.h"
-#include "cpu/depthwise/job.h"
 
 namespace rkl::cpu::RKL_ISA {
 
@@ -230,18 +226,6 @@ struct Code {
   Run one = nullptr, two = nullptr;
 };
 
-// Windows, by the filter's height (0 for any) and the rows of outputs less 1; or blocks, by their outputs.
-template <class T>
-struct RowCode {
-  Code<T> windows[kWindowTaps + 1][2] = {}, blocks[9] = {};
-
-  bool in_blocks() const { return blocks[4].one; }
-  Code<T> window(int rows, int height) const {
-    const Code<T>&any = windows[0][rows - 1], &best = windows[height <= kWindowTaps ? height : 0][rows - 1];
-    return {best.one ? best.one : any.one, best.two ? best.two : any.two};
-  }
-};
-
 template <class T, int K, int S, int B>
 constexpr Code<T> block_code() {
   Code<T> code{&Block<T, K, S, B, 1>::run};
@@ -249,30 +233,36 @@ constexpr Code<T> block_code() {
   return code;
 }
 
-template <class T, int K, int S, int H>
-constexpr void add_windows(RowCode<T>& code) {
-  code.windows[H][0].one = &Window<T, K, S, 1, 1, H>::run;
-  code.windows[H][1].one = &Window<T, K, S, 2, 1, H>::run;
-  if constexpr (sizeof(T) == 2 || !kHoldsWeights) {
-    code.windows[H][0].two = &Window<T, K, S, 1, 2, H>::run;
-    // 18 weights would leave too little room.
-    if constexpr (H * K < 9 || Pixels<T>::kRows == 2 || !kHoldsWeights)
-      code.windows[H][1].two = &Window<T, K, S, 2, 2, H>::run;
-  }
+template <class T, int K, int S, int R, int H>
+constexpr Code<T> window_code() {
+  // 18 weights would leave two rows too little room.
+  constexpr bool fits = H * K < 9 || R == 1 || Pixels<T>::kRows == 2 || !kHoldsWeights;
+  constexpr int kHeight = fits ? H : 0;
+  Code<T> code{&Window<T, K, S, R, 1, H>::run};
+  if constexpr (sizeof(T) == 2 || !kHoldsWeights) code.two = &Window<T, K, S, R, 2, kHeight>::run;
+  return code;
 }
+
+// Windows, by the filter's height (0 for any) and the rows of outputs less 1; or blocks, by their outputs.
+template <class T>
+struct RowCode {
+  Code<T> windows[kWindowTaps + 1][2] = {}, blocks[9] = {};
+  bool in_blocks() const { return blocks[4].one; }
+};
 
 template <class T, int K, int S>
 constexpr RowCode<T> code_for() {
-  RowCode<T> code;
   if constexpr (K > kWindowTaps) {
+    RowCode<T> code;
     code.blocks[4] = block_code<T, K, S, 4>();
     code.blocks[7] = block_code<T, K, S, 7>();
     code.blocks[8] = block_code<T, K, S, 8>();
     return code;
   } else {
-    add_windows<T, K, S, 0>(code);
-    add_windows<T, K, S, 1>(code), add_windows<T, K, S, 2>(code), add_windows<T, K, S, 3>(code);
-    return code;
+    return {{{window_code<T, K, S, 1, 0>(), window_code<T, K, S, 2, 0>()},
+             {window_code<T, K, S, 1, 1>(), window_code<T, K, S, 2, 1>()},
+             {window_code<T, K, S, 1, 2>(), window_code<T, K, S, 2, 2>()},
+             {window_code<T, K, S, 1, 3>(), window_code<T, K, S, 2, 3>()}}};
   }
 }
 

@@ -122,12 +122,6 @@ class FilterWindow {
   Vec sum[Q][K][V], grad[M][V];
 };
 
-// How many filter rows of K taps go at once: their sums fit into registers beside the gradients and a pixel.
-template <int K, int S>
-constexpr int filter_rows_at_once() {
-  return std::min(K, (kRegisters - (K + S - 1) / S - 1) / K);
-}
-
 // The functions for one row of the filter and for `rows` rows, by vectors less 1.
 template <class T>
 struct FilterCode {
@@ -138,7 +132,8 @@ struct FilterCode {
 
 template <class T, int K, int S>
 constexpr FilterCode<T> filter_code_for() {
-  constexpr int rows = filter_rows_at_once<K, S>();
+  // As many that their sums fit into registers beside the gradients and a pixel.
+  constexpr int rows = std::min(K, (kRegisters - (K + S - 1) / S - 1) / K);
   FilterCode<T> code{{&FilterWindow<T, K, S, 1, 1>::run}, {&FilterWindow<T, K, S, rows, 1>::run}, rows};
   if constexpr (Pixels<T>::kTogether == 2 && K <= kWindowTaps) {
     code.one[1] = &FilterWindow<T, K, S, 1, 2>::run;

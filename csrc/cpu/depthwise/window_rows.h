@@ -250,7 +250,7 @@ class WindowRows {
         steps = ceil_div(job.count, width) * width;
         call(code.blocks[width], steps, job);
       } else {
-        call(code.window(rows, alone ? down.taps : 0), steps, job);
+        call(code.windows[alone && down.taps <= kWindowTaps ? down.taps : 0][rows - 1], steps, job);
       }
       if (!p) taken = steps * job.vectors;
       job.weights += piece.taps * kLanes;
