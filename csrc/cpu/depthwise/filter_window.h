@@ -3,7 +3,6 @@
 // column, so that each is read once, and the row's sums. When a row is done, its sums are added to those of the rows
 // before: so the error of a sum grows with the lengths of a row and a column, not with their product.
 #pragma once
-#include "cpu/depthwise/tiling.h"
 #include "cpu/depthwise/window_rows.h"
 
 namespace rkl::cpu::RKL_ISA {
@@ -196,7 +195,7 @@ class FilterRows {
     const int64_t i = step / pairs_, pair = step % pairs_;
     const Lattice* after = i + 1 < lattices() ? &down_[i + 1] : nullptr;
     for (int64_t j = 2 * pair; j < std::min(2 * pair + 2, down_[i].count); j += kRows)
-      rows_of(in, grad, down_[i], after, j, tile.first_vector, tile.last_vector, sums);
+      rows_of(in, grad, down_[i], after, j, tile, sums);
   }
 
  private:
@@ -205,7 +204,7 @@ class FilterRows {
 
   // after: the lattice whose rows come after this one's, or null.
   void rows_of(const Image<const T>& in, const Image<const T>& grad, const Lattice& down, const Lattice* after,
-               int64_t j, int64_t first, int64_t last, float* sums) {
+               int64_t j, const Tile& tile, float* sums) {
     const int64_t rows = std::min<int64_t>(kRows, down.count - j), top = down.step * j - down.left;
     rows_.clear();
     for (int a = 0; a < down.taps; ++a) {
@@ -222,15 +221,14 @@ class FilterRows {
     }
     FilterJob<T> job{};
     for (int i = 0; i < kRows; ++i) job.grad[i] = i < rows ? grad.first + down.output(j + i) * grad.row : zeros_.data();
-    constexpr int64_t size = sizeof(T), vector = kLanes * size;
-    const bool linear = first == 0 && last == lanes_.vectors();
+    const bool linear = tile.first_vector == 0 && tile.last_vector == lanes_.vectors();
     const RowsAhead ahead(down, j + rows, after, 0);
-    const char* read = reinterpret_cast<const char*>(in.first + ahead.read * in.row);
-    const char* beside = reinterpret_cast<const char*>(grad.first + ahead.written * grad.row);
+    const T *const read = in.first + ahead.read * in.row, *const beside = grad.first + ahead.written * grad.row;
+    int64_t taken = 0;  // steps so far
     job.sums_vector = Lanes::at(1, 0, taps_ + 1);
     // One call makes all vectors of a turn, but for the last vector where it overlaps its neighbour.
-    const int64_t whole = std::min(last, lanes_.channels / kLanes);
-    for (int64_t v = first, vectors; v < last; v += vectors) {
+    const int64_t whole = std::min(tile.last_vector, lanes_.channels / kLanes);
+    for (int64_t v = tile.first_vector, vectors; v < tile.last_vector; v += vectors) {
       const int64_t here = together(v);
       vectors = std::max(here, std::min(turn_, whole - v) / here * here);
       const int64_t at = lanes_.at(v), of_vector = Lanes::at(v, 0, taps_ + 1);
@@ -239,17 +237,15 @@ class FilterRows {
         job.pitch = l.unit * in.pixel, job.grad_pitch = l.pitch * grad.pixel;
         job.at = l.origin * in.pixel + at, job.grad_at = l.first * grad.pixel + at;
         job.count = l.count, job.inputs = l.inputs, job.step = l.step;
-        job.read = {read + (linear ? 0 : job.at * size), linear ? vector : l.step * job.pitch * size,
-                    down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
-        job.beside = {beside + (linear ? 0 : job.grad_at * size), linear ? vector : job.grad_pitch * size,
-                      down.pitch * grad.row * size, !linear};
+        job.read = prefetch_of(read, linear, taken * kLanes, job.at, l.step * job.pitch,
+                               down.unit * in.row / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1));
+        job.beside = prefetch_of(beside, linear, taken * kLanes, job.grad_at, job.grad_pitch, down.pitch * grad.row);
         if (in.distance < Distance::beyond) job.read.step = 0;
         if (grad.distance < Distance::beyond) job.beside.step = 0;
         const int64_t columns_ahead = in.distance == Distance::far ? elements_ahead<T>(l.inputs, job.pitch) : 0;
         for (int64_t i = 0; wants_bias_ && i < vectors; ++i)
           add_bias(job, i, int(rows), sums + Lanes::at(v + i, taps_, taps_ + 1));
-        const int64_t steps = run(job, pieces, int(here), of_vector, columns_ahead);
-        if (linear) read += steps * vectors * vector, beside += steps * vectors * vector;
+        taken += run(job, pieces, int(here), of_vector, columns_ahead) * vectors;
       }
     }
   }

@@ -22,11 +22,6 @@ bool is_3_by_3_on_planes(const Conv2d& g, int stride) {
   return !g.nhwc && one_around && g.stride_h == stride && g.stride_w == stride && g.kernel_h == 3 && g.kernel_w == 3;
 }
 
-// The index of a channel's tap among weights or sums that lie as (vector, tap, lane).
-inline int64_t at_channel(int64_t channel, int64_t tap, int64_t taps) {
-  return Lanes::at(channel / kLanes, tap, taps) + channel % kLanes;
-}
-
 // A channel's filter, bias and activation.
 template <class T>
 struct ChannelFilter {
@@ -36,7 +31,7 @@ struct ChannelFilter {
   RKL_INLINE ChannelFilter(const Finish& finish, int64_t channel)
       : bias(broadcast(finish.bias[channel])), act(finish.act) {
     RKL_UNROLL for (int i = 0; i < 9; ++i) {
-      weight[i] = as_factor(broadcast(finish.weights[at_channel(channel, i, 9)]), T{});
+      weight[i] = as_factor(broadcast(finish.weights[Lanes::at_channel(channel, i, 9)]), T{});
     }
   }
 
@@ -93,7 +88,7 @@ class FlatRows {
     sums_.assign((all.last_vector - all.first_vector) * kRows * kLanes, 0.f);
     const int64_t end = all.last_vector < lanes_.channels ? all.last_vector : lanes_.vectors() * kLanes;
     for (int64_t channel = all.last_vector; channel < end; ++channel)
-      for (int row = 0; row < kRows; ++row) sums[at_channel(channel, row, kRows)] = 0;
+      for (int row = 0; row < kRows; ++row) sums[Lanes::at_channel(channel, row, kRows)] = 0;
   }
 
   // Adds the tile's share of the filter's gradient to sums_; finish() moves the total to `sums`.
@@ -105,8 +100,9 @@ class FlatRows {
   }
 
   void finish(float* sums, const Tile& all) const {
-    sum_lanes(sums_.data(), sums_.size() / kLanes,
-              [&](int64_t i, float sum) { sums[at_channel(all.first_vector + i / kRows, i % kRows, kRows)] = sum; });
+    sum_lanes(sums_.data(), sums_.size() / kLanes, [&](int64_t i, float sum) {
+      sums[Lanes::at_channel(all.first_vector + i / kRows, i % kRows, kRows)] = sum;
+    });
   }
 
  private:

@@ -2,7 +2,6 @@
 // few channels) are transposed to NHWC in a scratch image in the cache. There the windows for NHWC images serve them.
 #pragma once
 #include "cpu/depthwise/filter_window.h"
-#include "cpu/depthwise/tiling.h"
 #include "cpu/simd/scratch.h"
 #include "cpu/simd/transpose.h"
 
@@ -21,33 +20,32 @@ struct Planes {
 template <class T>
 class ScratchImage {
  public:
-  // Room for rows [first, last).
-  void resize(int64_t first, int64_t last, int64_t width, int64_t channels) {
-    first_row_ = first;
-    channels_ = channels;
-    row_ = width * channels;
-    const int64_t size = (last - first) * row_ + kLanes;
+  // Makes room for rows [first, last), and returns the image as if it had all rows.
+  Image<T> resize(int64_t first, int64_t last, int64_t width, int64_t channels) {
+    const int64_t row = width * channels, size = (last - first) * row + kLanes;
     if (size > size_) storage_ = Scratch(size * int64_t(sizeof(T))), size_ = size;
+    return {data() - first * row, row, channels};
   }
 
-  Image<T> image() const { return {storage_.template as<T>() - first_row_ * row_, row_, channels_}; }
-  Image<const T> read() const { return {image().first, row_, channels_}; }
-
   // Copies rows [first, last) of planes into the scratch image.
-  void fill(const Planes<const T>& planes, int64_t width, int64_t first, int64_t last, int64_t channels) {
-    resize(first, last, width, channels);
+  Image<T> fill(const Planes<const T>& planes, int64_t width, int64_t first, int64_t last, int64_t channels) {
+    const Image<T> image = resize(first, last, width, channels);
     const int64_t begin = first * width, end = last * width;
-    if (planes.nhwc) return pack(planes, begin, end);
+    if (planes.nhwc) {
+      pack(planes, begin, end);
+      return image;
+    }
     // Where images share a vector, the last vector may lack some. Their lanes count among its sums, so they are zeros.
     if (planes.count < kLanes) std::fill_n(data(), (end - begin) * channels, T{});
     planes_to_rows<T>(planes.first + begin, planes.pixels, data(), channels, planes.count, end - begin);
+    return image;
   }
 
   // Copies rows [first, last) back to planes.
-  void empty_into(const Planes<T>& planes, int64_t width, int64_t first, int64_t last) const {
+  void empty_into(const Planes<T>& planes, int64_t width, int64_t first, int64_t last, int64_t channels) const {
     const int64_t begin = first * width, end = last * width;
     if (planes.nhwc) return unpack(planes, begin, end);
-    rows_to_planes<T>(data(), channels_, planes.first + begin, planes.pixels, planes.count, end - begin);
+    rows_to_planes<T>(data(), channels, planes.first + begin, planes.pixels, planes.count, end - begin);
   }
 
  private:
@@ -73,7 +71,7 @@ class ScratchImage {
   }
 
   Scratch storage_;
-  int64_t size_ = 0, first_row_ = 0, row_ = 0, channels_ = 0;
+  int64_t size_ = 0;
 };
 
 // The scratch images of one thread.
@@ -115,15 +113,16 @@ class PlaneScratch {
     const int64_t first = lanes_.at(tile.first_vector), last = lanes_.at(tile.last_vector - 1) + kLanes;
     return ceil_div(last - first, kLanes) * kLanes;
   }
-  // The scratch image, addressed as if it had all channels.
-  template <class U>
-  Image<U> whole(Image<U> image, const Tile& tile) const {
-    image.first -= lanes_.at(tile.first_vector);
-    return image;
+
+  // Copies rows [first, last) of a tile's planes into a scratch image, and returns it as if it had all channels.
+  Image<const T> copied(ScratchImage<T>& scratch, const T* images, const Tile& tile, int64_t height, int64_t width,
+                        int64_t first, int64_t last) const {
+    const Image<T> image = scratch.fill(planes(images, tile, height * width), width, first, last, channels(tile));
+    return {image.first - lanes_.at(tile.first_vector), image.row, image.pixel};
   }
 
-  // Takes the input rows that output rows [begin, end) read.
-  void fill(const T* in, const Tile& tile, int64_t begin, int64_t end) {
+  // Copies the input rows that output rows [begin, end) read.
+  Image<const T> read(const T* in, const Tile& tile, int64_t begin, int64_t end) {
     const int64_t phases = int64_t(gather_.vertical.size());
     int64_t first = gather_.in_h, last = 0;
     for (const Axis& axis : gather_.vertical) {
@@ -133,7 +132,7 @@ class PlaneScratch {
     }
     first = std::max<int64_t>(first, 0);
     last = std::max(first, std::min(last, gather_.in_h));
-    image_in_.fill(planes(in, tile, gather_.in_h * gather_.in_w), gather_.in_w, first, last, channels(tile));
+    return copied(image_in_, in, tile, gather_.in_h, gather_.in_w, first, last);
   }
 
   const Gather& gather_;
@@ -154,13 +153,11 @@ class PlaneFilterRows : PlaneScratch<T>, public FilterRows<T> {
 
   // Adds the tile's pairs of rows of the output's gradient to the filter's gradient.
   void correlate_rows(const T* in, const T* grad, float* sums, const Tile& tile) {
-    const int64_t begin = this->rows_before(tile.first_row), width = this->gather_.out_w;
-    const int64_t end = std::min(this->gather_.out_h, this->rows_before(tile.last_row));
-    this->fill(in, tile, begin, end);
-    this->image_out_.fill(this->planes(grad, tile, this->gather_.out_h * width), width, begin, end,
-                          this->channels(tile));
-    const Image<const T> image = this->whole(this->image_in_.read(), tile);
-    const Image<const T> gradient = this->whole(this->image_out_.read(), tile);
+    const int64_t height = this->gather_.out_h, width = this->gather_.out_w;
+    const int64_t begin = this->rows_before(tile.first_row);
+    const int64_t end = std::min(height, this->rows_before(tile.last_row));
+    const Image<const T> image = this->read(in, tile, begin, end);
+    const Image<const T> gradient = this->copied(this->image_out_, grad, tile, height, width, begin, end);
     for (int64_t i = 0; i < this->lattices(); ++i)
       for (int64_t pair = tile.first_row; pair < tile.last_row; ++pair)
         this->add(image, gradient, sums, i * this->pairs() + pair, tile);
@@ -177,8 +174,7 @@ class PlaneRows : PlaneScratch<T> {
   using PlaneScratch<T>::tiling;
 
   PlaneRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, const Finish& finish)
-      : PlaneScratch<T>(gather, lanes, g),
-        rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.vectors() * kLanes) {}
+      : PlaneScratch<T>(gather, lanes, g), rows_(gather, lanes, finish, gather.in_w * lanes.vectors() * kLanes) {}
 
   // Pairs of rows that interleave are made together.
   int64_t height() const { return rows_.pairs() / kRows; }
@@ -186,16 +182,14 @@ class PlaneRows : PlaneScratch<T> {
   // Makes a tile's rows of the output.
   void convolve_rows(const T* in, T* out, const Tile& tile) {
     const int64_t first = tile.first_row * kRows, last = tile.last_row * kRows, begin = rows_.rows_before(first);
-    const int64_t end = std::min(this->gather_.out_h, rows_.rows_before(last));
-    this->fill(in, tile, begin, end);
-    this->image_out_.resize(begin, end, this->gather_.out_w, this->channels(tile));
-    const Image<const T> from = this->whole(this->image_in_.read(), tile);
-    const Image<T> to = this->whole(this->image_out_.image(), tile);
+    const int64_t height = this->gather_.out_h, width = this->gather_.out_w, channels = this->channels(tile);
+    const int64_t end = std::min(height, rows_.rows_before(last));
+    const Image<const T> from = this->read(in, tile, begin, end);
+    Image<T> to = this->image_out_.resize(begin, end, width, channels);
+    to.first -= this->lanes_.at(tile.first_vector);
     for (int64_t i = 0; i < rows_.classes(); ++i)
-      for (int64_t pair = first; pair < last; ++pair)
-        rows_.make(from, to, i * rows_.pairs() + pair, tile.first_vector, tile.last_vector);
-    this->image_out_.empty_into(this->planes(out, tile, this->gather_.out_h * this->gather_.out_w), this->gather_.out_w,
-                                begin, end);
+      for (int64_t pair = first; pair < last; ++pair) rows_.make(from, to, i * rows_.pairs() + pair, tile);
+    this->image_out_.empty_into(this->planes(out, tile, height * width), width, begin, end, channels);
   }
 
  private:

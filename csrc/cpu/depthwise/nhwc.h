@@ -1,7 +1,6 @@
 // Depthwise convolution of NHWC images whose channels fill vectors. Windows read and write the images in place.
 #pragma once
 #include "cpu/depthwise/filter_window.h"
-#include "cpu/depthwise/tiling.h"
 
 namespace rkl::cpu::RKL_ISA {
 
@@ -28,26 +27,6 @@ Conv2d in_whole_vectors(Conv2d g) {
   const int64_t pixels = pixels_as_channels(g, Pixels<T>::kTogether * kLanes);
   g.channels *= pixels, g.in_w /= pixels, g.out_w /= pixels;
   return g;
-}
-
-// Channels go in parts, so narrow that the rows under a filter, and the filter itself, stay in a core's cache, but not
-// so narrow that memory is read in short runs (33 px, 2048 channels, dilation 12: 28 ms in runs of 384 bytes, 20 ms in
-// runs of 2 KiB; but 31 x 31: 23 ms for parts of 24 vectors, 17.7 ms for 4).
-// rows: input rows that a pair of rows of outputs spans.
-template <class T>
-Tiling window_tiling(const Conv2d& g, const Lanes& lanes, int64_t rows, int64_t pairs, int64_t bands, int64_t strips) {
-  const int64_t vectors = lanes.vectors(), line = kLanes * int64_t(sizeof(T));
-  const int64_t span = rows * g.in_w * line;
-  const int64_t rows_fit = std::max<int64_t>(cache_share() / span, 2048 / line);
-  const int64_t filter = int64_t(operands<T>(g.kernel_h)) * g.kernel_w * kLanes * 4;
-  const int64_t filter_fits = std::max<int64_t>((int64_t(256) << 10) / filter, 256 / line);
-  const int64_t group = std::min({rows_fit, filter_fits, vectors});
-  const int64_t parts = ceil_div(vectors, group);
-  int64_t even = ceil_div(ceil_div(vectors, parts), Pixels<T>::kAtOnce) * Pixels<T>::kAtOnce;
-  // No part is the last vector alone: it may overlap its neighbour, which two tasks would then activate in place.
-  while (even < vectors && vectors % even == 1) even += Pixels<T>::kAtOnce;
-  const int64_t wanted = std::clamp<int64_t>(ceil_div(bands, g.batch * parts), 1, pairs);
-  return {g.batch, vectors, even, pairs, ceil_div(pairs, wanted), strips};
 }
 
 // Whether outputs may be written past the caches: they are large, and windows store whole cache lines at once.
@@ -98,17 +77,30 @@ class NhwcRows {
   using Filter = NhwcFilterRows<T>;
   using Operand = T;
 
-  static Tiling tiling(const Conv2d& g, const Lanes& lanes, int64_t height) {
-    const int64_t bands = forward ? 32 : g.batch * g.channels * height;
-    return window_tiling<T>(g, lanes, g.kernel_h + 1, height, bands, forward ? strips_of<T>(g) : 1);
+  // Channels go in parts, so narrow that the rows under a filter, and the filter itself, stay in a core's cache, but
+  // not so narrow that memory is read in short runs (33 px, 2048 channels, dilation 12: 28 ms in runs of 384 bytes, 20
+  // ms in runs of 2 KiB; but 31 x 31: 23 ms for parts of 24 vectors, 17.7 ms for 4). Forward, there are some 32 tasks.
+  static Tiling tiling(const Conv2d& g, const Lanes& lanes, int64_t pairs) {
+    const int64_t vectors = lanes.vectors(), line = kLanes * int64_t(sizeof(T));
+    const int64_t rows = (g.kernel_h + 1) * g.in_w * line;  // that a pair of rows of outputs spans
+    const int64_t rows_fit = std::max<int64_t>(cache_share() / rows, 2048 / line);
+    const int64_t filter = int64_t(operands<T>(g.kernel_h)) * g.kernel_w * kLanes * 4;
+    const int64_t filter_fits = std::max<int64_t>((int64_t(256) << 10) / filter, 256 / line);
+    const int64_t parts = ceil_div(vectors, std::min({rows_fit, filter_fits, vectors}));
+    int64_t even = ceil_div(ceil_div(vectors, parts), Pixels<T>::kAtOnce) * Pixels<T>::kAtOnce;
+    // No part is the last vector alone: it may overlap its neighbour, which two tasks would then activate in place.
+    while (even < vectors && vectors % even == 1) even += Pixels<T>::kAtOnce;
+    if (!forward) return {g.batch, vectors, even, pairs, 1};
+    const int64_t bands = std::clamp<int64_t>(ceil_div(32, g.batch * parts), 1, pairs);
+    return {g.batch, vectors, even, pairs, ceil_div(pairs, bands), strips_of<T>(g)};
   }
 
   NhwcRows(const Gather& gather, const Conv2d& g, const Lanes& lanes, const Finish& finish)
       : gather_(gather),
         channels_(lanes.channels),
         streams_(may_go_past_caches<T>(g.batch * gather.out_h * gather.out_w, channels_, finish.threads)),
-        rows_(gather, lanes, finish.weights, finish.bias, finish.act, gather.in_w * lanes.channels,
-              forward ? strips_of<T>(g) : 1, streams_ ? channels_ * int64_t(sizeof(T)) : 0) {
+        rows_(gather, lanes, finish, gather.in_w * lanes.channels, forward ? strips_of<T>(g) : 1,
+              streams_ ? channels_ * int64_t(sizeof(T)) : 0) {
     const int64_t in = bytes_of<T>(g, gather.in_h, gather.in_w), out = bytes_of<T>(g, gather.out_h, gather.out_w);
     const int64_t read = std::max(in, finish.image_bytes), all = forward ? read + out : bytes_of_gradients<T>(g);
     in_ = distance_of(read, all);
@@ -130,8 +122,7 @@ class NhwcRows {
                  is_resident(to.first + to.row * gather_.out_h / 2);
     asked_ = true;
     to.streams = streams_;
-    for (int64_t step = tile.first_row; step < tile.last_row; ++step)
-      rows_.make(from, to, step, tile.first_vector, tile.last_vector, tile.strip);
+    for (int64_t step = tile.first_row; step < tile.last_row; ++step) rows_.make(from, to, step, tile);
   }
 
  private:

@@ -11,9 +11,10 @@ int operands(int taps) {
   return (taps + Pixels<T>::kRows - 1) / Pixels<T>::kRows;
 }
 
-// Floats of a vector's weights for one phase down and one phase across: (operand, tap, lane).
-template <class T>
-int64_t table_size(const Axis& down, const Axis& across) {
+// Floats of a vector's weights for one phase down and one phase across, of which axes or lattices tell the taps:
+// (operand, tap, lane).
+template <class T, class Taps>
+int64_t table_size(const Taps& down, const Taps& across) {
   return int64_t(operands<T>(down.taps)) * across.taps * kLanes;
 }
 
@@ -59,11 +60,12 @@ LineVector<float> pack_weights(const T* filter, const Gather& gather, const Conv
   return out;
 }
 
-// A bias (C) as (vector, lane): what sums begin with.
+// A bias (C) as (vector, lane): what sums begin with. Zeros where it is null.
 template <class Operand, class T>
 LineVector<float> pack_bias(const T* bias, const Lanes& lanes) {
   constexpr int kTogether = Pixels<Operand>::kTogether;
-  LineVector<float> out = as_lanes(bias, 1, lanes);
+  LineVector<float> out(lanes.vectors() * kLanes);
+  for (int64_t v = 0; bias && v < lanes.vectors(); ++v) as_lanes(bias, 1, lanes, v, &out[v * kLanes]);
   for (int64_t v = 0; vectors_together<Operand>(lanes, v) > 1; v += kTogether) {
     Vec here[kTogether];
     for (int i = 0; i < kTogether; ++i) here[i] = read<Vec>(&out[(v + i) * kLanes]);

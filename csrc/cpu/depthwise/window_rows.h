@@ -3,6 +3,7 @@
 #include "cpu/depthwise/convolution_window.h"
 #include "cpu/depthwise/pack.h"
 #include "cpu/depthwise/strips.h"
+#include "cpu/depthwise/tiling.h"
 #include "cpu/kernels.h"
 #include "cpu/simd/elementwise.h"
 
@@ -40,28 +41,37 @@ int64_t vectors_of_turn(int64_t pixels) {
   return std::max<int64_t>(1, kTurn / (pixels * kLanes * int64_t(sizeof(T))) / kAtOnce) * kAtOnce;
 }
 
+// What one call prefetches of the row of an image that begins at `row`: from element `column` on, each step `pitch`
+// elements further; or, where all calls' steps are one run of memory (linear), a vector a step from element `run` on.
+template <class T>
+Prefetch prefetch_of(const T* row, bool linear, int64_t run, int64_t column, int64_t pitch, int64_t rows_apart) {
+  constexpr int64_t size = sizeof(T);
+  const char* from = reinterpret_cast<const char*>(row + (linear ? run : column));
+  return {from, (linear ? kLanes : pitch) * size, rows_apart * size, !linear};
+}
+
 // Makes rows of outputs. Each thread has one object.
 template <class T>
 class WindowRows {
   static constexpr int kRows = Pixels<T>::kRows, kTogether = Pixels<T>::kTogether;
 
  public:
-  // weights, bias: packed for the gather. strips: how many strips a row's columns make. streamed_pitch: bytes from one
-  // output to the next where outputs may be written past the caches; else 0.
-  WindowRows(const Gather& gather, const Lanes& lanes, const float* weights, const float* bias, Activation act,
-             int64_t image_row, int64_t strips = 1, int64_t streamed_pitch = 0)
+  // finish: packed for the gather. strips: how many strips a row's columns make. streamed_pitch: bytes from one output
+  // to the next where outputs may be written past the caches; else 0.
+  WindowRows(const Gather& gather, const Lanes& lanes, const Finish& finish, int64_t image_row, int64_t strips = 1,
+             int64_t streamed_pitch = 0)
       : lanes_(lanes),
-        bias_(bias),
-        act_(act),
+        finish_(finish),
         down_(by_origin(lattices_of(gather.vertical, gather.in_h))),
-        pairs_(pairs_of(down_)),
         phases_across_(int(gather.horizontal.size())),
         zeros_(image_row) {
+    for (const auto& lattices : down_)
+      for (const Lattice& l : lattices) pairs_ = std::max(pairs_, ceil_div(l.count, 2 * kRows) * kRows);
+    const float* weights = finish.weights;
     for (const Axis& down : gather.vertical)
       for (const Axis& across : gather.horizontal) {
-        const int64_t size = table_size<T>(down, across);
-        tables_.push_back({weights, size});
-        weights += size * lanes.vectors();
+        weights_.push_back(weights);
+        weights += table_size<T>(down, across) * lanes.vectors();
       }
     const std::vector<Lattice> across = lattices_of(gather.horizontal, gather.in_w);
     turn_ = by_origin(across).size() == across.size() ? lanes.vectors()
@@ -96,21 +106,15 @@ class WindowRows {
   int64_t classes() const { return int64_t(down_.size()); }
   int64_t steps() const { return classes() * pairs_; }
 
-  // Makes the rows of a step, of vectors [first, last). in, out: from row 0 and channel 0 on.
-  void make(const Image<const T>& in, const Image<T>& out, int64_t step, int64_t first, int64_t last,
-            int64_t strip = 0) {
+  // Makes the rows of a step, of a tile's vectors and strip. in, out: from row 0 and channel 0 on.
+  void make(const Image<const T>& in, const Image<T>& out, int64_t step, const Tile& tile) {
     const int64_t i = step / pairs_, pair = step % pairs_, j = pair / kRows * 2 * kRows + pair % kRows;
     const Lattice* after = i + 1 < classes() ? down_[i + 1].data() : nullptr;
     for (const Lattice& down : down_[i])
-      if (j < down.count) rows_of(in, out, down, after, j, j + kRows < down.count ? 2 : 1, first, last, strips_[strip]);
+      if (j < down.count) rows_of(in, out, down, after, j, tile);
   }
 
  private:
-  struct Table {
-    const float* weights;
-    int64_t vector;
-  };
-
   // Groups lattices into classes that share no input: a dilation's lattices one by one, a stride's phases together.
   static std::vector<std::vector<Lattice>> by_origin(const std::vector<Lattice>& lattices) {
     std::vector<std::vector<Lattice>> classes;
@@ -122,19 +126,16 @@ class WindowRows {
     return classes;
   }
 
-  static int64_t pairs_of(const std::vector<std::vector<Lattice>>& down) {
-    int64_t pairs = 0;
-    for (const auto& lattices : down)
-      for (const Lattice& l : lattices) pairs = std::max(pairs, ceil_div(l.count, 2 * kRows) * kRows);
-    return pairs;
-  }
-
-  // Sets the image's rows that rows j and j + kRows of the lattice's outputs read.
-  void set_rows(const Image<const T>& in, const Lattice& l, int64_t j, int rows, Job<T>& job) {
+  // What is common to all calls that make rows j and j + kRows of the lattice's outputs, or only j where that is the
+  // last: those rows, and the image's rows that they read.
+  Job<T> rows_job(const Image<const T>& in, const Image<T>& out, const Lattice& l, int64_t j) {
+    const int rows = j + kRows < l.count ? 2 : 1;
+    Job<T> job{};
     job.made = rows;
     job.units = operands<T>(l.taps);
     job.shift = int(l.step);
     job.odd = l.taps % kRows;
+    for (int r = 0; r < 2; ++r) job.out[r] = out.first + l.output(j + std::min(r, rows - 1) * kRows) * out.row;
     const int units = job.units + (rows - 1) * job.shift;
     rows_.clear();
     job.begin = units, job.end = 0;
@@ -152,23 +153,19 @@ class WindowRows {
       job.end = i / kRows + 1;
     }
     job.rows = rows_.data();
+    return job;
   }
 
-  // The job that makes vectors [v, v + vectors) of the outputs of lattice `across` in rows j and j + kRows, from the
-  // rows of `base`. It prefetches nothing.
-  Job<T> job_of(const Job<T>& base, const Image<const T>& in, const Image<T>& out, const Lattice& down,
-                const Lattice& across, int64_t j, int rows, int64_t v, int64_t vectors) const {
-    const Table& table = tables_[down.phase * phases_across_ + across.phase];
-    const int64_t at = lanes_.at(v);
-    Job<T> job = base;
-    job.weights = table.weights + v * table.vector;
-    job.weight_row = int64_t(across.taps) * kLanes, job.weight_vector = table.vector;
+  // The job that makes vectors [v, v + vectors) of the outputs of lattice `across`. It prefetches nothing.
+  Job<T> job_of(const Job<T>& rows, const Image<const T>& in, const Image<T>& out, const Lattice& down,
+                const Lattice& across, int64_t v, int64_t vectors) const {
+    const int64_t at = lanes_.at(v), table = table_size<T>(down, across);
+    Job<T> job = rows;
+    job.weights = weights_[down.phase * phases_across_ + across.phase] + v * table;
+    job.weight_row = int64_t(across.taps) * kLanes, job.weight_vector = table;
     job.at = across.origin * in.pixel + at, job.pitch = across.unit * in.pixel;
-    job.start[0] = job.start[1] = bias_ + v * kLanes;
-    for (int r = 0; r < 2; ++r) {
-      const int64_t row = down.output(j + std::min(r, rows - 1) * kRows);
-      job.out[r] = out.first + row * out.row + across.first * out.pixel + at;
-    }
+    job.start[0] = job.start[1] = finish_.bias + v * kLanes;
+    for (T*& row : job.out) row += across.first * out.pixel + at;
     job.out_pitch = across.pitch * out.pixel;
     job.count = across.count, job.inputs = across.inputs, job.step = across.step;
     job.vectors = vectors;
@@ -179,43 +176,39 @@ class WindowRows {
 
   // after: the lattice whose rows come after this one's, or null.
   void rows_of(const Image<const T>& in, const Image<T>& out, const Lattice& down, const Lattice* after, int64_t j,
-               int rows, int64_t first, int64_t last, const Strip& strip) {
-    constexpr int64_t size = sizeof(T), vector = kLanes * size;
-    const bool linear = first == 0 && last == lanes_.vectors();
-    Job<T> base{};
-    set_rows(in, down, j, rows, base);
+               const Tile& tile) {
+    const Strip& strip = strips_[tile.strip];
+    const Job<T> of_rows = rows_job(in, out, down, j);
     // What to prefetch: the rows that the next rows of outputs read, and those outputs. Where two pairs of rows
     // interleave, each pair prefetches half of what both need.
     const int64_t i = j % kRows;
-    const RowsAhead ahead(down, j + i + 2 * kRows, after, i * rows);
-    const char* read = reinterpret_cast<const char*>(in.first + ahead.read * in.row);
-    const char* written = reinterpret_cast<const char*>(out.first + ahead.written * out.row);
+    const RowsAhead ahead(down, j + i + 2 * kRows, after, i * of_rows.made);
+    const bool linear = tile.first_vector == 0 && tile.last_vector == lanes_.vectors();
+    const T* const read = in.first + ahead.read * in.row;
+    const T* const written = out.first + ahead.written * out.row;
     int64_t taken = 0;  // steps so far
     const auto make = [&](const Across& across, int64_t v, int64_t vectors) {
       const Lattice& l = across.lattice;
-      Job<T> job = job_of(base, in, out, down, l, j, rows, v, vectors);
-      const int64_t read_at =
-          linear ? taken * vector + strip.read * in.pixel * size : (l.first_input() * in.pixel + lanes_.at(v)) * size;
-      const int64_t written_at =
-          linear ? taken * vector + strip.written * out.pixel * size : (l.first * out.pixel + lanes_.at(v)) * size;
+      Job<T> job = job_of(of_rows, in, out, down, l, v, vectors);
       // Blocks prefetch what is near, too: without, 5 x 5 of 240 channels of 14 px in bf16 took 1.3 times as long.
       const Distance asks_from = l.taps > kWindowTaps ? Distance::near : Distance::beyond;
       if (in.distance >= asks_from)
-        job.read = {read + read_at, linear ? vector : l.step * job.pitch * size,
-                    down.unit * in.row * size / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1), !linear};
+        job.read =
+            prefetch_of(read, linear, taken * kLanes + strip.read * in.pixel, l.first_input() * in.pixel + lanes_.at(v),
+                        l.step * job.pitch, down.unit * in.row / (linear ? std::clamp<int64_t>(l.step, 1, 2) : 1));
       if (in.distance == Distance::far && job.units)  // not of a phase without taps, which reads no row
         job.ahead = elements_ahead<T>(std::min(l.step * l.count, l.inputs), job.pitch);
       if (out.distance >= asks_from && !out.streams)
-        job.written = {written + written_at, linear ? vector : job.out_pitch * size, down.pitch * out.row * size,
-                       !linear};
-      taken += run(job, across.pieces, down, rows);
+        job.written = prefetch_of(written, linear, taken * kLanes + strip.written * out.pixel,
+                                  l.first * out.pixel + lanes_.at(v), job.out_pitch, down.pitch * out.row);
+      taken += run(job, across.pieces, down);
     };
     // Where one window makes a whole row, one call makes all vectors of a turn, but for the last vector where it
     // overlaps its neighbour.
-    const int64_t whole = std::min(last, lanes_.channels / kLanes);
-    for (int64_t start = first; start < last; start += turn_)
+    const int64_t whole = std::min(tile.last_vector, lanes_.channels / kLanes);
+    for (int64_t start = tile.first_vector; start < tile.last_vector; start += turn_)
       for (const Across& across : out.streams && !strip.in_parts.empty() ? strip.in_parts : strip.row)
-        for (int64_t v = start, vectors; v < std::min(start + turn_, last); v += vectors) {
+        for (int64_t v = start, vectors; v < std::min(start + turn_, tile.last_vector); v += vectors) {
           const int64_t rest = std::min(start + turn_, whole) - v;
           vectors = across.pieces.size() == 1 && rest > 0 ? rest : vectors_together<T>(lanes_, v);
           make(across, v, vectors);
@@ -223,17 +216,17 @@ class WindowRows {
   }
 
   // Makes a job's outputs, activation included. Returns for how many steps it prefetched.
-  int64_t run(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down, int rows) {
-    if (act_ == Activation::none) return run_pieces(job, pieces, down, rows);
+  int64_t run(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down) {
+    if (finish_.act == Activation::none) return run_pieces(job, pieces, down);
     const Job<T> target = job;
     if (job.streams) keep_outputs(job);
-    const int64_t taken = run_pieces(job, pieces, down, rows);
-    finish(job, target, rows);
+    const int64_t taken = run_pieces(job, pieces, down);
+    activate_outputs(job, target);
     return taken;
   }
 
   // Makes a job for each piece of a row's taps. All but the last leave sums in scratch; only the first prefetches.
-  int64_t run_pieces(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down, int rows) {
+  int64_t run_pieces(Job<T>& job, const std::vector<Piece>& pieces, const Lattice& down) {
     int64_t taken = 0;
     for (size_t p = 0; p < pieces.size(); ++p) {
       const Piece& piece = pieces[p];
@@ -250,7 +243,7 @@ class WindowRows {
         steps = ceil_div(job.count, width) * width;
         call(code.blocks[width], steps, job);
       } else {
-        call(code.windows[alone && down.taps <= kWindowTaps ? down.taps : 0][rows - 1], steps, job);
+        call(code.windows[alone && down.taps <= kWindowTaps ? down.taps : 0][job.made - 1], steps, job);
       }
       if (!p) taken = steps * job.vectors;
       job.weights += piece.taps * kLanes;
@@ -278,7 +271,7 @@ class WindowRows {
     code.one(job);
   }
 
-  // Sends the outputs to scratch, where finish() finds them in a cache.
+  // Sends the outputs to scratch, where activate_outputs() finds them in a cache.
   void keep_outputs(Job<T>& job) {
     job.streams = false;
     job.out_pitch = job.vectors * kLanes;
@@ -289,35 +282,33 @@ class WindowRows {
 
   // Activates the outputs in a pass of its own, while they are in the nearest cache: beside the sums, a switch over
   // activations would cost the sums their registers.
-  void finish(const Job<T>& made, const Job<T>& target, int rows) const {
+  void activate_outputs(const Job<T>& made, const Job<T>& target) const {
     constexpr int kVectors = kLineVectors<T>;
     const int64_t channels = made.vectors * kLanes;
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < made.made; ++r) {
       const T* from = made.out[r];
       T* to = target.out[r];
       if (!target.streams) {
-        finish_rows<T>(from, nullptr, act_, to, made.count, channels, made.out_pitch);
+        finish_rows<T>(from, nullptr, finish_.act, to, made.count, channels, made.out_pitch);
         continue;
       }
       for (int64_t o = 0; o < made.count; ++o, from += made.out_pitch, to += target.out_pitch)
         for (int64_t c = 0; c < channels; c += kVectors * kLanes) {
           Vec y[kVectors];
-          for (int v = 0; v < kVectors; ++v) y[v] = activate(act_, load(from + c + v * kLanes), T{});
+          for (int v = 0; v < kVectors; ++v) y[v] = activate(finish_.act, load(from + c + v * kLanes), T{});
           stream(to + c, y);
         }
     }
   }
 
   const Lanes lanes_;
-  const float* bias_;
-  const Activation act_;
+  const Finish finish_;
   const std::vector<std::vector<Lattice>> down_;  // by class
   std::vector<Strip> strips_;
-  const int64_t pairs_;
-  int64_t turn_;
+  int64_t pairs_ = 0, turn_;
   const int phases_across_;
   ZeroRow<T> zeros_;
-  std::vector<Table> tables_;  // (phase down, phase across)
+  std::vector<const float*> weights_;  // of (phase down, phase across)
   std::vector<const T*> rows_;
   LineVector<float> sums_;
   LineVector<T> outputs_;

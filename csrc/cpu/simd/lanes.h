@@ -13,6 +13,10 @@ struct Lanes {
   int64_t vectors() const { return ceil_div(channels, kLanes); }
   // The index of lane 0 of a tap of vector v among weights or sums that lie as (vector, tap, lane).
   static int64_t at(int64_t v, int64_t tap, int64_t taps) { return (v * taps + tap) * kLanes; }
+  // The index of a channel's tap among them, where vectors do not overlap.
+  static int64_t at_channel(int64_t channel, int64_t tap, int64_t taps) {
+    return at(channel / kLanes, tap, taps) + channel % kLanes;
+  }
   // The first channel of a vector; 0 where vectors are not whole.
   int64_t at(int64_t v) const { return whole ? std::min(v * kLanes, channels - kLanes) : 0; }
   // How many images of few channels share a vector, and how many channels they have in all.
@@ -52,15 +56,6 @@ void as_lanes(const T* values, int taps, const Lanes& lanes, int64_t v, float* o
   }
 }
 
-// All vectors: (vector, tap, lane). Zeros where values is null.
-template <class T>
-LineVector<float> as_lanes(const T* values, int taps, const Lanes& lanes) {
-  LineVector<float> out(lanes.vectors() * taps * kLanes);
-  for (int64_t v = 0; values && v < lanes.vectors(); ++v)
-    as_lanes(values, taps, lanes, v, out.data() + Lanes::at(v, 0, taps));
-  return out;
-}
-
 // Adds the slices' sums (slice, vector, tap, lane) in order: dweight (C, taps) and, from the last tap, dbias (C).
 template <class T>
 void reduce_sums(const float* sums, int64_t slices, int taps, const Lanes& lanes, T* dweight, T* dbias) {
@@ -77,9 +72,7 @@ void reduce_sums(const float* sums, int64_t slices, int taps, const Lanes& lanes
             const float* from = sums + slice * slice_size + task * size;
             for (int64_t i = 0; i < size; ++i) total[i] += from[i];
           }
-          const auto sum = [&](int64_t channel, int tap) -> double& {
-            return total[Lanes::at(channel / kLanes, tap, taps + 1) + channel % kLanes];
-          };
+          const auto sum = [&](int64_t c, int tap) -> double& { return total[Lanes::at_channel(c, tap, taps + 1)]; };
           for (int64_t c = lanes.filters; shared && c < lanes.used(); ++c)
             for (int tap = 0; tap <= taps; ++tap) sum(c % lanes.filters, tap) += sum(c, tap);
           for (int64_t at = 0; at < together * kLanes; ++at) {
