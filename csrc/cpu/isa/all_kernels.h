@@ -2,7 +2,6 @@
 #pragma once
 #include "cpu/depthwise/depthwise.h"
 #include "cpu/separable/pointwise_share.h"
-#include "cpu/separable/sums.h"
 #include "cpu/simd/elementwise.h"
 #include "cpu/simd/transpose.h"
 

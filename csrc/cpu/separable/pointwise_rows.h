@@ -95,7 +95,6 @@ void pack_pointwise(const PointwiseFilter& filter, int64_t first, int64_t last, 
 struct Factors {
   const float* first;
   int64_t row, step, count;
-  Factors from_row(int64_t i) const { return {first + i * row, row, step, count}; }
 };
 // Rows of floats: a factor's weights or channels; or what a tile's sums begin with, the bias or the sums of other
 // factors.
@@ -137,22 +136,20 @@ __attribute__((noinline)) void make_tile(Factors x, FloatRows weights, FloatRows
 // The most factors whose weights for a strip stay in a core's cache.
 constexpr int64_t kMostFactors = 1024;
 
-// Makes all rows of a strip, tile by tile, and calls done(tile, its rows) after each. The last tile overlaps the one
-// before it. Fewer rows than a tile has go one by one.
-template <int V, class T, class Out, class Done>
-void make_tiles(int64_t rows, const Factors& x, const FloatRows& weights, const FloatRows& start, Out* out,
-                int64_t out_row, int64_t last, bool streams, Done&& done) {
-  constexpr int kRows = kTileRows<V>;
-  const int64_t height = rows < kRows ? 1 : kRows;
-  for (int64_t next = 0; next < rows; next += height) {
-    const int64_t row = std::min(next, rows - height);
-    const Factors factors = x.from_row(row);
-    const FloatRows here{start.first + row * start.row, start.row};
-    Out* to = out + row * out_row;
-    height == 1 ? make_tile<1, V, T>(factors, weights, here, to, out_row, last, streams)
-                : make_tile<kRows, V, T>(factors, weights, here, to, out_row, last, streams);
-    done(to, height);
-  }
+// Makes a tile of 1 or kTileRows<V> rows.
+template <int V, class T, class Out>
+void make_rows(int64_t rows, const Factors& x, const FloatRows& weights, const FloatRows& start, Out* out,
+               int64_t out_row, int64_t last, bool streams) {
+  rows == 1 ? make_tile<1, V, T>(x, weights, start, out, out_row, last, streams)
+            : make_tile<kTileRows<V>, V, T>(x, weights, start, out, out_row, last, streams);
+}
+
+// Calls f(row, next, height) for each tile of `rows` rows: its first row, the first that no tile before it has, and how
+// many it has. The last tile overlaps the one before it. Fewer rows than a tile has go one by one.
+template <int V, class F>
+RKL_INLINE void for_tiles(int64_t rows, F&& f) {
+  const int64_t height = rows < kTileRows<V> ? 1 : kTileRows<V>;
+  for (int64_t next = 0; next < rows; next += height) f(std::min(next, rows - height), next, height);
 }
 
 // Makes a strip of the outputs, from vector `first` on, at most kMostFactors factors at a time. All sums but the last
@@ -167,18 +164,18 @@ void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_
   FloatRows start{weights, 0};
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t from = factors * piece / pieces, count = factors * (piece + 1) / pieces - from;
-    const Factors x{in + from, factors, 1, count};
     const FloatRows w{weights + (from + 1) * kWidth, kWidth};
-    if (piece + 1 < pieces) {
-      float* to = sums + piece % 2 * p.rows * kWidth;
-      make_tiles<V, Operand<T>>(p.rows, x, w, start, to, kWidth, kLanes, false, [](float*, int64_t) {});
-      start = {to, kWidth};
-      continue;
-    }
-    T* out = static_cast<T*>(p.out) + first * kLanes;
-    make_tiles<V, Operand<T>>(p.rows, x, w, start, out, p.outputs, last, p.streams, [&](T* to, int64_t rows) {
-      if (p.act != Activation::none) finish_rows<T>(to, nullptr, p.act, to, rows, columns, p.outputs);
+    float* const kept = sums + piece % 2 * p.rows * kWidth;
+    for_tiles<V>(p.rows, [&](int64_t row, int64_t, int64_t height) {
+      const Factors x{in + row * factors + from, factors, 1, count};
+      const FloatRows begin{start.first + row * start.row, start.row};
+      if (piece + 1 < pieces)
+        return make_rows<V, Operand<T>>(height, x, w, begin, kept + row * kWidth, kWidth, kLanes, false);
+      T* const out = static_cast<T*>(p.out) + row * p.outputs + first * kLanes;
+      make_rows<V, Operand<T>>(height, x, w, begin, out, p.outputs, last, p.streams);
+      if (p.act != Activation::none) finish_rows<T>(out, nullptr, p.act, out, height, columns, p.outputs);
     });
+    start = {kept, kWidth};
   }
 }
 
