@@ -71,47 +71,40 @@ class Bands {
 class BandImages {
  public:
   BandImages(const void* images, int64_t channels, int64_t height, int64_t width, const Separable& s)
-      : images_(const_cast<void*>(images)),
-        channels_(channels),
-        height_(height),
-        width_(width),
-        bytes_(s.g.nhwc ? s.g.batch * height * width * channels * size_of(s.dtype) : 0),
-        nhwc_(s.g.nhwc),
-        dtype_(s.dtype) {}
+      : images_(const_cast<void*>(images)), channels_(channels), height_(height), width_(width), s_(s) {}
 
   const void* read(const ImageRows& rows, void* own) const {
-    if (nhwc_) return made_at(rows, own);
+    if (s_.g.nhwc) return made_at(rows, own);
     for (int64_t i = 0; i < rows.images; ++i)
-      kernels(dtype_).planes_to_rows(plane(rows, i), height_ * width_, own_image(rows, i, own), channels_, channels_,
-                                     rows.rows * width_);
+      kernels(s_.dtype).planes_to_rows(plane(rows, i), height_ * width_, own_image(rows, i, own), channels_, channels_,
+                                       rows.rows * width_);
     return own;
   }
 
   // Bytes of the images that read() points into; 0 where it returns the band's own memory.
-  int64_t bytes() const { return bytes_; }
+  int64_t bytes() const { return s_.g.nhwc ? s_.g.batch * height_ * width_ * channels_ * size_of(s_.dtype) : 0; }
 
   // Where a band makes rows. It calls written(rows, own) when they are made.
   void* made_at(const ImageRows& rows, void* own) const {
-    return nhwc_ ? at(images_, (rows.image * height_ + rows.row) * width_ * channels_, dtype_) : own;
+    return s_.g.nhwc ? at(images_, (rows.image * height_ + rows.row) * width_ * channels_, s_.dtype) : own;
   }
   void written(const ImageRows& rows, void* own) const {
-    for (int64_t i = 0; !nhwc_ && i < rows.images; ++i)
-      kernels(dtype_).rows_to_planes(own_image(rows, i, own), channels_, plane(rows, i), height_ * width_, channels_,
-                                     rows.rows * width_);
+    for (int64_t i = 0; !s_.g.nhwc && i < rows.images; ++i)
+      kernels(s_.dtype).rows_to_planes(own_image(rows, i, own), channels_, plane(rows, i), height_ * width_, channels_,
+                                       rows.rows * width_);
   }
 
  private:
   void* plane(const ImageRows& rows, int64_t i) const {
-    return at(images_, ((rows.image + i) * channels_ * height_ + rows.row) * width_, dtype_);
+    return at(images_, ((rows.image + i) * channels_ * height_ + rows.row) * width_, s_.dtype);
   }
   void* own_image(const ImageRows& rows, int64_t i, void* own) const {
-    return at(own, i * rows.rows * width_ * channels_, dtype_);
+    return at(own, i * rows.rows * width_ * channels_, s_.dtype);
   }
 
-  void* images_;
-  int64_t channels_, height_, width_, bytes_;
-  bool nhwc_;
-  Dtype dtype_;
+  void* const images_;
+  const int64_t channels_, height_, width_;
+  const Separable& s_;
 };
 
 // A pointwise filter in the order in which pointwise_rows reads it.

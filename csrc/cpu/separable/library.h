@@ -22,14 +22,8 @@ class OneThread {
   int mkl_before_, openmp_before_;
 };
 
-// Calls f(begin, end) for parts of the tasks [0, count) on torch's threads, with a OneThread on each.
-template <class F>
-void for_tasks(int64_t count, F&& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    const OneThread here;
-    f(begin, end);
-  });
-}
+// Whether torch has oneDNN.
+bool has_library();
 
 // The type in which oneDNN multiplies factors of this type: their own, or fp32 where it is slow at their own (fp16
 // without instructions for it: 2 GFLOP/s where fp32 has 90).

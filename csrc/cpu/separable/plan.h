@@ -1,5 +1,4 @@
-// How a separable convolution is made on a CPU and cut into parts: by its shape and the machine, never by the number of
-// threads, so that results are the same for any number of threads.
+// How a separable convolution is made on a CPU and cut into parts.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,11 +10,6 @@
 
 namespace rkl::cpu {
 
-// Rows of channels that a core's own cache holds beside their outputs and a block of weights.
-inline int64_t rows_in_cache(int64_t channels, Dtype dtype) {
-  return std::max<int64_t>(1, machine().l2_bytes / 8 * 3 / (channels * size_of(dtype)));
-}
-
 // Bounds on a part's rows: a part reads the weights once, and its rows once for each block of weights.
 constexpr int64_t kLeastRows = 64, kMostRows = 2048;
 constexpr int64_t kTasks = 8;  // where there is enough work
@@ -23,10 +17,10 @@ constexpr int64_t kTasks = 8;  // where there is enough work
 // The fewest operations worth a thread: they take some 20 us, as long as waking it.
 constexpr int64_t kThreadOperations = int64_t(1) << 21;
 
-// Rows of a part, where `all` rows are cut into parts that stay in a core's cache: a multiple of kTasks parts, unless
-// the parts would be smaller than `least`.
+// Rows of a part, where `all` rows are cut into parts that stay in a core's cache, beside their outputs and a block of
+// weights: a multiple of kTasks parts, unless the parts would be smaller than `least`.
 inline int64_t rows_a_part(int64_t all, int64_t channels, Dtype dtype, int64_t least) {
-  const int64_t most = std::clamp(rows_in_cache(channels, dtype), kLeastRows, kMostRows);
+  const int64_t most = std::clamp(machine().l2_bytes / 8 * 3 / (channels * size_of(dtype)), kLeastRows, kMostRows);
   const int64_t parts = ceil_div(ceil_div(std::max<int64_t>(1, all), most), kTasks) * kTasks;
   return std::max(ceil_div(all, parts), least);
 }

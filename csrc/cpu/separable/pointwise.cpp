@@ -7,28 +7,9 @@
 namespace rkl::cpu {
 namespace {
 
-using Ints = std::vector<int64_t>;
-
 Tensor convolution(const Tensor& image, const Tensor& filter, const std::optional<Tensor>& bias) {
-  const Ints none{0, 0}, ones{1, 1};
+  const std::vector<int64_t> none{0, 0}, ones{1, 1};
   return aten("aten::mkldnn_convolution", "", image, as_filter(filter), bias, none, ones, ones, int64_t(1));
-}
-
-bool has_convolution() {
-  static const bool has = [] {
-    const Ints size{1, 1, 1, 1};
-    const IntList ones(size.data(), size.size());
-    float one = 1;
-    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-    const Tensor x = torch::stable::from_blob(&one, ones, ones, cpu, ScalarType::Float);
-    try {
-      convolution(x, x, std::nullopt);
-      return true;
-    } catch (const std::exception&) {
-      return false;
-    }
-  }();
-  return has;
 }
 
 // A pointwise step by the kernels here.
@@ -106,7 +87,7 @@ Tensor convolved(const Tensor& image, const Tensor& filter, const std::optional<
 
 }  // namespace
 
-bool convolves_images(int64_t channels) { return channels && OneThread::holds() && has_convolution(); }
+bool convolves_images(int64_t channels) { return channels && OneThread::holds() && has_library(); }
 
 Scratch packed(const PointwiseFilter& filter, Dtype dtype) {
   Scratch out(filter.packed_size() * sizeof(float));

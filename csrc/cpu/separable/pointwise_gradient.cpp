@@ -1,5 +1,4 @@
-// The gradients of a pointwise step's filter and bias: sums over all pixels, in parts that the shapes alone decide, so
-// that results are the same for any number of threads.
+// The gradients of a pointwise step's filter and bias: sums over all pixels, in parts.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -14,16 +13,12 @@ namespace rkl::cpu {
 namespace {
 
 using Ints = std::vector<int64_t>;
+using torch::stable::narrow;
 
 int64_t pixels_of(const Tensor& image) { return image.size(0) * image.size(2) * image.size(3); }
 
 // All pixels of an NHWC image as one row of an image: a view.
 Tensor as_one_row(const Tensor& image) { return image_of_rows(pixel_rows(image), 1, 1, pixels_of(image)); }
-
-Tensor narrow(const Tensor& x, int64_t dim, int64_t first, int64_t count) {
-  Tensor self = x;
-  return torch::stable::narrow(self, dim, first, count);
-}
 
 // oneDNN's filter gradient over these images, on the calling thread: (C', C, 1, 1) in the images' type. In 16 bits each
 // share is rounded: for sums of random signs, that costs no more than rounding the factors has already cost.
@@ -56,11 +51,12 @@ int64_t parts_for(int64_t pixels, int64_t c, int64_t c_out) {
 
 // By oneDNN: each task takes some pixels.
 void by_pixels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
-  const Tensor left = as_one_row(dz), right = as_one_row(hidden);
+  Tensor left = as_one_row(dz), right = as_one_row(hidden);
   const int64_t c = hidden.size(1), c_out = dz.size(1), all = pixels_of(dz);
   const int64_t parts = std::min(all, parts_for(all, c, c_out)), size = c_out * c;
   const Scratch shares(parts * size * int64_t(sizeof(float)));
-  for_tasks(parts, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const OneThread here;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = all * i / parts, count = all * (i + 1) / parts - first;
       const Tensor share = share_of(narrow(left, 3, first, count), narrow(right, 3, first, count));
@@ -73,10 +69,11 @@ void by_pixels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
 // By oneDNN, for large filters of few pixels: each task makes some output channels. To write another share would take
 // longer than to read the depthwise output again.
 void by_channels(const Tensor& dz, const Tensor& hidden, void* out, Dtype dtype) {
-  const Tensor left = as_one_row(dz), right = as_one_row(hidden);
+  Tensor left = as_one_row(dz), right = as_one_row(hidden);
   const int64_t c_out = dz.size(1), c = hidden.size(1);
   const int64_t part = std::max<int64_t>(64, ceil_div(ceil_div(c_out, kTasks), 16) * 16);
-  for_tasks(ceil_div(c_out, part), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, ceil_div(c_out, part), 1, [&](int64_t begin, int64_t end) {
+    const OneThread here;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * part, count = std::min(part, c_out - first);
       const Tensor share = share_of(narrow(left, 1, first, count), right);
