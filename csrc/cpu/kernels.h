@@ -102,8 +102,7 @@ struct KernelTable {
 void transpose_images(const void* from, void* to, bool to_nhwc, int64_t batch, int64_t channels, int64_t pixels,
                       Dtype dtype);
 
-// Whether PyTorch's own convolution makes a depthwise output faster than these kernels. It does so for large NHWC
-// images with fewer channels than a vector has lanes.
+// Whether PyTorch's own convolution makes a depthwise output faster than these kernels.
 bool left_to_pytorch(const Conv2d& g, Dtype dtype);
 
 // The kernels for elements of this type, for the widest instruction set that this machine has and that

@@ -1,5 +1,4 @@
-// Depthwise convolution. Tensors are cut into tasks by their shapes alone, so that every sum has one order for any
-// number of threads.
+// Depthwise convolution: which class makes the rows of an image, and how images become tasks.
 #pragma once
 #include "cpu/depthwise/nchw_3x3.h"
 #include "cpu/depthwise/nchw_3x3_stride2.h"

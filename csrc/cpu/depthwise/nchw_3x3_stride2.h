@@ -1,6 +1,6 @@
 // NCHW planes under a 3 x 3 filter at stride 2, forward, read in place. A vector is 16 outputs of one row or, in maps
 // up to 8 wide, 8 outputs of each of two rows. Of 32 pixels (or of twice 16) one permutation picks the even ones and
-// another the odd ones. Masks make zeros of what lies outside the image. Masks are those of AVX-512.
+// another the odd ones. Masks make zeros of what lies outside the image.
 #pragma once
 #include "cpu/depthwise/nchw_3x3.h"
 

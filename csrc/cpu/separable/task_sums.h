@@ -1,5 +1,4 @@
-// Sums over pixels. Each task has its own sums, and they are added in the tasks' order, so that results do not depend
-// on the number of threads.
+// Sums over pixels. Each task has its own sums, and they are added in the tasks' order.
 #pragma once
 #include <vector>
 
