@@ -20,7 +20,7 @@ import rkl_kernels as rk
 from rkl_kernels.bench.timing import Timing, interleave, timer_for
 from rkl_kernels.errors import told
 
-from .models import DIRECTIONS, Model, ModelRow, resnet_kl, timm_model
+from .models import DIRECTIONS, Model, ModelRow, Timed, resnet_kl, timm_model
 
 TOLERANCE = 0.1
 """The largest accepted difference between converted and unconverted logits, as a share of the largest logit: bf16
@@ -52,8 +52,8 @@ def bar_of(row: ModelRow) -> ModelBar:
     return ModelBar(1.5, 0.7) if row.model == "ResNet-KL" else ModelBar(1.2)
 
 
-class Prepared:
-    """A model as one variant, and the calls that are timed."""
+class Prepared(Timed):
+    """A model as one variant, in bf16 and channels_last."""
 
     def __init__(self, start: nn.Module, variant: str, batch: int, size: int, device: str) -> None:
         kind: Any = {"device": device, "dtype": torch.bfloat16, "memory_format": torch.channels_last}
@@ -71,10 +71,6 @@ class Prepared:
         self.images = images.to(**kind)
         self.labels = torch.arange(batch, device=device) % 10
 
-    def inference(self) -> Any:
-        with torch.no_grad(), self.backend():
-            return self.served(self.images)
-
     def step(self) -> None:
         """Forward, cross-entropy of every head, backward, one step of SGD with momentum."""
         with self.backend():
@@ -82,15 +78,6 @@ class Prepared:
             loss.sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def call(self, direction: str) -> Callable[[], Any]:
-        """The work of a direction, with the model in its mode. A call that is timed does not switch it: that takes time
-        for each module, of which a fused copy has fewer."""
-        if direction == "inference":
-            self.served.eval()
-            return self.inference
-        self.net.train()
-        return self.step
 
 
 def _heads(outputs: Any) -> list[Tensor]:

@@ -110,8 +110,40 @@ class ModelRow:
         return self.memory[ours] / self.memory[eager]
 
 
-class Prepared:
-    """A model as one variant: the calls that are timed, and their backend."""
+class Timed:
+    """A variant of a model, whose inference or training step is timed.
+
+    Attributes:
+        net: the model that is trained.
+        served: what inference calls.
+        backend: the context of a call.
+    """
+
+    net: nn.Module
+    served: nn.Module
+    images: Tensor
+    backend: Callable[[], AbstractContextManager[None]]
+
+    def call(self, direction: str) -> Callable[[], Any]:
+        """The work of a direction, with the model in its mode. A call that is timed does not switch it: that takes time
+        for each module, of which a fused copy has fewer."""
+        if direction == "inference":
+            self.served.eval()
+            return self.inference
+        self.net.train()
+        return self.step
+
+    def inference(self) -> Any:
+        with torch.no_grad(), self.backend():
+            return self.served(self.images)
+
+    def step(self) -> None:
+        """A training step."""
+        raise NotImplementedError
+
+
+class Prepared(Timed):
+    """A model as one variant, on PyTorch's layers or ours, in one layout."""
 
     def __init__(self, model: Model, variant: str, start: nn.Module | None = None, device: str = "cpu") -> None:
         name, layout = variant.split()
@@ -128,19 +160,6 @@ class Prepared:
         self.images = images.to(device, memory_format=FORMATS[layout])
         self.labels = torch.arange(model.batch, device=device) % 10
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9)
-
-    def call(self, direction: str) -> Callable[[], object]:
-        """The work of a direction, with the model in its mode. A call that is timed does not switch it: that takes time
-        for each module, of which a fused copy has fewer."""
-        if direction == "inference":
-            self.served.eval()
-            return self.inference
-        self.net.train()
-        return self.step
-
-    def inference(self) -> Tensor:
-        with torch.no_grad(), self.backend():
-            return self.served(self.images)
 
     def step(self, images: Tensor | None = None) -> None:
         """Forward, cross-entropy of every head, backward, one step of SGD with momentum."""
