@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 
 from rkl import cli
 from rkl.config import Config, from_plain, to_plain
@@ -120,11 +121,22 @@ def without_rights(config: Config) -> None:
         os.setuid(65534)
 
 
-def of_two(rank: int, port: int, dies: int, config: Config) -> None:
-    """Run as one process of two. The process of rank 1 is killed in the epoch ``dies``."""
+def killed_in(number: int, config: Config) -> None:
+    """Kill the process in that epoch."""
+    at_epoch(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def interrupted_in(number: int, config: Config) -> None:
+    """Press Ctrl-C in that epoch."""
+    at_epoch(number, lambda: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs ignore SIGINT
+
+
+def of_two(rank: int, port: int, fault: Fault | None, config: Config) -> None:
+    """Run as one process of two, with a fault or without."""
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
-    if rank == 1:
-        at_epoch(dies, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if fault:
+        fault(config)
 
 
 def lost(plain: dict[str, Any], threads: int, sender: Any) -> None:
@@ -157,9 +169,22 @@ def started(config: Config, resume: bool = False, fault: Fault | None = None, ou
     return process
 
 
-def ended(config: Config, resume: bool = False, fault: Fault | None = None, output: Path | str = os.devnull) -> int:
-    """Run such a process to its end. Returns its exit code, or minus the number of the signal that killed it."""
-    process = started(config, resume, fault, output)
+def exit_code(process: Any) -> int:
+    """Wait for a run's process. Returns its exit code, or minus the number of the signal that killed it."""
     process.join(600)
     assert process.exitcode is not None, "the run did not end"
     return int(process.exitcode)
+
+
+def ended(config: Config, resume: bool = False, fault: Fault | None = None, output: Path | str = os.devnull) -> int:
+    """Run such a process to its end."""
+    return exit_code(started(config, resume, fault, output))
+
+
+def started_in_two(config: Config, folder: Path, *faults: Fault | None, resume: bool = False) -> list[Any]:
+    """Start two such processes that train together, each with a fault or None. Process i writes into file i."""
+    port = find_free_network_port()
+    return [
+        started(config, resume, partial(of_two, rank, port, fault), folder / f"output{rank}")
+        for rank, fault in enumerate(faults)
+    ]

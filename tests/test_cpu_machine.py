@@ -100,20 +100,22 @@ def rounds_products() -> bool:
 
 def test_a_limit_that_pytorch_does_not_know_is_none() -> None:
     """An unknown limit changes nothing. On a machine with AVX-512, ``explain`` shows which kernels were chosen: those
-    alone leave this call to PyTorch."""
-    code = (
-        "import torch, rkl_kernels\n"
-        "x = torch.zeros(1, 12, 256, 256).contiguous(memory_format=torch.channels_last)\n"
-        "print(rkl_kernels.explain('depthwise_conv2d', x, torch.zeros(12, 1, 3, 3)).kernels)"
-    )
-    said = [
-        subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True).stdout
-        for told in (
-            os.environ,
-            *({**os.environ, "ATEN_CPU_CAPABILITY": unknown} for unknown in ("avx512_vnni", "AVX2", "")),
-        )
-    ]
-    assert said[0] != ""
+    alone leave this call to PyTorch. The limit is read at the first call, hence a fork for each."""
+    code = """
+import os, torch, rkl_kernels
+x = torch.zeros(1, 12, 256, 256).contiguous(memory_format=torch.channels_last)
+for limit in (None, "avx512_vnni", "AVX2", ""):
+    if not os.fork():
+        if limit is not None:
+            os.environ["ATEN_CPU_CAPABILITY"] = limit
+        print(rkl_kernels.explain("depthwise_conv2d", x, torch.zeros(12, 1, 3, 3)).kernels, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+    told = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
+    done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert said[0]
     assert said == said[:1] * 4
 
 

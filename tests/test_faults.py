@@ -19,7 +19,6 @@ from typing import Any
 import faults
 import pytest
 import torch
-from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from test_rkl_train import comparable
 
 from rkl.config import Config, from_plain
@@ -285,18 +284,48 @@ def test_skipping_changes_nothing_where_all_is_finite_and_ends_where_nothing_is(
 
 def test_a_process_that_dies_ends_the_other_in_one_line(tmp_path: Path) -> None:
     config = small(tmp_path / "run", devices=2, batch_size=16)
-    port = find_free_network_port()
-    processes = [
-        faults.started(config, fault=partial(faults.of_two, rank, port, 2), output=tmp_path / f"output{rank}")
-        for rank in range(2)
-    ]
-    processes[1].join(600)
-    assert processes[1].exitcode == -signal.SIGKILL
+    alive, killed = faults.started_in_two(config, tmp_path, None, partial(faults.killed_in, 2))
+    assert faults.exit_code(killed) == -signal.SIGKILL
     since = time.monotonic()
-    processes[0].join(60)
-    assert processes[0].exitcode == 2, f"still there after {time.monotonic() - since:.0f} s"
+    alive.join(60)
+    assert alive.exitcode == 2, f"still there after {time.monotonic() - since:.0f} s"
     assert "all 2 processes must live until the end, got one that is lost" in one_line(tmp_path / "output0")
     assert checkpoint.load(config.out / "checkpoints", "last")[1]["epoch"] == 1
+
+
+def test_two_processes_end_as_one_with_the_same_batches(tmp_path: Path) -> None:
+    """Two processes train over Gloo, with a cut on the way. Two that were stopped in the last epoch and went on end
+    with the bits of two that were not.
+
+    A single process takes their two batches in turn before each step, so that batch norm sees the same images. The
+    running statistics take another course and are not compared.
+    """
+    settings = {"exits": True, "train_size": 160, "test_size": 40, "batch_size": 16, "loss": {"beta": 0.2}}
+    stopped, whole = (small(tmp_path / name, devices=2, **settings) for name in ("stopped", "whole"))
+    interrupted = partial(faults.interrupted_in, 3)
+    for config, fault, resume, code in (
+        (stopped, interrupted, False, 130),
+        (stopped, None, True, 0),
+        (whole, None, False, 0),
+    ):
+        processes = faults.started_in_two(config, tmp_path, fault, fault, resume=resume)
+        assert [faults.exit_code(each) for each in processes] == [code, code], (tmp_path / "output0").read_text()
+    one = trainer.train(small(tmp_path / "one", accumulate=2, **settings))
+    (ours, facts), (same, _), (theirs, others) = (
+        checkpoint.load(folder / "checkpoints", "last") for folder in (stopped.out, whole.out, one)
+    )
+    assert ours.keys() == same.keys()
+    assert all(torch.equal(value, same[name]) for name, value in ours.items())
+    assert facts["plan"] == others["plan"]
+    assert len(facts["cuts"]) == 1
+    for name, value in ours.items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+    rows, record = comparable(stopped.out)
+    others, _ = comparable(one)
+    assert record["test_images"] == sum(map(sum, record["confusion"]))
+    for row, other in zip(rows, others, strict=True):
+        assert row["losses"] == pytest.approx(other["losses"], rel=1e-3)
 
 
 def test_an_experiments_process_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

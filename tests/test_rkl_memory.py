@@ -16,12 +16,13 @@ from rkl_kernels import allocator
 FAULTS = """
 import ctypes, resource, sys
 import torch
-from rkl.config import Config
-from rkl.training import train as trainer
 
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would hide 511 faults of 512
 
 if sys.argv[1] == "trained":
+    from rkl.config import Config
+    from rkl.training import train as trainer
+
     # ends at the data, which it has none of: after the trainer has settled its process
     try:
         trainer.train(Config(data="cifar10", data_root=sys.argv[2], out=sys.argv[2] + "/run"))

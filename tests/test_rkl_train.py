@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from PIL import Image
 from safetensors.torch import load_file
-from two_processes import SETTINGS
 
 from rkl.cli import main
 from rkl.config import Config, from_plain, read_yaml, to_plain
@@ -338,48 +335,3 @@ def test_the_module_runs_and_only_debug_shows_a_traceback(tmp_path: Path) -> Non
 def test_safetensors_hold_model_momentum_and_average(run: Path) -> None:
     (file,) = (run / "checkpoints").glob("last-*.safetensors")
     assert {name.split(".")[0] for name in load_file(file)} == {"model", "momentum", "ema", "averaged"}
-
-
-def train_in_two_processes(folder: Path, how: str) -> dict[str, torch.Tensor]:
-    """Run tests/two_processes.py twice at once and return what the run saved last."""
-    port = str(find_free_network_port())
-    script = Path(__file__).with_name("two_processes.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder), how],
-            env=os.environ | {"LOCAL_RANK": str(rank), "MASTER_PORT": port, "PYTHONPATH": os.getcwd()},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return checkpoint.load(folder / "checkpoints", "last")[0]
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_two_processes_end_as_one_with_the_same_batches(tmp_path: Path) -> None:
-    """Two processes train over Gloo, with a cut and a resume on the way. Two that were not stopped end with the same
-    bits.
-
-    A single process takes their two batches in turn before each step, so that batch norm sees the same images. The
-    running statistics take another course and are not compared.
-    """
-    stopped, whole = (train_in_two_processes(tmp_path / how, how) for how in ("stopped", "whole"))
-    assert stopped.keys() == whole.keys()
-    assert all(torch.equal(value, whole[name]) for name, value in stopped.items())
-    one = trainer.train(Config(tmp_path / "one", accumulate=2, **SETTINGS))
-    (ours, facts), (theirs, others) = (
-        checkpoint.load(folder / "checkpoints", "last") for folder in (tmp_path / "stopped", one)
-    )
-    assert facts["plan"] == others["plan"]
-    assert len(facts["cuts"]) == 1
-    for name, value in ours.items():
-        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
-            torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
-    rows, record = comparable(tmp_path / "stopped")
-    others, _ = comparable(one)
-    assert record["test_images"] == sum(map(sum, record["confusion"]))
-    for row, other in zip(rows, others, strict=True):
-        assert row["losses"] == pytest.approx(other["losses"], rel=1e-3)
