@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Where nothing may write bytecode, each of the tests' processes compiles torch's sources again: 10 s for the trainer's.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help env build demo test lint fuzz sanitize aarch64 faults docs bench bench-compare gpu static wheel release-check corners pins clean
