@@ -49,7 +49,7 @@ class Evaluate:
     """`cpu` or `cuda`; by default the GPU if there is one."""
 
     def __call__(self) -> None:
-        from .training.checkpoint import check_data, open_run
+        from .training.checkpoint import open_run
 
         if self.split not in ("test", "val"):
             raise ValueError(f"split must be 'test' or 'val', got {self.split!r}")
@@ -67,7 +67,7 @@ class Evaluate:
         run = open_run(self.run, self.checkpoint, device_named(self.device))
         from .training import metrics, report  # late, since they take seconds: a wrong folder is refused first
         from .training.evaluation import collect
-        from .training.train import load_data
+        from .training.images import data_of
 
         if self.early_exit:
             from .deploy import exit_report
@@ -78,8 +78,7 @@ class Evaluate:
             show(report.rich_table(title, *exit_report.rows(record)))
             print(f"plot: {run.folder / 'plots' / 'early_exit.png'}")
             return
-        data = load_data(run.config).to(run.device)
-        check_data(run.folder, run.facts, data)
+        data = data_of(run).to(run.device)
         split = getattr(data, self.split)
         if not len(split):
             raise ValueError(f"split must have images, got {self.split!r} of a run with val_fraction 0")

@@ -22,7 +22,7 @@ from rkl.deploy import exit_report, export, prune
 from rkl.network.model import ResNet, ResNetKL
 from rkl.slimming import early_exit
 from rkl.slimming.channels import channel_plan
-from rkl.training import metrics
+from rkl.training import images, metrics
 from rkl.training import train as trainer
 from rkl.training.checkpoint import open_run
 
@@ -130,7 +130,7 @@ def test_a_target_accuracy_is_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_thresholds_are_of_validation_images_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, real = open_run(run), exit_report.load_data
+    opened, real = open_run(run), images.load_data
     monkeypatch.setattr(exit_report, "throughput", lambda *_: (1.0, 1.0))
     monkeypatch.setattr(exit_report, "plot_curve", lambda *_: None)
     first = exit_report.evaluate_early_exit(opened)
@@ -139,7 +139,7 @@ def test_thresholds_are_of_validation_images_alone(run: Path, monkeypatch: pytes
         data = real(config)
         return replace(data, test=replace(data.test, labels=torch.zeros_like(data.test.labels)))
 
-    monkeypatch.setattr(exit_report, "load_data", with_other_labels)
+    monkeypatch.setattr(images, "load_data", with_other_labels)
     again = exit_report.evaluate_early_exit(opened)
     assert (again["thresholds"], again["validation"]) == (first["thresholds"], first["validation"])
     assert again["test"] != first["test"]

@@ -14,6 +14,15 @@ class DataError(ValueError):
     """A file or argument breaks a rule. The message is one line that names it, the rule and the value got."""
 
 
+class MissingDataError(DataError):
+    """There is no data set where it is looked for. ``rule`` is the message without its remedy, since the remedy depends
+    on the command."""
+
+    def __init__(self, rule: str, remedy: str) -> None:
+        self.rule = rule
+        super().__init__(f"{rule}; {remedy}")
+
+
 @dataclass(frozen=True)
 class Split:
     """One part of a data set.

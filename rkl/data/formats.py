@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rkl_kernels.errors import told
 
-from .dataset import DataError, Split
+from .dataset import DataError, MissingDataError, Split
 
 MOST_UNPACKED = 2**28
 """The most bytes that a packed file may unpack to: five times the largest known file."""
@@ -297,7 +297,10 @@ def folders(folder: Path) -> list[str]:
 def class_folders(folder: Path) -> list[str]:
     """The names of the classes: those of the folders in ``folder``."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: must be a folder with one folder a class, got no such folder")
+        raise MissingDataError(
+            f"{folder}: must be a folder with one folder a class, got no such folder",
+            "give the folder that holds them as data (--data folder:PATH)",
+        )
     classes = folders(folder)
     if len(classes) < 2:
         raise DataError(f"{folder}: must hold at least two folders, one a class, got {len(classes)}")

@@ -12,7 +12,18 @@ import torch
 from rkl_kernels.errors import told
 
 from . import formats
-from .dataset import DataError, Dataset, Split, assemble, fingerprint, long_tailed, resized, stratified, subset
+from .dataset import (
+    DataError,
+    Dataset,
+    MissingDataError,
+    Split,
+    assemble,
+    fingerprint,
+    long_tailed,
+    resized,
+    stratified,
+    subset,
+)
 
 DEFAULT_ROOT = Path.home() / ".cache" / "rkl" / "data"
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
@@ -164,9 +175,9 @@ def _read(name: str, root: str | Path | None, download: bool) -> tuple[Split, Sp
         found = _find(source, roots)
     if found is None:
         wanted = " or ".join(dict.fromkeys(Path(marker).name for marker in source.readers))
-        raise DataError(
-            f"{name}: no {wanted} under {' or '.join(map(str, roots))}; give the folder that holds it as root "
-            "(--data-root), or set download (--download)"
+        raise MissingDataError(
+            f"{name}: no {wanted} under {' or '.join(map(str, roots))}",
+            "give the folder that holds it as root (--data-root), or set download (--download)",
         )
     reader, folder = found
     return reader(folder)

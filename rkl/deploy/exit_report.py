@@ -24,10 +24,10 @@ from ..slimming.early_exit import (
     operate,
 )
 from ..training import metrics, report
-from ..training.checkpoint import Run, check_data, example_image
+from ..training.checkpoint import Run, example_image
 from ..training.evaluation import autocast, collect, evaluation_batches
 from ..training.files import RunError, check_writable, save_figure, to_json, write_text
-from ..training.train import load_data
+from ..training.images import data_of
 
 BATCH = 100
 
@@ -51,8 +51,7 @@ def evaluate_early_exit(
         raise RunError(f"{run.folder}: early exit needs a model with several exits, got {run.config.model}")
     plot, file = run.folder / "plots" / "early_exit.png", run.folder / "early_exit.json"
     check_writable(plot, file)
-    model, data = run.model.deploy(exits=True), load_data(run.config).to(run.device)
-    check_data(run.folder, run.facts, data)
+    model, data = run.model.deploy(exits=True), data_of(run).to(run.device)
     if not len(data.val):
         raise RunError(f"{run.folder}: early exit needs validation images to calibrate on, got val_fraction 0")
     costs = exit_costs(model, example_image(run))

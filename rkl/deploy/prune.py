@@ -15,10 +15,11 @@ from ..network.deployed import deployed
 from ..paths import check_apart
 from ..slimming import pruning
 from ..training import metrics, report
-from ..training.checkpoint import Run, check_data, example_image, open_run
+from ..training.checkpoint import Run, example_image, open_run
 from ..training.files import read_lines
 from ..training.guard import check_cuttable
-from ..training.train import load_data, train
+from ..training.images import data_of
+from ..training.train import train
 
 LATENCY_BATCH = 16
 
@@ -97,7 +98,7 @@ def prune_run(
     check_apart(out, run.config.data)
     image = example_image(run)
     check_cuttable(run.model, image, f"run must be of another network than {run.config.model}", run.folder)
-    check_data(run.folder, run.facts, load_data(run.config))
+    data_of(run)  # its checks
     with torch.random.fork_rng():
         if target_macs is not None:
             model = cut_to_macs(run.model, image, target_macs)

@@ -33,10 +33,10 @@ from rkl_kernels.errors import told
 from ..config import Config, from_plain, is_other_run, read_plain, read_yaml, to_plain
 from ..ignored import check_ignored, without_ignored
 from ..paths import check_apart
-from ..training.checkpoint import check_data
 from ..training.files import RunError, UnwritableError, read_json, understood, write_text
 from ..training.guard import check_cutout
-from ..training.train import load_data, train
+from ..training.images import check_data, load_data
+from ..training.train import train
 from .compute import at_macs, cut_to_macs, macs
 from .gradients import record_gradients
 from .records import RECORD

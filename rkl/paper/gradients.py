@@ -12,7 +12,8 @@ from ..distill import LossWeights, gammas, training_losses
 from ..training.checkpoint import open_run
 from ..training.evaluation import default_device
 from ..training.files import to_json, write_text
-from ..training.train import class_balance, load_data, outputs, steps_an_epoch, training_batches
+from ..training.images import load_data
+from ..training.train import class_balance, outputs, steps_an_epoch, training_batches
 
 BATCHES = 4
 

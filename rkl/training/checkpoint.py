@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,12 +19,11 @@ from typing_extensions import Required, TypedDict
 from rkl_kernels.errors import first_line
 
 from ..config import Config, is_other_run, read_yaml, to_plain
-from ..data import Dataset
 from ..network.build import build_model
 from ..slimming.channels import Plan, apply_plan, channel_plan
 from .files import RunError, read_json, replacing, understood, write_text
 
-__all__ = ["Run", "RunError", "check_data", "example_image", "load", "open_run", "save", "start_from"]
+__all__ = ["Run", "RunError", "example_image", "load", "open_run", "save", "start_from"]
 
 
 class Facts(TypedDict, total=False):
@@ -207,26 +205,6 @@ def check_settings(config: Config, facts: dict[str, Any], source: Path) -> None:
 def example_image(run: Run) -> Tensor:
     """One blank image (1, C, H, W) of the run's shape, on its model's device."""
     return torch.zeros(1, run.facts["channels"], *2 * [run.facts["image_size"]], device=run.device)
-
-
-def check_data(folder: Path, facts: dict[str, Any], data: Dataset) -> None:
-    """Raise RunError unless ``data`` has the classes of the run in ``folder``, in the same order, since outputs go by
-    position. Its images must be the same too: with one image more, others are cut out for the test, and the model may
-    have been trained on these. A checkpoint without a fingerprint passes."""
-    for number, (ours, theirs) in enumerate(zip_longest(facts["classes"], data.classes)):
-        if ours != theirs:
-            raise RunError(
-                f"{folder}: data must have the classes the run was trained on, got {theirs!r} for {ours!r}, "
-                f"number {number + 1}"
-            )
-    then = facts.get("fingerprint", data.fingerprint)
-    # A separate test set may be another one. Where the test images are cut from train, train would change as well.
-    others = [part for part in ("train", "val") if then.get(part) != data.fingerprint.get(part)]
-    if others:
-        raise RunError(
-            f"{folder}: data must be the images the run was trained on, got others for {' and '.join(others)} in "
-            f"{data.name}; put those back, or train another run"
-        )
 
 
 def start_from(model: nn.Module, folder: Path, width: int, channels: int, classes: list[str]) -> nn.Module:

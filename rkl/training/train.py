@@ -28,6 +28,7 @@ from .cuts import check_reach, cut_ratio
 from .evaluation import collect, device_name, evaluate, evaluation_batches, peak_memory, precision_on, size_of
 from .files import RunError, read_json, to_json, write_text
 from .guard import StepGuard, check_cutout, check_cuttable, check_finite, check_splits, in_one_line
+from .images import check_data, load_data
 from .learner import Learner, make_fabric
 from .run_log import RunLog, TrainingProgress
 
@@ -38,12 +39,6 @@ GAP_STEPS = 100
 used next."""
 TAYLOR_BATCHES = 8
 """Batches whose gradients rank the channels of a cut."""
-
-
-def load_data(config: Config) -> Dataset:
-    """The data set that a configuration names."""
-    options = {key: getattr(config, key) for key in ("train_size", "test_size", "imbalance", "download")}
-    return datasets.load(config.data, config.data_root, config.image_size, config.val_fraction, config.seed, **options)
 
 
 def train(config: Config, resume: bool = False, start: nn.Module | None = None) -> Path | None:
@@ -78,7 +73,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         data = data.to(fabric.device)
         learner = Learner(config, data, fabric, start, resumed)
         facts = learner.restore(log.checkpoints) if resumed else first_facts(config, data)
-        checkpoint.check_data(config.out, facts, data)
+        check_data(config.out, facts, data)
     if finished(config, facts) and is_tested(config, facts):  # the test images are used only once
         return reported(config, fabric)
     if not resumed and config.cut_epochs:
