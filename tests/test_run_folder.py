@@ -105,6 +105,17 @@ def test_a_finished_run_does_not_look_at_the_test_images_again(run: Path, tmp_pa
     assert comparable(folder) == comparable(run)
 
 
+def test_a_resumed_run_remembers_the_memory_that_it_took_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process knows its own peak alone, and the last one may only have had the test to do."""
+    config = tiny(tmp_path / "run")
+    monkeypatch.setattr(trainer, "peak_memory", lambda *_: 2**50)
+    train_interrupted(config, monkeypatch, 1)
+    trainer.train(config, resume=True)
+    assert json.loads((config.out / "metrics.json").read_text())["peak_memory_bytes"] == 2**50
+
+
 def test_resume_takes_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`rkl train --resume --out FOLDER`, as the usage says, with a setting that a resumed run may change."""
     config = tiny(tmp_path / "run", lr=0.04)

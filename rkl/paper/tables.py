@@ -211,8 +211,8 @@ def _cost(results: Results, latencies: dict[str, Latency]) -> str:
     return (
         f"{markdown_table(['', *COSTS, 'latency, ms for 16'], rows)}\n\nMeans over the seeds. Latency is of the "
         "deployed network, norms folded and shallow heads gone, median and quartiles of 15 passes, the rows in turns "
-        "when this page was written; training time shared the machine with whatever else ran on it. Peak memory is the "
-        f"process's, the data included.{far if apart else ''}"
+        "when this page was written; training time shared the machine with whatever else ran on it. Peak memory is of "
+        f"the process of a run that held most, the data included.{far if apart else ''}"
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from ..config import Config, Precision
 from ..data import Dataset, Split
 from ..network.deployed import deployed
 from . import metrics
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # takes seconds, and a prediction needs none of it
 
 
 def default_device() -> torch.device:
@@ -87,10 +92,12 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of GPU memory if ``device`` is a GPU, else of resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory(fabric: Fabric) -> int:
+    """The most bytes that one of the present processes has held: GPU memory on a GPU, else resident memory."""
+    if fabric.device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(fabric.device)
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    most = fabric.all_reduce(torch.tensor(own, device=fabric.device), reduce_op="max")
+    assert isinstance(most, Tensor)
+    return int(most)

@@ -150,6 +150,7 @@ def run_epochs(
             learner.agree()
             row["val"] = evaluate(learner.evaluated, data.val, data, config)
             row["seconds"] = time.perf_counter() - started
+            row["peak_memory_bytes"] = peak_memory(fabric)  # a resumed run is not to forget it
             facts |= {"epoch": epoch + 1} | learner.facts()
             better = note_best(facts, row["val"])
             if fabric.is_global_zero:
@@ -376,7 +377,7 @@ def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any
         "thresholds": thresholds,
         "seconds": seconds,
         "data_share": sum(row["data_share"] * row["seconds"] for row in rows) / seconds if rows else 0.0,
-        "peak_memory_bytes": peak_memory(learner.fabric.device),
+        "peak_memory_bytes": max([peak_memory(learner.fabric), *(row.get("peak_memory_bytes", 0) for row in rows)]),
         "device": device_name(learner.fabric.device),
         "precision": precision_on(config, learner.fabric.device),
         "confusion": metrics.confusion(exits[-1], labels),
