@@ -6,8 +6,9 @@ from datetime import datetime, timezone
 import numpy as np
 import pytest
 from scipy import stats
+from torch import nn
 
-from rkl.paper import records, tables
+from rkl.paper import latency, records, tables
 from rkl.paper.comparison import Estimate, estimate, holm, impossible, paired_difference, smallest_decidable
 from rkl.paper.rows import Factor
 
@@ -56,6 +57,25 @@ def test_training_times_of_other_days_are_not_compared():
     assert all("training times not compared" in said[row] for row in ("far", "unknown"))
     assert "not known to have run within 2 days" in tables._cost(results, {})
     assert "2 days" not in tables._cost(replace(results, rows={"ResNet": rows["ResNet"], "near": rows["near"]}), {})
+
+
+def test_each_row_is_timed_on_images_of_its_own_size(monkeypatch):
+    """Tables that share no finished row may be of several sizes. All were timed at that of the first."""
+    seen = []
+
+    class Noting(nn.Module):
+        def forward(self, x):
+            seen.append(tuple(x.shape))
+
+    def results(table, row, *image):
+        run = records.Run(0, {}, {"plan": {}, "image": image}, [], {})
+        return records.Results(table, "digits", "smoke", {row: [run]}, 1)
+
+    monkeypatch.setattr(latency, "rebuilt", lambda run: Noting())
+    monkeypatch.setattr(latency, "REPEATS", 2)
+    first, second = latency.measure([results("table2", "VGG", 1, 16), results("table5", "ResNet + logic", 3, 8)])
+    assert (list(first), list(second)) == (["VGG"], ["ResNet + logic"])
+    assert seen == [(16, 1, 16, 16), (16, 3, 8, 8)] * 4
 
 
 def test_one_run_has_no_interval_and_decides_nothing():

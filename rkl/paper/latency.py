@@ -42,8 +42,9 @@ def rebuilt(run: Run) -> nn.Module:
 
 
 def measure(found: list[Results]) -> list[dict[str, Latency]]:
-    """For each table, the latency of each row's first run. All rows on one data set are measured in turns; a row that
-    several tables share is measured once. Rows whose records are too old to have a plan are left out."""
+    """For each table, the latency of each row's first run, on images of the run's size. All rows on one data set are
+    measured in turns; a row that several tables share is measured once. Rows whose records are too old to have a plan
+    are left out."""
     measured: dict[str, dict[str, Latency]] = {}
     for data in dict.fromkeys(results.data for results in found):
         rows = {row: runs[0] for results in found if results.data == data for row, runs in results.rows.items()}
@@ -52,11 +53,10 @@ def measure(found: list[Results]) -> list[dict[str, Latency]]:
 
 
 def _in_turns(runs: dict[str, Run]) -> dict[str, Latency]:
-    if not runs:
-        return {}
-    channels, size = next(iter(runs.values())).metrics["image"]
-    images = torch.randn(BATCH, channels, size, size, device=default_device())
-    models = [rebuilt(run).to(default_device()) for run in runs.values()]
+    device = default_device()
+    models = [rebuilt(run).to(device) for run in runs.values()]
+    shapes = [run.metrics["image"] for run in runs.values()]
+    images = [torch.randn(BATCH, channels, size, size, device=device) for channels, size in shapes]
     samples = metrics.latency_samples(models, images, REPEATS)
     quartiles = [statistics.quantiles(own, n=4) for own in samples]
     return {row: Latency(middle, low, high) for row, (low, middle, high) in zip(runs, quartiles, strict=True)}

@@ -210,9 +210,10 @@ def _cost(results: Results, latencies: dict[str, Latency]) -> str:
     )
     return (
         f"{markdown_table(['', *COSTS, 'latency, ms for 16'], rows)}\n\nMeans over the seeds. Latency is of the "
-        "deployed network, norms folded and shallow heads gone, median and quartiles of 15 passes, the rows in turns "
-        "when this page was written; training time shared the machine with whatever else ran on it. Peak memory is of "
-        f"the process of a run that held most, the data included.{far if apart else ''}"
+        "deployed network, norms folded and shallow heads gone, on images of its run's size, median and quartiles of "
+        "15 passes, the rows in turns when this page was written; training time shared the machine with whatever else "
+        "ran on it. Peak memory is of the process of a run that held most, the data included."
+        f"{far if apart else ''}"
     )
 
 

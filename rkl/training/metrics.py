@@ -81,22 +81,24 @@ def measure_latency(model: nn.Module, images: Tensor) -> float:
 
 def measure_latencies(models: list[nn.Module], images: Tensor) -> list[float]:
     """As :func:`measure_latency`, for several models in turns, so that the machine's ups and downs affect all alike."""
-    return [statistics.median(own) for own in latency_samples(models, images, LATENCY_REPEATS)]
+    samples = latency_samples(models, [images] * len(models), LATENCY_REPEATS)
+    return [statistics.median(own) for own in samples]
 
 
 @torch.no_grad()
-def latency_samples(models: list[nn.Module], images: Tensor, repeats: int) -> list[list[float]]:
-    """Milliseconds of each of ``repeats`` forward passes of each model, in turns, after two passes to warm up."""
+def latency_samples(models: list[nn.Module], images: list[Tensor], repeats: int) -> list[list[float]]:
+    """Milliseconds of each of ``repeats`` forward passes of each model over its own images, all models in turns, after
+    two passes to warm up."""
     training = [model.training for model in models]
     times: list[list[float]] = [[] for _ in models]
     for model in models:
         model.eval()
     for repeat in range(repeats + 2):
-        for model, own in zip(models, times, strict=True):
-            _synchronize(images)
+        for model, batch, own in zip(models, images, times, strict=True):
+            _synchronize(batch)
             start = time.perf_counter()
-            model(images)
-            _synchronize(images)
+            model(batch)
+            _synchronize(batch)
             if repeat >= 2:
                 own.append(1000 * (time.perf_counter() - start))
     for model, mode in zip(models, training, strict=True):
