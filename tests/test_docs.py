@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -15,6 +17,9 @@ import rkl_kernels as rk
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "docs/api/rkl.md", "results/README.md", "benchmarks/README.md")]
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
+PROGRAM = re.compile(r"\brkl [a-z]+\b|-m benchmarks\.\w+")
 
 
 def _blocks(page: Path, language: str) -> str:
@@ -24,7 +29,7 @@ def _blocks(page: Path, language: str) -> str:
 
 def _commands() -> list[list[str]]:
     """Every ``rkl`` command in the pages' code blocks."""
-    lines = [line for page in PAGES for line in _blocks(page, "").splitlines()]
+    lines = [line for page in PAGES + OTHERS for line in _blocks(page, "").splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("rkl ")]
 
 
@@ -74,6 +79,44 @@ def test_commands_in_the_pages_are_understood(command):
         read_options(arguments)
     else:
         parse(getattr(cli, name.title()), arguments)
+
+
+def _code() -> list[str]:
+    """The code that may name our options: in the pages' blocks and lines, and in the Makefile."""
+    blocks = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    found = (ROOT / "Makefile").read_text().replace("\\\n", "").splitlines()
+    for page in PAGES + OTHERS:
+        text = page.read_text()
+        found += [line for block in blocks.findall(text) for line in block.splitlines()]
+        found += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", blocks.sub("", text))]
+    return [code for code in found if PROGRAM.search(code) or code.startswith("--")]
+
+
+def _options_of_rkl() -> dict[str, set[str]]:
+    """The options of every command, by its help."""
+    from rkl import cli
+
+    found = {}
+    for name in cli.COMMANDS:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        found[f"rkl {name}"] = set(OPTION.findall(said.getvalue()))
+    return found
+
+
+def test_options_in_the_pages_are_there():
+    """Those of a command that is named beside them, or else of any: a span may show an option alone."""
+    pytest.importorskip("tyro", reason="extra [train] not installed")
+    options = _options_of_rkl()
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        options[f"-m benchmarks.{file.stem}"] = set(re.findall(r'"(--[\w-]+)"', file.read_text()))
+    every = set().union(*options.values())
+    code = _code()
+    assert len(code) > 80
+    for words in code:
+        program = PROGRAM.search(words)
+        assert set(OPTION.findall(words)) <= (options.get(program[0], set()) if program else every), words
 
 
 def test_tests_that_the_pages_name_are_there():
