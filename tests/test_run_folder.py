@@ -21,7 +21,7 @@ from rkl.config import Config
 from rkl.deploy import prune
 from rkl.paths import check_apart
 from rkl.train_options import read_options
-from rkl.training import checkpoint, learner, metrics
+from rkl.training import checkpoint, evaluation, learner, metrics
 from rkl.training import train as trainer
 from rkl.training.files import RunError
 from rkl.training.run_log import RunLog, TrainingProgress
@@ -105,15 +105,18 @@ def test_a_finished_run_does_not_look_at_the_test_images_again(run: Path, tmp_pa
     assert comparable(folder) == comparable(run)
 
 
-def test_a_resumed_run_remembers_the_memory_that_it_took_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each process knows its own peak alone, and the last one may only have had the test to do."""
+def test_a_resumed_run_remembers_its_earlier_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one may only have had the test to do, and on another machine."""
     config = tiny(tmp_path / "run")
-    monkeypatch.setattr(trainer, "peak_memory", lambda *_: 2**50)
+    monkeypatch.setattr(evaluation, "peak_memory", lambda *_: 2**50)
+    monkeypatch.setattr(evaluation, "device_name", lambda *_: "an old GPU")
     train_interrupted(config, monkeypatch, 1)
     trainer.train(config, resume=True)
-    assert json.loads((config.out / "metrics.json").read_text())["peak_memory_bytes"] == 2**50
+    record = json.loads((config.out / "metrics.json").read_text())
+    assert record["peak_memory_bytes"] == 2**50
+    now = evaluation.default_device()
+    assert record["device"] == f"an old GPU, {evaluation.device_name(now)}"
+    assert record["precision"] == evaluation.precision_on(config, now)
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -101,3 +101,21 @@ def peak_memory(fabric: Fabric) -> int:
     most = fabric.all_reduce(torch.tensor(own, device=fabric.device), reduce_op="max")
     assert isinstance(most, Tensor)
     return int(most)
+
+
+def process_facts(config: Config, fabric: Fabric) -> dict[str, Any]:
+    """What a run's record tells of the present processes."""
+    return {
+        "peak_memory_bytes": peak_memory(fabric),
+        "device": device_name(fabric.device),
+        "precision": precision_on(config, fabric.device),
+    }
+
+
+def over_processes(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of a run that went on in several processes, in their order: the largest memory, and every device and
+    precision. Lines of an older log have no such facts."""
+    names = {
+        name: ", ".join(dict.fromkeys(part[name] for part in parts if name in part)) for name in ("device", "precision")
+    }
+    return {"peak_memory_bytes": max(part.get("peak_memory_bytes", 0) for part in parts)} | names

@@ -25,7 +25,7 @@ from ..slimming import early_exit
 from ..slimming.channels import channel_plan
 from . import checkpoint, metrics, report
 from .cuts import check_reach, cut_ratio
-from .evaluation import collect, device_name, evaluate, evaluation_batches, peak_memory, precision_on, size_of
+from .evaluation import collect, evaluate, evaluation_batches, over_processes, process_facts, size_of
 from .files import RunError, read_json, to_json, write_text
 from .guard import StepGuard, check_cutout, check_cuttable, check_finite, check_splits, in_one_line
 from .images import check_data, load_data
@@ -150,7 +150,7 @@ def run_epochs(
             learner.agree()
             row["val"] = evaluate(learner.evaluated, data.val, data, config)
             row["seconds"] = time.perf_counter() - started
-            row["peak_memory_bytes"] = peak_memory(fabric)  # a resumed run is not to forget it
+            row |= process_facts(config, fabric)  # a resumed run is not to forget them
             facts |= {"epoch": epoch + 1} | learner.facts()
             better = note_best(facts, row["val"])
             if fabric.is_global_zero:
@@ -377,9 +377,7 @@ def finish(config: Config, learner: Learner, data: Dataset, facts: dict[str, Any
         "thresholds": thresholds,
         "seconds": seconds,
         "data_share": sum(row["data_share"] * row["seconds"] for row in rows) / seconds if rows else 0.0,
-        "peak_memory_bytes": max([peak_memory(learner.fabric), *(row.get("peak_memory_bytes", 0) for row in rows)]),
-        "device": device_name(learner.fabric.device),
-        "precision": precision_on(config, learner.fabric.device),
+        **over_processes([*rows, process_facts(config, learner.fabric)]),
         "confusion": metrics.confusion(exits[-1], labels),
         "classes": data.classes,
     }
