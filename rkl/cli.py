@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from .terminal import complain, device_named, missing_package, parse, show
+from .terminal import complain, device_named, mistake, parse, show
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -390,8 +390,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if debug or isinstance(error, BrokenPipeError):  # the reader is gone: __main__ handles it
+    except Exception as error:
+        said = mistake(name, error)
+        if debug or not said or isinstance(error, BrokenPipeError):  # the reader is gone: __main__ handles it
             raise
         complain(missing_package(error) if isinstance(error, ModuleNotFoundError) else error)
         raise SystemExit(2) from None

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from .memory import shortage
 from .paths import at_home
 
 EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
@@ -38,29 +39,35 @@ def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
         raise ValueError(re.sub(r"^Error parsing [\w.]+: ", "", " ".join(kept))) from None
 
 
-def complain(error: Exception) -> None:
+def complain(error: Exception | str) -> None:
     """Print an error as one line on stderr."""
     print(f"rkl: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def missing_package(error: ModuleNotFoundError) -> ValueError:
-    """An error that tells how to install a missing package."""
-    package = (error.name or "").split(".")[0]
-    extra = EXTRAS.get(package, "train")
-    return ValueError(f"the package {package!r} must be installed for this, got none; pip install 'resnet-kl[{extra}]'")
+def mistake(command: str, error: Exception) -> str | None:
+    """What an error says of something that the user can mend; None for any other error."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
+        extra = EXTRAS.get(package, "train")
+        return f"the package {package!r} must be installed for this, got none; pip install 'resnet-kl[{extra}]'"
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    short = shortage(error)
+    return short and f"{command} must fit in memory, got: {short}; free some and run the command again"
 
 
 def device_named(name: str | None) -> str:
     """The device to use: the one named or, by default, the GPU if there is one.
 
     Raises:
-        ValueError: neither cpu nor cuda, or cuda without a GPU.
+        ValueError: neither cpu nor a GPU that there is.
     """
     import torch
 
     from .training.evaluation import default_device
 
     kind = name or str(default_device())
-    if kind.split(":")[0] not in ("cpu", "cuda") or (kind != "cpu" and not torch.cuda.is_available()):
-        raise ValueError(f"device must be cpu, or cuda where there is a GPU, got {name!r}")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if kind != "cpu" and kind not in gpus and not (kind == "cuda" and gpus):
+        raise ValueError(f"device must be cpu, or cuda where there is a GPU, got {name!r} with GPUs: {len(gpus)}")
     return kind

@@ -260,8 +260,12 @@ def test_a_file_that_cannot_be_written_names_a_way_on_that_there_is(
 
 @pytest.mark.parametrize(
     ("module", "name", "what"),
-    [(learner, "build_model", "the model and the data"), (trainer, "training_losses", "a step")],
-    ids=["model", "step"],
+    [
+        (trainer, "load_data", "the model and the data"),
+        (learner, "build_model", "the model and the data"),
+        (trainer, "training_losses", "a step"),
+    ],
+    ids=["data", "model", "step"],
 )
 def test_memory_that_is_short_before_a_whole_epoch_is_one_line(
     module: ModuleType, name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,5 @@
 """Checks that end a run or keep it from starting: unusable data or network, values that are not finite, too little
-memory, a lost process."""
+memory, a lost process, a compiler that is missing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rkl_kernels.errors import told
 
 from ..config import Config
 from ..data import Dataset
+from ..memory import shortage
 from ..slimming import pruning
 from .files import AGAIN, RunError
 from .learner import Learner
@@ -108,20 +109,25 @@ def check_cuttable(model: nn.Module, image: Tensor, rule: str, got: object) -> N
 
 @contextmanager
 def in_one_line(config: Config, fabric: Fabric, log: RunLog | None = None) -> Iterator[None]:
-    """Turn too little memory and lost processes into a RunError. What is written stays, so that a run can go on.
-    ``log`` is the log of the run while it trains; it is None while the model is made."""
+    """Turn too little memory, lost processes and what torch.compile cannot do into a RunError. What is written stays,
+    so that a run can go on. ``log`` is the log of the run while it trains; it is None while data and model are made."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = " ".join(str(error).split())
         remedy = log.remedy if log else AGAIN
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
-            what, less = "the model and the data", f"width ({config.width})"
+        if short := shortage(error):
+            what, less = "the model and the data", f"width ({config.width}) or image_size"
             if log:
                 what, less = "a step", f"batch_size ({config.batch_size}) and a larger accumulate ({config.accumulate})"
             raise RunError(
-                f"{config.out}: {what} must fit in memory, got: {text[:120]}; free some and {remedy}, or train anew "
-                f"with a smaller {less}"
+                f"{config.out}: {what} must fit in memory, got: {short}; free some and {remedy}, or train anew with a "
+                f"smaller {less}"
+            ) from error
+        text = " ".join(str(error).split())
+        if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise RunError(
+                f"{config.out}: compile must go with a network and a C++ compiler that torch.compile can use, got: "
+                f"{text[:120]}; set compile to false"
             ) from error
         if fabric.world_size > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
             raise RunError(

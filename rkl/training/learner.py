@@ -29,12 +29,17 @@ def make_fabric(config: Config) -> Fabric:
 
     Each process keeps its own batch norm statistics until the epoch ends (:meth:`Learner.agree`).
     """
+
+    Raises:
+        ValueError: a precision that the device does not have, or more GPUs than there are.
     strategy = DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto"
     device = default_device()
     precision = precision_on(config, device)
     if precision == "16-mixed" and device.type == "cpu":  # Fabric would train in bfloat16
         raise ValueError("precision must be 32-true or bf16-mixed on a CPU, got '16-mixed'")
     return Fabric(accelerator=device.type, devices=config.devices, precision=precision, strategy=strategy)
+    if device.type == "cuda" and config.devices > torch.cuda.device_count():
+        raise ValueError(f"devices must be at most the {torch.cuda.device_count()} GPUs, got {config.devices}")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filters") -> list[dict[str, Any]]:

@@ -61,7 +61,8 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     fabric = make_fabric(config)
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    data = load_data(config)
+    with in_one_line(config, fabric):
+        data = load_data(config)
     steps_an_epoch(config, len(data.train))
     check_splits(config, data)
     log = RunLog(config, resume, takes_resume=start is None)
