@@ -258,6 +258,17 @@ def test_a_file_that_cannot_be_written_names_a_way_on_that_there_is(
     main(go_on.split()[4:])
 
 
+def test_an_unfinished_run_is_told_the_command_that_finishes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """`rkl prune` and `rkl report` have no --resume."""
+    out = tmp_path / "run"
+    train_interrupted(tiny(out, epochs=2), monkeypatch, 1)
+    capsys.readouterr()
+    for command in (["report", str(out)], ["prune", str(out), "--out", str(tmp_path / "slim"), "--target-macs", "0.5"]):
+        assert fails(command, capsys).endswith(f"; finish it by rkl train --resume --out {out}")
+
+
 @pytest.mark.parametrize(
     ("module", "name", "what"),
     [

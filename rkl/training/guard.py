@@ -42,7 +42,7 @@ def check_finite(config: Config, epoch: int, terms: dict[str, float], history: T
         wrong = ": the weights must be finite after the last step, got nan or inf"
     else:
         return
-    remedy = "" if config.on_nan == "skip" else " or leave such steps out: --on-nan skip"
+    remedy = "" if config.on_nan == "skip" else " or set on_nan to skip, which leaves such steps out"
     raise RunError(f"epoch {epoch + 1}{wrong}; lower lr ({config.lr}){remedy}")
 
 

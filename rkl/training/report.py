@@ -24,7 +24,9 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     try:
         return read_record(file)
     except FileNotFoundError:
-        raise RunError(f"{file}: a finished run must have one, got no such file; finish it with --resume") from None
+        raise RunError(
+            f"{file}: a finished run must have one, got no such file; finish it by rkl train --resume --out {folder}"
+        ) from None
 
 
 def exit_rows(exits: list[dict[str, float]]) -> list[list[str]]:
