@@ -13,6 +13,7 @@ import mmap
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mutations
@@ -114,7 +115,15 @@ def test_hostile_records_with_a_right_checksum_are_refused(sound: Path, tmp_path
     changes += [{"classes": value} for value in ([], "0123456789", {"a": 1}, [1, 2], [["a"]] * 10)]
     changes += [{"plan": value} for value in (None, [], {"fc": [1, 1]}, {"fc": "ab"}, {"fc": [-1, 10**9]})]
     changes += [{"plan": facts["plan"] | {"fc": value}} for value in ([10**9, 10], [0, 0], [32], ["a", "b"])]
-    changes += [{"mean": [float("nan")]}, {"std": "abc"}, {"epoch": -1}, {"epoch": "one"}, {"config": []}]
+    changes += [
+        {"mean": [float("nan")]},
+        {"mean": []},
+        {"std": [0.5, 0.5]},
+        {"std": "abc"},
+        {"epoch": -1},
+        {"epoch": "one"},
+        {"config": []},
+    ]
     cases = []
     for change in changes:
         lying = facts | change
@@ -123,6 +132,26 @@ def test_hostile_records_with_a_right_checksum_are_refused(sound: Path, tmp_path
 
 
 @pytest.mark.parametrize(
+def test_no_run_goes_on_from_a_hostile_record(sound: Path, tmp_path: Path) -> None:
+    run, record, tensors = copied(sound, tmp_path / "run")
+    (run / "metrics.json").unlink()  # as where it was stopped before its test
+    config, facts = replace(read_yaml(run / "config.yaml"), out=run), json.loads(record.read_text())
+    del facts["sha256"]
+    changes: list[dict[str, object]] = [{"best": value} for value in (3, "abc", [1], {"epoch": 1}, {"epoch": "one"})]
+    changes += [{"cuts": value} for value in (3, "abc", [1], [{}], [{"epoch": 1, "before": {}, "after": {}}])]
+    changes += [{"scaler": "abc"}, {"plan": None}, {"epoch": None}]
+    lying = [facts | change for change in changes] + [{key: facts[key] for key in facts if key != "plan"}]
+    cases = [
+        (str(each)[-60:], json.dumps(each | {"sha256": checkpoint.digest(each, tensors)}).encode()) for each in lying
+    ]
+    assert refusals(record, cases, lambda: trainer.train(config, resume=True), never) == len(cases)
+    values, facts = checkpoint.load(record.parent, "last")
+    name = next(key for key in values if key.startswith("momentum.") and values[key].ndim == 4)
+    checkpoint.save(record.parent, "last", values | {name: values[name][:1]}, facts)
+    with pytest.raises(RunError, match=f"must be a whole run's checkpoint, got a damaged one .*{name} is "):
+        trainer.train(config, resume=True)
+
+
     "change", [{"width": 4096}, {"scales": [2**31 - 1]}, {"model": "vgg", "width": 256}, {"depth": 50}]
 )
 def test_a_model_of_another_size_is_refused_before_it_takes_memory(

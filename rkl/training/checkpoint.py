@@ -26,6 +26,27 @@ from .files import RunError, read_json, replacing, understood, write_text
 __all__ = ["Run", "RunError", "example_image", "load", "open_run", "save", "start_from"]
 
 
+class Size(TypedDict):
+    """What the cuts to come need of a model's size."""
+
+    macs: int
+
+
+class Cut(TypedDict):
+    """A cut of the run."""
+
+    epoch: int
+    before: Size
+    after: Size
+
+
+class Best(TypedDict):
+    """The best epoch by validation since the last cut."""
+
+    epoch: int
+    accuracy: float
+
+
 class Facts(TypedDict, total=False):
     """The types of a checkpoint's JSON entries, of which not all are required. ``tensors`` names the file beside it."""
 
@@ -37,7 +58,9 @@ class Facts(TypedDict, total=False):
     std: list[FiniteFloat]
     fingerprint: dict[str, str]
     epoch: Required[Annotated[int, Field(ge=0)]]
-    cuts: list[dict[str, Any]]
+    cuts: list[Cut]
+    best: Best | None
+    scaler: dict[str, float]
     plan: dict[str, Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]]
     tensors: Required[Annotated[str, Field(pattern=r"^[\w-]+\.safetensors$")]]
     sha256: Required[str]
@@ -179,6 +202,8 @@ def open_run(folder: Path, checkpoint: str = "last", device: torch.device | str 
     tensors, facts = load(folder / "checkpoints", checkpoint)
     with understood(source, "a whole run's checkpoint"):
         plan, shape = facts["plan"], (len(facts["classes"]), facts["channels"], facts["image_size"])
+        if not len(facts["mean"]) == len(facts["std"]) == facts["channels"]:
+            raise ValueError(f"mean and std of {len(facts['mean'])} and {len(facts['std'])} channels")
     check_settings(config, facts, source)
     # The model takes no memory before its shapes are known to match the tensors.
     try:
@@ -218,15 +243,16 @@ def start_from(model: nn.Module, folder: Path, width: int, channels: int, classe
     source = folder / "checkpoints" / "last.json"
     with understood(source, "a whole run's checkpoint"):
         then, of_images = facts["config"]["width"], facts["channels"]
+        others, its_plan = facts["classes"], facts["plan"]
     if then != width:  # another width would pass for a pruned model
         raise RunError(f"{source}: weights must be of a network of the same width, got {then} for width {width}")
     if of_images != channels:  # so would these
         raise RunError(f"{source}: weights must be of images of {channels} channels, as the data has, got {of_images}")
-    plan, others = channel_plan(model), facts["classes"]
+    plan = channel_plan(model)
     own = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and others != classes}
     counts = [len(others), len(classes)]
-    heads = {name for name in own if [facts["plan"].get(name, [0, 0])[1], plan[name][1]] == counts}
-    wanted = facts["plan"] | {name: [facts["plan"][name][0], plan[name][1]] for name in heads}
+    heads = {name for name in own if [its_plan.get(name, [0, 0])[1], plan[name][1]] == counts}
+    wanted = its_plan | {name: [its_plan[name][0], plan[name][1]] for name in heads}
     given = part(tensors, "ema." if any(key.startswith("ema.") for key in tensors) else "model.")
     kept = {key: value for key, value in given.items() if key.rpartition(".")[0] not in heads}
     try:

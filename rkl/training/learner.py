@@ -22,24 +22,25 @@ from ..slimming import pruning
 from ..slimming.channels import channel_plan
 from . import checkpoint
 from .evaluation import default_device, precision_on
+from .files import understood
 
 
 def make_fabric(config: Config) -> Fabric:
     """Lightning Fabric for a run. It uses the GPU if there is one, and DistributedDataParallel for several devices.
 
     Each process keeps its own batch norm statistics until the epoch ends (:meth:`Learner.agree`).
-    """
 
     Raises:
         ValueError: a precision that the device does not have, or more GPUs than there are.
+    """
     strategy = DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto"
     device = default_device()
     precision = precision_on(config, device)
     if precision == "16-mixed" and device.type == "cpu":  # Fabric would train in bfloat16
         raise ValueError("precision must be 32-true or bf16-mixed on a CPU, got '16-mixed'")
-    return Fabric(accelerator=device.type, devices=config.devices, precision=precision, strategy=strategy)
     if device.type == "cuda" and config.devices > torch.cuda.device_count():
         raise ValueError(f"devices must be at most the {torch.cuda.device_count()} GPUs, got {config.devices}")
+    return Fabric(accelerator=device.type, devices=config.devices, precision=precision, strategy=strategy)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filters") -> list[dict[str, Any]]:
@@ -163,6 +164,11 @@ class Learner:
         tensors, facts = checkpoint.load(folder, "last")
         source = folder / "last.json"
         checkpoint.check_settings(self.config, facts, source)
+        with understood(source, "a whole run's checkpoint"):
+            self._restore(tensors, facts, source)
+        return checkpoint.with_newer_best(folder, facts) if self.config.test_with == "best" else facts
+
+    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any], source: Path) -> None:
         checkpoint.restore_model(self.model, checkpoint.part(tensors, "model."), facts["plan"], source)
         # The plan replaced parameters by narrower ones. The optimiser, which has no state yet, gets those.
         fresh = parameter_groups(self.model, self.config.weight_decay, self.config.decay)
@@ -170,10 +176,12 @@ class Learner:
             group["params"] = own["params"]
         for name, parameter in self.model.named_parameters():
             if f"momentum.{name}" in tensors:
-                buffer = torch.empty_like(parameter, requires_grad=False).copy_(tensors[f"momentum.{name}"])
+                momentum = tensors[f"momentum.{name}"]
+                if momentum.shape != parameter.shape:
+                    raise ValueError(f"momentum.{name} is {tuple(momentum.shape)}")
+                buffer = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
         if self.average:
             checkpoint.restore_model(self.average.module, checkpoint.part(tensors, "ema."), facts["plan"], source)
             self.average.n_averaged.copy_(tensors["averaged"])
         self.fabric.strategy.precision.load_state_dict(facts.get("scaler") or {})
-        return checkpoint.with_newer_best(folder, facts) if self.config.test_with == "best" else facts

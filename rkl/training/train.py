@@ -73,7 +73,7 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
     with in_one_line(config, fabric):
         data = data.to(fabric.device)
         learner = Learner(config, data, fabric, start, resumed)
-        facts = learner.restore(log.checkpoints) if resumed else first_facts(config, data)
+        facts = first_facts(config, data) | (learner.restore(log.checkpoints) if resumed else {})
         check_data(config.out, facts, data)
     if finished(config, facts) and is_tested(config, facts):  # the test images are used only once
         return reported(config, fabric)
