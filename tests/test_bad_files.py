@@ -24,6 +24,7 @@ from mutations import MOST, clear_peak, flipped, headless, mutated, never, refus
 from rkl.cli import main
 from rkl.config import Config, read_yaml
 from rkl.deploy.predict import thresholds_of
+from rkl.paper.records import load_results
 from rkl.training import checkpoint, report
 from rkl.training import train as trainer
 from rkl.training.files import RunError, read_lines
@@ -131,7 +132,6 @@ def test_hostile_records_with_a_right_checksum_are_refused(sound: Path, tmp_path
     assert refusals(record, cases, lambda: checkpoint.open_run(run), never) == len(cases)
 
 
-@pytest.mark.parametrize(
 def test_no_run_goes_on_from_a_hostile_record(sound: Path, tmp_path: Path) -> None:
     run, record, tensors = copied(sound, tmp_path / "run")
     (run / "metrics.json").unlink()  # as where it was stopped before its test
@@ -152,6 +152,7 @@ def test_no_run_goes_on_from_a_hostile_record(sound: Path, tmp_path: Path) -> No
         trainer.train(config, resume=True)
 
 
+@pytest.mark.parametrize(
     "change", [{"width": 4096}, {"scales": [2**31 - 1]}, {"model": "vgg", "width": 256}, {"depth": 50}]
 )
 def test_a_model_of_another_size_is_refused_before_it_takes_memory(
@@ -243,12 +244,42 @@ def test_the_command_line_says_it_in_one_line(sound: Path, tmp_path: Path, capsy
 
 
 def test_an_experiments_record_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
-    from rkl.paper.records import load_results
-
     plan = {"table": "t", "data": "d", "scale": "s", "rows": {"a": ["../elsewhere"]}}
     (tmp_path / "t.json").write_text(json.dumps(plan))
     with pytest.raises(RunError, match=r"t\.json: runs must be folders below .*, got '\.\./elsewhere'"):
         load_results(tmp_path)
+
+
+def test_bad_records_of_a_tables_runs_are_refused(sound: Path, tmp_path: Path) -> None:
+    """By name, before the latencies are measured. A page of many runs did not say which of them it could not read."""
+    run, _, _ = copied(sound, tmp_path / "runs" / "a")
+    (run / "gradients.json").write_text(json.dumps({"norms": {}, "shares": {"deepest": 1.0}}))
+    table = tmp_path / "table5-digits.json"
+    rows = {"table": "table5", "data": "digits", "scale": "smoke", "rows": {"ResNet": ["runs/a"]}}
+    table.write_text(json.dumps(rows))
+    assert load_results(tmp_path)[0].rows["ResNet"][0].seed == 0
+    record = json.loads((run / "metrics.json").read_text())
+    needed = [*("seed", "test", "test_images", "training_loss", "size", "seconds", "data_share"), "peak_memory_bytes"]
+    needed += ["device", "confusion", "classes"]
+    changes = [record | {key: value} for key in needed for value in (None, {}, [{}])]
+    changes += [{other: record[other] for other in record if other != key} for key in needed]
+    changes += [record | {"test_looked_at": value} for value in ("noon", "2026-11-26T21:55:53")]
+    for name, content in {
+        "metrics.json": changes,
+        "gradients.json": [{}, {"shares": 3}, {"shares": {"deepest": "x"}}],
+        "log.jsonl": [{}, {"epoch": 1}, {"epoch": 1, "val": [{}]}],
+        "config.yaml": [{}, {"loss": 3}],
+    }.items():
+        cases = [(str(each)[:60], (json.dumps(each) + "\n").encode()) for each in content]
+        assert refusals(run / name, cases, lambda: load_results(tmp_path), never) == len(cases)
+    case = ("another table", json.dumps(rows | {"table": "table9"}).encode())
+    assert refusals(table, [case], lambda: load_results(tmp_path), never) == 1
+
+
+def test_the_records_of_this_repository_are_read() -> None:
+    folders = [folder for folder in (ROOT / "results").iterdir() if folder.is_dir()]
+    assert len(folders) >= 3
+    assert sum(results.finished for folder in folders for results in load_results(folder)) > 100
 
 
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}

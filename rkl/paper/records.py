@@ -2,24 +2,113 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import AwareDatetime, Field, TypeAdapter
+from typing_extensions import Required, TypedDict
 
 from ..config import read_plain
 from ..training.files import RunError, read_json, read_lines, read_record, understood
 from .comparison import Estimate, estimate, paired_difference
+from .rows import TABLES
 
 APART = timedelta(days=2)
 """Training times are compared only if the runs ended within this time. Over longer times load and code may change."""
 RECORD = "a record of `rkl experiments`"
 """What error messages call a table's JSON file."""
+
+
+class Exit(TypedDict):
+    """The metrics of one head."""
+
+    accuracy: float
+    recall: float
+    f1: float
+    nll: float
+    ece: float
+
+
+class Size(TypedDict):
+    """The size of a finished model."""
+
+    parameters: int
+    deployed_parameters: int
+    macs: int
+
+
+class Metrics(TypedDict, total=False):
+    """What the page needs of metrics.json. Old records lack the entries that are not required."""
+
+    seed: Required[int]
+    test: Required[Annotated[list[Exit], Field(min_length=1)]]
+    test_images: Required[int]
+    test_looked_at: AwareDatetime
+    tested: str
+    training_loss: Required[Annotated[dict[str, float], Field(min_length=1)]]
+    size: Required[Size]
+    plan: dict[str, list[int]]
+    image: tuple[int, int]
+    seconds: Required[float]
+    data_share: Required[float]
+    peak_memory_bytes: Required[int]
+    device: Required[str]
+    confusion: Required[list[list[int]]]
+    classes: Required[list[str]]
+
+
+class Epoch(TypedDict):
+    """What the page needs of a line of log.jsonl."""
+
+    epoch: int
+    val: list[Exit]
+
+
+class Shares(TypedDict):
+    """What the page needs of gradients.json."""
+
+    shares: dict[str, float]
+
+
+class Weights(TypedDict):
+    """What the page needs of the weights of the loss."""
+
+    heads: float
+
+
+class Settings(TypedDict):
+    """What the page needs of config.yaml."""
+
+    width: int
+    train_size: int | None
+    val_fraction: float
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: str
+    augment: Literal["none", "standard", "trivial"]
+    cutmix: bool
+    loss: Weights
+
+
+@cache
+def _checker(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _read(file: Path, read: Callable[[Path], Any], kind: Any) -> Any:
+    """What ``read`` finds in the file. It must have the entries of ``kind``."""
+    content = read(file)
+    with understood(file, "a finished run's"):
+        _checker(kind).validate_python(content)
+    return content
 
 
 @dataclass(frozen=True)
@@ -99,17 +188,21 @@ def _load(folder: Path, file: Path) -> Results:
             finished = [_load_run(folder / run) for run in runs if (folder / run / "gradients.json").exists()]
             if finished:
                 rows[row] = finished
+        if record["table"] not in TABLES:
+            raise RunError(f"{file}: table must be one of {', '.join(TABLES)}, got {reprlib.repr(record['table'])}")
         planned = sum(len(runs) for runs in record["rows"].values())
         return Results(record["table"], record["data"], record["scale"], rows, planned)
 
 
 def _load_run(folder: Path) -> Run:
-    metrics, gradients = (read_record(folder / name) for name in ("metrics.json", "gradients.json"))
-    epochs, config = read_lines(folder / "log.jsonl"), read_plain(folder / "config.yaml")
-    with understood(folder / "metrics.json", "a run's record"):
-        moment = metrics.get("test_looked_at")
+    metrics = _read(folder / "metrics.json", read_record, Metrics)
+    gradients = _read(folder / "gradients.json", read_record, Shares)
+    epochs = _read(folder / "log.jsonl", read_lines, Annotated[list[Epoch], Field(min_length=1)])
+    config = _read(folder / "config.yaml", read_plain, Settings)
+    moment = metrics.get("test_looked_at")
+    with understood(folder / "metrics.json", "a finished run's"):
         looked_at = None if moment is None else datetime.fromisoformat(moment)
-        return Run(metrics["seed"], config, metrics, epochs, gradients, looked_at)
+    return Run(metrics["seed"], config, metrics, epochs, gradients, looked_at)
 
 
 def published() -> dict[str, Any]:
