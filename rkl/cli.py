@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -248,7 +249,7 @@ class Export:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    format: tuple[str, ...] = ("torch", "onnx")
+    format: tuple[Literal["torch", "onnx"], ...] = ("torch", "onnx")
     """Format of the file: `torch`, `onnx` or both."""
     out: Path | None = None
     """Folder to write to; the run's folder by default."""
@@ -394,5 +395,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         said = mistake(name, error)
         if debug or not said or isinstance(error, BrokenPipeError):  # the reader is gone: __main__ handles it
             raise
-        complain(missing_package(error) if isinstance(error, ModuleNotFoundError) else error)
+        complain(said)
         raise SystemExit(2) from None

@@ -225,6 +225,25 @@ def test_prune_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     assert "after" in capsys.readouterr().out
 
 
+def test_what_would_be_refused_after_the_work_is_refused_before(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A search for a latency takes minutes, and an export longer than a look at a word."""
+    monkeypatch.setattr(prune, "cut_to_macs", lambda *_: pytest.fail("the model was cut"))
+    (tmp_path / "file").write_text("")
+    for out, said in (
+        (run, "got one with a run in it; give another folder"),
+        (tmp_path / "file", "must be a writable"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["prune", str(run), "--out", str(out), "--target-macs", "0.5"])
+        assert said in capsys.readouterr().err
+    monkeypatch.setattr(export, "export", lambda *_: pytest.fail("the model was exported"))
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--out", str(tmp_path), "--format", "torch", "onxx"])
+    assert "'onxx'" in capsys.readouterr().err
+
+
 def test_latencies_before_and_after_a_cut_are_measured_together(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

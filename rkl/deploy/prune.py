@@ -19,6 +19,7 @@ from ..training.checkpoint import Run, example_image, open_run
 from ..training.files import read_lines
 from ..training.guard import check_cuttable
 from ..training.images import data_of
+from ..training.run_log import RunLog
 from ..training.train import train
 
 LATENCY_BATCH = 16
@@ -96,9 +97,11 @@ def prune_run(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     check_apart(out, run.config.data)
+    # The checks of the folder and of the images come before the cut, which may take minutes.
+    RunLog(replace(run.config, out=out), resume=False, takes_resume=False)
+    data_of(run)
     image = example_image(run)
     check_cuttable(run.model, image, f"run must be of another network than {run.config.model}", run.folder)
-    data_of(run)  # its checks
     with torch.random.fork_rng():
         if target_macs is not None:
             model = cut_to_macs(run.model, image, target_macs)
