@@ -272,7 +272,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cutout": (lambda v: v >= 0, "at least 0"),
     "erasing": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "width": (lambda v: 1 <= v <= 4096, "between 1 and 4096"),
-    "feature_size": (lambda v: v >= 1, "at least 1"),
+    "feature_size": (lambda v: 1 <= v <= 2**14, "between 1 and 16384"),
     "epochs": (lambda v: v >= 1, "at least 1"),
     "batch_size": (lambda v: v >= 2, "at least 2, as batch norm needs several samples"),
     "accumulate": (lambda v: v >= 1, "at least 1"),

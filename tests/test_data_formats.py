@@ -324,6 +324,7 @@ def test_folders_without_a_class(tmp_path):
         ("digits", {"image_size": 4}, "image_size"),
         ("digits", {"train_size": 10**6}, "train_size"),
         ("digits-lt", {"imbalance": 0.5}, "imbalance"),
+        ("digits-lt", {"imbalance": float("nan")}, "imbalance"),
     ],
 )
 def test_wrong_arguments(name, options, message):

@@ -155,6 +155,12 @@ def test_mixing_gives_soft_labels_of_what_is_in_the_image(split):
     assert torch.equal(labels, split.labels)
 
 
+def test_a_batch_may_be_of_any_size(split):
+    """A number that torch cannot hold ended in torch's own words, without a name."""
+    ((images, _),) = batches(split, 10**20, num_classes=4)
+    assert len(images) == len(split)
+
+
 def test_balanced_sampling_and_class_weights():
     labels = torch.cat([torch.zeros(900, dtype=torch.int64), torch.ones(100, dtype=torch.int64)])
     split = Split(torch.zeros(1000, 1, 8, 8, dtype=torch.uint8), labels)

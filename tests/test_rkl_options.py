@@ -28,6 +28,7 @@ def test_a_file_goes_over_the_recipe_and_an_option_over_both(tmp_path: Path) -> 
         ({"warmup": 3.0, "epochs": 2}, "warmup must be at most the 2 epochs, got 3"),
         ({"patience": 2, "val_fraction": 0.0}, "patience must go with a val_fraction above 0, got 2"),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1"),
+        ({"feature_size": 10**12}, "feature_size must be between 1 and 16384, got 1000000000000"),
         ({"batch_size": 1}, "batch_size must be at least 2, as batch norm needs several samples, got 1"),
     ],
 )

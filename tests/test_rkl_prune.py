@@ -155,6 +155,10 @@ def test_channels_kept(channels: int, ratio: float, kept: int) -> None:
     assert kept >= channels * (1 - ratio)
 
 
+def test_a_ratio_of_nearly_one_leaves_a_channel() -> None:
+    assert min(pruning.channels_kept(channels, 1 - 1e-13) for channels in range(1, 600)) == 1
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_rebuilds_the_pruned_model(name: str) -> None:
     torch.manual_seed(0)

@@ -128,7 +128,7 @@ def long_tailed(split: Split, num_classes: int, imbalance: float) -> Split:
 
     At least two samples are kept, so that training and validation both have every class.
     """
-    if imbalance < 1:
+    if not imbalance >= 1:  # written so that nan is refused
         raise DataError(f"imbalance must be at least 1 (first class to last), got {imbalance}")
     largest = int(split.counts(num_classes).max())
     generator = torch.Generator().manual_seed(0)

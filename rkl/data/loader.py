@@ -64,7 +64,8 @@ def batches(
     order = order.to(device)
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (split.mean, split.std))
     scale, shift = 1 / (255 * std), mean / std
-    for number, indices in enumerate(order.split(batch_size)):
+    size = min(batch_size, max(1, len(order)))  # torch cannot hold every number
+    for number, indices in enumerate(order.split(size)):
         if drop_last and len(indices) < batch_size and len(order) > batch_size:
             return
         if number % world_size != rank:

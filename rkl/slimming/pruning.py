@@ -135,7 +135,7 @@ def channels_kept(channels: int, ratio: float) -> int:
     within that instead, so that narrow models can be cut. A larger ratio never keeps more channels than a smaller one:
     of 9 channels, 7 removable ones leave 4, so 8 removable ones do too, although 4 is no multiple of 8.
     """
-    removable = int(channels * ratio + 1e-9)
+    removable = min(int(channels * ratio + 1e-9), channels - 1)
     return min([channels, *(_rounded_up(channels - gone, gone) for gone in range(1, removable + 1))])
 
 
