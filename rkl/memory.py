@@ -8,7 +8,7 @@ def shortage(error: BaseException) -> str | None:
 
     Examples:
         >>> from rkl.memory import shortage
-        >>> shortage(MemoryError("Unable to allocate\n9 TiB")), shortage(ValueError("width must be at least 1"))
+        >>> shortage(MemoryError("Unable to allocate\\n9 TiB")), shortage(ValueError("width must be at least 1"))
         ('Unable to allocate 9 TiB', None)
     """
     text = " ".join(str(error).split())
