@@ -14,12 +14,10 @@ from .report import DTYPES, markdown_table, times
 from .shapes import SHAPES
 from .suite import Run
 
-KINDS: dict[str, Callable[[str], bool]] = {
-    "layers of published models": lambda source: not source.startswith(("KernelBench", "ResNet-KL")),
-    "KernelBench's": lambda source: source.startswith("KernelBench"),
-    "ResNet-KL's": lambda source: source == "ResNet-KL",
-    "all": lambda source: True,
-}
+PUBLISHED, ALL = "layers of published models", "all"
+OTHERS = {"KernelBench": "KernelBench's", "ResNet-KL": "ResNet-KL's", "one image": "one small image"}
+"""The kind of a shape whose source is no published model, by the source."""
+KINDS = (PUBLISHED, *OTHERS.values(), ALL)
 HEADER = (
     "",
     "rows",
@@ -31,9 +29,14 @@ HEADER = (
 )
 
 
+def names_of(kind: str) -> set[str]:
+    """The ids of a kind's shapes. A shape is of one kind, beside "all"."""
+    return {shape.id for shape in SHAPES if kind in (OTHERS.get(shape.source, PUBLISHED), ALL)}
+
+
 def of_kind(rows: Sequence[Row], operator: str, direction: str, kind: str) -> dict[str, list[Row]]:
     """The rows of a kind, by type."""
-    names = {shape.id for shape in SHAPES if KINDS[kind](shape.source)}
+    names = names_of(kind)
     return {
         dtype: [
             row

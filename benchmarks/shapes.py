@@ -18,7 +18,7 @@ class Shape:
 
     Attributes:
         id: short name, as in every table and ``--only``.
-        source: the model that it is from.
+        source: the model that it is from, or what else it stands for.
         channels: C, of the image and of the depthwise filter.
         out_channels: C' after the pointwise step. None where the model has no such step there.
         size: the image's height, and its width unless ``width`` is given.
@@ -122,7 +122,7 @@ SHAPES: tuple[Shape, ...] = (
     _shape("kb-84", "KernelBench", 128, None, 256, 3, 1, 64, padding=0, width=512),
     _shape("kb-85", "KernelBench", 128, None, 128, 3, 2, 32, padding=0, width=256, kernel_width=7),
     _shape("kb-86", "KernelBench", 64, 128, 512, 3, 1, 16),
-    _shape("one-112", "latency", 32, None, 112, 3, 1, 1),
+    _shape("one-112", "one image", 32, None, 112, 3, 1, 1),
     *_resnet_kl(),
 )
 

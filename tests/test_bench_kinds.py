@@ -8,6 +8,7 @@ import pytest
 from bench_rows import TINY, row_of
 
 from benchmarks import kinds, suite
+from benchmarks.shapes import SHAPES
 
 FACTS = {"device": "A CPU", "cores": 2, "threads": 2, "isa": "AVX2", "torch": "2.13", "python": "3.11"}
 
@@ -30,6 +31,17 @@ def test_means_lowest_and_rows_below_one_by_kind() -> None:
         "depthwise forward, ResNet-KL's": ["2", "1.00, -", "-, -", "1.00 (0.50; 1)", "-", "-, -"],
         "depthwise forward, all": ["5", "2.17, -", "-, -", "2.17 (0.50; 1)", "-", "-, -"],
     }
+
+
+def test_a_shape_is_of_one_kind() -> None:
+    parts = [kinds.names_of(kind) for kind in kinds.KINDS if kind != kinds.ALL]
+    assert sorted(name for part in parts for name in part) == sorted(kinds.names_of(kinds.ALL))
+    assert kinds.names_of(kinds.ALL) == {shape.id for shape in SHAPES}
+    models = {shape.source for shape in SHAPES if shape.id in kinds.names_of(kinds.PUBLISHED)}
+    assert models == {"MobileNetV1", "MobileNetV2", "Xception", "MNasNet", "ConvNeXt-T", "RepLKNet", "DeepLabv3+"}
+
+    (one, every) = kinds.lines(run_of(one_112=2.0))
+    assert (one[:2], every[:2]) == (["depthwise forward, one small image", "1"], ["depthwise forward, all", "1"])
 
 
 def test_a_table_is_printed(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
