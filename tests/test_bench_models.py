@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,6 +57,52 @@ def test_a_wrong_model_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPat
         assert set(row.rejected) == {"ours nchw", "ours nhwc"}
         assert all(why.startswith("wrong: logits off by ") for why in row.rejected.values())
         assert row.ratio() is None
+
+
+def _spoilt_weight(net: torch.nn.Module, factor: float) -> None:
+    net[0].weight.register_hook(lambda gradient: factor * gradient)
+
+
+def _spoilt_output(net: torch.nn.Module, factor: float) -> None:
+    net.register_forward_hook(lambda net, _, output: factor * output if net.training else None)
+
+
+@pytest.mark.parametrize("module", [models, gpu_models])
+@pytest.mark.parametrize(
+    ("spoil", "factor"),
+    [(_spoilt_weight, 0.0), (_spoilt_weight, -1.0), (_spoilt_weight, math.nan), (_spoilt_output, 9.0)],
+)
+def test_a_model_that_trains_wrongly_is_not_timed_in_training(
+    module: Any, spoil: Callable[..., None], factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits are right, and its gradients were never looked at."""
+    convert = rk.convert
+    monkeypatch.setattr(rk, "convert", lambda net: (convert(net), spoil(net, factor)))
+    monkeypatch.setattr(gpu_models, "MODELS", (models.Model("Net", Net, 2, 8),))
+    inference, training = (
+        models.measure_model(models.Model("Net", Net, 2, 8), budget=0.02)
+        if module is models
+        else gpu_models.measure_model(0, "cpu", compile_too=False, budget=0.02)
+    )
+    ours = {name for name in inference.times if name.startswith("ours")}
+    assert ours
+    assert not inference.rejected
+    assert set(training.rejected) == ours
+    assert set(training.times) == set(inference.times) - ours
+    assert all(why.startswith("wrong: loss off by ") for why in training.rejected.values())
+
+
+def test_a_gradient_counts_however_small_it_is() -> None:
+    """Those of vectors count together: a bias before a norm has one of rounding errors alone."""
+    loss, large, small = torch.ones(()), torch.ones(4, 4), torch.full((2, 2), 1e-9)
+    step = [loss, large, small, torch.ones(4), torch.full((4,), 1e-9)]
+    assert models.wrong_step(step, step, 1e-3, 0.1) == ""
+    assert models.wrong_step([*step[:4], -step[4]], step, 1e-3, 0.1) == ""
+    assert models.wrong_step([*step[:2], -small, *step[3:]], step, 1e-3, 0.1).endswith("a gradient by 2 of its norm")
+    zeros = [*step[:2], torch.zeros(2, 2), *step[3:]]
+    assert models.wrong_step(zeros, zeros, 1e-3, 0.1) == ""
+    assert models.wrong_step(step, zeros, 1e-3, 0.1).endswith("a gradient by inf of its norm")
+    assert models.wrong_step([1.01 * loss, *step[1:]], step, 1e-3, 0.1).startswith("wrong: loss off by 0.01, ")
 
 
 @pytest.mark.skipif(allocated() is None, reason="this allocator does not tell how much it has given out: not glibc's")
