@@ -33,6 +33,7 @@ from .gpu_rows import (
     attempt,
     measure_machine,
     measure_rows,
+    titled,
 )
 from .suite import RESULTS, written
 from .worker import Worker
@@ -79,10 +80,10 @@ def measure_models(run: GpuRun, device: str, deadline: Deadline, worker: Worker,
         for number, model in enumerate(gpu_models.MODELS):
             left = deadline.left()
             if left < (slowest if compile_too else 0):
-                run.left_out += [] if compile_too else [f"model {model.name}"]
+                run.left_out.append(titled(f"model {model.name}", compile_too))
                 continue
             work = partial(worker.call, COMPILER_SECONDS, gpu_models.measure_model, number, device, compile_too, budget)
-            for row in attempt(model.name, work) or []:
+            for row in attempt(run, titled(f"model {model.name}", compile_too), work) or []:
                 rows[row.model, row.direction] = row
                 ratio = gpu_models.ratio(row, "eager")
                 print(
@@ -97,12 +98,12 @@ def measure_all(run: GpuRun, options: argparse.Namespace, wanted: list[str], wit
     """Every wanted group, the most important first."""
     device, start = options.device, time.perf_counter()
     worker = Worker()
-    if rates := attempt("copy bandwidth and matrix rate",
-                        partial(worker.call, ROW_SECONDS, measure_machine, device, within / 100)):  # fmt: skip
-        run.copy_rates, run.matrix_rates = rates
+    rates = partial(worker.call, ROW_SECONDS, measure_machine, device, within / 100)
+    if measured := attempt(run, "copy bandwidth and matrix rate", rates):
+        run.copy_rates, run.matrix_rates = measured
     if "host" in wanted:
         host = partial(worker.call, ROW_SECONDS, gpu_host.measure_host, device, within / 50)
-        run.add_host(attempt("host time", host) or [])
+        run.add_host(attempt(run, "host time", host) or [])
     groups = [name for name in wanted if name not in OTHERS]
     rows_end = start + within * (0.65 if groups and "models" in wanted else 1)
     if groups:
@@ -112,7 +113,7 @@ def measure_all(run: GpuRun, options: argparse.Namespace, wanted: list[str], wit
         measure_models(run, device, Deadline(start + within), worker, within / 150)
     worker.stop()  # the counters want the device's memory for themselves
     if "counters" in wanted and device == "cuda":
-        run.counters = attempt("counters", partial(gpu_counters.measure_counters, within / 4)) or []
+        run.counters = attempt(run, "counters", partial(gpu_counters.measure_counters, within / 4)) or []
 
 
 def names_of(text: str) -> list[str]:
@@ -154,14 +155,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {name:<10} {'yes' if status.available else 'no ':<4} {status.reason}")
     passed = True
     if "tests" in wanted:
-        verdict = attempt("tests", lambda: run_tests(options.device, max(0.75 * within, 60)))
+        verdict = attempt(run, "tests", lambda: run_tests(options.device, max(0.75 * within, 60)))
         run.tests, passed = verdict or ("failed to run", False)
         print(run.tests, flush=True)
     measure_all(run, options, wanted, within)
     run.seconds = time.perf_counter() - start
     with writing(parser):
         run.save(path)
-    attempt("report", lambda: gpu_report.write(run, path))
+    attempt(run, "report", lambda: gpu_report.write(run, path))
     print(f"{run.seconds:.0f} s; written: {path} and beside it")
     return int(not passed)
 

@@ -29,11 +29,16 @@ from .suite import Run
 
 @dataclass
 class GpuRun(Run):
-    """Everything that one run measured on a GPU."""
+    """Everything that one run measured on a GPU.
+
+    Attributes:
+        failed: rows, models and other steps that gave no figure at all, and why. Earlier records do not tell.
+    """
 
     tests: str = ""
     host: list[dict[str, Any]] = field(default_factory=list)
     counters: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def add_host(self, rows: Sequence[HostRow]) -> None:
         self.host = [
@@ -72,13 +77,9 @@ def summary_lines(group: Group, rows: Sequence[Row]) -> list[list[str]]:
         of_it = [row for row in rows if row.case.direction == direction]
         share = geometric_mean(row.of_floor("ours nhwc") for row in of_it)
         times = [x for row in of_it if (x := over_best(row)) is not None]
-        if share is None or not times:
-            continue
-        below = sum(x < 1 for x in times)
-        mean = geometric_mean(times)
-        lines.append(
-            [group.name, direction, str(len(times)), f"{share:.0%}", _text(mean), _text(min(times)), str(below)]
-        )
+        mean, lowest, below = geometric_mean(times), min(times, default=None), sum(x < 1 for x in times)
+        figures = [report.times(share, ".0%"), report.times(mean), report.times(lowest), str(below)]
+        lines.append([group.name, direction, report.counted(of_it, ratio=over_best), *figures])
     return lines
 
 
@@ -90,7 +91,7 @@ def model_lines(rows: Sequence[ModelRow]) -> list[list[str]]:
             [
                 row.model, row.direction, f"{row.batch} x {row.size}²",
                 *(f"{row.times[v].seconds * 1e3:.1f}" if v in row.times else "-" for v in _VARIANTS),
-                _with_bar(gpu_models.ratio(row, "eager"), bar.faster), _text(gpu_models.ratio(row, "compile")),
+                _with_bar(gpu_models.ratio(row, "eager"), bar.faster), report.times(gpu_models.ratio(row, "compile")),
                 *(f"{row.memory[v] / 1e6:.0f}" if v in row.memory else "-" for v in _VARIANTS),
                 _with_bar(gpu_models.memory_ratio(row, "eager"), bar.memory, at_most=True),
             ]
@@ -105,13 +106,9 @@ _MODEL_COLUMNS = (
 )  # fmt: skip
 
 
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def _with_bar(value: float | None, bar: float | None, at_most: bool = False) -> str:
     if value is None or bar is None:
-        return _text(value)
+        return report.times(value)
     met = value <= bar if at_most else value >= bar
     return f"{value:.2f} ({'<=' if at_most else '>='} {bar}{'' if met else ', **no**'})"
 
@@ -145,7 +142,12 @@ def markdown(run: GpuRun, plot_name: str | None) -> str:
         lines = [line for group, rows in measured for line in summary_lines(group, rows)]
         parts += ["## Groups, NHWC, geometric means", table(SUMMARY, lines)]
     if run.models:
-        parts += ["## Models, bf16, channels_last", table(_MODEL_COLUMNS, model_lines(run.models))]
+        parts += [
+            "## Models, bf16, channels_last",
+            "Launched by the host. `compile`: torch.compile in its default mode; rows of operators have it in "
+            "max-autotune-no-cudagraphs. Times that are not there were not reached, or stand below as not timed.",
+            table(_MODEL_COLUMNS, model_lines(run.models)),
+        ]
     if run.host:
         header = ("operator", "pass", "ours us", "PyTorch us", "x PyTorch's (bar)")
         parts += ["## The host's time for a call, tiny tensors", table(header, host_lines(run.host))]
@@ -165,6 +167,7 @@ def _left_out(run: GpuRun) -> list[str]:
     rejected += [
         [f"{row.model} {row.direction}", name, why] for row in run.models for name, why in row.rejected.items()
     ]
+    rejected += [[title, "all", why] for title, why in run.failed.items()]
     parts = ["## Not reached in time", ", ".join(run.left_out)] if run.left_out else []
     return parts + (["## Not timed", table(("row", "contestant", "why"), rejected)] if rejected else [])
 

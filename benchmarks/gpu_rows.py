@@ -38,13 +38,21 @@ class Deadline:
         return self.end - time.perf_counter()
 
 
-def attempt(title: str, work: Callable[[], Any]) -> Any:
-    """The result of ``work()``. If it fails, print the error and return None: one failure must not end the run."""
+def attempt(run: GpuRun, title: str, work: Callable[[], Any]) -> Any:
+    """The result of ``work()``. If it fails, print the error, note it in the run and return None: one failure must not
+    end the run."""
     try:
         return work()
     except Exception:  # any error: it is printed, and the rest is measured
-        print(f"-- failed: {title}", traceback.format_exc(), sep="\n", flush=True)
+        error = traceback.format_exc().rstrip()
+        print(f"-- failed: {title}", error, sep="\n", flush=True)
+        run.failed[title] = f"fails: {error.splitlines()[-1]}"  # a worker's error ends in its own last line
         return None
+
+
+def titled(name: str, compile_too: bool) -> str:
+    """What a row or model is called where it was not reached or failed."""
+    return f"{name}, with torch.compile" if compile_too else name
 
 
 def gpu_contestants(device: str, compile_too: bool) -> list[Rival]:
@@ -99,11 +107,12 @@ def measure_rows(run: GpuRun, cases: list[Case], device: str, deadline: Deadline
     for number, (case, compile_too) in enumerate(chosen):
         left = deadline.left()
         if left < 0 or (compile_too and left < slowest):
-            run.left_out += [] if compile_too else [case.id]
+            run.left_out.append(titled(case.id, compile_too))
             continue
         budget = min(MOST_BUDGET, left / (len(chosen) - number) / 2)
         limit = COMPILER_SECONDS if compile_too else ROW_SECONDS
-        answer = attempt(case.id, partial(worker.call, limit, measure_row, case, device, compile_too, budget))
+        work = partial(worker.call, limit, measure_row, case, device, compile_too, budget)
+        answer = attempt(run, titled(case.id, compile_too), work)
         if compile_too:
             slowest = max(slowest, left - deadline.left())
         if answer is None:

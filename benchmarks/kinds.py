@@ -10,7 +10,7 @@ from pathlib import Path
 from rkl_kernels.bench.row import Row
 from rkl_kernels.bench.table import geometric_mean
 
-from .report import DTYPES, markdown_table, times
+from .report import DTYPES, counted, markdown_table, times
 from .shapes import SHAPES
 from .suite import Run
 
@@ -69,10 +69,10 @@ def lines(run: Run) -> list[list[str]]:
         for direction in ("forward", "backward"):
             for kind in KINDS:
                 group = of_kind(run.rows, operator, direction, kind)
-                if count := max(map(len, group.values())):
+                if any(group.values()):
                     layouts = [means(group, partial(Row.same_layout, layout=layout)) for layout in ("nchw", "nhwc")]
                     faulting = means(group, partial(Row.same_layout_faulting, layout="nhwc"))
-                    head = [f"{operator} {direction}, {kind}", str(count)]
+                    head = [f"{operator} {direction}, {kind}", counted(*group.values())]
                     found.append([*head, *layouts, *(best(rows) for rows in group.values()), faulting])
     return found
 

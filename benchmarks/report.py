@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,13 @@ def times(value: float | None, form: str = ".2f") -> str:
     return "-" if value is None else format(value, form)
 
 
+def counted(*groups: Sequence[Row], ratio: Callable[[Row], float | None] = Row.over_best) -> str:
+    """The number of rows of the largest group, and of all groups' rows without a ratio: ours or every rival failed
+    there, and no mean says so."""
+    without = sum(ratio(row) is None for rows in groups for row in rows)
+    return f"{max(map(len, groups))}{f' ({without} without a ratio)' if without else ''}"
+
+
 def summary_lines(rows: Sequence[Row]) -> list[list[str]]:
     """A line for each operator, direction and type in the rows: geometric means, and the lowest row."""
     lines = []
@@ -52,7 +59,7 @@ def summary_lines(rows: Sequence[Row]) -> list[list[str]]:
                 lines.append(
                     [
                         f"{operator} {direction} {dtype}",
-                        str(len(group)),
+                        counted(group),
                         times(geometric_mean(r.same_layout("nchw") for r in group)),
                         times(geometric_mean(r.same_layout("nhwc") for r in group)),
                         times(geometric_mean(r.over_best() for r in group)),

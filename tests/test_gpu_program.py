@@ -13,7 +13,7 @@ from bench_rows import Spoilt
 from torch import nn
 
 import rkl_kernels as rk
-from benchmarks import gpu, gpu_counters, gpu_groups, gpu_host, gpu_models, gpu_report, gpu_rows
+from benchmarks import gpu, gpu_counters, gpu_groups, gpu_host, gpu_models, gpu_report, gpu_rows, report
 from benchmarks.models import Model, ModelRow
 from benchmarks.worker import Worker
 from rkl_kernels.bench import Case
@@ -40,6 +40,48 @@ def test_whole_program_on_tiny_shapes(tmp_path, capsys, monkeypatch):
     text = results.with_suffix(".md").read_text()
     assert "forward, data: x the best rival, NHWC, lowest | >= 1.00 |" in text
     assert "failed: host time" in capsys.readouterr().out
+
+
+def test_a_row_that_fails_is_in_the_record(tmp_path, monkeypatch):
+    """It was printed alone, and then neither a figure nor a reason stood for it on the page."""
+    monkeypatch.setattr(gpu_rows, "measure_row", os.abort)  # takes no arguments, so it raises in the worker
+    monkeypatch.setattr(gpu_groups, "QUICK", ("mnv1-112",))
+    monkeypatch.setattr(gpu_models, "MODELS", (Model("small", _small_net, 2, 16),))
+    monkeypatch.setattr(gpu_models, "measure_model", os.abort)
+    arguments = ["--device", "cpu", "--quick", "--only", "separable,models", "--within", "1000", "--out", str(tmp_path)]
+    assert gpu.main(arguments) == 0
+    (results,) = tmp_path.glob("*.json")
+    failed = gpu_report.GpuRun.load(results).failed
+    row = "separable forward bf16 mnv1-112"
+    assert list(failed) == [row, f"{row}, with torch.compile", "model small", "model small, with torch.compile"]
+    assert all(why.startswith("fails: TypeError: ") for why in failed.values())
+    assert f"| {row} | all | fails: TypeError: " in results.with_suffix(".md").read_text()
+
+
+def test_the_compiler_that_time_does_not_reach_is_named():
+    run, past = gpu_report.GpuRun({}), gpu_rows.Deadline(0.0)
+    (case,) = (case for case in gpu_groups.cases("cuda", only=["separable"]) if case.name == "mnv1-112")
+    gpu_rows.measure_rows(run, [case], "cpu", past, Worker())
+    assert run.left_out == [case.id, f"{case.id}, with torch.compile"]
+    run.left_out.clear()
+    gpu.measure_models(run, "cpu", past, Worker(), 0.01)
+    names = [f"model {model.name}" for model in gpu_models.MODELS]
+    assert run.left_out == names + [f"{name}, with torch.compile" for name in names]
+
+
+def test_a_row_of_ours_that_fails_is_counted_apart():
+    """The means are over the others alone, and did not say so."""
+
+    def row(**times: float) -> Row:
+        case = Case("depthwise", 4, 16, 32, 32, padding=1, dtype="bf16")
+        return Row(case, timing(1.0), 1e30, {name.replace("_", " "): timing(one) for name, one in times.items()})
+
+    rows = [row(ours_nhwc=1.0, eager_nhwc=2.0), row(eager_nhwc=2.0)]
+    group = gpu_groups.GROUPS[1]
+    figures = ["100%", "2.00", "2.00", "0"]
+    assert gpu_report.summary_lines(group, rows) == [[group.name, "forward", "2 (1 without a ratio)", *figures]]
+    assert gpu_report.summary_lines(group, rows[1:])[0][2:] == ["1 (1 without a ratio)", "-", "-", "-", "0"]
+    assert report.summary_lines(rows)[0][:2] == ["depthwise forward bf16", "2 (1 without a ratio)"]
 
 
 def test_one_group(tmp_path):
