@@ -1,7 +1,12 @@
-"""A run as a Markdown table and a roofline plot."""
+"""A run as a Markdown table and a roofline plot.
+
+``python -m benchmarks.report FILE.json`` writes both again from a record of ``make bench``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +16,8 @@ from rkl_kernels.bench.case import DIRECTIONS
 from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import OURS, Row
 from rkl_kernels.bench.table import COLUMNS, cells, geometric_mean
+
+from .arguments import writing
 
 if TYPE_CHECKING:
     from .models import ModelRow
@@ -189,8 +196,9 @@ def _roofs(axis, run: Run, dtype: str) -> None:  # type: ignore[no-untyped-def]
 
 def _pair(axis, row: Row) -> None:  # type: ignore[no-untyped-def]
     mine, rival = row.best(mine=True), row.best(mine=False)
-    intensity = row.case.operations / row.case.bytes
-    heights = {name: row.case.operations / row.times[name].seconds / 1e9 for name in (mine, rival) if name is not None}
+    operations = row.case.least_operations
+    intensity = operations / row.case.bytes
+    heights = {name: operations / row.times[name].seconds / 1e9 for name in (mine, rival) if name is not None}
     if mine in heights and rival in heights:
         axis.plot([intensity] * 2, [heights[rival], heights[mine]], color="0.75", linewidth=0.8, zorder=1)
     for name, color, zorder in ((rival, "tab:orange", 2), (mine, "tab:blue", 3)):
@@ -207,3 +215,22 @@ def _legend(figure, axis, run: Run) -> None:  # type: ignore[no-untyped-def]
     for style, label in roofs:
         handles.append(axis.plot([], [], style, color="0.35", label=label)[0])
     figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from .suite import Run  # which imports this module
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("record", type=Path, metavar="FILE.json", help="what a run of `make bench` wrote")
+    path: Path = parser.parse_args(arguments).record
+    try:
+        run = Run.load(path)
+    except ValueError as problem:
+        parser.error(f"FILE.json {problem}; `make bench` writes one")
+    with writing(parser):
+        write(run, path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

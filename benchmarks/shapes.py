@@ -46,7 +46,7 @@ class Shape:
     ) -> Case:
         """The case to time on ``device``, "cpu" or "cuda". ``changes`` are fields of :class:`Case`, such as batch.
 
-        ``Case.bytes`` and ``Case.operations`` count the unavoidable work.
+        ``Case.bytes`` and ``Case.least_operations`` count the unavoidable work.
         """
         fields: dict[str, Any] = {
             "batch": self.batch_cpu if device == "cpu" else self.batch_gpu,

@@ -174,7 +174,7 @@ def test_ratios_are_to_the_best_rival_and_to_the_floor() -> None:
     assert row.over_best() == 1.5, "our better layout against the best of all rivals"
     assert row.of_floor() == 0.5
     assert row.of_floor("ours nchw") == 0.25
-    slow_arithmetic = replace(row, matrix_rate=row.case.operations / 1.6)
+    slow_arithmetic = replace(row, matrix_rate=row.case.least_operations / 1.6)
     assert slow_arithmetic.floor == 1.6, "the longer of bytes and operations"
     assert row_of(ours_nchw=1.0).over_best() is None
     forced = replace(row, times=row.times | row_of(**{"ours-triton_nhwc": 1.0}).times)
@@ -187,7 +187,7 @@ def test_ratios_are_to_the_best_rival_and_to_the_floor() -> None:
 def test_the_noise_is_ours_and_that_of_what_the_floor_is() -> None:
     row = replace(row_of(ours_nchw=4.0, noise=0.03), matrix_noise=0.04)
     assert row.noise() == pytest.approx(math.hypot(0.03, 0.03)), "a copy is the floor"
-    slow_arithmetic = replace(row, matrix_rate=row.case.operations / 1.6)
+    slow_arithmetic = replace(row, matrix_rate=row.case.least_operations / 1.6)
     assert slow_arithmetic.noise() == pytest.approx(0.05), "the product is the floor"
     assert replace(slow_arithmetic, matrix_noise=math.inf).noise() == math.inf
     for one in (slow_arithmetic, replace(row, matrix_noise=math.inf)):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from bench_rows import TINY, Net, row_of
 
-from benchmarks import compare, models, report, suite
+from benchmarks import compare, gpu_report, models, report, suite
 from rkl_kernels.bench.row import Row, from_json, to_json
 from rkl_kernels.bench.timing import Timing
 
@@ -155,6 +155,30 @@ def test_bench_compare_has_the_time_that_the_committed_records_took() -> None:
         assert not record.left_out
         assert within, f"{line} ends before all rows are measured, and compare.py calls the others missing"
         assert int(within[1]) > record.seconds
+
+
+def test_the_committed_pages_are_of_the_committed_records() -> None:
+    """`python -m benchmarks.report FILE.json` writes a page again, `benchmarks.gpu_report` that of a GPU."""
+    records = [path for path in suite.RESULTS.glob("*-threads*.json") if not path.stem.endswith("-models")]
+    assert len(records) > 5
+    for path in records:
+        page, plot = path.with_suffix(".md").read_text(), path.with_suffix(".png").name
+        if path.name.startswith("nvidia"):
+            assert page == gpu_report.markdown(gpu_report.GpuRun.load(path), plot), path.name
+        else:
+            assert page == report.markdown(suite.Run.load(path), plot), path.name
+
+
+def test_a_page_is_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    run_of(row_of(ours_nchw=2.0, eager_nchw=4.0)).save(path)
+    assert report.main([str(path)]) == 0
+    assert "| depthwise forward fp32 | 1 | 2.00 |" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".png").is_file()
+    path.write_text("{}")
+    with pytest.raises(SystemExit):
+        report.main([str(path)])
+    assert "error: FILE.json must be the record of a run, got " in capsys.readouterr().err
 
 
 def test_a_single_sample_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

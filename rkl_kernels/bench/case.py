@@ -130,3 +130,19 @@ class Case:
             return self.batch * self.channels * self.height * self.width
         forward = 2 * self.batch * self.out_height * self.out_width * self._filters
         return 2 * forward if self.direction == "backward" else forward
+
+    @property
+    def least_operations(self) -> int:
+        """The operations without the products with the padding's zeros, which nobody needs to make: 31 x 31 filters
+        on 32 px have 1.74 times as many with them."""
+        if self.operator == "trelu":
+            return self.operations
+        outputs = self.out_height * self.out_width
+        taps = self._taps(self.height, self.kernel) * self._taps(self.width, self.filter_width)
+        saved = 2 * self.batch * self.channels * (outputs * self.kernel * self.filter_width - taps)
+        return self.operations - (2 * saved if self.direction == "backward" else saved)
+
+    def _taps(self, size: int, kernel: int) -> int:
+        """How many taps of a filter's row or column lie in the image, over all its outputs."""
+        starts = range(-self.padding, self._out(size, kernel) * self.stride - self.padding, self.stride)
+        return sum(0 <= start + tap * self.dilation < size for start in starts for tap in range(kernel))

@@ -54,13 +54,13 @@ class Row:
 
     @property
     def floor(self) -> float:
-        """The least seconds for the work: its bytes at copy speed or its operations at the matrix rate, whichever is
-        longer.
+        """The least seconds for the work: its bytes at copy speed or its least operations at the matrix rate,
+        whichever is longer.
 
         A copy on a CPU reads each line of its output before it writes it. A kernel that writes past the caches may take
         two thirds of the copy's time.
         """
-        return max(self.copy.seconds, self.case.operations / self.matrix_rate)
+        return max(self.copy.seconds, self.case.least_operations / self.matrix_rate)
 
     @property
     def floor_noise(self) -> float:
