@@ -30,6 +30,7 @@ from torch._prims_common import suggest_memory_format
 from . import _autocast, batching, counting, decompositions, gradients, sharding
 from ._later import when_imported
 from ._operator import DepthwiseOperator, Operator, below_autograd
+from ._surroundings import intercepted
 
 _WINDOW = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
 
@@ -158,7 +159,7 @@ def define(namespace: str) -> Any:
         in_place = name == "trelu_"
         getattr(ops, name).differentiate((setup, backward), in_place)
         if in_place:
-            _register_in_place(library, ops.trelu_)
+            _register_in_place(library, ops.trelu_, ops.trelu)
         else:
             torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup, lib=library)
     for name in _autocast.CONVOLUTIONS:
@@ -184,7 +185,7 @@ def _keep_whole(names: list[str]) -> None:
         lowering.FALLBACK_ALLOW_LIST.add(name)
 
 
-def _register_in_place(library: torch.library.Library, operator: Operator) -> None:
+def _register_in_place(library: torch.library.Library, operator: Operator, out_of_place: Operator) -> None:
     """Register an in-place operator's kernels for autograd and below it: one differentiates, one counts the write."""
     registered = operator.registered
 
@@ -193,11 +194,15 @@ def _register_in_place(library: torch.library.Library, operator: Operator) -> No
         registered.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, x)
 
     def differentiate(keyset: Any, x: Tensor) -> None:
-        if torch.is_grad_enabled() and x.requires_grad:
+        # torch.compile takes a write of an operator that is not PyTorch's for one that autograd does not see, and
+        # selective checkpointing does not see it at all.
+        if intercepted(x):
+            x.copy_(out_of_place(x))
+        elif torch.is_grad_enabled() and x.requires_grad:
             operator.function.apply(x)  # type: ignore[union-attr]
-            return
-        with below_autograd():
-            registered.redispatch(keyset & torch._C._after_autograd_keyset, x)
+        else:
+            with below_autograd():
+                registered.redispatch(keyset & torch._C._after_autograd_keyset, x)
 
     name = registered._schema.name.split("::")[1]
     library.impl(name, count, "ADInplaceOrView", with_keyset=True)

@@ -95,6 +95,19 @@ def test_direct_in_place_operator_compiles():
     torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), rk.reference.trelu(x * 2))
 
 
+def test_gradient_of_the_direct_in_place_operator_on_a_graphs_input():
+    def function(x):
+        torch.ops.rkl.trelu_(x)
+        return x + 1
+
+    x, results = torch.randn(3, 4, requires_grad=True), []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        written = x * 2
+        y = call(written)
+        results.append((y, written, *torch.autograd.grad((y * written).sum(), x)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """Choose backends as on a GPU that has both, where the first lacks one operator."""
