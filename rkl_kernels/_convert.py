@@ -89,6 +89,8 @@ def convert(model: nn.Module, activation: Literal["trelu"] | None = None) -> Con
             else:
                 _swap(module, DepthwiseConv2d)
                 report.depthwise.append(name)
+        elif isinstance(module, nn.LazyConv2d) and module.groups > 1:
+            report.left[name] = "its channels are known only after its first call; convert it again then"
     _tell_transformers(model, swapped)
     return report
 

@@ -227,6 +227,13 @@ def test_what_is_left_and_why():
     assert "left own: its forward, or what that calls, was replaced" in str(report)
 
 
+def test_a_lazy_layer_is_left_until_its_first_call():
+    model = nn.Sequential(nn.LazyConv2d(4, 3, groups=4))
+    assert rk.convert(model).left == {"0": "its channels are known only after its first call; convert it again then"}
+    model(X)
+    assert rk.convert(model).depthwise == ["0"]
+
+
 def test_activations_on_request():
     model = nn.Sequential(nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU())
     model[2].forward = torch.abs
