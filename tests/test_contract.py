@@ -271,6 +271,15 @@ def test_caller_tensors_are_left_alone(backend):
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
+def test_a_depthwise_bias_that_changes_before_backward_is_refused():
+    layer = rk.SeparableConv2d(4, 6, 3, depthwise_bias=True)
+    y = layer(X)
+    with torch.no_grad():
+        layer.depthwise.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_a_plain_call_needs_no_rules(monkeypatch):
     """C++ refuses what the rules refuse. If it refused a right call too, each such call would be made twice."""
 
