@@ -32,6 +32,7 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (1, 18, 70, 1, 3, 3, 1, 1, 1),  # fewer than a tile has rows
     (3, 20, 5, 9, 9, 3, 1, 1, 1),  # in backward, fewer outputs than a tile has rows
     (17, 34, 130, 33, 31, 3, 1, 1, 1),  # in backward, sixteen parts of the pixels, by bands
+    (1, 18, 40, 11, 300, 3, 1, 1, 1),  # rows longer than a piece of NCHW outputs
     (19, 24, 40, 33, 32, 3, 1, 1, 1),  # planes where they lie: several images a task
 ]
 
