@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 from rkl.training.files import UnwritableError
+
+AnyRecord = TypeVar("AnyRecord")
 
 
 def count(text: str) -> int:
@@ -53,3 +57,22 @@ def writing(parser: argparse.ArgumentParser) -> Iterator[None]:
         yield
     except UnwritableError as problem:
         parser.error(str(problem))
+
+
+def write_again(
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    command: str,
+    load: Callable[[Path], AnyRecord],
+    write: Callable[[AnyRecord, Path], None],
+) -> int:
+    """A program that writes the page of a record again. ``command``: what made the record."""
+    parser.add_argument("record", type=Path, metavar="FILE.json", help=f"what a run of `{command}` wrote")
+    path: Path = parser.parse_args(arguments).record
+    try:
+        record = load(path)
+    except ValueError as problem:
+        parser.error(f"FILE.json {problem}; `{command}` writes one")
+    with writing(parser):
+        write(record, path)
+    return 0

@@ -19,7 +19,7 @@ from rkl_kernels.bench.table import COLUMNS, cells, geometric_mean
 from rkl_kernels.bench.timing import to_json
 
 from . import gpu_models, report
-from .arguments import writing
+from .arguments import write_again
 from .gpu_groups import GROUPS, Group, over_best
 from .gpu_host import PASSES, HostRow
 from .models import ModelRow
@@ -174,15 +174,7 @@ def _left_out(run: GpuRun) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__)
-    parser.add_argument("record", type=Path, metavar="FILE.json", help="what a run of `make gpu` wrote")
-    path: Path = parser.parse_args(arguments).record
-    try:
-        run = GpuRun.load(path)
-    except ValueError as problem:
-        parser.error(f"FILE.json {problem}; `make gpu` writes one")
-    with writing(parser):
-        write(run, path)
-    return 0
+    return write_again(parser, arguments, "make gpu", GpuRun.load, write)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rkl_kernels.bench.machine import machine_line
 from rkl_kernels.bench.row import OURS, Row
 from rkl_kernels.bench.table import COLUMNS, cells, geometric_mean
 
-from .arguments import writing
+from .arguments import write_again
 
 if TYPE_CHECKING:
     from .models import ModelRow
@@ -221,15 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .suite import Run  # which imports this module
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("record", type=Path, metavar="FILE.json", help="what a run of `make bench` wrote")
-    path: Path = parser.parse_args(arguments).record
-    try:
-        run = Run.load(path)
-    except ValueError as problem:
-        parser.error(f"FILE.json {problem}; `make bench` writes one")
-    with writing(parser):
-        write(run, path)
-    return 0
+    return write_again(parser, arguments, "make bench", Run.load, write)
 
 
 if __name__ == "__main__":
