@@ -149,8 +149,16 @@ class Timed:
 
     def step(self) -> None:
         """Forward, loss, backward, one step of SGD with momentum."""
+        self._differentiate()
+        self._update()
+
+    def _differentiate(self) -> Tensor:
         with self.backend():
-            self.loss().backward()
+            loss = self.loss()
+            loss.backward()
+        return loss.detach()
+
+    def _update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -160,12 +168,9 @@ class Timed:
         self.call("training step")
         torch.manual_seed(0)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        with self.backend():
-            loss = self.loss()
-            loss.backward()
-        results = [loss.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._differentiate()
+        results = [loss, *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)]
+        self._update()
         return results
 
 

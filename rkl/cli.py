@@ -391,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)
         raise SystemExit(130) from None
-    except Exception as error:
+    except Exception as error:  # what nobody foresaw is raised again below, with its traceback
         said = mistake(name, error)
         if debug or not said or isinstance(error, BrokenPipeError):  # the reader is gone: __main__ handles it
             raise

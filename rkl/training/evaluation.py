@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -97,6 +96,8 @@ def peak_memory(fabric: Fabric) -> int:
     if fabric.device.type == "cuda":
         own = torch.cuda.max_memory_allocated(fabric.device)
     else:
+        import resource  # here, as Windows has no such module
+
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     most = fabric.all_reduce(torch.tensor(own, device=fabric.device), reduce_op="max")
     assert isinstance(most, Tensor)
