@@ -121,8 +121,8 @@ __attribute__((noinline)) void make_tile(Factors x, FloatRows weights, FloatRows
     weights.first += weights.row;
     x.first += x.step;
   } while (--left > 0);
-  // With AVX2, streaming stores gain nothing (fp32: xcep-147, dlab-33-d6 and kb-86).
-  if constexpr (RKL_LANES == 16 && V % kLineVectors<Out> == 0)
+  // With AVX2, streaming stores gain nothing on a Zen 4, and a quarter to a half on an Ice Lake (mnv1-112, kb-86).
+  if constexpr (RKL_LANES >= 8 && V % kLineVectors<Out> == 0)
     if (streams) {
       RKL_UNROLL for (int r = 0; r < R; ++r, out += out_row) stream(out, sum[r]);
       return;
