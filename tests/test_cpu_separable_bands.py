@@ -36,6 +36,14 @@ CASES = [  # N, C, C', H, W, k, stride, padding, dilation
     (19, 24, 40, 33, 32, 3, 1, 1, 1),  # planes where they lie: several images a task
 ]
 
+WHOLE_LINES = [  # NCHW outputs of whole cache lines: test_cpu_machine.py lets them exceed the caches
+    (3, 20, 40, 12, 48, 3, 1, 1, 1),  # rows that are no whole blocks
+    (9, 33, 33, 8, 16, 5, 1, 2, 1),  # several images a band
+    (2, 17, 70, 37, 64, 3, 2, 1, 1),
+    (70, 3, 4, 16, 16, 3, 1, 1, 1),  # fewer outputs than a tile has rows
+    (4, 1030, 1031, 8, 16, 3, 1, 1, 1),  # channels in pieces
+]
+
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
@@ -70,6 +78,18 @@ def test_forward(case: tuple[int, ...], dtype: torch.dtype, nhwc: bool) -> None:
     finished = ops.rkl.separable_conv2d(*tensors, *window, 1, 3)
     exact = reference.separable_conv2d(*(t.double() for t in tensors), *window, "relu", "trelu")
     assert_rounded(finished, exact, magnitude, terms(case), roundings=3)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("case", WHOLE_LINES, ids=str)
+def test_whole_lines(case: tuple[int, ...], biased: bool) -> None:
+    tensors, window = make(case, torch.float32, False)
+    biases = tensors[3:] if biased else [None, None]
+    y = ops.rkl.separable_conv2d(*tensors[:3], *biases, *window, 1, 0)
+    double = [t if t is None else t.double() for t in (*tensors[:3], *biases)]
+    exact = reference.separable_conv2d(*double, *window, "relu")
+    magnitude = reference.separable_conv2d(*(t if t is None else t.abs() for t in double), *window)
+    assert_rounded(y, exact, magnitude, terms(case), roundings=2)
 
 
 @pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])

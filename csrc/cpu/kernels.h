@@ -30,8 +30,10 @@ struct PointwiseRows {
   const void* in;
   void* out;
   int64_t rows, channels, outputs;
+  int64_t out_row;  // elements from one row of outputs to the next
   Activation act;
   bool streams;  // outputs are written past the caches (streaming stores); their rows are then whole cache lines
+  const void* row_bias;  // a bias of the rows, in the place of the filter's; or null
 };
 
 // What some pixels add to a pointwise filter's gradient: sums (outputs, channels) += dz^T hidden, where dz is (pixels,
@@ -55,7 +57,8 @@ struct PointwiseShare {
 
 // The kernels for elements of one type, as compiled for one instruction set.
 struct Kernels {
-  int64_t together;  // channels that a kernel takes at once: one or two whole vectors
+  int64_t together;     // channels that a kernel takes at once: one or two whole vectors
+  bool streams_planes;  // whether pointwise_rows is the fastest way to write large NCHW outputs
 
   void (*trelu)(const void* x, void* y, int64_t n);
   void (*trelu_backward)(const void* grad, const void* y, void* dx, int64_t n);

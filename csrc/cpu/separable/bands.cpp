@@ -21,6 +21,30 @@ void for_pieces(const Band& band, bool nhwc, F&& f) {
   }
 }
 
+// Whether make_planes serves: for outputs that go past the caches (others gained nothing) and are no smaller than the
+// depthwise output, which it packs.
+bool streams_planes(const Separable& s, const void* y) {
+  const Conv2d& g = s.g;
+  return !g.nhwc && kernels(s.dtype).streams_planes && g.channels <= s.c_out &&
+         streams_rows(y, g.batch * s.c_out * g.out_h, g.out_w, s.outer, s.dtype);
+}
+
+// Makes planes of outputs from the depthwise output of a band, a block of pixels at a time: the filter's rows times the
+// pixels, which are packed as a filter's outputs are. So nothing is transposed but the depthwise output, and planes are
+// written in whole lines. `packed` holds one block.
+void make_planes(const Separable& s, const Band& band, const void* hidden, float* packed, void* y) {
+  const Kernels& k = kernels(s.dtype);
+  const ImageRows& rows = band.out;
+  const int64_t c = s.g.channels, plane = s.g.out_h * s.g.out_w, pixels = rows.rows * s.g.out_w;
+  for (int64_t image = 0; image < rows.images; ++image)
+    for (int64_t first = 0; first < pixels; first += PointwiseFilter::kOutputs) {
+      const int64_t count = std::min(PointwiseFilter::kOutputs, pixels - first);
+      void* out = at(y, (rows.image + image) * s.c_out * plane + rows.row * s.g.out_w + first, s.dtype);
+      k.pack_pointwise({at(hidden, (image * pixels + first) * c, s.dtype), nullptr, count, c, false}, 0, 1, packed);
+      k.pointwise_rows({s.pointwise, out, s.c_out, c, count, plane, s.outer, true, s.pointwise_bias}, 0, 1, packed);
+    }
+}
+
 }  // namespace
 
 void separable_bands(const Separable& s, void* y) {
@@ -30,18 +54,25 @@ void separable_bands(const Separable& s, void* y) {
   const PackedFilter depthwise = k.pack_filter(bands.depthwise(), s.depthwise, s.depthwise_bias);
   const bool streams = s.g.nhwc && streams_rows(y, s.g.batch * s.g.out_h * s.g.out_w, s.c_out, s.outer, s.dtype);
   const PointwiseFilter filter{s.pointwise, s.pointwise_bias, s.c_out, c, false};
-  const Scratch pointwise = packed(filter, s.dtype);
+  const bool planes = streams_planes(s, y);
+  const Scratch pointwise = planes ? Scratch() : packed(filter, s.dtype);
   const BandImages in(s.x, c, s.g.in_h, s.g.in_w, s), out(y, s.c_out, s.g.out_h, s.g.out_w, s);
-  const int64_t own_size = s.g.nhwc ? 0 : std::max(bands.most_read() * c, bands.most_pixels() * s.c_out) * size;
+  const int64_t block = planes ? PointwiseFilter::kOutputs * (c + 1) : bands.most_pixels() * s.c_out;
+  const int64_t own_size = s.g.nhwc ? 0 : std::max(bands.most_read() * c, block) * size;
   torch::stable::parallel_for(0, bands.count(), 1, [&](int64_t begin, int64_t end) {
     const Scratch hidden(bands.most_pixels() * c * size), own(own_size);
     for (int64_t i = begin; i < end; ++i) {
       const Band band = bands[i];
       k.depthwise_packed(band.g, in.read(band.in, own.as()), depthwise, s.inner, in.bytes(), hidden.as());
+      if (planes) {
+        make_planes(s, band, hidden.as(), own.as<float>(), y);
+        continue;
+      }
       for_pieces(band, s.g.nhwc, [&](const ImageRows& rows, int64_t first, int64_t pixels) {
         const void* from = at(hidden.as(), first * c, s.dtype);
         void* to = out.made_at(rows, own.as());
-        k.pointwise_rows({from, to, pixels, c, s.c_out, s.outer, streams}, 0, filter.blocks(), pointwise.as<float>());
+        k.pointwise_rows({from, to, pixels, c, s.c_out, s.c_out, s.outer, streams, nullptr}, 0, filter.blocks(),
+                         pointwise.as<float>());
         out.written(rows, own.as());
       });
     }
@@ -88,7 +119,8 @@ void pointwise_backward_bands(const Separable& s, const void* grad, const void* 
       }
       if (!wanted.depthwise_out) return;
       void* out = depthwise_out.made_at(band.out, own);
-      k.pointwise_rows({dz, out, n, c_out, c, Activation::none, streams}, 0, filter.blocks(), pointwise.as<float>());
+      k.pointwise_rows({dz, out, n, c_out, c, c, Activation::none, streams, nullptr}, 0, filter.blocks(),
+                       pointwise.as<float>());
       if (activates) k.activation_backward(out, depthwise_rows.as(), s.inner, false, out, n * c);
       depthwise_out.written(band.out, own);
     };

@@ -27,8 +27,8 @@ struct Step {
   void make(int64_t first, int64_t count, int64_t block, int64_t end_block, const float* packed, bool streams) const {
     const int64_t c = filter.channels, c_out = filter.outputs;
     kernels(dtype).pointwise_rows(
-        {at(in, first * c, dtype), at(out, first * c_out, dtype), count, c, c_out, act, streams}, block, end_block,
-        packed);
+        {at(in, first * c, dtype), at(out, first * c_out, dtype), count, c, c_out, c_out, act, streams, nullptr}, block,
+        end_block, packed);
   }
 };
 

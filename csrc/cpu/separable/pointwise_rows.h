@@ -152,16 +152,18 @@ RKL_INLINE void for_tiles(int64_t rows, F&& f) {
   for (int64_t next = 0; next < rows; next += height) f(std::min(next, rows - height), next, height);
 }
 
-// Makes a strip of the outputs, from vector `first` on, at most kMostFactors factors at a time. All sums but the last
-// alternate between two halves of `sums`: a tile that overlaps another must begin with the same sums.
+// Makes a strip of the outputs, from vector `first` on, at most kMostFactors factors at a time. row_bias: a strip for
+// each row, or null. All sums but the last alternate between two halves of `sums`: a tile that overlaps another must
+// begin with the same sums.
 template <int V, class T>
 void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_t first, const float* packed,
-                float* sums) {
+                const float* row_bias, float* sums) {
   constexpr int64_t kWidth = V * kLanes;
   const float* weights = packed + first * (factors + 1) * kLanes;
   const int64_t columns = std::min<int64_t>(kWidth, p.outputs - first * kLanes), last = columns - kWidth + kLanes;
   const int64_t pieces = ceil_div(factors, kMostFactors);
   FloatRows start{weights, 0};
+  if (row_bias) start = {row_bias, kStrip * kLanes};
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t from = factors * piece / pieces, count = factors * (piece + 1) / pieces - from;
     const FloatRows w{weights + (from + 1) * kWidth, kWidth};
@@ -171,9 +173,9 @@ void make_strip(const PointwiseRows& p, const float* in, int64_t factors, int64_
       const FloatRows begin{start.first + row * start.row, start.row};
       if (piece + 1 < pieces)
         return make_rows<V, Operand<T>>(height, x, w, begin, kept + row * kWidth, kWidth, kLanes, false);
-      T* const out = static_cast<T*>(p.out) + row * p.outputs + first * kLanes;
-      make_rows<V, Operand<T>>(height, x, w, begin, out, p.outputs, last, p.streams);
-      if (p.act != Activation::none) finish_rows<T>(out, nullptr, p.act, out, height, columns, p.outputs);
+      T* const out = static_cast<T*>(p.out) + row * p.out_row + first * kLanes;
+      make_rows<V, Operand<T>>(height, x, w, begin, out, p.out_row, last, p.streams);
+      if (p.act != Activation::none) finish_rows<T>(out, nullptr, p.act, out, height, columns, p.out_row);
     });
     start = {kept, kWidth};
   }
@@ -199,10 +201,15 @@ void pointwise_rows(const PointwiseRows& p, int64_t first, int64_t last, const f
   const int64_t size = sizeof(float), end = std::min(vectors, last * PointwiseFilter::kOutputs / kLanes);
   const Scratch wide(kRowsAreFactors<T> ? 0 : p.rows * factors * size);
   const Scratch sums(factors > kMostFactors ? 2 * p.rows * kStrip * kLanes * size : 0);
+  const Scratch bias(p.row_bias ? p.rows * kStrip * kLanes * size : 0);
+  for (int64_t r = 0; p.row_bias && r < p.rows; ++r)
+    std::fill_n(bias.as<float>() + r * kStrip * kLanes, kStrip * kLanes, float(static_cast<const T*>(p.row_bias)[r]));
   const float* in = kRowsAreFactors<T> ? static_cast<const float*>(p.in) : wide.as<float>();
   if (!kRowsAreFactors<T>) widen<T>(p.in, wide.as<float>(), p.rows * factors);
   for_strips(first * PointwiseFilter::kOutputs / kLanes, end,
-             [&](int64_t v, auto strip) { make_strip<strip(), T>(p, in, factors, v, packed, sums.as<float>()); });
+             [&](int64_t v, auto strip) {
+               make_strip<strip(), T>(p, in, factors, v, packed, bias.as<float>(), sums.as<float>());
+             });
   if (p.streams) end_stream();
 }
 
