@@ -48,7 +48,8 @@ void bind_emulator(py::module_& m) {
       .def_readwrite("seed", &emulator::Schedule::seed)
       .def_readwrite("late_copies", &emulator::Schedule::late_copies)
       .def_readwrite("first_blocks", &emulator::Schedule::first_blocks)
-      .def_readwrite("last_blocks", &emulator::Schedule::last_blocks);
+      .def_readwrite("last_blocks", &emulator::Schedule::last_blocks)
+      .def_readwrite("removed", &emulator::Schedule::removed);
   py::class_<emulator::Traffic>(m, "Traffic")
       .def_readonly("launches", &emulator::Traffic::launches)
       .def_readonly("blocks", &emulator::Traffic::blocks)

@@ -45,11 +45,12 @@ class Gpu:
         self.kernels = module
         self.sanitized = sanitized
 
-    def schedule(self, order: str = "forward", seed: int = 1, late_copies: bool = True) -> None:
+    def schedule(self, order: str = "forward", seed: int = 1, late_copies: bool = True, removed: str = "") -> None:
         schedule = self.kernels.schedule
         schedule.order = getattr(self.kernels.Order, order)
         schedule.seed, schedule.late_copies = seed, late_copies
         schedule.first_blocks, schedule.last_blocks = -1, 0
+        schedule.removed = removed
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, fill: bool = True, nhwc: bool = False) -> Tensor:
         """Memory of the device, filled with NaN, between gaps that no kernel may touch."""

@@ -109,6 +109,80 @@ void launch_rows(const float* in, float* out) {
   rows_through_shared<bug><<<1, 64>>>(in, out);
 }
 
+enum class LaneBug {
+  none,
+  copy,
+  copy_over,
+  overwrite,
+  broadcast,
+  store,
+  shuffle,
+  stmatrix,
+  ldmatrix,
+  partial,
+  warp_for_block
+};
+
+// A __syncwarp that a kernel with this bug lacks.
+template <LaneBug bug, LaneBug missing>
+__device__ void sync_unless() {
+  if (bug != missing) __syncwarp();
+}
+
+// out = in, where neighbouring lanes have swapped their rows of four numbers, by several ways through shared memory.
+// Only the last of them leads to another warp.
+template <LaneBug bug>
+__global__ void rows_between_lanes(const float* in, float* out) {
+  __shared__ uint4 rows[64];
+  const int thread = threadIdx.x, lane = thread % 32;
+  const uint32_t row = rkl::cuda::shared_address(rows + thread), neighbour = row ^ 16;
+  rkl::cuda::cp_async_16(row, in + thread * 4, 16);
+  rkl::cuda::cp_async_commit();
+  rkl::cuda::cp_async_wait<0>();
+  sync_unless<bug, LaneBug::copy>();
+  rkl::cuda::load_shared_16(neighbour);
+  sync_unless<bug, LaneBug::copy_over>();
+  rkl::cuda::cp_async_16(row, in + (thread ^ 1) * 4, 16);
+  rkl::cuda::cp_async_commit();
+  __syncwarp();
+  rkl::cuda::cp_async_wait<0>();
+  __syncwarp();
+  const uint4 theirs = rkl::cuda::load_shared_16(neighbour);
+  sync_unless<bug, LaneBug::overwrite>();
+  rows[thread] = theirs;
+  if (bug == LaneBug::shuffle)
+    __shfl_sync(~0u, 0, 0);
+  else
+    sync_unless<bug, LaneBug::store>();
+  const uint4 mine = rkl::cuda::load_shared_16(neighbour);
+  __syncwarp();
+  // The pair of lane 4 r + c goes to word c of row r of each matrix, which lanes read as rows, and back.
+  const uint32_t words[4] = {mine.x, mine.y, mine.z, mine.w};
+  rkl::cuda::stmatrix_x4(row, words);
+  sync_unless<bug, LaneBug::stmatrix>();
+  rows[thread] = rkl::cuda::load_shared_16(row);
+  if (bug == LaneBug::partial)
+    __syncwarp(lane < 16 ? 0xffffu : 0xffff0000u);
+  else
+    sync_unless<bug, LaneBug::ldmatrix>();
+  uint32_t fragment[4];
+  rkl::cuda::ldmatrix_x4(fragment, row);
+  // All lanes read what one of them then writes: of the warp, and of the block.
+  const unsigned* bits = reinterpret_cast<const unsigned*>(in);
+  const unsigned zero = rows[thread / 32 * 32].x - bits[thread / 32 * 128 + 4];
+  sync_unless<bug, LaneBug::broadcast>();
+  if (lane == 5) ++rows[thread / 32 * 32].x;
+  __syncthreads();
+  const unsigned one = rows[0].x - bits[4];
+  bug == LaneBug::warp_for_block ? __syncwarp() : __syncthreads();
+  if (thread == 5) ++rows[0].x;
+  reinterpret_cast<uint4*>(out)[thread] = {fragment[0] + zero, fragment[1], fragment[2], fragment[3] * one};
+}
+template <LaneBug bug>
+void launch_lanes(const float* in, float* out) {
+  rows_between_lanes<bug><<<1, 64>>>(in, out);
+}
+
 }  // namespace
 
 std::map<std::string, void (*)(const float*, float*)> seeded_bugs() {
@@ -132,5 +206,16 @@ std::map<std::string, void (*)(const float*, float*)> seeded_bugs() {
       {"row_overrun", launch_rows<RowBug::overrun>},
       {"misaligned_row", launch_rows<RowBug::misaligned>},
       {"foreign_address", launch_rows<RowBug::foreign_address>},
+      {"correct_lanes", launch_lanes<LaneBug::none>},
+      {"lane_copy", launch_lanes<LaneBug::copy>},
+      {"lane_copy_over", launch_lanes<LaneBug::copy_over>},
+      {"lane_overwrite", launch_lanes<LaneBug::overwrite>},
+      {"lane_broadcast", launch_lanes<LaneBug::broadcast>},
+      {"lane_store", launch_lanes<LaneBug::store>},
+      {"lane_shuffle", launch_lanes<LaneBug::shuffle>},
+      {"lane_stmatrix", launch_lanes<LaneBug::stmatrix>},
+      {"lane_ldmatrix", launch_lanes<LaneBug::ldmatrix>},
+      {"half_warps", launch_lanes<LaneBug::partial>},
+      {"warp_for_block", launch_lanes<LaneBug::warp_for_block>},
   };
 }

@@ -26,6 +26,7 @@
 #define __shared__ static_assert(false, "a form of __shared__ that rewrite.py does not know");
 
 #include <functional>
+#include <source_location>
 #include <string>
 #include <tuple>
 
@@ -44,6 +45,7 @@ struct Schedule {
   bool late_copies = true;  // cp.async lands at the wait that asks for it, or at once: both are legal
   long first_blocks = -1;   // run only this many blocks from the beginning of a grid ...
   long last_blocks = 0;     // ... and this many from its end, for tensors too large to be walked through
+  std::string removed;      // the __syncthreads or __syncwarp at this place ("planes.cu:67") does nothing
 };
 extern Schedule schedule;
 
@@ -51,7 +53,13 @@ extern Schedule schedule;
 [[noreturn]] void fail(const std::string& what);
 
 // __syncthreads: waits for every thread of the block. All of them must wait at the same line.
-void barrier(int line);
+void barrier(std::source_location at);
+
+// The most bytes of shared memory that a kernel may be launched with, and may have with its static variables.
+struct SharedLimits {
+  size_t dynamic, all;
+};
+SharedLimits shared_limits(const void* kernel);
 
 // A kernel launch: Launch("name", grid, block, shared bytes, stream)(kernel, arguments...).
 class Launch {
@@ -82,6 +90,6 @@ T& shared(K) {
 
 }  // namespace emulator
 
-#define __syncthreads() emulator::barrier(__LINE__)
+inline void __syncthreads(std::source_location at = std::source_location::current()) { emulator::barrier(at); }
 
 #include "warp.h"

@@ -29,7 +29,11 @@ constexpr size_t kArena = size_t(24) << 30;  // address space only: pages appear
 constexpr size_t kPage = 4096, kGap = 16 * kPage;  // the gap is wider than any row of the tests' images
 constexpr size_t kSharedArena = 4 << 20;           // the arena's end is shared memory
 constexpr size_t kSector = 32, kGranule = 2;       // granule: the smallest element, for the race checks
-constexpr uint16_t kManyWarps = 0xffff;
+constexpr size_t kMostWarps = 32;                  // of a block
+
+// A thread is warp * kWarpStep + lane. Readers may also be several: of one warp (its number with lane kManyLanes), or
+// of several warps.
+constexpr uint16_t kWarpStep = 64, kManyLanes = 63, kManyWarps = 0xffff;
 
 template <class T>
 T* reserve(size_t count) {
@@ -47,10 +51,12 @@ struct Region {
 struct GlobalTouch {
   uint32_t writer, reader;
 };
-// Which warp touched a granule of shared memory, and in which phase (between two barriers).
+// Who last touched a granule of shared memory, and in which phase. Phases have serial numbers. One begins at each
+// barrier, for the block, and one at each __syncwarp, for its warp.
 struct SharedTouch {
   uint32_t write_phase, read_phase;
   uint16_t writer, reader;
+  uint32_t copied_in;  // the block of a cp.async that is in flight
 };
 struct SectorTouch {
   uint32_t reader, writer;
@@ -69,7 +75,8 @@ struct Memory {
   std::map<const void*, size_t> shared_variables;  // key to offset; laid out anew for each launch
   Region dynamic{};
   Traffic* counted = nullptr;
-  uint32_t block = 0, launch = 0, phase = 0;  // serial numbers
+  uint32_t block = 0, launch = 0, phase = 0;           // serial numbers
+  uint32_t block_phase = 0, warp_phase[kMostWarps]{};  // the newest of the block, and of each warp
 
   Memory() { ASAN_POISON_MEMORY_REGION(base, kArena); }
   size_t shared_begin() const { return kArena - kSharedArena; }
@@ -104,25 +111,49 @@ Memory& memory() {
 
 size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
+std::string name_of(uint16_t thread) {
+  if (thread == kManyWarps) return "several warps";
+  const int warp = thread / kWarpStep, lane = thread % kWarpStep;
+  return (lane == kManyLanes ? "several lanes" : "lane " + std::to_string(lane)) + " of warp " + std::to_string(warp);
+}
+
+// Warps are ordered by barriers alone, a warp's lanes also by __syncwarp. Shuffles, votes and what the tensor cores
+// do order nothing in memory.
 void check_shared(size_t offset, size_t n, bool write) {
   Memory& m = memory();
-  const uint16_t warp = uint16_t((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) / 32);
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const uint16_t warp = uint16_t(thread / 32), self = uint16_t(warp * kWarpStep + thread % 32);
+  const uint32_t of_block = m.block_phase, of_warp = std::max(m.block_phase, m.warp_phase[warp]);
+  const auto unordered = [&](uint16_t who, uint32_t phase) {
+    return who != self && phase >= (who / kWarpStep == warp ? of_warp : of_block);
+  };
+  const auto race = [&](const std::string& with) {
+    fail(std::string("race in shared memory: ") + (write ? "written" : "read") + " by " + name_of(self) + ", " + with);
+  };
+  const auto by = [&](uint16_t who) {
+    return "by " + name_of(who) + ", no " + (who / kWarpStep == warp ? "__syncwarp" : "barrier") + " between";
+  };
   for (size_t g = (offset - m.shared_begin()) / kGranule; g * kGranule < offset - m.shared_begin() + n; ++g) {
     SharedTouch& t = m.shared_touches[g];
-    if (t.write_phase == m.phase && t.writer != warp)
-      fail(std::string("race in shared memory: ") + (write ? "written" : "read") + " by warp " + std::to_string(warp) +
-           ", written by warp " + std::to_string(t.writer) + ", no barrier between");
+    if (t.copied_in == m.block) race("being written by a cp.async in flight");
+    if (unordered(t.writer, t.write_phase)) race("written " + by(t.writer));
+    const bool others_read = unordered(t.reader, t.read_phase);
     if (write) {
-      if (t.read_phase == m.phase && t.reader != warp)
-        fail("race in shared memory: written by warp " + std::to_string(warp) +
-             ", read by another, no barrier between");
+      if (others_read) race("read " + by(t.reader));
       t.write_phase = m.phase;
-      t.writer = warp;
+      t.writer = self;
     } else {
-      t.reader = t.read_phase == m.phase && t.reader != warp ? kManyWarps : warp;
+      t.reader = !others_read                   ? self
+                 : t.reader / kWarpStep == warp ? uint16_t(warp * kWarpStep + kManyLanes)
+                                                : kManyWarps;
       t.read_phase = m.phase;
     }
   }
+}
+
+void mark_copy(const void* p, size_t n, uint32_t block) {
+  for (size_t g = shared_address(p) / kGranule; g * kGranule < shared_address(p) + n; ++g)
+    memory().shared_touches[g].copied_in = block;
 }
 
 void check_global(size_t offset, size_t n, bool write) {
@@ -192,6 +223,16 @@ void* shared_pointer(uint32_t address) {
   return memory().base + memory().shared_begin() + address;
 }
 
+void begin_copy(void* p, size_t n) {
+  access(p, n, true);
+  mark_copy(p, n, memory().block);
+}
+
+void end_copy(void* p, size_t n) {
+  mark_copy(p, n, 0);
+  access(p, n, true);
+}
+
 void begin_launch(const char* kernel, size_t dynamic_shared_bytes, size_t most_shared) {
   Memory& m = memory();
   m.shared_bytes = dynamic_shared_bytes;
@@ -205,14 +246,16 @@ void begin_launch(const char* kernel, size_t dynamic_shared_bytes, size_t most_s
 void begin_block() {
   Memory& m = memory();
   ++m.block;
-  ++m.phase;
+  begin_phase();
   m.counted->blocks++;
   // Shared memory keeps nothing from the block before.
   for (const Region& r : m.regions)
     if (r.begin >= m.shared_begin()) memset(m.base + r.begin, 0xff, r.end - r.begin);
 }
 
-void begin_phase() { ++memory().phase; }
+void begin_phase() { memory().block_phase = ++memory().phase; }
+
+void begin_warp_phase(int warp) { memory().warp_phase[warp] = ++memory().phase; }
 
 void end_launch() {
   Memory& m = memory();
@@ -222,15 +265,21 @@ void end_launch() {
   m.counted = nullptr;
 }
 
+void check_address(const void* p, size_t n, bool write, bool aligned) {
+  Memory& m = memory();
+  const size_t offset = uintptr_t(p) - uintptr_t(m.base);
+  const char* what = write ? "write to " : "read of ";
+  const char* kind = offset >= m.shared_begin() ? "shared memory" : "global memory";
+  if (aligned && offset % n) fail(std::string("misaligned ") + what + std::to_string(n) + " bytes, " + kind);
+  const Region r = m.regions[m.page_region[offset / kPage]];
+  if (offset < r.begin || offset + n > r.end) fail(std::string("out of bounds: ") + what + kind);
+}
+
 void access(const void* p, size_t n, bool write, bool aligned) {
   Memory& m = memory();
   const size_t offset = uintptr_t(p) - uintptr_t(m.base);
   if (offset >= kArena || !m.counted || !n) return;
-  const char* kind = offset >= m.shared_begin() ? "shared" : "global";
-  const std::string what = write ? "write to " : "read of ";
-  if (aligned && offset % n) fail("misaligned " + what + std::to_string(n) + " bytes, " + kind + " memory");
-  const Region r = m.regions[m.page_region[offset / kPage]];
-  if (offset < r.begin || offset + n > r.end) fail("out of bounds: " + what + kind + " memory");
+  check_address(p, n, write, aligned);
   if (offset >= m.shared_begin())
     check_shared(offset, n, write);
   else

@@ -27,6 +27,12 @@ void* shared_pointer(uint32_t address);
 // Checks and counts n bytes at p that the running thread reads or writes. Memory outside the arena (stacks, kernel
 // arguments) is ignored.
 void access(const void* p, size_t n, bool write, bool aligned = true);
+// The check alone: of an address in the arena that one lane gives, and at which others read or write.
+void check_address(const void* p, size_t n, bool write, bool aligned = true);
+
+// cp.async writes n bytes of shared memory at p at some time between these two calls. Nobody may touch them meanwhile.
+void begin_copy(void* p, size_t n);
+void end_copy(void* p, size_t n);
 
 // What a kernel's blocks moved, in bytes of the 32-byte sectors that each block touched. The count assumes that a block
 // finds its own sectors in its cache, but never those of another block. So it is an upper bound of the memory traffic.
@@ -39,7 +45,8 @@ extern std::map<std::string, Traffic> traffic;
 // variable counts when a thread reaches it; one that no thread of a launch reaches is not known here.
 void begin_launch(const char* kernel, size_t dynamic_shared_bytes, size_t most_shared);
 void begin_block();
-void begin_phase();  // a barrier was passed
+void begin_phase();               // a barrier was passed
+void begin_warp_phase(int warp);  // all lanes of a warp have reached a __syncwarp, and none has gone on
 void end_launch();
 
 }  // namespace emulator

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
-#include <map>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -57,12 +56,12 @@ namespace {
 
 constexpr size_t kStack = 256 << 10, kGuard = 4096;
 constexpr size_t kMaxThreads = 1024;
-constexpr size_t kDefaultShared = 48 << 10, kMaxShared = 227 << 10;  // opt-in limit of sm_90; sm_80 has 163 KiB
 
 // A warp's meeting place for one mask. It has two sets of values, as a fast lane may be one exchange ahead, never two.
 struct Meeting {
   unsigned mask = 0;
   unsigned generation[32]{};
+  unsigned ordered = 0;  // the newest generation that was a __syncwarp
   alignas(16) unsigned char values[2][32][64];
 };
 
@@ -73,7 +72,6 @@ struct Copy {
   static constexpr int kBytes = 16;
   void perform() const {
     access(global, valid, false, false);
-    access(shared, kBytes, true);
     memcpy(shared, global, valid);
     memset(static_cast<char*>(shared) + valid, 0, kBytes - valid);
   }
@@ -107,7 +105,6 @@ struct Machine {
   void* stack_pointer = nullptr;  // the scheduler's own
   int current = -1;
   Failure failure;
-  std::map<const void*, size_t> shared_limit;  // cudaFuncSetAttribute
   const void* asan_stack = nullptr;
   size_t asan_stack_size = 0;
   void* asan_frame = nullptr;
@@ -243,6 +240,12 @@ void run_block(dim3 block, std::mt19937& random) {
     if (!f.open.empty() || !f.groups.empty()) fail("the kernel ended with a cp.async in flight");
 }
 
+// Whether the schedule removes the barrier at this place.
+bool removed(std::source_location at) {
+  if (schedule.removed.empty()) return false;
+  return (at.file_name() + (":" + std::to_string(at.line()))).ends_with("/" + schedule.removed);
+}
+
 // Whether the schedule leaves this block of n out.
 bool left_out(long block, long n) {
   return schedule.first_blocks >= 0 && block >= schedule.first_blocks && block < n - schedule.last_blocks;
@@ -271,10 +274,8 @@ void Launch::run(const void* kernel, const std::function<void()>& thread) const 
   if (!n || n > kMaxThreads || block_.z > 64 || !grid_.x || !grid_.y || !grid_.z || grid_.x > 0x7fffffffu ||
       grid_.y > 65535 || grid_.z > 65535)
     fail("launch configuration that no GPU takes");
-  const auto limit = machine.shared_limit.find(kernel);
-  const bool has_leave = limit != machine.shared_limit.end();
-  if (shared_bytes_ > (has_leave ? limit->second : kDefaultShared))
-    fail("more dynamic shared memory than cudaFuncSetAttribute allowed");
+  const SharedLimits limits = shared_limits(kernel);
+  if (shared_bytes_ > limits.dynamic) fail("more dynamic shared memory than cudaFuncSetAttribute allowed");
   gridDim = grid_;
   blockDim = block_;
   machine.thread = &thread;
@@ -284,7 +285,7 @@ void Launch::run(const void* kernel, const std::function<void()>& thread) const 
   struct End {
     ~End() { end_launch(); }
   } end;
-  begin_launch(name_, shared_bytes_, has_leave ? kMaxShared : kDefaultShared);
+  begin_launch(name_, shared_bytes_, limits.all);
   // A list of all blocks of a large grid would be larger than the part that runs. That part runs in the grid's order.
   const bool all = schedule.first_blocks < 0;
   const std::vector<long> order = all ? in_order(blocks, random) : std::vector<long>();
@@ -297,8 +298,9 @@ void Launch::run(const void* kernel, const std::function<void()>& thread) const 
   }
 }
 
-void barrier(int line) {
-  self().line = line;
+void barrier(std::source_location at) {
+  if (removed(at)) return;
+  self().line = int(at.line());
   wait(State::at_barrier);
 }
 
@@ -325,14 +327,27 @@ Lanes exchange_bytes(unsigned mask, const void* value, size_t n) {
   return {values, present};
 }
 
+// The first lane that goes on begins the warp's new phase. All others have reached the same line by then, and none of
+// them has touched memory since.
+void sync_warp(unsigned mask, std::source_location at) {
+  if (removed(at)) return;
+  exchange(mask, 0);
+  Meeting& here = *self().meeting;
+  if (here.ordered == self().generation) return;
+  here.ordered = self().generation;
+  const int first = machine.current / 32 * 32, end = std::min(first + 32, int(machine.fibers.size()));
+  for (int i = first; i < end; ++i)
+    if (!(mask >> (i - first) & 1) && machine.fibers[i].state != State::done)
+      fail("__syncwarp of some of a warp's lanes, which the check for races does not know");
+  begin_warp_phase(machine.current / 32);
+}
+
 void copy_async_16(void* shared, const void* global, int valid) {
   if (uintptr_t(shared) % Copy::kBytes || uintptr_t(global) % Copy::kBytes) fail("misaligned cp.async");
   if (valid < 0 || valid > Copy::kBytes) fail("cp.async of more bytes than it has");
-  const Copy copy{shared, global, valid};
-  if (schedule.late_copies)
-    self().open.push_back(copy);
-  else
-    copy.perform();
+  begin_copy(shared, Copy::kBytes);
+  self().open.push_back({shared, global, valid});
+  if (!schedule.late_copies) self().open.back().perform();
 }
 
 void copy_commit() {
@@ -343,52 +358,12 @@ void copy_commit() {
 void copy_wait(int groups_left) {
   auto& groups = self().groups;
   while (int(groups.size()) > groups_left) {
-    for (const Copy& copy : groups.front()) copy.perform();
+    for (const Copy& copy : groups.front()) {
+      if (schedule.late_copies) copy.perform();
+      end_copy(copy.shared, Copy::kBytes);
+    }
     groups.pop_front();
   }
 }
 
 }  // namespace emulator
-
-// The few functions of the CUDA runtime that launches call.
-extern "C" {
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
-  if (size_t(value) > emulator::kMaxShared) return cudaErrorInvalidValue;
-  emulator::machine.shared_limit[kernel] = size_t(value);
-  return cudaSuccess;
-}
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = 4;  // few, so that grids sized by it stay small
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 163 << 10;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = 164 << 10;
-      return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = 2048;
-      return cudaSuccess;
-    case cudaDevAttrMaxBlocksPerMultiprocessor:
-      *value = 32;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated device"; }
-}

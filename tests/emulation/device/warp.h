@@ -25,6 +25,8 @@ struct Lanes {
 
 int lane();
 Lanes exchange_bytes(unsigned mask, const void* value, size_t n);
+// __syncwarp: an exchange of nothing, which also orders the lanes' accesses to memory. Others do not.
+void sync_warp(unsigned mask, std::source_location at);
 
 template <class T>
 Lanes exchange(unsigned mask, const T& value) {
@@ -53,10 +55,11 @@ void store_shared(uint32_t address, const T& value) {
   memcpy(p, &value, sizeof value);
 }
 
-// Four 8 x 8 matrices of 16-bit elements. The lanes' addresses name their rows, eight lanes for each matrix.
+// Four 8 x 8 matrices of 16-bit elements. The lanes' addresses name their rows, eight lanes for each matrix. A lane
+// reads and writes what other lanes address, and the compiler reports these accesses as its own.
 inline void load_matrix_x4(uint32_t (&fragment)[4], uint32_t row, bool transpose) {
   const void* p = shared_pointer(row);
-  access(p, 16, false);
+  check_address(p, 16, false);
   const Lanes lanes = exchange(~0u, p);
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t pair[2];
@@ -70,7 +73,7 @@ inline void load_matrix_x4(uint32_t (&fragment)[4], uint32_t row, bool transpose
 }
 inline void store_matrix_x4(uint32_t row, const uint32_t (&fragment)[4]) {
   void* p = shared_pointer(row);
-  access(p, 16, true);
+  check_address(p, 16, true);
   const Lanes lanes = exchange(~0u, p);
   for (int matrix = 0; matrix < 4; ++matrix)
     memcpy(lanes.get<char*>(matrix * 8 + lane() / 4) + lane() % 4 * 4, &fragment[matrix], 4);
@@ -154,7 +157,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
-inline void __syncwarp(unsigned mask = ~0u) { emulator::exchange(mask, 0); }
+inline void __syncwarp(unsigned mask = ~0u, std::source_location at = std::source_location::current()) {
+  emulator::sync_warp(mask, at);
+}
 
 template <class T>
 T __ldg(const T* p) {
