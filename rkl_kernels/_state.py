@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
+_SIMPLE = frozenset((bool, int, float, str, type(None)))
+"""Types of values that hold nothing and are no tensors."""
 _EVERY_MODULES = frozenset(vars(nn.Module()))
 _NOT_LOOKED_INTO = sys.stdlib_module_names | {"torch", "numpy"}
 
@@ -20,7 +23,10 @@ def state(module: nn.Module) -> list[Any]:
     """Every attribute of every module, including what containers and objects of the model's own classes hold. For each
     tensor also its memory and how often it was written."""
     seen: set[int] = set()
-    return [item for value in module.modules() for item in _inside(value, seen)]
+    found: list[Any] = []
+    for value in module.modules():
+        _note(value, seen, found)
+    return found
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
@@ -31,8 +37,11 @@ def same(a: list[Any], b: list[Any]) -> bool:
 def held_by(modules: Collection[nn.Module]) -> set[int]:
     """The ids of modules, and of what their attributes lead to that can change: containers, the model's objects."""
     seen: set[int] = set()
-    own = [value for module in modules for name, value in vars(module).items() if name not in _EVERY_MODULES]
-    held = (*modules, *(item for value in own for item in _inside(value, seen)))
+    held = list(modules)
+    for module in modules:
+        for name, value in vars(module).items():
+            if name not in _EVERY_MODULES:
+                _note(value, seen, held)
     kinds = (nn.Module, Mapping, list, set, deque)  # no tuple: Python shares () between all that hold it
     return {id(item) for item in held if isinstance(item, kinds) or _is_the_models_own(type(item))}
 
@@ -42,29 +51,30 @@ def counts_writes(tensor: Tensor) -> bool:
     return not (is_lazy(tensor) or tensor.is_inference())
 
 
-def _inside(value: Any, seen: set[int]) -> Iterator[Any]:
-    yield value
+def _note(value: Any, seen: set[int], found: list[Any]) -> None:
+    """Append a value and what it leads to, except what the ``seen`` ones lead to. It is called a thousand times for a
+    layer, mostly with names and flags."""
+    found.append(value)
     kind = type(value)  # not isinstance: a stand-in that was left behind refuses to tell its class
-    if id(value) in seen:
+    if kind in _SIMPLE or id(value) in seen:
         return
     if issubclass(kind, Tensor):
-        yield from (value._version if counts_writes(value) else 0, _memory(value))
+        found += (value._version if counts_writes(value) else 0, _memory(value))
         return
     for part in _parts(value, kind):
         seen.add(id(value))
-        yield from _inside(part, seen)
+        _note(part, seen, found)
 
 
-def _parts(value: Any, kind: type) -> Iterator[Any]:
+def _parts(value: Any, kind: type) -> list[Any]:
+    parts: list[Any] = []
     if issubclass(kind, Mapping):
-        yield from value.keys()
-        yield from value.values()
+        parts += (*value.keys(), *value.values())
     elif issubclass(kind, _CONTAINERS):
-        yield from value
+        parts += value
     if issubclass(kind, (nn.Module, types.SimpleNamespace)) or _is_the_models_own(kind):
-        for name, part in vars(value).items():
-            yield name
-            yield part
+        parts += itertools.chain.from_iterable(vars(value).items())
+    return parts
 
 
 def _is_the_models_own(kind: type) -> bool:
