@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -56,3 +58,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_plots() -> Iterator[pytest.MonkeyPatch]:
+    """Runs without their plots, which take longer to draw than a small run to train. A test that looks at plots undoes
+    it."""
+    from rkl.training import report  # here, as a machine of make gpu may lack what the trainer needs
+
+    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which it may undo
+        for name in ("_plot_curves", "plot_confusion"):
+            patch.setattr(report, name, lambda *_, **__: None)
+        yield patch

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -59,17 +60,21 @@ long syscall(long number, ...) {
 """
 """Preloaded, it replaces functions of the C library."""
 
+ASK = "import sys; sys.path.insert(0, 'tests'); import test_cpu_machine; {}"
+"""A program for a process that sees another machine."""
 
-def run_again(which: str, files: list[str], **environment: str) -> None:
-    """Run tests in a separate process. Some must run, and none may fail or be skipped."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-k", which, *(f"tests/{file}" for file in files)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+
+def run_again(which: str, files: list[str], first: str = "", **environment: str) -> None:
+    """Run tests in a separate process, after the statement ``first``. Some must run, and none may fail or be
+    skipped."""
+    code = f"{first}\nimport sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    arguments, told = ["-x", "-k", which, *(f"tests/{file}" for file in files)], {**os.environ, **environment}
+    if "LD_PRELOAD" in environment:
+        command = [sys.executable, "-c", code, *arguments]
+        run = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
+    else:
+        run = forks.run(code, *arguments, env=told)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     count = re.search(r"^(=+ )?\d+ passed(, \d+ deselected)?(, \d+ warnings?)? in ", run.stdout, re.MULTILINE)
     assert count, run.stdout[-300:]
 
@@ -83,8 +88,8 @@ def test_lower_instruction_sets(capability: str) -> None:
     files = ["trelu", "depthwise", "separable", "separable_bands"]
     run_again(f"{dense} or {separable}", [*(f"test_cpu_{name}.py" for name in files), "test_planner.py"], **told)
     if platform.machine() == "x86_64":
-        ask = "from tests.test_cpu_machine import rounds_products; print(rounds_products())"
-        said = subprocess.run([sys.executable, "-c", ask], env={**os.environ, **told}, capture_output=True, text=True)
+        ask = ASK.format("print(test_cpu_machine.rounds_products())")
+        said = forks.run(ask, env={**os.environ, **told})
         assert said.stdout == f"{capability == 'default'}\n", said.stderr
 
 
@@ -111,8 +116,7 @@ for limit in (None, "avx512_vnni", "AVX2", ""):
     assert os.wait()[1] == 0
 """
     told = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
-    done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
-    said = done.stdout.splitlines()
+    said = forks.run(code, env=told).stdout.splitlines()
     assert said[0]
     assert said == said[:1] * 4
 
@@ -168,11 +172,9 @@ def test_planes_past_a_small_third_level_cache(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="AMX is x86's; Linux is asked")
 def test_a_machine_with_matrix_instructions(tmp_path: Path) -> None:
     """On such a machine the library computes bf16, step by step. Here it does so without the instructions."""
-    preloaded = preload(tmp_path, "AMX")
-    told = {**os.environ, "LD_PRELOAD": preloaded}
-    ask = "from tests.test_cpu_machine import says_library; says_library()"
-    subprocess.run([sys.executable, "-c", ask], env=told, check=True)
-    run_again("bfloat16", ["test_cpu_separable.py", "test_cpu_separable_bands.py"], LD_PRELOAD=preloaded)
+    files = ["test_cpu_separable.py", "test_cpu_separable_bands.py"]
+    ask = ASK.format("test_cpu_machine.says_library()")
+    run_again("bfloat16", files, first=ask, LD_PRELOAD=preload(tmp_path, "AMX"))
 
 
 def says_library() -> None:

@@ -12,6 +12,7 @@ from functools import cache
 import pytest
 
 pytestmark = [  # the loops below are found by their instructions
+    pytest.mark.xdist_group("cpu_static"),  # one worker, so that the machine code is listed once
     pytest.mark.skipif(platform.machine() != "x86_64", reason=f"names x86-64's loops; this is {platform.machine()}"),
     pytest.mark.skipif(shutil.which("objdump") is None, reason="reads machine code by objdump; it is not on PATH"),
 ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import forks
 import pytest
 import torch
 from chains import Flagged, X
@@ -74,10 +72,7 @@ import sys, torch
 x, y = torch.load(sys.argv[1] + "/expected.pt")
 torch.testing.assert_close(torch.export.load(sys.argv[1] + "/net.pt2").module()(x), y)
 """
-    runs = [
-        subprocess.run([sys.executable, "-c", code.format(line), tmp_path], capture_output=True, text=True, check=False)
-        for line in ("import rkl_kernels", "")
-    ]
+    runs = [forks.run(code.format(line), str(tmp_path)) for line in ("import rkl_kernels", "")]
     assert runs[0].returncode == 0, runs[0].stderr
     assert runs[1].returncode != 0
 
@@ -152,5 +147,5 @@ fully_shard(layer, mesh=mesh)
 layer(torch.randn(2, 4, 6, 6)).sum().backward()
 assert layer.weight.grad is not None
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = forks.run(code)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -23,17 +23,17 @@ from test_rkl_train import comparable
 
 from rkl.config import Config, from_plain
 from rkl.paper import experiments
-from rkl.training import checkpoint, guard, report
+from rkl.training import checkpoint, guard
 from rkl.training import train as trainer
 from rkl.training.files import RunError
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.usefixtures("one_thread", "no_plots"), pytest.mark.xdist_group("faults")]
 
 KILLS = int(os.environ.get("RKL_FAULTS", "6"))
 """How many runs to kill: half of them before chosen writes, half at random moments."""
 SMALL = Config(
+    model="resnet",
     width=4,
-    exits=False,
     image_size=8,
     train_size=80,
     test_size=20,
@@ -44,13 +44,6 @@ SMALL = Config(
     prune_at=(0.3,),
     prune_ratio=0.3,
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the plots out: they take longer to draw than all else here."""
-    for name in ("_plot_curves", "plot_confusion"):
-        monkeypatch.setattr(report, name, lambda *arguments: None)
 
 
 def small(out: Path, **changes: object) -> Config:
@@ -300,7 +293,7 @@ def test_two_processes_end_as_one_with_the_same_batches(tmp_path: Path) -> None:
     A single process takes their two batches in turn before each step, so that batch norm sees the same images. The
     running statistics take another course and are not compared.
     """
-    settings = {"exits": True, "train_size": 160, "test_size": 40, "batch_size": 16, "loss": {"beta": 0.2}}
+    settings = {"model": "resnet-kl", "train_size": 160, "test_size": 40, "batch_size": 16, "loss": {"beta": 0.2}}
     stopped, whole = (small(tmp_path / name, devices=2, **settings) for name in ("stopped", "whole"))
     interrupted = partial(faults.interrupted_in, 3)
     for config, fault, resume, code in (

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import forks
 
 # torch.cuda as on a machine with a GPU. Every question to the driver is noted.
 FAKE_GPU = """
@@ -27,7 +26,7 @@ torch._C._cuda_getDeviceCount = note("_cuda_getDeviceCount", 1)
 
 
 def run(code: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", FAKE_GPU + code], capture_output=True, text=True, check=False)
+    done = forks.run(FAKE_GPU + code)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

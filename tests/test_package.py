@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -18,12 +19,6 @@ import rkl_kernels as rk
 
 ROOT = Path(__file__).parents[1]
 EXTENSIONS = sorted(Path(rk.__file__).parent.glob("_C*.so"))
-
-
-def _python(code: str, *arguments: str, **settings) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, **settings
-    )
 
 
 def test_extensions_are_built():
@@ -43,7 +38,7 @@ def test_extensions_need_the_stable_abi_alone(path):
 
 
 def test_says_what_is_built():
-    report = subprocess.run([sys.executable, "-m", "rkl_kernels"], capture_output=True, text=True, check=True).stdout
+    report = forks.run("import runpy; runpy.run_module('rkl_kernels', run_name='__main__')").stdout
     for name, status in rk.backends().items():
         assert re.search(rf"{name} +{'yes' if status.available else 'no'} +{re.escape(status.reason)}", report)
 
@@ -63,7 +58,7 @@ rk.SeparableConv2d(4, 2, 3, activation="trelu")(rk.trelu(x)).sum().backward()
 assert rk.explain("trelu", x).backend == "reference"
 print(rk.backends()["cpu"].reason)
 """
-    run = _python(code, str(tmp_path), cwd=tmp_path)
+    run = forks.run(code, str(tmp_path), cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "not built" in run.stdout
 

@@ -26,6 +26,8 @@ from rkl.training import images, metrics
 from rkl.training import train as trainer
 from rkl.training.checkpoint import open_run
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,7 +19,7 @@ from rkl.data import class_weights
 from rkl.distill import training_losses
 from rkl.training import train as trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 
 def row_of_an_epoch(config: Config, draws_before: int = 0) -> dict[str, Any]:

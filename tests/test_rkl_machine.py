@@ -17,7 +17,7 @@ from rkl.training import evaluation, learner
 from rkl.training import train as trainer
 from rkl.training.files import RunError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 
 @pytest.fixture(scope="module")

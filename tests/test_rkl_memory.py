@@ -94,6 +94,7 @@ def test_another_allocator_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     assert not allocator.return_gaps()
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_gaps_go_back_every_so_many_steps_of_all_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     returned = []
     monkeypatch.setattr(trainer, "return_gaps", lambda: returned.append(True))

@@ -28,7 +28,7 @@ from rkl.training.checkpoint import load as load_checkpoint
 from rkl.training.checkpoint import open_run
 from rkl.training.checkpoint import save as save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 
 def ramp(height: int, width: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from lightning_fabric import Fabric
@@ -34,7 +35,7 @@ from rkl.training.evaluation import batch_size_of, evaluation_batches
 from rkl.training.guard import check_splits
 from rkl.training.learner import Learner, make_fabric, parameter_groups
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 TINY = Config(width=4, image_size=8, train_size=120, test_size=40, epochs=2, batch_size=16, lr=0.05, prune_at=())
 
@@ -123,7 +124,7 @@ def test_a_network_that_cannot_be_cut_is_refused_before_it_trains(
 
 def test_a_share_that_no_cut_leaves_is_refused_before_it_trains(tmp_path: Path) -> None:
     """The message names the least share that is possible, and a run with that share trains."""
-    config = replace(TINY, out=tmp_path / "run", epochs=4, prune_at=(0.5, 0.75), prune_macs=0.001)
+    config = replace(TINY, out=tmp_path / "run", model="resnet", epochs=4, prune_at=(0.5, 0.75), prune_macs=0.001)
     with pytest.raises(ValueError, match=r"prune_macs must be at least 0\.\d+, which is as .*, got 0.001") as refused:
         trainer.train(config)
     assert not config.out.exists()
@@ -139,12 +140,14 @@ def test_a_network_without_norms_has_no_l1_term() -> None:
     assert gamma_l1(nn.Conv2d(3, 4, 1)) == 0.0
 
 
-def test_names_of_classes_with_dollar_signs(tmp_path: Path) -> None:
+def test_names_of_classes_with_dollar_signs(tmp_path: Path, no_plots: pytest.MonkeyPatch) -> None:
+    no_plots.undo()
     report.plot_confusion([[3, 1], [0, 4]], ["$5_$10", "$x_{$"], "folder:$x_{$: test", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_curves_of_one_epoch_show(tmp_path: Path) -> None:
+def test_curves_of_one_epoch_show(tmp_path: Path, no_plots: pytest.MonkeyPatch) -> None:
+    no_plots.undo()
     pages = []
     for accuracy, loss in ((0.05, 2.0), (0.1, 2.0), (0.1, 2.5)):
         row = {"epoch": 1, "val": [{"accuracy": accuracy}], "losses": {"deepest": loss, "heads": 1.0, "total": 9.0}}
@@ -172,7 +175,13 @@ def test_every_process_has_a_batch_to_evaluate() -> None:
 def gammas_before_the_cut(tmp_path: Path, l1: float | None, **settings: object) -> torch.Tensor:
     """The backbone's gammas just before the cut, where the run is stopped."""
     config = Config(
-        tmp_path / str(l1), width=8, image_size=8, prune_at=(0.75,), loss=replace(TINY.loss, l1=l1), **settings
+        tmp_path / str(l1),
+        model="resnet",
+        width=8,
+        image_size=8,
+        prune_at=(0.75,),
+        loss=replace(TINY.loss, l1=l1),
+        **settings,
     )
     found = []
 
@@ -367,7 +376,7 @@ def test_a_missing_package_is_one_sentence(package: str, extra: str) -> None:
         "onnxruntime": "from rkl.cli import *; COMMANDS['info'] = lambda _: __import__('onnxruntime'); main(['info'])",
     }
     code = f"import sys; sys.modules[{package!r}] = None; {ask[package]}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forks.run(code)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert f"the package {package!r} must be installed" in line

@@ -15,7 +15,7 @@ from rkl.config import Config
 from rkl.training import train as trainer
 from rkl.training.learner import Learner
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 PLAIN = replace(TINY, model="resnet", momentum=0.0, weight_decay=0.0)
 

@@ -33,6 +33,8 @@ TINY = Config(
 )
 
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 QUICK = ("--recipe", "smoke", "--width", "4", "--epochs", "1")
 
 
@@ -114,7 +116,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
 def test_cuts_reach_their_share_of_the_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cuts to half the multiply-accumulates. The run stops between them; the second cut still knows the start."""
-    config = tiny(tmp_path / "run", width=8, prune_at=(0.3, 0.7), prune_macs=0.5)
+    plain = {"model": "resnet", "loss": {"beta": LossWeights().beta}}
+    config = tiny(tmp_path / "run", width=8, prune_at=(0.3, 0.7), prune_macs=0.5, **plain)
     train_interrupted(config, monkeypatch, stop_after=2)
     trainer.train(config, resume=True)
     _, record = comparable(config.out)
