@@ -54,6 +54,7 @@ class Speed:
     Attributes:
         again: whether it was measured a second time, as its first figures were low.
         budget: seconds of timing in inference. None in earlier records, which do not tell.
+        note: how the gradients of the training step were compared, if not by the usual bound.
     """
 
     size: int
@@ -63,6 +64,7 @@ class Speed:
     step_noise: float
     again: bool = False
     budget: float | None = None
+    note: str = ""
 
     def is_low(self) -> bool:
         """Whether it is to be measured again. Second figures stand: the best of several attempts would be too high."""
@@ -86,7 +88,7 @@ def image_size(model: nn.Module) -> int:
 def measure(name: str, build: Callable[[], nn.Module], budget: float) -> Speed:
     size = image_size(build())
     inference, step = measure_model(Model(name, build, BATCH, size), budget)
-    return Speed(size, *ratio_and_noise(inference), *ratio_and_noise(step))
+    return Speed(size, *ratio_and_noise(inference), *ratio_and_noise(step), note=step.note)
 
 
 def ratio_and_noise(row: ModelRow) -> tuple[float, float]:
@@ -138,6 +140,14 @@ def page(facts: dict[str, Any], speeds: dict[str, Speed], failed: dict[str, str]
     for name, s in speeds.items():
         ratios = f"{with_noise(s.inference, s.inference_noise)} | {with_noise(s.step, s.step_noise)}"
         lines.append(f"| {name}{' *' if s.again else ''} | {s.size} | {ratios} |")
+    notes = [f"- {name}: {s.note}" for name, s in speeds.items() if s.note]
+    if notes:
+        lines += [
+            "",
+            "Training steps of which the gradients were compared by a wider bound, or not at all:",
+            "",
+            *notes,
+        ]
     if failed:
         lines += ["", "Not run:", "", *(f"- {name}: {why}" for name, why in failed.items())]
     return "\n".join(lines) + "\n"

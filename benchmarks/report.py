@@ -141,6 +141,7 @@ def markdown(run: Run, plot_name: str) -> str:
     ]
     if run.models:
         parts += ["## Models, fp32", markdown_table(MODEL_COLUMNS, model_lines(run.models))]
+        parts += [f"{row.model}, {row.direction}: {row.note}." for row in run.models if row.note]
     parts += [f"![Roofline]({plot_name})", "## Every row, in milliseconds"]
     parts.append(markdown_table(COLUMNS, [cells(row) for row in run.rows]))
     if run.left_out:

@@ -92,6 +92,57 @@ def test_a_model_that_trains_wrongly_is_not_timed_in_training(
     assert all(why.startswith("wrong: loss off by ") for why in training.rejected.values())
 
 
+class Parted(Net):
+    """A network whose gradients of images in channels_last are larger by a share, as kinks may make them."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, apart = super().forward(x), x.is_contiguous(memory_format=torch.channels_last)
+        return y + self.share * apart * (y - y.detach())
+
+
+@pytest.mark.parametrize(
+    ("share", "note"),
+    [
+        (0.01, ""),
+        (0.25, "gradients compared to 0.5, as PyTorch's own two layouts differ by 0.25 of a gradient's norm"),
+        (0.6, "gradients not compared, as PyTorch's own two layouts differ by 0.6 of a gradient's norm"),
+    ],
+)
+def test_gradients_are_compared_as_closely_as_pytorchs_own_layouts_agree(share: float, note: str) -> None:
+    """convmixer_768_32 was refused for what PyTorch does to it."""
+    model = models.Model("Net", lambda: Parted(share), 2, 8)
+    inference, training = models.measure_model(model, budget=0.02)
+    assert (inference.note, training.note) == ("", note)
+    assert not training.rejected
+    assert set(training.times) == set(models.VARIANTS)
+    assert models.from_json(models.to_json(training)) == training
+
+
+@pytest.mark.parametrize(("share", "factor", "is_timed"), [(0.25, 0.0, False), (0.25, 1.3, True), (0.6, 0.0, True)])
+def test_what_trains_wrongly_is_found_as_far_as_can_be_told(
+    share: float, factor: float, is_timed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = rk.convert
+    monkeypatch.setattr(rk, "convert", lambda net: (convert(net), _spoilt_weight(net, factor)))
+    _, training = models.measure_model(models.Model("Net", lambda: Parted(share), 2, 8), budget=0.02)
+    assert ("ours nchw" in training.times) == is_timed
+    assert {"eager nchw", "eager nhwc"} <= set(training.times)
+
+
+def test_a_loss_that_is_wrong_in_pytorchs_other_layout_is_still_rejected() -> None:
+    class Wrong(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            apart = self.training and x.is_contiguous(memory_format=torch.channels_last)
+            return super().forward(x) * (9.0 if apart else 1.0)
+
+    _, training = models.measure_model(models.Model("Net", Wrong, 2, 8), budget=0.02)
+    assert set(training.rejected) == {"eager nhwc", "ours nhwc"}
+
+
 def test_a_gradient_counts_however_small_it_is() -> None:
     """Those of vectors count together: a bias before a norm has one of rounding errors alone."""
     loss, large, small = torch.ones(()), torch.ones(4, 4), torch.full((2, 2), 1e-9)

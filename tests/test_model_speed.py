@@ -108,6 +108,21 @@ def test_the_committed_page_is_of_the_committed_record() -> None:
         assert record.with_suffix(".md").read_text() == model_speed.page(data["machine"], speeds, data["failed"])
 
 
+def test_a_row_says_if_its_gradients_were_not_compared(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = Speed(8, 1.5, 0.1, 2.0, 0.1)
+    run(out, monkeypatch, speed)
+    (page,) = out.glob("*.md")
+    assert "gradients" not in page.read_text()
+    note = "gradients not compared, as PyTorch's own two layouts differ by 0.6 of a gradient's norm"
+    assert run(out, monkeypatch, replace(speed, note=note))["speeds"]["Net"]["note"] == note
+    assert f"by a wider bound, or not at all:\n\n- Net: {note}\n" in page.read_text()
+    rows = [ModelRow("Net", name, 2, 8, dict.fromkeys(VARIANTS, Timing(1.0, 0.1, 9))) for name in ("inference", "step")]
+    rows[1].note = note
+    monkeypatch.undo()
+    monkeypatch.setattr(model_speed, "measure_model", lambda *_: rows)
+    assert model_speed.measure("Net", Net, 1.0).note == note
+
+
 def test_an_error_without_words_is_told(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(out, monkeypatch, AssertionError())["failed"] == {"Net": "AssertionError: without a message"}
 
