@@ -58,6 +58,11 @@ def unrecorded() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
+def transformed() -> bool:
+    """Whether a transform of ``torch.func``, ``torch.vmap`` for example, is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def watched() -> bool:
     """Whether a compiler, a tracer or ``torch.vmap`` is active: the call must then be one call of the dispatcher."""
     return (

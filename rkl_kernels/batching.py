@@ -26,6 +26,10 @@ def rules(ops: Any) -> dict[str, Rule]:
     def trelu(info: Any, in_dims: Dims, x: Tensor) -> tuple[Any, Any]:
         return ops.trelu(x), in_dims[0]
 
+    def trelu_(info: Any, in_dims: Dims, x: Tensor) -> tuple[Any, Any]:
+        x.copy_(ops.trelu(x))
+        return None, None
+
     def trelu_backward(info: Any, in_dims: Dims, *tensors: Tensor) -> tuple[Any, Any]:
         grad, y = (_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims, strict=True))
         return ops.trelu_backward(grad, y), 0
@@ -83,6 +87,7 @@ def rules(ops: Any) -> dict[str, Rule]:
 
     return {
         "trelu": trelu,
+        "trelu_": trelu_,
         "trelu_backward": trelu_backward,
         "depthwise_conv2d": depthwise,
         "depthwise_conv2d_backward": depthwise_backward,

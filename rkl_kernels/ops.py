@@ -186,7 +186,8 @@ def _keep_whole(names: list[str]) -> None:
 
 
 def _register_in_place(library: torch.library.Library, operator: Operator, out_of_place: Operator) -> None:
-    """Register an in-place operator's kernels for autograd and below it: one differentiates, one counts the write."""
+    """Register an in-place operator's kernels for autograd and below it: one differentiates, one counts the write. A
+    third, for ``torch.func.functionalize``, writes by an operator that it knows."""
     registered = operator.registered
 
     def count(keyset: Any, x: Tensor) -> None:
@@ -204,9 +205,13 @@ def _register_in_place(library: torch.library.Library, operator: Operator, out_o
             with below_autograd():
                 registered.redispatch(keyset & torch._C._after_autograd_keyset, x)
 
+    def copy(x: Tensor) -> None:
+        x.copy_(out_of_place.registered(x))
+
     name = registered._schema.name.split("::")[1]
     library.impl(name, count, "ADInplaceOrView", with_keyset=True)
     library.impl(name, differentiate, "Autograd", with_keyset=True)
+    library.impl(name, copy, "Functionalize")
 
 
 def _define_for_inference(ops: SimpleNamespace) -> None:

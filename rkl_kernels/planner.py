@@ -15,7 +15,7 @@ from . import _checks, ops
 from ._autocast import autocast
 from ._backends import KERNEL_TYPES, choose
 from ._checks import Activation
-from ._surroundings import intercepted
+from ._surroundings import intercepted, transformed
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Explanation:
 def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would serve ``rk.<operator>(*args, **kwargs)`` and what the call costs at least.
 
-    The call itself is not made. ``rk.use_backend`` determines the backend, as for the call.
+    The call itself is not made. ``rk.use_backend`` determines the backend, as for the call. Under ``torch.vmap`` the
+    costs are those of one sample, and there is no word on kernels.
 
     Args:
         operator: "trelu", "depthwise_conv2d" or "separable_conv2d".
@@ -116,7 +117,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     fused, reason = _fusion(backend, _SeparableCall(*args, **kwargs)) if operator == "separable_conv2d" else (None, "")
     kernel, floor = f"{namespace}.{operator}", _floor(moved, operations, x)
     kernels = ""
-    if operator == "depthwise_conv2d" and backend in _KERNELS and not intercepted(x):
+    if operator == "depthwise_conv2d" and backend in _KERNELS and _has_memory(x):
         kernels = _KERNELS[backend](*args, **kwargs)
     return Explanation(operator, backend, kernel, moved, operations, floor, fused, reason, kernels)
 
@@ -157,13 +158,18 @@ def _cast(operator: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return bound.args, bound.kwargs
 
 
+def _has_memory(x: Tensor) -> bool:
+    """Whether a plan can be made for ``x``: not if it is fake, or stands for many tensors in a function transform."""
+    return not intercepted(x) and not transformed()
+
+
 def _fusion(backend: str, call: _SeparableCall) -> tuple[bool | None, str]:
     """Whether the separable operator's forward would do both steps at once, and why."""
     if backend == "reference":
         return False, "the reference calls two convolutions"
     if backend == "triton":
         return False, "a depthwise kernel and the library's product; backward makes the depthwise output again"
-    if intercepted(call.x):
+    if not _has_memory(call.x):
         return None, "x has no memory that a plan could be made for"
     weight, outputs = call.depthwise_weight, call.pointwise_weight.shape[0]
     geometry, x = _geometry(call.x, weight, call.stride, call.padding, call.dilation)

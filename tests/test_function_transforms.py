@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import rkl_kernels as rk
 
@@ -151,6 +151,55 @@ def test_in_place_under_vmap():
     x = X.clone()
     out = vmap(lambda q: rk.trelu(q.clone(), inplace=True))(x)
     torch.testing.assert_close(out, rk.reference.trelu(X))
+
+
+def _overwritten(x):
+    torch.ops.rkl.trelu_(x)
+    return x
+
+
+def test_the_raw_in_place_operator_under_vmap_and_functionalize():
+    expected = rk.reference.trelu(X)
+    for dim in (0, 1):
+        x = X.clone()
+        torch.testing.assert_close(vmap(_overwritten, dim, dim)(x), expected)
+        torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(vmap(vmap(_overwritten))(X.clone()), expected)
+    torch.testing.assert_close(vmap(lambda _: _overwritten(X.clone()))(torch.zeros(2))[1], expected)
+    x = X.clone()
+    torch.testing.assert_close(functionalize(_overwritten)(x), expected)
+    torch.testing.assert_close(x, expected)
+
+
+def test_the_raw_in_place_operator_has_its_gradient_under_vmap():
+    x = X.clone().requires_grad_()
+    vmap(_overwritten)(x * 1).square().sum().backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(rk.reference.trelu(x).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize("name", ["trelu", "depthwise_conv2d", "separable_conv2d"])
+def test_explain_under_transforms(name):
+    """No plan can be made for a tensor that stands for many."""
+    arguments = {"trelu": (), "depthwise_conv2d": (W,), "separable_conv2d": (W, P)}[name]
+    alone, said = rk.explain(name, X[:1], *arguments), []
+
+    def explained(x):
+        said.append(rk.explain(name, x[None], *arguments))
+        return x
+
+    for transform in (vmap, functionalize):
+        transform(explained)(X if transform is vmap else X[0])
+    for one in said:
+        assert (one.backend, one.kernel, one.bytes, one.operations) == (
+            alone.backend,
+            alone.kernel,
+            alone.bytes,
+            alone.operations,
+        )
+        assert one.fused is None
+        assert not one.kernels
+    grad(lambda x: explained(x).sum())(X[0])
+    assert said[-1].backend == "reference"
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
