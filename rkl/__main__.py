@@ -18,6 +18,9 @@ def main() -> None:
         sentence = f"rkl: the package {missing.name!r} must be installed, got none; pip install 'resnet-kl[train]'"
         print(sentence, file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # of a command it tells more, by itself
+        print("stopped", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr: a file name may not be encodable
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from .terminal import complain, device_named, mistake, parse, show
+from .terminal import complain, device_named, interrupted, mistake, parse, show, unknown_command
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -231,15 +230,16 @@ class Prune:
     """Device for the cut: `cpu` or `cuda`; by default the GPU if there is one."""
 
     def __call__(self) -> None:
-        from .deploy.prune import before_and_after, prune_run
+        from .deploy.prune import before_and_after, naming_the_way_on, prune_run
         from .training import report
         from .training.checkpoint import open_run
 
         run = open_run(self.run, self.checkpoint, device_named(self.device))
         report.read_metrics(self.run)  # raises for an unfinished run, which has no metrics
-        if prune_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs) is None:
-            return  # another process writes and prints
-        show(report.rich_table("pruned", *before_and_after(run, self.out)))
+        with naming_the_way_on(self.out):
+            if prune_run(run, self.out, self.target_macs, self.target_latency_ms, self.epochs) is None:
+                return  # another process writes and prints
+            show(report.rich_table("pruned", *before_and_after(run, self.out)))
         print(f"report: {self.out / 'report.md'}")
 
 
@@ -294,12 +294,14 @@ class Bench:
     def __call__(self) -> None:
         from rkl_kernels import bench
 
-        if self.operator in (None, "host"):
-            taken = {"operator", "device" if self.operator else ""}
-            odd = [f.name for f in fields(self) if f.name not in taken and getattr(self, f.name) != f.default]
+        taken = {None: set(), "host": {"device"}, "trelu": {"shape", "dtype", "layout", "direction", "device"}}
+        if self.operator in taken:
+            given = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+            odd = [name for name in given if name not in taken[self.operator]]
             if odd:
+                also = "trelu, " if odd[0] in taken["trelu"] else ""
                 raise ValueError(
-                    f"operator must be trelu, depthwise or separable with --{odd[0].replace('_', '-')}, "
+                    f"operator must be {also}depthwise or separable with --{odd[0].replace('_', '-')}, "
                     f"got {self.operator or 'none'}; name one, or leave the option out"
                 )
         if self.operator == "host":
@@ -364,12 +366,6 @@ def usage() -> str:
     return "\n".join([*lines, "", EXAMPLES])
 
 
-def unknown_command(name: str) -> ValueError:
-    meant = difflib.get_close_matches(name, COMMANDS, 1)
-    hint = f"; did you mean {meant[0]!r}?" if meant else ""
-    return ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name!r}{hint}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. A user's mistake ends in one line and exit code 2; with ``--debug``, in a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -386,10 +382,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *rest = arguments
     try:
         if name not in COMMANDS:
-            raise unknown_command(name)
+            raise unknown_command(name, COMMANDS)
         COMMANDS[name](rest)
-    except KeyboardInterrupt:
-        print("stopped; train goes on from the last whole epoch with --resume, experiments as before", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(interrupted(name, stop), file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:  # what nobody foresaw is raised again below, with its traceback
         said = mistake(name, error)

@@ -30,7 +30,7 @@ WITHOUT_NORMS = {"alexnet"}
 
 
 def by_network(config: Config) -> Iterator[tuple[str, str]]:
-    """Names of the settings that have no effect on this network, each with what the network lacks."""
+    """Names of the settings that have no effect on this network, each with what the network or its training lacks."""
     if config.model in OWN:
         blocks, exits = OWN[config.model]
         if not (exits if config.exits is None else config.exits):
@@ -44,6 +44,8 @@ def by_network(config: Config) -> Iterator[tuple[str, str]]:
             yield name, ", which has no such option"
     if config.model in WITHOUT_NORMS:
         yield "loss.l1", ", which has no batch norm"
+    if not config.cutmix:
+        yield "cutmix_probability", " without cutmix"
     if not config.cut_epochs:
         yield from ((name, " without cuts") for name in OF_CUTS)
 

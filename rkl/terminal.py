@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tyro
@@ -15,6 +16,16 @@ from rich.table import Table
 
 from .memory import shortage
 from .paths import at_home
+
+KEPT = {
+    "train": "train goes on from the last whole epoch with --resume",
+    "experiments": "finished runs and whole epochs are kept, and the same command goes on",
+    "predict": "answers printed so far stand; run the command again for the others",
+    "export": "files named so far are whole; run the command again for the others",
+    "evaluate": "no file is half written; run the command again",
+    "report": "no file is half written; run the command again",
+}
+"""What is true when a command is interrupted: what is kept, and how to go on. Other commands keep nothing."""
 
 EXTRAS = {"onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
 """The extra that installs a package, if it is not `train`."""
@@ -34,14 +45,25 @@ def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
     except SystemExit as stopped:
         if not stopped.code:
             raise
-        inner = (line.strip("│╭╰╮╯─ ") for line in complaint.getvalue().splitlines()[1:])
-        kept = [line for line in inner if line and not line.startswith("For full helptext")]
+        inner = (line.strip("│╭╰╮╯─| ") for line in complaint.getvalue().splitlines()[1:])
+        kept = [line for line in inner if line and not re.fullmatch(r"[-+]+|For full helptext.*|rkl \w+ --help", line)]
         raise ValueError(re.sub(r"^Error parsing [\w.]+: ", "", " ".join(kept))) from None
 
 
 def complain(error: Exception | str) -> None:
     """Print an error as one line on stderr."""
     print(f"rkl: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def interrupted(command: str, stop: KeyboardInterrupt) -> str:
+    """What to say of a command that Ctrl-C has stopped: the exception's own words, or those of the command."""
+    return f"stopped; {str(stop) or KEPT.get(command, 'run the command again')}"
+
+
+def unknown_command(name: str, known: Iterable[str]) -> ValueError:
+    meant = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {meant[0]!r}?" if meant else ""
+    return ValueError(f"the command must be one of {', '.join(known)}, got {name!r}{hint}")
 
 
 def mistake(command: str, error: Exception) -> str | None:

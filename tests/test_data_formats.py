@@ -2,7 +2,9 @@
 
 import gzip
 import pickle
+import shutil
 import struct
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torchvision
 from PIL import Image
 
 from rkl.data import NAMES, DataError, batches, load
+from rkl.data.formats import image_tensor
 
 RNG = np.random.default_rng(0)
 
@@ -167,6 +170,46 @@ def test_a_class_that_is_called_train(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match=r"must hold train, val and test alone where it holds train, got 'cat' besides"):
         load(f"folder:{tmp_path}", image_size=16)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("Valid", "dev"), ("val", "test")])
+def test_parts_by_other_names_are_no_classes(tmp_path, names):
+    """A network learned to tell the images to train on from those to test on, and nothing else was said of it."""
+    write_folder(tmp_path, names, 3)
+    told = f"must hold one folder a class, or train, val and test, got {', '.join(sorted(names))}; rename those"
+    with pytest.raises(DataError, match=told):
+        load(f"folder:{tmp_path}", image_size=16)
+
+
+def test_a_part_by_another_name_beside_train(tmp_path):
+    write_folder(tmp_path, ("train", "valid"), 3)
+    with pytest.raises(DataError, match=r"got 'valid' besides; rename it, or rename train where it is a class"):
+        load(f"folder:{tmp_path}", image_size=16)
+
+
+def test_a_part_without_a_class_names_it(tmp_path):
+    write_folder(tmp_path, ("train", "test"), 3)
+    shutil.rmtree(tmp_path / "test" / "dog")
+    with pytest.raises(DataError, match=r"test: every class must have an image, got none of 'dog'"):
+        load(f"folder:{tmp_path}", image_size=16)
+    shutil.rmtree(tmp_path / "test" / "cat")
+    with pytest.raises(DataError, match=r"test: must hold images in the folders cat, dog, got none"):
+        load(f"folder:{tmp_path}", image_size=16)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_transparency_is_dropped_in_silence(tmp_path, mode, channels):
+    """Pillow warned of it, with a line of its own code."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path / "plain.png")
+    transparency = {"P": bytes(range(256)), "L": 7, "RGB": (1, 2, 3)}[mode]
+    image.save(tmp_path / "transparent.png", transparency=transparency)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, transparent = (image_tensor(tmp_path / name, 8, channels) for name in ("plain.png", "transparent.png"))
+    assert torch.equal(plain, transparent)
 
 
 def test_long_tail():

@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
-import cells
 import pytest
+import quick_cells
 import torch
 import yaml
 
@@ -23,7 +23,7 @@ from rkl.config import Config, to_plain
 from rkl.distill import LossWeights
 from rkl.ignored import check_ignored
 from rkl.network.model import ResNetKL
-from rkl.paper import experiments, latency, records, tables
+from rkl.paper import cells, experiments, latency, records, tables
 from rkl.paper.compute import macs
 from rkl.paper.experiments import experiment
 from rkl.paper.gradients import gradient_norms, shares
@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("experiments")
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "_train_cell", cells.without_plots)
+        patch.setattr(cells, "train_cell", quick_cells.without_plots)
         for table in TABLES:
             experiments.run(experiment(table, "smoke", out, data="digits", image_size=16), announce=said.append)
     return out, said
@@ -83,7 +83,7 @@ def test_rows_may_be_trained_apart(finished):
 
 def test_fewer_seeds_leave_the_runs_of_more_on_the_page(tmp_path, monkeypatch):
     """The page is made from the record alone."""
-    monkeypatch.setattr(experiments, "_in_own_process", lambda *_, **__: None)
+    monkeypatch.setattr(cells, "in_own_process", lambda *_, **__: None)
     plan = experiment("table5", "smoke", tmp_path, data="digits", image_size=16)
     for seeds, rows, listed in ((3, None, 3), (2, ["ResNet-KL"], 3), (4, ["ResNet"], 4)):
         experiments.run(replace(plan, seeds=seeds), announce=lambda _: None, only=rows)
@@ -136,10 +136,10 @@ def test_a_cell_that_lacks_its_gradients_is_finished_with_its_own_settings_alone
     config = replace(plan.config("ResNet", 0), out=tmp_path / "cell")
     (config.out / "gradients.json").unlink()
     before = (config.out / "metrics.json").read_text()
-    said = experiments._in_own_process(replace(config, lr=0.5), None, 1)
+    said = cells.in_own_process(replace(config, lr=0.5), None, 1)
     assert "a resumed run must keep its settings, got lr 0.5" in said
     assert not (config.out / "gradients.json").exists()
-    assert experiments._in_own_process(config, None, 1) is None
+    assert cells.in_own_process(config, None, 1) is None
     assert (config.out / "gradients.json").exists()
     assert (config.out / "metrics.json").read_text() == before, "the test images are looked at once"
 
@@ -262,10 +262,10 @@ def test_rows_differ_in_what_they_say_alone(tmp_path):
 
 
 def test_a_failing_cell_is_named_and_the_others_finish(tmp_path, monkeypatch):
-    monkeypatch.setitem(ROWS, "broken", Row({"model": "no-such-model"}))
+    monkeypatch.setitem(ROWS, "broken", Row({"model": "resnet", "lr": 1e30}))
     monkeypatch.setitem(TABLES, "small", Table("Small", "digits", ("broken", "ResNet")))
     with pytest.raises(
-        RunError, match=r"1 of 2 runs failed, the first: broken, seed 0: ValueError: model must be one of"
+        RunError, match=r"1 of 2 runs failed, the first: broken, seed 0: SettingsError: epoch 1.* must be finite"
     ):
         experiments.run(experiment("small", "smoke", tmp_path, image_size=16))
     assert (tmp_path / "runs/digits/resnet/seed-0/metrics.json").exists()
@@ -284,11 +284,11 @@ def test_a_cell_that_fails_without_words_is_told(tmp_path, monkeypatch):
         raise AssertionError
 
     sent = []
-    monkeypatch.setattr(experiments, "train", fails)
+    monkeypatch.setattr(cells, "train", fails)
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     settings = to_plain(Config(out=tmp_path))
-    experiments._train_cell(settings, torch.get_num_threads(), SimpleNamespace(send=sent.append))
+    cells.train_cell(settings, torch.get_num_threads(), SimpleNamespace(send=sent.append))
     assert sent == [f"AssertionError: without a message (see {tmp_path / 'output.txt'})"]
 
 
@@ -332,7 +332,7 @@ def test_with_a_gpu_processes_are_spawned_and_see_one_device_each(tmp_path, monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process)
     plan = experiment("table5", "smoke", tmp_path, data="digits", image_size=16)
-    assert experiments._in_own_process(plan.config("ResNet", 0), device=1, threads=1) is None
+    assert cells.in_own_process(plan.config("ResNet", 0), device=1, threads=1) is None
     assert seen == ["7"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
 

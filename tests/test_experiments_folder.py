@@ -12,9 +12,9 @@ import yaml
 
 from rkl.cli import main
 from rkl.config import Config, to_plain
-from rkl.paper import experiments, tables
+from rkl.paper import cells, experiments, tables
 from rkl.paper.experiments import Experiment, experiment
-from rkl.paper.rows import TABLES
+from rkl.paper.rows import ROWS, TABLES, Row, Table
 from rkl.training.files import RunError, write_text
 
 SMALL = {"data": "digits", "image_size": 16}
@@ -33,7 +33,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         write_text(config.out / "checkpoints" / "last.json", json.dumps(facts))
         folders.append(config.out)
 
-    monkeypatch.setattr(experiments, "_in_own_process", pretend)
+    monkeypatch.setattr(cells, "in_own_process", pretend)
     return folders
 
 
@@ -103,6 +103,45 @@ def test_a_setting_without_effect_is_refused_before_any_run(tmp_path: Path, trai
         train(experiment("table5", "smoke", tmp_path, mixup=0.2, **SMALL), "ResNet")
     assert not trained
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": "no-such-model"}, "last row: model must be one of resnet-kl, "),
+        ({"model": "vgg", "width": 20}, "last row: width must be a multiple of 8 between 8 and 256, got 20"),
+        ({"model": "resnet", "batch_size": 1}, "last row: batch_size must be at least 2"),
+        ({"model": "resnet", "accumulate": 99}, "last row: batch_size x accumulate x devices must be at most"),
+        ({"model": "resnet", "cutout": 17}, "last row: cutout must be at most the images' side of 16 pixels"),
+        ({"model": "resnet", "weights": "none"}, "last row: none/checkpoints/last.json: a checkpoint must be there"),
+        (
+            {"prune_at": (0.5,), "prune_macs": 0.001},
+            r"last row: prune_macs must be at least 0\.\d+, which is as far as",
+        ),
+        ({"model": "shufflenet", "prune_at": (0.5,)}, "last row: prune_at must be empty for shufflenet"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_row_that_is_refused_costs_no_other_row(
+    settings: dict[str, Any], said: str, tmp_path: Path, trained: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was refused in its turn, hours later."""
+    monkeypatch.setitem(ROWS, "last row", Row(settings))
+    monkeypatch.setitem(TABLES, "small", Table("Small", "digits", ("ResNet", "last row")))
+    with pytest.raises(ValueError, match=f"^{said}"):
+        train(experiment("small", "smoke", tmp_path, **SMALL), "ResNet", "last row")
+    assert not trained
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_refused_costs_no_other_row(tmp_path: Path, trained: list[Path]) -> None:
+    plan = experiment("table5", "smoke", tmp_path, **SMALL)
+    begun = plan.config("ResNet + logic", 0)
+    write_text(begun.out / "config.yaml", yaml.safe_dump(to_plain(replace(begun, lr=0.5))))
+    write_text(begun.out / "checkpoints" / "last.json", "{}")
+    with pytest.raises(RunError, match=r"a resumed run must keep its settings, got lr 0\.01 for 0\.5"):
+        train(plan, "ResNet", "ResNet + logic")
+    assert not trained
 
 
 def test_missing_files_are_downloaded_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ import torch
 from test_rkl_train import comparable
 
 from rkl.config import Config, from_plain
-from rkl.paper import experiments
+from rkl.paper import cells
 from rkl.training import checkpoint, guard
 from rkl.training import train as trainer
 from rkl.training.files import RunError
@@ -322,5 +322,5 @@ def test_two_processes_end_as_one_with_the_same_batches(tmp_path: Path) -> None:
 
 
 def test_an_experiments_process_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "_train_cell", faults.lost)
-    assert experiments._in_own_process(small(tmp_path / "run"), None, 1) == "the process ended with code -9"
+    monkeypatch.setattr(cells, "train_cell", faults.lost)
+    assert cells.in_own_process(small(tmp_path / "run"), None, 1) == "the process ended with code -9"

@@ -120,6 +120,9 @@ def test_settings_of_the_data_that_nothing_reads() -> None:
     )
     assert not refused(Config(mixup=0.2, cutmix=False))
     assert not refused(Config(mixup=0.2, cutmix_probability=0.5))
+    told = refused(Config(cutmix=False, cutmix_probability=0.5))
+    assert told == "cutmix_probability must be left out for resnet-kl without cutmix, got 0.5"
+    assert without_ignored(Config(cutmix=False, cutmix_probability=0.5)) == Config(cutmix=False)
     for data in ("digits", "folder:a-lt"):
         told = refused(Config(data=data, imbalance=10.0))
         assert told == f"imbalance must go with a long-tailed data set (-lt), got 10.0 for {data}"

@@ -221,6 +221,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
     [
         ({"activation": "gelu"}, "activation must be one of trelu, relu, got 'gelu'"),
         ({"scales": (3, 4)}, "scales must be odd kernel sizes"),
+        ({"scales": (3, 5, 7, 9, 11), "scale_mode": "stage"}, "scales must be at most 4 with scale_mode stage"),
         ({"separable": False}, "scales other than 3 need separable convolutions"),
         ({"gate": "yes"}, "gate must be one of none, light, legacy"),
     ],

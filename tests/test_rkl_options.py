@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,19 @@ def test_a_tilde_is_the_home_wherever_a_path_begins(tmp_path: Path, monkeypatch:
     settings = read_options(["--out=~/run", "--data", "folder:~/photos", "--data-root", "a~/~"]).settings
     assert (settings.out, settings.data) == (Path("/home/anna/run"), "folder:/home/anna/photos")
     assert settings.data_root == Path("a~/~")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_wrong_option_is_told_without_its_frame(encoding: str) -> None:
+    """The frame is of dashes where the terminal has no lines."""
+
+    def said(*arguments: str) -> str:
+        command = [sys.executable, "-m", "rkl", *arguments]
+        told = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, text=True)
+        assert told.returncode == 2
+        return told.stderr
+
+    assert said("train", "extra") == "rkl: Unrecognized options: extra\n"
+    missing = "rkl: Missing from rkl evaluate: PATH Folder of the run. (required)\n"
+    assert said("evaluate") == missing
+    assert said("train", "--loss.x").startswith("rkl: Missing value for argument '--loss.x'.")

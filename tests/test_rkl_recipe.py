@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,15 @@ def test_a_network_without_norms_has_no_l1_term() -> None:
 def test_names_of_classes_with_dollar_signs(tmp_path: Path, no_plots: pytest.MonkeyPatch) -> None:
     no_plots.undo()
     report.plot_confusion([[3, 1], [0, 4]], ["$5_$10", "$x_{$"], "folder:$x_{$: test", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_names_of_classes_that_the_font_lacks_are_boxes_alone(tmp_path: Path, no_plots: pytest.MonkeyPatch) -> None:
+    """matplotlib warned of each letter, with a line of this package's code, at the end of each run."""
+    no_plots.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.plot_confusion([[3, 1], [0, 4]], ["猫", "犬"], "test", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 

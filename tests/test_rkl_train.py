@@ -257,6 +257,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
         (["evaluate", str(run), "--early-exit", "--split", "val"], "split must be 'test' with --early-exit"),
         (["bench", "--device", "cuda"], "operator must be trelu, depthwise or separable with --device, got none"),
         (["bench", "host", "--kernel-width", "5"], "or separable with --kernel-width, got host"),
+        (["bench", "trelu", "--stride", "2"], "operator must be depthwise or separable with --stride, got trelu"),
         (["bench", "host", "--device", "foo"], "device must be cpu, or cuda where torch sees a GPU, got 'foo'"),
         ([*experiments, "--jobs", "-1"], "jobs must be at least 1, got -1"),
         (

@@ -226,6 +226,63 @@ def test_a_cut_run_that_fails_leaves_nothing(run: Path, tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_a_cut_run_that_fails_names_no_option_of_train(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rkl prune` has neither --lr nor --on-nan, --batch-size, --width or --compile."""
+    opened, losses_of = checkpoint.open_run(run), trainer.training_losses
+
+    def refused(what: Callable[..., object]) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "training_losses", what)
+            with pytest.raises(RunError) as error:
+                prune.prune_run(opened, tmp_path / "slim", 0.7, None, 1)
+        return str(error.value)
+
+    def nan_losses(*arguments: Any) -> dict[str, torch.Tensor]:
+        return {name: loss * float("nan") for name, loss in losses_of(*arguments).items()}
+
+    def uncompiled(*_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no working C++ compiler found")
+
+    there = "in the config.yaml of the run that is cut"
+    skip = f", or set on_nan to skip {there}, which leaves such steps out"
+    assert refused(nan_losses) == (
+        f"epoch 1, step 1: the training loss must be finite, got nan in 'deepest'; cut less{skip}"
+    )
+    assert refused(lambda *_: torch.empty(2**55)).endswith("; free some and run the command again")
+    monkeypatch.setitem(opened.config.__dict__, "on_nan", "skip")
+    assert "got none of" in refused(nan_losses)
+    monkeypatch.setitem(opened.config.__dict__, "compile", True)
+    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
+    assert refused(uncompiled).endswith(f"; set compile to false {there}")
+
+
+def test_a_remedy_for_a_cut_run_is_one(run: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = (whole / "config.yaml").read_text()
+    (whole / "config.yaml").write_text(settings.replace("on_nan: stop", "on_nan: skip"))
+    prune.prune_run(checkpoint.open_run(whole), tmp_path / "slim", 0.7, None, 1)
+    assert checkpoint.open_run(tmp_path / "slim").config.on_nan == "skip"
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The default follows the device. The record told it alone."""
+    config = tiny(tmp_path / "run", epochs=3)
+    train_interrupted(config, monkeypatch, 1)
+    log, said = config.out / "log.jsonl", f"rkl: {config.out}: trained in bf16-mixed on NVIDIA H200 so far"
+    capsys.readouterr()
+    for then, told in (("32-true", ""), ("bf16-mixed", f"{said}, goes on in 32-true on cpu\n")):
+        (row,) = map(json.loads, log.read_text().splitlines())
+        log.write_text(json.dumps(row | {"precision": then, "device": "NVIDIA H200"}) + "\n")
+        trainer.RunLog(config, resume=True).warn_of_precision(torch.device("cpu"))
+        assert capsys.readouterr().err == told
+    trainer.train(config, resume=True)
+    assert capsys.readouterr().err.startswith(told)
+
+
 def test_a_file_that_cannot_be_written_names_a_way_on_that_there_is(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

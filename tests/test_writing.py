@@ -21,7 +21,7 @@ from test_bench_records import run_of
 from benchmarks import gpu, gpu_report, model_matrix, model_speed, numerics, report, suite
 from rkl.config import Config, to_plain
 from rkl.deploy import exit_report, export
-from rkl.paper import experiments, tables
+from rkl.paper import cells, tables
 from rkl.training import files, metrics, run_log
 from rkl.training import report as run_report
 from rkl.training.files import UnwritableError
@@ -175,7 +175,7 @@ def test_a_page_of_experiments_is_refused_before_latencies(tmp_path: Path, monke
 
 def test_a_cell_whose_folder_cannot_be_made_is_told(in_the_way: Path) -> None:
     sent: list[str] = []
-    experiments._train_cell(to_plain(Config(out=in_the_way)), 1, SimpleNamespace(send=sent.append))
+    cells.train_cell(to_plain(Config(out=in_the_way)), 1, SimpleNamespace(send=sent.append))
     assert sent == [f"{in_the_way}/output.txt: must be writable, got: File exists; mend that and run the command again"]
 
 

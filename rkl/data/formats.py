@@ -255,6 +255,8 @@ def image_tensor(path: Path | str, size: int, channels: int = 3) -> Tensor:
     try:
         with Image.open(path, formats=_image_formats()) as image:
             upright = _eight_bits(path, ImageOps.exif_transpose(image))
+            if "transparency" in upright.info:  # Pillow warns of some conversions that drop it
+                upright = upright.convert("RGBA")
             whole = upright.convert("RGB" if channels == 3 else "L")
             fitted = ImageOps.fit(whole, (size, size), Image.Resampling.BILINEAR)
     except FileNotFoundError:

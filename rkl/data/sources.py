@@ -28,6 +28,10 @@ from .dataset import (
 DEFAULT_ROOT = Path.home() / ".cache" / "rkl" / "data"
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
 
+PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+"""Names, in lower case, that the parts of a data set have. As names of classes they would train a network to tell the
+parts from each other."""
+
 Reader = Callable[[Path], tuple[Split, Split, list[str]]]
 
 
@@ -207,17 +211,22 @@ def _folder(path: Path, size: int) -> tuple[Split, Split | None, Split, list[str
     """The user's images, in folders train, val and test or in one folder for each class. Without test, a fixed fifth of
     train becomes the test set."""
     divided = (path / "train").is_dir()
-    beside = [name for name in formats.folders(path) if name not in ("train", "val", "test")] if divided else []
-    if beside:
+    names = formats.folders(path) if path.is_dir() else []
+    beside = [name for name in names if name not in ("train", "val", "test")]
+    if divided and beside:
         raise DataError(
             f"{path}: must hold train, val and test alone where it holds train, got {beside[0]!r} besides; "
-            "rename train where it is a class"
+            "rename it, or rename train where it is a class"
+        )
+    if names and not divided and all(name.lower() in PARTS for name in names):
+        raise DataError(
+            f"{path}: must hold one folder a class, or train, val and test, got {', '.join(names)}; rename those"
         )
     classes = formats.class_folders(path / "train" if divided else path)
     parts: dict[str, Split] = {"train": formats.image_folder(path / "train" if divided else path, classes, size)}
     for name in ("val", "test") if divided else ():
         if (path / name).is_dir():
-            unknown = sorted(set(formats.class_folders(path / name)) - set(classes))
+            unknown = sorted(set(formats.folders(path / name)) - set(classes))
             if unknown:
                 raise DataError(f"{path / name}: must hold only the classes of train, got {unknown[0]!r} besides")
             parts[name] = formats.image_folder(path / name, classes, size)

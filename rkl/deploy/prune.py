@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ..paths import check_apart
 from ..slimming import pruning
 from ..training import metrics, report
 from ..training.checkpoint import Run, example_image, open_run
-from ..training.files import read_lines
+from ..training.files import RunError, SettingsError, read_lines, resuming
 from ..training.guard import check_cuttable
 from ..training.images import data_of
 from ..training.run_log import RunLog
@@ -120,7 +121,22 @@ def prune_run(
         loss=replace(run.config.loss, l1=0.0),
         weights=None,
     )
-    return train(config, start=model)
+    try:
+        return train(config, start=model)
+    except SettingsError as error:
+        raise RunError(f"{error.rule}; {error.elsewhere}") from error
+
+
+@contextmanager
+def naming_the_way_on(out: Path) -> Iterator[None]:
+    """Let an interrupt in the block name the command that goes on, once there is a cut run in ``out``: from then on
+    `rkl prune` would refuse the folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (out / "checkpoints" / "last.json").exists():
+            raise
+        raise KeyboardInterrupt(f"{resuming(out)} goes on with the cut run") from None
 
 
 def before_and_after(run: Run, out: Path) -> tuple[list[str], list[list[str]]]:

@@ -46,6 +46,8 @@ class BlockOptions:
             raise ValueError(f"dense_stages must be between 0 and 4, got {self.dense_stages}")
         if not self.scales or any(k < 1 or k % 2 == 0 or k > 127 for k in self.scales):
             raise ValueError(f"scales must be odd kernel sizes of at most 127, at least one, got {self.scales}")
+        if self.scale_mode == "stage" and len(self.scales) > 4:
+            raise ValueError(f"scales must be at most 4 with scale_mode stage, one for each stage, got {self.scales}")
         if not self.separable and self.scales != (3,):
             raise ValueError(f"scales other than 3 need separable convolutions, got {self.scales} with separable=False")
 

@@ -10,16 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
-import queue
 import re
-import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,19 +20,32 @@ from typing import Any
 
 import torch
 
-from rkl_kernels.errors import told
-
 from ..config import Config, from_plain, is_other_run, read_plain, read_yaml, to_plain
+from ..data import DataError
 from ..ignored import check_ignored, without_ignored
 from ..paths import check_apart
-from ..training.files import RunError, UnwritableError, read_json, understood, write_text
-from ..training.guard import check_cutout
+from ..training.files import RunError, read_json, understood, write_text
+from ..training.guard import check_cutout, check_cuts
 from ..training.images import check_data, load_data
-from ..training.train import train
+from ..training.learner import new_model
+from ..training.run_log import RunLog
+from ..training.train import steps_an_epoch
+from . import cells
+from .cells import Cell
 from .compute import at_macs, cut_to_macs, macs
-from .gradients import record_gradients
 from .records import RECORD
 from .rows import ROWS, SCALES, TABLES
+
+
+@contextmanager
+def _naming(row: str) -> Iterator[None]:
+    """Begin an error of a row's settings or network with the row's name."""
+    try:
+        yield
+    except DataError:  # of the images, which all rows share
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{row}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -69,9 +74,10 @@ class Experiment:
         like = ROWS[row].macs_of
         if like is None:
             return config
-        target = ROWS[row].share * macs(self._settled(like), *self.shape)
+        reference = self._settled(like)
         fit = cut_to_macs if ROWS[row].keep_width else at_macs
-        return fit(config, target, *self.shape)
+        with _naming(row):
+            return fit(config, ROWS[row].share * macs(reference, *self.shape), *self.shape)
 
     @property
     def _base(self) -> Config:
@@ -188,35 +194,18 @@ def run(
     if odd or not chosen:
         raise ValueError(f"rows must be of {plan.table}'s: {', '.join(rows)}; got {odd[0] if odd else 'none'}")
     # Seed by seed, so that an interruption leaves whole pairs.
-    cells = [(row, seed) for seed in range(plan.seeds) for row in chosen]
+    wanted = [(row, seed) for seed in range(plan.seeds) for row in chosen]
     listed = _listed(plan)
     done = _finished(plan, listed)
-    configs = {cell: plan.config(*cell) for cell in cells if cell not in done}
+    configs = {cell: plan.config(*cell) for cell in wanted if cell not in done}
     if configs:  # report bad data and settings once, before any run
-        _check_new(list(configs.values()), [plan.folder(*cell) for cell in done])
+        _check_new(configs, [plan.folder(*cell) for cell in done])
     settled = {"table": plan.table, "data": plan.data, "scale": plan.scale}
     write_text(plan.record, json.dumps(settled | {"rows": listed}, indent=1))
-    announce(f"{TABLES[plan.table].title} on {plan.data}: {len(cells)} runs, {len(cells) - len(configs)} done before")
-    gpus = torch.cuda.device_count()
-    jobs = jobs or gpus or torch.get_num_threads()
-    threads = max(1, torch.get_num_threads() // jobs)
-    free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for job in range(jobs):
-        free.put(job)
-
-    def train_cell(cell: tuple[str, int]) -> str | None:
-        job = free.get()
-        try:
-            error = _in_own_process(configs[cell], device=job % gpus if gpus else None, threads=threads)
-        finally:
-            free.put(job)
-        announce(f"{cell[0]}, seed {cell[1]}: {error or 'done'}")
-        return error and f"{cell[0]}, seed {cell[1]}: {error}"
-
-    with ThreadPoolExecutor(jobs) as pool:
-        errors = [error for error in pool.map(train_cell, configs) if error]
+    announce(f"{TABLES[plan.table].title} on {plan.data}: {len(wanted)} runs, {len(wanted) - len(configs)} done before")
+    errors = cells.train_all(configs, jobs, announce)
     if errors:
-        raise RunError(f"{len(errors)} of {len(cells)} runs failed, the first: {errors[0]}")
+        raise RunError(f"{len(errors)} of {len(wanted)} runs failed, the first: {errors[0]}")
     return plan.record
 
 
@@ -247,15 +236,15 @@ def _is_finished(folder: Path) -> bool:
     return (folder / "gradients.json").exists()
 
 
-def _finished(plan: Experiment, listed: dict[str, list[str]]) -> list[tuple[str, int]]:
+def _finished(plan: Experiment, listed: dict[str, list[str]]) -> list[Cell]:
     """The finished cells of the table. The page compares all of them, whichever rows the command trains.
 
     Raises:
         RunError: a cell's folder holds a run of other settings.
     """
-    cells = [(row, seed) for row in TABLES[plan.table].rows for seed in range(len(listed[row]))]
-    cells = [cell for cell in cells if _is_finished(plan.folder(*cell))]
-    for cell in cells:
+    every = [(row, seed) for row in TABLES[plan.table].rows for seed in range(len(listed[row]))]
+    finished = [cell for cell in every if _is_finished(plan.folder(*cell))]
+    for cell in finished:
         folder, now = plan.folder(*cell), to_plain(plan.config(*cell))
         then = to_plain(read_yaml(folder / "config.yaml"))
         for key in now:
@@ -263,98 +252,25 @@ def _finished(plan: Experiment, listed: dict[str, list[str]]) -> list[tuple[str,
                 raise RunError(
                     f"{folder}: holds a run with {key} {then.get(key)!r}, want {now[key]!r}; give another out"
                 )
-    return cells
+    return finished
 
 
-def _check_new(configs: list[Config], finished: list[Path]) -> None:
-    """Check, before any run, that no setting is ignored or beyond the images, and that the data is there and is that of
-    the finished runs, as far as their checkpoints tell."""
-    for config in configs:
-        check_ignored(config)
-    data = load_data(configs[0])
-    check_cutout(configs[0], data)
+def _check_new(configs: dict[Cell, Config], finished: list[Path]) -> None:
+    """Check, before any run, what each would refuse at its start: its folder, and its row's settings and network, which
+    is built once. The data must be there and be that of the finished runs, as far as their checkpoints tell."""
+    begun = {cell for cell, config in configs.items() if RunLog(config, resume=True).has_checkpoint}
+    rows = {cell[0]: cell for cell in configs}
+    for row, cell in rows.items():
+        with _naming(row):
+            check_ignored(configs[cell])
+    data = load_data(next(iter(configs.values())))
+    for row, cell in rows.items():
+        with _naming(row), torch.random.fork_rng(devices=[]):
+            check_cutout(configs[cell], data)
+            steps_an_epoch(configs[cell], len(data.train))
+            check_cuts(configs[cell], new_model(configs[cell], data, restored=cell in begun), data)
     for folder in finished:
         file = folder / "checkpoints" / "last.json"
         if file.exists():
             with understood(file, "a checkpoint's JSON record"):
                 check_data(folder, read_json(file, "a checkpoint's JSON record"), data)
-
-
-SLOW_IMPORTS = ("matplotlib.backends.backend_agg", "sklearn.datasets", "timm", "torchvision.models")
-
-
-def _in_own_process(config: Config, device: int | None, threads: int) -> str | None:
-    """Train one cell in its own process, so that its peak memory is its own. Return the error in one line, or None.
-
-    Without a GPU the process is forked from a server that has done the imports and started no thread. This saves
-    seconds for each cell.
-    """
-    # A fork of a process that has initialised CUDA cannot use CUDA, and importing the kernels initialises it.
-    context = multiprocessing.get_context("forkserver") if device is None else multiprocessing.get_context("spawn")
-    if device is None:
-        context.set_forkserver_preload(["rkl.paper.experiments", *SLOW_IMPORTS])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_train_cell, args=(to_plain(config), threads, sender))
-    with _only_device(device):
-        process.start()
-    sender.close()
-    try:
-        error = receiver.recv()
-    except EOFError:
-        process.join()
-        error = f"the process ended with code {process.exitcode}"
-    process.join()
-    return error
-
-
-_environment = threading.Lock()
-
-
-@contextmanager
-def _only_device(device: int | None) -> Iterator[None]:
-    """Make processes that are started in the block see only this GPU, from their first import on."""
-    name = "CUDA_VISIBLE_DEVICES"
-    with _environment:
-        before = os.environ.get(name)
-        if device is not None:
-            # The device's number counts the GPUs that this process sees itself.
-            os.environ[name] = before.split(",")[device] if before else str(device)
-        try:
-            yield
-        finally:
-            if before is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = before
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent ends, even if the parent is killed. Nobody would read the answer, and if the
-    command is given again, another process trains the same cell. The last whole epoch is kept."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _train_cell(plain: dict[str, Any], threads: int, sender: Any) -> None:
-    """The work of a cell's process: train or go on training, then measure the gradients of the loss terms."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    config = from_plain(plain)
-    file = config.out / "output.txt"
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        opened = file.open("a", encoding="utf-8")
-    except OSError as error:
-        sender.send(str(UnwritableError(file, error)))
-        return
-    with opened as output:
-        sys.stdout = sys.stderr = output
-        try:
-            train(config, resume=True)  # for a finished run this only checks the settings
-            record_gradients(config.out)
-            sender.send(None)
-        except Exception as error:  # a failed cell must not stop the others
-            traceback.print_exc(file=output)
-            sender.send(f"{told(error)} (see {file})")

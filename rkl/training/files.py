@@ -8,6 +8,8 @@ import fcntl
 import json
 import math
 import os
+import shlex
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +22,22 @@ AGAIN = "run the command again"
 """The remedy where a failure leaves nothing behind, or the command goes on by itself."""
 
 
+def resuming(folder: Path) -> str:
+    """The command that goes on with the run in a folder."""
+    return f"rkl train --resume --out {shlex.quote(str(folder))}"
+
+
 class RunError(ValueError):
     """A run folder or checkpoint cannot be used. The message is one line that names the file and the rule."""
+
+
+class SettingsError(RunError):
+    """A run fails with its settings. ``rule`` is the message without its remedy, which names options of `rkl train`.
+    ``elsewhere`` is the remedy for `rkl prune`, which takes the settings from the config.yaml of the run to cut."""
+
+    def __init__(self, rule: str, remedy: str, elsewhere: str) -> None:
+        self.rule, self.elsewhere = rule, elsewhere
+        super().__init__(f"{rule}; {remedy}")
 
 
 class UnwritableError(RunError):
@@ -118,7 +134,8 @@ def write_text(path: Path, text: str) -> None:
 
 def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
     """Draw a figure into a file, whole or not at all, in the format of the file's suffix."""
-    with replacing(path) as partial:
+    with replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the plot has a box there, which says as much
         figure.savefig(partial, format=path.suffix[1:], **settings)
 
 

@@ -16,14 +16,17 @@ from rkl_kernels.errors import told
 from ..config import Config
 from ..data import Dataset
 from ..memory import shortage
+from ..network.model import ResNet
 from ..slimming import pruning
-from .files import AGAIN, RunError
+from .cuts import check_reach
+from .evaluation import evaluation_batches
+from .files import AGAIN, RunError, SettingsError
 from .learner import Learner
 from .run_log import RunLog
 
 
 def check_finite(config: Config, epoch: int, terms: dict[str, float], history: Tensor, model: nn.Module) -> None:
-    """Raise RunError unless an epoch's loss terms and the weights it ended with are finite.
+    """Raise SettingsError unless an epoch's loss terms and the weights it ended with are finite.
 
     Args:
         terms: each term's mean over the epoch and over all processes.
@@ -42,8 +45,11 @@ def check_finite(config: Config, epoch: int, terms: dict[str, float], history: T
         wrong = ": the weights must be finite after the last step, got nan or inf"
     else:
         return
-    remedy = "" if config.on_nan == "skip" else " or set on_nan to skip, which leaves such steps out"
-    raise RunError(f"epoch {epoch + 1}{wrong}; lower lr ({config.lr}){remedy}")
+    lower, less = f"lower lr ({config.lr})", "cut less"
+    if config.on_nan != "skip":
+        lower += " or set on_nan to skip, which leaves such steps out"
+        less += ", or set on_nan to skip in the config.yaml of the run that is cut, which leaves such steps out"
+    raise SettingsError(f"epoch {epoch + 1}{wrong}", lower, less)
 
 
 def first_not_finite(history: Tensor) -> tuple[int, int] | None:
@@ -107,6 +113,16 @@ def check_cuttable(model: nn.Module, image: Tensor, rule: str, got: object) -> N
         raise ValueError(f"{rule}, whose channels torch_pruning cannot follow, got {got} ({told(error)})") from error
 
 
+def check_cuts(config: Config, model: nn.Module, data: Dataset) -> None:
+    """Refuse, before the first epoch, cuts that the network cannot have or that do not reach their target."""
+    if not config.cut_epochs:
+        return
+    image = next(evaluation_batches(data.train, data, 1))[0]
+    if not isinstance(model, ResNet):
+        check_cuttable(model, image, f"prune_at must be empty for {config.model}", config.prune_at)
+    check_reach(config, model, image)
+
+
 @contextmanager
 def in_one_line(config: Config, fabric: Fabric, log: RunLog | None = None) -> Iterator[None]:
     """Turn too little memory, lost processes and what torch.compile cannot do into a RunError. What is written stays,
@@ -119,15 +135,19 @@ def in_one_line(config: Config, fabric: Fabric, log: RunLog | None = None) -> It
             what, less = "the model and the data", f"width ({config.width}) or image_size"
             if log:
                 what, less = "a step", f"batch_size ({config.batch_size}) and a larger accumulate ({config.accumulate})"
-            raise RunError(
-                f"{config.out}: {what} must fit in memory, got: {short}; free some and {remedy}, or train anew with a "
-                f"smaller {less}"
+            again = f"free some and {remedy}"
+            raise SettingsError(
+                f"{config.out}: {what} must fit in memory, got: {short}",
+                f"{again}, or train anew with a smaller {less}",
+                again,
             ) from error
         text = " ".join(str(error).split())
         if config.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            raise RunError(
+            raise SettingsError(
                 f"{config.out}: compile must go with a network and a C++ compiler that torch.compile can use, got: "
-                f"{text[:120]}; set compile to false"
+                f"{text[:120]}",
+                "set compile to false",
+                "set compile to false in the config.yaml of the run that is cut",
             ) from error
         if fabric.world_size > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in text):
             raise RunError(

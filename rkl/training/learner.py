@@ -62,6 +62,15 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "filt
     ]
 
 
+def new_model(config: Config, data: Dataset, restored: bool = False) -> nn.Module:
+    """The network that a run begins with: its values are random, or those of the run that ``weights`` names.
+    ``restored``: a checkpoint will replace the values, so no other run is read."""
+    model = build_model(config, data.num_classes, data.channels, data.image_size)
+    if restored or config.weights is None:
+        return model
+    return checkpoint.start_from(model, config.weights, config.width, data.channels, data.classes)
+
+
 class Learner:
     """Model, average and optimiser of one run on one device.
 
@@ -75,9 +84,7 @@ class Learner:
     ) -> None:
         self.config, self.fabric = config, fabric
         torch.manual_seed(config.seed)
-        model = start or build_model(config, data.num_classes, data.channels, data.image_size)
-        if start is None and not resumed and config.weights is not None:
-            model = checkpoint.start_from(model, config.weights, config.width, data.channels, data.classes)
+        model = new_model(config, data, resumed) if start is None else start
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         # torch's stubs lack this overload.
         self.model = model.to(fabric.device, memory_format=self.memory_format)  # type: ignore[call-overload]

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .files import RunError, read_lines, read_record, save_figure, understood, write_text
+from .files import RunError, read_lines, read_record, resuming, save_figure, understood, write_text
 
 EXIT_METRICS = {"accuracy": "accuracy", "recall": "macro recall", "f1": "macro F1", "nll": "NLL", "ece": "ECE"}
 
@@ -25,7 +25,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         return read_record(file)
     except FileNotFoundError:
         raise RunError(
-            f"{file}: a finished run must have one, got no such file; finish it by rkl train --resume --out {folder}"
+            f"{file}: a finished run must have one, got no such file; finish it by {resuming(folder)}"
         ) from None
 
 

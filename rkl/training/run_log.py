@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Config, is_other_run, read_plain, read_yaml, to_plain
-from .files import AGAIN, RunError, UnwritableError, held, read_lines, to_json, write_text
+from .evaluation import device_name, precision_on
+from .files import AGAIN, RunError, UnwritableError, held, read_lines, resuming, to_json, write_text
 
 FIRST_CHECKPOINT = re.compile(r"\.?((best|last)-000[01]\.safetensors|(best|last)\.json)(\.partial)?")
 """Files of a checkpoint that may exist when a run stopped before its first whole epoch."""
@@ -79,7 +82,7 @@ class RunLog:
         """What an error tells the user to do after a failure."""
         if self.resume or not self.has_epoch:
             return AGAIN
-        return "add --resume to go on" if self.takes_resume else f"go on by rkl train --resume --out {self.folder}"
+        return "add --resume to go on" if self.takes_resume else f"go on by {resuming(self.folder)}"
 
     def _not_left_over(self) -> Iterator[str]:
         """Files in the folder that have names of a run's files, but do not come from a run without a whole epoch."""
@@ -151,6 +154,15 @@ class RunLog:
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the epochs so far."""
         return read_lines(self.folder / "log.jsonl")
+
+    def warn_of_precision(self, device: torch.device) -> None:
+        """Say so if a resumed run goes on in another precision than its last epoch had. The default depends on the
+        device."""
+        now, last = precision_on(self.config, device), self.rows()[-1] if self.has_epoch else {}
+        then = last.get("precision", now)
+        if now != then:
+            before = f"trained in {then} on {last['device']} so far"
+            print(f"rkl: {self.folder}: {before}, goes on in {now} on {device_name(device)}", file=sys.stderr)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append the row of one epoch."""

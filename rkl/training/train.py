@@ -19,15 +19,15 @@ from ..config import Config, to_plain
 from ..data import Dataset
 from ..distill import gamma_l1, training_losses
 from ..ignored import check_ignored
-from ..network.model import Exits, ResNet, ResNetKL
+from ..network.model import Exits, ResNetKL
 from ..paths import check_apart
 from ..slimming import early_exit
 from ..slimming.channels import channel_plan
 from . import checkpoint, metrics, report
-from .cuts import check_reach, cut_ratio
+from .cuts import cut_ratio
 from .evaluation import collect, evaluate, evaluation_batches, over_processes, process_facts, size_of
 from .files import RunError, read_json, to_json, write_text
-from .guard import StepGuard, check_cutout, check_cuttable, check_finite, check_splits, in_one_line
+from .guard import StepGuard, check_cutout, check_cuts, check_finite, check_splits, in_one_line
 from .images import check_data, load_data
 from .learner import Learner, make_fabric
 from .run_log import RunLog, TrainingProgress
@@ -77,13 +77,12 @@ def train(config: Config, resume: bool = False, start: nn.Module | None = None) 
         check_data(config.out, facts, data)
     if finished(config, facts) and is_tested(config, facts):  # the test images are used only once
         return reported(config, fabric)
-    if not resumed and config.cut_epochs:
-        image = next(evaluation_batches(data.train, data, 1))[0]
-        if not isinstance(learner.model, ResNet):
-            check_cuttable(learner.model, image, f"prune_at must be empty for {config.model}", config.prune_at)
-        check_reach(config, learner.model, image)
+    if not resumed:
+        check_cuts(config, learner.model, data)
     fabric.launch()
     fabric.barrier()
+    if resumed and fabric.is_global_zero:
+        log.warn_of_precision(fabric.device)
     with log.opened(facts["epoch"], writing=fabric.is_global_zero), in_one_line(config, fabric, log):
         if start is not None:
             learner = saved(learner, config, data, facts, log)
