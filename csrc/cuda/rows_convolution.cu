@@ -50,7 +50,6 @@ __global__ void __launch_bounds__(kConvolutions[k].threads(), kConvolutions[k].b
       inputs.load(ring + s % kRing * row_bytes, images, group + row * (t.in_w * t.channels), inside);
       cp_async_commit();
     };
-    __syncthreads();  // the rows of the task before have been read
     const Inside<stride> inside(first, t.dilation_h, t.in_h);
     const int steps = task.rows + flight - 1, first_step = min(inside.begin, flight - 1);
 #pragma unroll
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kConvolutions[k].threads(), kConvolutions[k].b
       add_nothing(begin, sums);
       finish(s);
     }
-    __syncthreads();
+    __syncthreads();  // also, all rows of the ring have been read: the next task may copy into it
     writer.write(outputs, buffers + (steps - 1 & 1) * column_bytes);
     cp_async_wait<0>();
   }

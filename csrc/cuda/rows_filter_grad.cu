@@ -210,7 +210,6 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
     const uint32_t in_group = task.group * (t.group_images * t.in_h * t.in_w * t.channels);
     const uint32_t out_group = task.group * (t.group_images * t.out_h * t.out_w * t.channels);
     writer.to = writer.begin + out_group;
-    __syncthreads();  // the rows of the task before have been read
     const int first = task.row - t.padding_h, steps = task.rows + kernel_h - 1;
     const Inside<1> inside(first, t.dilation_h, t.in_h);
     const unsigned end = max(0, min(t.in_h, first + (steps - 1) * t.dilation_h + 1));
@@ -270,7 +269,7 @@ __global__ void __launch_bounds__(kBothGrads[k].threads(), kBothGrads[k].blocks(
       add_nothing(zeros, sums);
       finish(s);
     }
-    __syncthreads();
+    __syncthreads();  // also, all rows of both rings have been read: the next task may copy into them
     writer.write(image_gradients, buffers + (steps - 1 & 1) * column_bytes);
     cp_async_wait<0>();
   }

@@ -158,7 +158,6 @@ __global__ void __launch_bounds__(kStride2DataGrads[k].threads(), kStride2DataGr
       grads.load(ring + s % kRing * row_bytes, gradients, group + row * (t.in_w * t.channels), inside);
       cp_async_commit();
     };
-    __syncthreads();  // the rows of the task before have been read
     const Inside<1> inside(first, 1, t.in_h);
     const int first_step = min(inside.begin, half - 1);
 #pragma unroll
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(kStride2DataGrads[k].threads(), kStride2DataGr
       add_nothing<half>(sums);
       finish(s);
     }
-    __syncthreads();
+    __syncthreads();  // as in rows_convolution
     writer.write(t, size, image_gradients, buffers + (steps - 1 & 1) * 4 * column_bytes, column_bytes);
     cp_async_wait<0>();
   }

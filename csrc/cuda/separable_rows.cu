@@ -156,14 +156,14 @@ __global__ void __launch_bounds__(kSeparableKernels[k].window.threads(), kSepara
           put_row<T>(to + e * 32, sum[e]);
         }
     };
-    __syncthreads();  // the rows of the task before have been read
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) load(s);
     Sums sums[flight];
 #pragma unroll
     for (int i = 0; i < flight * 8; ++i) sums[i / 8][i / 4 % 2][i % 4] = 0.f;
 
-    // Step s completes depthwise row s - (flight - 1), multiplies the row before it and stores the row before that.
+    // Step s completes depthwise row s - (flight - 1), multiplies the row before it and stores the row before that. The
+    // last two steps read nothing from the ring, so their barriers allow the next task to copy into it.
     for (int s = 0; s < rows + flight + 1; ++s) {
       const int row = s - (flight - 1);
       cp_async_wait<kAhead - stride>();
