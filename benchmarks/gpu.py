@@ -86,9 +86,8 @@ def measure_models(run: GpuRun, device: str, deadline: Deadline, worker: Worker,
             for row in attempt(run, titled(f"model {model.name}", compile_too), work) or []:
                 rows[row.model, row.direction] = row
                 ratio = gpu_models.ratio(row, "eager")
-                print(
-                    f"{row.model:<16} {row.direction:<14} {ratio or 0:.2f}x eager", *row.rejected.values(), flush=True
-                )
+                said = "no ratio" if ratio is None else f"{ratio:.2f}x eager"
+                print(f"{row.model:<16} {row.direction:<14} {said}", *row.rejected.values(), flush=True)
             if compile_too:
                 slowest = max(slowest, left - deadline.left())
             run.models[:] = rows.values()

@@ -280,7 +280,9 @@ def measure_model(model: Model, budget: float) -> list[ModelRow]:
         if is_step and allocated() is not None:
             row.memory = {variant: peak_memory(run) for variant, run in runs.items()}
         ratio = row.ratio()
-        print(f"{row.model:<12} {row.direction:<14} {ratio or 0:.2f}x PyTorch's better layout", flush=True)
+        said = "no ratio" if ratio is None else f"{ratio:.2f}x PyTorch's better layout"
+        without = f", without {', '.join(row.rejected)}" if row.rejected else ""
+        print(f"{row.model:<12} {row.direction:<14} {said}{without}", flush=True)
     return rows
 
 

@@ -47,7 +47,9 @@ def test_a_timed_call_does_not_switch_the_model(module: Any, name: str, monkeypa
 
 
 @pytest.mark.parametrize("factor", [2.0, float("nan")])
-def test_a_wrong_model_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_model_is_not_timed(
+    factor: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(rk, "fuse_for_inference", lambda net: Spoilt(net, factor))
     Spoilt.calls = 0
     rows = models.measure_model(models.Model("Net", Net, 2, 8), budget=0.02)
@@ -57,6 +59,7 @@ def test_a_wrong_model_is_not_timed(factor: float, monkeypatch: pytest.MonkeyPat
         assert set(row.rejected) == {"ours nchw", "ours nhwc"}
         assert all(why.startswith("wrong: logits off by ") for why in row.rejected.values())
         assert row.ratio() is None
+    assert capsys.readouterr().out.count(" no ratio, without ours nchw, ours nhwc\n") == 2
 
 
 def _spoilt_weight(net: torch.nn.Module, factor: float) -> None:
