@@ -32,6 +32,8 @@ if settings:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # One test of it takes a minute. Begun last, it would keep a worker while the others have nothing left to do.
+    items.sort(key=lambda item: item.path.name != "test_static_report.py")
     if config.getoption("--hypothesis-profile", None) != "fuzz":
         for item in items:
             if item.get_closest_marker("fuzz"):

@@ -314,7 +314,7 @@ MODELS = {
     "torchvision mobilenet_v2": (17, 85),
     "torchvision mobilenet_v3_small": (11, 29),
     "torchvision shufflenet_v2_x0_5": (19, 95),
-    "torchvision convnext_tiny": (0, 0),
+    "timm convnext_atto": (0, 0),
     "timm mobilenetv2_100": (17, 102),
     "timm legacy_xception": (34, 124),
 }

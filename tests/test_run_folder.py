@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_rkl_train import QUICK, comparable, fails, tiny, train_interrupted
+from test_rkl_train import QUICK, comparable, fails, plain, train_interrupted
 
 from rkl.cli import main
 from rkl.config import Config
@@ -26,13 +26,13 @@ from rkl.training import train as trainer
 from rkl.training.files import RunError
 from rkl.training.run_log import RunLog, TrainingProgress
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
-    return trainer.train(tiny(tmp_path_factory.mktemp("runs") / "whole", width=8))
+    return trainer.train(plain(tmp_path_factory.mktemp("runs") / "whole", width=8))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -92,10 +92,13 @@ def test_a_finished_run_without_its_checkpoints_is_not_written_over(
     assert contents(folder) == before
 
 
-def test_a_finished_run_does_not_look_at_the_test_images_again(run: Path, tmp_path: Path) -> None:
+def test_a_finished_run_does_not_look_at_the_test_images_again(
+    run: Path, tmp_path: Path, no_plots: pytest.MonkeyPatch
+) -> None:
+    no_plots.undo()  # the plots too are to be the same
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    config = tiny(folder, width=8)
+    config = plain(folder, width=8)
     before = contents(folder)
     (folder / "report.md").unlink()  # as where it was stopped before the last file was written
     assert trainer.train(config, resume=True) == folder
@@ -107,7 +110,7 @@ def test_a_finished_run_does_not_look_at_the_test_images_again(run: Path, tmp_pa
 
 def test_a_resumed_run_remembers_its_earlier_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last one may only have had the test to do, and on another machine."""
-    config = tiny(tmp_path / "run")
+    config = plain(tmp_path / "run")
     monkeypatch.setattr(evaluation, "peak_memory", lambda *_: 2**50)
     monkeypatch.setattr(evaluation, "device_name", lambda *_: "an old GPU")
     train_interrupted(config, monkeypatch, 1)
@@ -121,7 +124,7 @@ def test_a_resumed_run_remembers_its_earlier_processes(tmp_path: Path, monkeypat
 
 def test_resume_takes_the_settings_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`rkl train --resume --out FOLDER`, as the usage says, with a setting that a resumed run may change."""
-    config = tiny(tmp_path / "run", lr=0.04)
+    config = plain(tmp_path / "run", lr=0.04)
     train_interrupted(config, monkeypatch, 1)
     main(["train", "--resume", "--out", str(config.out), "--on-nan", "skip"])
     assert json.loads((config.out / "metrics.json").read_text())["epochs"] == config.epochs
@@ -143,7 +146,7 @@ def test_a_run_killed_after_it_saved_its_best_model_tests_that_epoch(
             raise KeyboardInterrupt
         save(folder, name, tensors, facts)
 
-    config = tiny(tmp_path / "run", epochs=2, prune_at=(), prune_ratio=0.2, test_with="best")
+    config = plain(tmp_path / "run", epochs=2, prune_at=(), prune_ratio=0.2, test_with="best")
     monkeypatch.setattr(trainer, "evaluate", going)
     monkeypatch.setattr(checkpoint, "save", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -174,7 +177,7 @@ def test_settings_that_were_edited_in_the_runs_own_file_are_refused(
 def test_a_folder_that_a_run_trains_in_takes_no_second_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
-    config = tiny(tmp_path, epochs=2)
+    config = plain(tmp_path, epochs=2)
     refused, found = [], RunLog(config, resume=False)
 
     def second(progress: TrainingProgress, val: list[dict[str, float]]) -> None:
@@ -270,7 +273,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The default follows the device. The record told it alone."""
-    config = tiny(tmp_path / "run", epochs=3)
+    config = plain(tmp_path / "run", epochs=3)
     train_interrupted(config, monkeypatch, 1)
     log, said = config.out / "log.jsonl", f"rkl: {config.out}: trained in bf16-mixed on NVIDIA H200 so far"
     capsys.readouterr()
@@ -287,13 +290,13 @@ def test_a_file_that_cannot_be_written_names_a_way_on_that_there_is(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is the same command where nothing is left or --resume is given. `rkl prune` has no --resume."""
-    config, opened, replace = tiny(tmp_path / "run", width=8), checkpoint.open_run(run), os.replace
+    config, opened, move = plain(tmp_path / "run", width=8), checkpoint.open_run(run), os.replace
 
     def said(file: str, act: Callable[[], object]) -> str:
         def full(old: Path, new: Path) -> None:
             if Path(new).name == file:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            replace(old, new)
+            move(old, new)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", full)
@@ -320,7 +323,7 @@ def test_an_unfinished_run_is_told_the_command_that_finishes_it(
 ) -> None:
     """`rkl prune` and `rkl report` have no --resume."""
     out = tmp_path / "run"
-    train_interrupted(tiny(out, epochs=2), monkeypatch, 1)
+    train_interrupted(plain(out, epochs=2), monkeypatch, 1)
     capsys.readouterr()
     for command in (["report", str(out)], ["prune", str(out), "--out", str(tmp_path / "slim"), "--target-macs", "0.5"]):
         assert fails(command, capsys).endswith(f"; finish it by rkl train --resume --out {out}")
@@ -340,7 +343,7 @@ def test_memory_that_is_short_before_a_whole_epoch_is_one_line(
 ) -> None:
     monkeypatch.setattr(module, name, lambda *arguments: torch.empty(2**55))
     with pytest.raises(RunError, match=f"{what} must fit in memory, got: .*; free some and run the command again, or"):
-        trainer.train(tiny(tmp_path / "run"))
+        trainer.train(plain(tmp_path / "run"))
     assert not os.listdir(tmp_path)
 
 
@@ -354,7 +357,7 @@ def test_a_line_of_the_log_is_on_the_disk_before_its_checkpoint(
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", noting)
-    trainer.train(tiny(tmp_path / "run", epochs=2))
+    trainer.train(plain(tmp_path / "run", epochs=2))
     log, saved = (f"{tmp_path}/run/{name}" for name in ("log.jsonl", "checkpoints/.last.json.partial"))
     assert [file for file in synced if file in (log, saved)] == 2 * [log, saved]
 
@@ -363,7 +366,7 @@ def test_a_run_that_started_from_anothers_weights_goes_on_without_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(run, tmp_path / "first")
-    config = tiny(tmp_path / "run", width=8, weights=str(tmp_path / "first"))
+    config = plain(tmp_path / "run", width=8, weights=str(tmp_path / "first"))
     train_interrupted(config, monkeypatch, 1)
     shutil.rmtree(tmp_path / "first")
     trainer.train(config, resume=True)
@@ -389,7 +392,7 @@ def test_no_run_lies_among_its_images(tmp_path: Path, run: Path, capsys: pytest.
             said = fails([*command, "--data", data, "--out", str(out)], capsys)
             assert f"out must be outside the folder of the images, where it would be a class, got {out} in" in said
         with pytest.raises(ValueError, match="out must be outside"):
-            trainer.train(tiny(out, data=data), start=torch.nn.Identity())
+            trainer.train(plain(out, data=data), start=torch.nn.Identity())
     assert contents(tmp_path) == before
     check_apart(tmp_path / "images-2", data)
     check_apart(images / ".runs" / "first", data)
