@@ -32,6 +32,20 @@ def _none_where_unwanted(mask: list[bool], grads: tuple[Tensor, ...]) -> list[Te
     return [g if m else None for g, m in zip(grads, mask, strict=True)]
 
 
+def _wanted(ctx: Any) -> list[bool]:
+    """Which inputs' gradients this run of autograd's engine computes, as PyTorch's own formulas ask. A call such as
+    ``torch.autograd.grad(loss, images)`` wants no weight's, though the weights require gradients."""
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # of the inputs that require gradients
+    return [needed and _executes(next(nodes)) for needed in ctx.needs_input_grad]
+
+
+def _executes(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # it answers so for a leaf that torch.autograd.grad was asked for
+        return True
+
+
 def _served(ops: Any, name: str) -> Any:
     """A backend's operator. Under ``torch.func`` or forward-mode AD, the same in PyTorch's own operators."""
     return decompositions.DECOMPOSITIONS[name] if differentiated() else getattr(ops, name)
@@ -89,7 +103,7 @@ def _depthwise(ops: Any) -> dict[str, Formula]:
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 6
-        mask = list(ctx.needs_input_grad[:3])
+        mask = _wanted(ctx)[:3]
         grads = ops.depthwise_conv2d_backward(grad, *ctx.saved_tensors, *ctx.window, mask)
         return *_none_where_unwanted(mask, grads), None, None, None
 
@@ -101,7 +115,7 @@ def _depthwise(ops: Any) -> dict[str, Formula]:
     def backward_again(ctx: Any, *seconds: Tensor | None) -> tuple[Any, ...]:
         grad, x, weight = ctx.saved_tensors
         gx, gw, gb = (s if m else None for s, m in zip(seconds, ctx.mask, strict=True))
-        want_grad, want_x, want_weight = ctx.needs_input_grad[:3]
+        want_grad, want_x, want_weight = _wanted(ctx)[:3]
         to_grad = to_x = to_weight = None
         if want_grad and (gx is not None or gw is not None or gb is not None):
             to_grad = torch.zeros_like(grad)
@@ -134,7 +148,7 @@ def _separable(ops: Any) -> dict[str, Formula]:
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 10
-        mask = list(ctx.needs_input_grad[:5])
+        mask = _wanted(ctx)[:5]
         bias, y, *tensors = ctx.saved_tensors
         settings = ctx.stride, ctx.padding, ctx.dilation, ctx.inner
         last = ctx.activation
@@ -152,18 +166,18 @@ def _separable(ops: Any) -> dict[str, Formula]:
     def backward_again(ctx: Any, *seconds: Tensor | None) -> tuple[Any, ...]:
         settings: Any = ctx.stride, ctx.padding, ctx.dilation, ctx.inner, ctx.activation
         tensors: Any = ctx.saved_tensors
-        given = [i for i, t in enumerate(tensors) if t is not None]
+        wanted = [i for i, want in enumerate(_wanted(ctx)) if want]
 
         def once(*some: Tensor) -> tuple[Tensor, ...]:
             everything: list[Any] = list(tensors)
-            for i, t in zip(given, some, strict=True):
+            for i, t in zip(wanted, some, strict=True):
                 everything[i] = t
             everything += [*settings, ctx.mask]
             return separable_conv2d_backward(*everything)
 
         grads: list[Tensor | None] = [None] * len(tensors)
-        for i, grad in zip(given, _gradients(once, [tensors[i] for i in given], seconds), strict=True):
-            grads[i] = grad if ctx.needs_input_grad[i] else None
+        for i, grad in zip(wanted, _gradients(once, [tensors[i] for i in wanted], seconds), strict=True):
+            grads[i] = grad
         return *grads, *[None] * 6
 
     return {"separable_conv2d": (setup, backward), "separable_conv2d_backward": (setup_again, backward_again)}

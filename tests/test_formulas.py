@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rkl_kernels import _checks, ops, reference
 
@@ -158,3 +159,34 @@ def test_registrations_are_sound(operators):
             operators.separable_conv2d.registered, (image, weight, pointwise, None, None, *window, 3, 3)
         )
     torch.library.opcheck(operators.trelu_.registered, (x.detach().clone(),))
+
+
+class Masks(TorchDispatchMode):
+    """Which gradients the operators were asked for, call by call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[bool]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "conv2d_backward" in function.name():
+            self.asked.append(args[-1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["depthwise_conv2d", "separable_conv2d"])
+def test_only_gradients_that_are_asked_for_are_computed(operators, name):
+    """``torch.autograd.grad(loss, image)`` of a network once took as long as all gradients."""
+    image, weight, window = _double(2, 3, 6, 6), _double(3, 1, 3, 3), ([1, 1], [1, 1], [1, 1])
+    others = (None, *window) if name == "depthwise_conv2d" else (_double(4, 3, 1, 1), None, None, *window, 0, 0)
+
+    def masks(call):
+        y = getattr(operators, name)(2 * image, weight, *others)  # as in a network, the operator's image is no leaf
+        with Masks() as seen:
+            call(y.sum())
+        return [mask[:2] for mask in seen.asked]
+
+    assert masks(lambda loss: torch.autograd.grad(loss, image)) == [[True, False]]
+    assert masks(lambda loss: torch.autograd.grad(loss, weight)) == [[False, True]]
+    assert masks(lambda loss: loss.backward(inputs=[image])) == [[True, False]]
+    assert masks(lambda loss: loss.backward()) == [[True, True]]
