@@ -8,6 +8,8 @@ needed: the loops are found in the machine code that ``cuobjdump -sass`` prints.
 from __future__ import annotations
 
 import collections
+import functools
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -105,19 +107,25 @@ def _blocks(body: Sequence[Instruction]) -> tuple[list[range], list[list[int]]]:
     return runs, follow
 
 
-def _dominators(follow: list[list[int]]) -> list[set[int]]:
-    """For each run, its dominators: the runs on every path to it from the start. Empty where no path leads to it."""
+def _before(follow: list[list[int]]) -> list[list[int]]:
+    """For each run, those that it may follow."""
     before: list[list[int]] = [[] for _ in follow]
     for n, next_ones in enumerate(follow):
         for m in next_ones:
             before[m].append(n)
-    found: list[set[int]] = [{0}, *(set() for _ in follow[1:])]
+    return before
+
+
+def _dominators(before: list[list[int]]) -> list[int]:
+    """For each run, its dominators: the runs on every path to it from the start. Bit m stands for run m, and there is
+    none where no path leads to the run."""
+    found = [1] + [0] * (len(before) - 1)
     changed = True
     while changed:
         changed = False
-        for n in range(1, len(follow)):
+        for n in range(1, len(before)):
             reached = [found[m] for m in before[n] if found[m]]
-            now = set.intersection(*reached) | {n} if reached else set()
+            now = functools.reduce(operator.and_, reached) | 1 << n if reached else 0
             if now != found[n]:
                 found[n], changed = now, True
     return found
@@ -129,17 +137,18 @@ def loops(body: Sequence[Instruction]) -> list[list[Instruction]]:
     if not body:
         return []
     runs, follow = _blocks(body)
-    dominators = _dominators(follow)
+    before = _before(follow)
+    dominators = _dominators(before)
     inside: dict[int, set[int]] = {}  # by a loop's first run, all of its runs
     for n, next_ones in enumerate(follow):
         for head in next_ones:
-            if head not in dominators[n]:
+            if not dominators[n] >> head & 1:
                 continue
             members, waiting = inside.setdefault(head, {head}), [n]
             while waiting:
                 if (m := waiting.pop()) not in members:
                     members.add(m)
-                    waiting += [p for p, after in enumerate(follow) if m in after and dominators[p]]
+                    waiting += [p for p in before[m] if dominators[p]]
 
     opcode = "HMMA" if any(one.opcode.startswith("HMMA") for one in body) else "FFMA"
 

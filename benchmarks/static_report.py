@@ -11,6 +11,7 @@ import collections
 import json
 import re
 import subprocess
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ LIMITS = {80: (65536, 64, 32, 164 << 10, 163 << 10), 90: (65536, 64, 32, 228 << 
 RESERVED_SHARED = 1024  # bytes that the system reserves in each block
 Bodies = dict[tuple[str, int], list[Instruction]]
 """Kernels' instructions, by (symbol, architecture)."""
+Loops = dict[tuple[str, int], list[dict[str, Any]]]
+"""Their hot loops, as rows of static_loops.loop_rows."""
 
 
 def tool(name: str) -> Path | None:
@@ -80,7 +83,7 @@ def _resources() -> dict[tuple[str, int], dict[str, int]]:
     return found
 
 
-def nvcc_rows(bodies: Bodies) -> list[dict[str, Any]]:
+def nvcc_rows(bodies: Bodies, loops: Loops) -> list[dict[str, Any]]:
     """One row for each kernel and architecture of the built CUDA extension.
 
     ``blocks`` is how many blocks of the largest allowed size fit on a multiprocessor, by their registers and static
@@ -100,16 +103,13 @@ def nvcc_rows(bodies: Bodies) -> list[dict[str, Any]]:
         def count(pattern: str, key: tuple[str, int] = (name, arch)) -> int:
             return sum(n for op, n in mix[key].items() if re.match(pattern, op))
 
-        def hot_spills(name: str, arch: int) -> int:
-            return sum(row["local"] for row in loop_rows(names[name], arch, bodies[name, arch]))
-
         rows.append(
             {
                 "kernel": names[name],
                 "arch": arch,
                 "threads": threads.get(name, 1024),
                 "registers": used["REG"],
-                "spills": hot_spills(name, arch) if count("HMMA") else count("LDL|STL"),
+                "spills": sum(row["local"] for row in loops[name, arch]) if count("HMMA") else count("LDL|STL"),
                 "shared": shared,
                 "blocks": blocks_per_multiprocessor(arch, threads.get(name, 1024), used["REG"], shared),
                 "loads_128": count(r"LDG\.\S*128|LDGSTS\.\S*128"),
@@ -122,11 +122,11 @@ def nvcc_rows(bodies: Bodies) -> list[dict[str, Any]]:
     return rows
 
 
-def nvcc_loops(bodies: Bodies) -> list[dict[str, Any]]:
-    """The hot loops of these kernels, as rows of static_loops.loop_rows."""
+def nvcc_loops(bodies: Bodies) -> Loops:
+    """The hot loops of these kernels, in the order of their readable names."""
     names = _demangled(sorted({name for name, _ in bodies}))
     ordered = sorted(bodies.items(), key=lambda item: (names[item[0][0]], item[0][1]))
-    return [row for (name, arch), body in ordered for row in loop_rows(names[name], arch, body)]
+    return {(name, arch): loop_rows(names[name], arch, body) for (name, arch), body in ordered}
 
 
 def triton_rows() -> list[dict[str, Any]]:
@@ -191,7 +191,8 @@ def main() -> None:
     except UnwritableError as problem:
         raise SystemExit(str(problem)) from None
     bodies = built_kernels()
-    report = {"nvcc": nvcc_rows(bodies), "loops": nvcc_loops(bodies), "triton": triton_rows()}
+    loops = nvcc_loops(bodies)
+    report = {"nvcc": nvcc_rows(bodies, loops), "loops": [*chain.from_iterable(loops.values())], "triton": triton_rows()}
     # One row a line, so that a diff shows the rows that changed.
     tables = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in report.items())
     write_text(RESULTS / "static.json", "{" + ",\n".join(tables) + "}\n")
