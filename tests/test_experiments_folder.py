@@ -144,6 +144,24 @@ def test_a_folder_that_is_refused_costs_no_other_row(tmp_path: Path, trained: li
     assert not trained
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("config.yaml", "out must be a new folder or one of `rkl experiments`, got one with a run in it; give another"),
+        ("notes.json", r"notes\.json: must be a record of `rkl experiments`, got a damaged one"),
+    ],
+)
+def test_a_folder_without_a_page_is_refused_before_any_run(
+    tmp_path: Path, trained: list[Path], place: str, said: str
+) -> None:
+    """The command trained every row first, and its page was refused then."""
+    write_text(tmp_path / place, "{}")
+    with pytest.raises(RunError, match=said):
+        train(experiment("table5", "smoke", tmp_path, **SMALL), "ResNet")
+    assert not trained
+    assert [path.name for path in tmp_path.iterdir()] == [place]
+
+
 def test_missing_files_are_downloaded_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Experiment] = []
     monkeypatch.setattr(experiments, "run", lambda plan, *_, **__: plans.append(plan))

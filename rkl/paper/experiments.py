@@ -33,7 +33,7 @@ from ..training.train import steps_an_epoch
 from . import cells
 from .cells import Cell
 from .compute import at_macs, cut_to_macs, macs
-from .records import RECORD
+from .records import RECORD, read_plan
 from .rows import ROWS, SCALES, TABLES
 
 
@@ -182,12 +182,14 @@ def run(
         The file of the plan's record; :func:`rkl.paper.tables.write` makes the page from it.
 
     Raises:
-        RunError: a folder holds a run of other settings, or some cells failed (the others are finished).
+        RunError: a folder holds a run of other settings, ``plan.out`` holds a run itself or a foreign record, or some
+            cells failed (the others are finished).
         ValueError: ``only`` is empty or names a row that the table does not have, or ``jobs`` is below 1.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     check_apart(plan.out, plan.data)
+    _check_page(plan)
     rows = TABLES[plan.table].rows
     chosen = tuple(dict.fromkeys(rows if only is None else only))  # a row named twice is one row
     odd = [repr(row) for row in chosen if row not in rows]
@@ -207,6 +209,21 @@ def run(
     if errors:
         raise RunError(f"{len(errors)} of {len(wanted)} runs failed, the first: {errors[0]}")
     return plan.record
+
+
+def _check_page(plan: Experiment) -> None:
+    """Check, before any run, that the page can be made of what lies beside the plan's record.
+
+    Raises:
+        RunError: the folder is a run's, which has another page, or a JSON file in it is no record of a table.
+    """
+    if (plan.out / "config.yaml").exists():
+        raise RunError(
+            f"{plan.out}: out must be a new folder or one of `rkl experiments`, got one with a run in it; "
+            "give another folder"
+        )
+    for file in sorted({*plan.out.glob("*.json")} - {plan.record}):
+        read_plan(file)
 
 
 def _listed(plan: Experiment) -> dict[str, list[str]]:

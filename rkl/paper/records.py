@@ -178,20 +178,31 @@ def load_results(folder: Path) -> list[Results]:
     return results
 
 
-def _load(folder: Path, file: Path) -> Results:
-    record, rows = read_json(file, RECORD), {}
+def read_plan(file: Path) -> dict[str, Any]:
+    """A table's JSON file: its data, its scale and the folders of its runs.
+
+    Raises:
+        RunError: it is damaged, or no such record.
+    """
+    record, folder = read_json(file, RECORD), file.parent
     with understood(file, RECORD):
-        for row, runs in record["rows"].items():
-            for run in runs:
-                if not (folder / run).resolve().is_relative_to(folder.resolve()):
-                    raise RunError(f"{file}: runs must be folders below {folder}, got {run!r}")
-            finished = [_load_run(folder / run) for run in runs if (folder / run / "gradients.json").exists()]
-            if finished:
-                rows[row] = finished
-        if record["table"] not in TABLES:
-            raise RunError(f"{file}: table must be one of {', '.join(TABLES)}, got {reprlib.repr(record['table'])}")
-        planned = sum(len(runs) for runs in record["rows"].values())
-        return Results(record["table"], record["data"], record["scale"], rows, planned)
+        plan = {name: record[name] for name in ("rows", "table", "data", "scale")}
+        for run in (run for runs in plan["rows"].values() for run in runs):
+            if not (folder / run).resolve().is_relative_to(folder.resolve()):
+                raise RunError(f"{file}: runs must be folders below {folder}, got {run!r}")
+        if plan["table"] not in TABLES:
+            raise RunError(f"{file}: table must be one of {', '.join(TABLES)}, got {reprlib.repr(plan['table'])}")
+    return plan
+
+
+def _load(folder: Path, file: Path) -> Results:
+    plan, rows = read_plan(file), {}
+    for row, runs in plan["rows"].items():
+        finished = [_load_run(folder / run) for run in runs if (folder / run / "gradients.json").exists()]
+        if finished:
+            rows[row] = finished
+    planned = sum(len(runs) for runs in plan["rows"].values())
+    return Results(plan["table"], plan["data"], plan["scale"], rows, planned)
 
 
 def _load_run(folder: Path) -> Run:
