@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -59,7 +60,8 @@ def _onnx(model: nn.Module, image: Tensor, file: Path) -> Tensor:
     """As :func:`_torch`, with ONNX Runtime. The reference path is exported: it has only PyTorch's own operators."""
     import onnxruntime
 
-    with rk.use_backend("reference"):
+    with rk.use_backend("reference"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)  # of PyTorch's own code
         program = torch.onnx.export(
             model,
             (image[:2],),
