@@ -18,6 +18,7 @@ from rkl_kernels.errors import told
 from .distill import LossWeights
 from .network.blocks import ActivationName, BlockOptions, GateKind, ScaleMode
 from .paths import at_home
+from .plain_yaml import PlainLoader
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Decay = Literal["filters", "all"]
@@ -370,19 +371,10 @@ def _first(error: ValidationError) -> str:
     return f"{name} {rule}, got {reprlib.repr(first['input'])}"
 
 
-class _WithoutAliases(yaml.SafeLoader):
-    """Loads plain values only. A few lines of aliases of aliases could grow to gigabytes when printed or merged."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias, which a configuration may not use")
-        return super().compose_node(parent, index)
-
-
 def read_plain(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        plain = _WithoutAliases(path.read_text(encoding="utf-8")).get_single_data()
+        plain = PlainLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ValueError(f"{path}: the configuration must be a readable file, got: {error.strerror}") from error
     # A value that does not fit its YAML tag raises whatever error the constructor of that type raises.

@@ -52,6 +52,16 @@ def test_a_tilde_is_the_home_wherever_a_path_begins(tmp_path: Path, monkeypatch:
     assert settings.data_root == Path("a~/~")
 
 
+@pytest.mark.parametrize(
+    ("text", "key"), [("epochs: 1\nlr: 0.1\nepochs: 200", "epochs"), ("loss: {l1: 0, 'l1': 1}", "l1")]
+)
+def test_a_setting_that_a_file_has_twice_is_refused(tmp_path: Path, text: str, key: str) -> None:
+    """The first of the two values was dropped without a word."""
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"got: YAMLError: the key '{key}' twice; remove one of the two$"):
+        read_options(["--config", str(tmp_path / "settings.yaml")])
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_wrong_option_is_told_without_its_frame(encoding: str) -> None:
     """The frame is of dashes where the terminal has no lines."""
