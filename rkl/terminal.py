@@ -8,6 +8,7 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import tyro
@@ -36,8 +37,17 @@ def show(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
+def _check_given(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an empty argument, such as that of an unset variable: a path would be the present folder."""
+    for before, argument in pairwise(("", *arguments)):
+        if not argument or re.fullmatch(r"--[\w.-]+=", argument):
+            option = next((word.rstrip("=") for word in (argument, before) if word.startswith("--")), "every argument")
+            raise ValueError(f"{option} must have a value, got an empty one; give one, or leave it out")
+
+
 def parse(kind: type, arguments: Sequence[str], **options: Any) -> Any:
     """As ``tyro.cli``, but the framed error becomes one line, and ``~`` is expanded wherever a path begins."""
+    _check_given(arguments)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

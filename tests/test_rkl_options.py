@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rkl import cli, terminal
 from rkl.config import Config
 from rkl.train_options import read_options
 
@@ -60,6 +61,15 @@ def test_a_setting_that_a_file_has_twice_is_refused(tmp_path: Path, text: str, k
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(ValueError, match=f"got: YAMLError: the key '{key}' twice; remove one of the two$"):
         read_options(["--config", str(tmp_path / "settings.yaml")])
+
+
+def test_an_empty_path_is_not_this_folder() -> None:
+    """`--out "$RUN"` with an unset variable trained in the present folder."""
+    for arguments in (["--out", ""], ["--width", "8", "--out="]):
+        with pytest.raises(ValueError, match=r"^--out must have a value, got an empty one; give one"):
+            read_options(arguments)
+    with pytest.raises(ValueError, match=r"^every argument must have a value, got an empty one; "):
+        terminal.parse(cli.Export, ["", "--format", "onnx"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
