@@ -210,6 +210,12 @@ def wrong_step(got: list[Tensor], want: list[Tensor], of_loss: float, of_gradien
     return f"wrong: loss off by {loss:.2g}, a gradient by {gradient:.2g} of its norm"
 
 
+def wrong_logits(got: Tensor, want: Tensor) -> str:
+    """How logits differ from others by more than TOLERANCE, or "" if they do not."""
+    off = float((got - want).abs().max() / want.abs().max())
+    return "" if off <= TOLERANCE else f"wrong: logits off by {off:.2g} of the largest"
+
+
 def gradient_bound(layouts: float) -> tuple[float, str]:
     """The largest accepted difference of a gradient where PyTorch's own two layouts differ by ``layouts``, and a note
     if it is not GRADIENT_TOLERANCE. It is infinite where a comparison would tell nothing."""
@@ -252,10 +258,9 @@ def check(prepared: dict[str, Prepared], inference: ModelRow, training: ModelRow
         one.call("inference")
     want = prepared["eager nchw"].inference()
     for variant, one in prepared.items():
-        off = float((one.inference() - want).abs().max() / want.abs().max())
-        if not off <= TOLERANCE:
+        if wrong := wrong_logits(one.inference(), want):
             for row in (inference, training):
-                row.rejected[variant] = f"wrong: logits off by {off:.2g} of the largest"
+                row.rejected[variant] = wrong
     step, bound = prepared["eager nchw"].first_step(), GRADIENT_TOLERANCE
     for variant in ("eager nhwc", "ours nchw", "ours nhwc"):
         if variant in training.rejected:

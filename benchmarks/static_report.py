@@ -192,7 +192,11 @@ def main() -> None:
         raise SystemExit(str(problem)) from None
     bodies = built_kernels()
     loops = nvcc_loops(bodies)
-    report = {"nvcc": nvcc_rows(bodies, loops), "loops": [*chain.from_iterable(loops.values())], "triton": triton_rows()}
+    report = {
+        "nvcc": nvcc_rows(bodies, loops),
+        "loops": [*chain.from_iterable(loops.values())],
+        "triton": triton_rows(),
+    }
     # One row a line, so that a diff shows the rows that changed.
     tables = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in report.items())
     write_text(RESULTS / "static.json", "{" + ",\n".join(tables) + "}\n")

@@ -10,7 +10,18 @@ import pytest
 import torch
 from bench_rows import row_of
 
-from benchmarks import compare, gpu, gpu_counts, gpu_report, model_matrix, model_speed, run, static_report, suite
+from benchmarks import (
+    compare,
+    compiled,
+    gpu,
+    gpu_counts,
+    gpu_report,
+    model_matrix,
+    model_speed,
+    run,
+    static_report,
+    suite,
+)
 from rkl_kernels.bench import runtimes
 from rkl_kernels.bench.machine import machine, machine_line, slug
 
@@ -64,6 +75,7 @@ def test_what_is_held_to_instructions_is_named_by_them(limit: str, monkeypatch: 
         (gpu.main, "--within"),
         (model_speed.main, "--budget"),
         (model_speed.main, "--within"),
+        (compiled.main, "--budget"),
         (model_matrix.main, "--largest"),
     ],
 )
@@ -124,7 +136,12 @@ def test_a_part_of_the_models_does_not_replace_the_page(capsys: pytest.CaptureFi
     assert model_matrix.PAGE.read_text() == before
 
 
-@pytest.mark.parametrize("main", [model_matrix.main, model_speed.main])
+def test_some_models_do_not_replace_all(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(compiled.main, ["--only", "Mobile"], capsys)
+    assert "error: --only must have --out, or some models would replace all, got 'Mobile' alone" in told
+
+
+@pytest.mark.parametrize("main", [model_matrix.main, model_speed.main, compiled.main])
 def test_models_that_are_not_there(
     main: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from bench_rows import Net, Spoilt
 
 import rkl_kernels as rk
-from benchmarks import gpu_models, models
+from benchmarks import compiled, gpu_models, models
 from rkl_kernels.bench.memory import allocated, peak_memory
 
 
@@ -176,3 +178,27 @@ def test_peak_memory_counts_what_backward_keeps() -> None:
     assert 7.5 < ours < 11.5, "one tensor kept for each T-ReLU"
     assert reference > ours + 1.5, "where(x > 0, x, tanh(x)) also keeps the condition"
     assert peak_memory(lambda: torch.ones(10).sum()) < size / 10
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_models_under_torch_compile(factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that does nothing, or that makes a wrong model, which is not timed."""
+    monkeypatch.setattr(torch, "compile", lambda net: Spoilt(net, factor))
+    monkeypatch.setattr(compiled, "PUBLISHED", [models.Model("Net", Net, 2, 8)])
+    assert compiled.main(["--out", str(tmp_path), "--budget", "0.02"]) == 0
+    (file,) = tmp_path.glob("*.json")
+    record = json.loads(file.read_text())
+    rows = [models.from_json(row) for row in record["rows"]]
+    right = compiled.VARIANTS if factor == 1 else ("eager", "ours")
+    assert [(row.direction, tuple(row.times)) for row in rows] == [(name, right) for name in models.DIRECTIONS]
+    assert all(why.startswith("wrong: ") for row in rows for why in row.rejected.values())
+    page = file.with_suffix(".md").read_text()
+    assert page == compiled.page(record["machine"], rows, record["failed"])
+    assert all(f"- Net, {row.direction}, {variant}: wrong" in page for row in rows for variant in row.rejected)
+
+
+def test_committed_pages_of_compiled_models() -> None:
+    for file in (compiled.RESULTS / "compiled").glob("*.json"):
+        record = json.loads(file.read_text())
+        rows = [models.from_json(row) for row in record["rows"]]
+        assert file.with_suffix(".md").read_text() == compiled.page(record["machine"], rows, record["failed"])

@@ -18,7 +18,7 @@ from bench_rows import row_of
 from matplotlib.figure import Figure
 from test_bench_records import run_of
 
-from benchmarks import gpu, gpu_report, model_matrix, model_speed, numerics, report, suite
+from benchmarks import compiled, gpu, gpu_report, model_matrix, model_speed, numerics, report, suite
 from rkl.config import Config, to_plain
 from rkl.deploy import exit_report, export
 from rkl.paper import cells, tables
@@ -54,6 +54,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "measure_all", spoilt)
     monkeypatch.setattr(model_matrix, "candidates", spoilt)
     monkeypatch.setattr(model_speed, "models", spoilt)
+    monkeypatch.setattr(compiled, "measure", spoilt)
     monkeypatch.setattr(numerics, "_in_own_process", spoilt)
 
 
@@ -69,6 +70,7 @@ def test_a_benchmark_that_has_nowhere_to_write_does_not_begin(
         (gpu.main, ["--device", "cpu", "--no-tests", "--out", str(out)]),
         (model_matrix.main, ["--out", str(out / "page.md")]),
         (model_speed.main, ["--out", str(out)]),
+        (compiled.main, ["--out", str(out)]),
         (lambda _: numerics.main(), []),
     ):
         told = refused(main, arguments, capsys)
