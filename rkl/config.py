@@ -18,7 +18,7 @@ from rkl_kernels.errors import told
 from .distill import LossWeights
 from .network.blocks import ActivationName, BlockOptions, GateKind, ScaleMode
 from .paths import at_home
-from .plain_yaml import PlainLoader
+from .plain_yaml import PlainLoader, place
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Decay = Literal["filters", "all"]
@@ -379,7 +379,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: the configuration must be a readable file, got: {error.strerror}") from error
     # A value that does not fit its YAML tag raises whatever error the constructor of that type raises.
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: the configuration must be YAML, got: {told(error)}") from error
+        raise ValueError(f"{path}: the configuration must be YAML, got: {place(error) or told(error)}") from error
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: the configuration must be a mapping of names to values, got {reprlib.repr(plain)}")
     return plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,12 +55,19 @@ def test_a_tilde_is_the_home_wherever_a_path_begins(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("text", "key"), [("epochs: 1\nlr: 0.1\nepochs: 200", "epochs"), ("loss: {l1: 0, 'l1': 1}", "l1")]
+    ("text", "said"),
+    [
+        ("epochs: 1\nlr: 0.1\nepochs: 200", "the key 'epochs' twice; remove one of the two (line 3, column 1)"),
+        ("loss: {l1: 0, 'l1': 1}", "the key 'l1' twice; remove one of the two (line 1, column 15)"),
+        ("epochs: &some 1\nwidth: *some", "an alias, which a configuration may not use (line 2, column 8)"),
+        ("epochs: 1\nlr: a: b", "mapping values are not allowed here (line 2, column 6)"),
+        ("epochs: 1\n---\nlr: 1", "expected a single document in the stream, but found another document (line 2, "),
+    ],
 )
-def test_a_setting_that_a_file_has_twice_is_refused(tmp_path: Path, text: str, key: str) -> None:
-    """The first of the two values was dropped without a word."""
+def test_a_file_that_is_refused_is_told_with_the_line(tmp_path: Path, text: str, said: str) -> None:
+    """Of a key that a file has twice the first value was dropped; other errors told no line, or half of the reason."""
     (tmp_path / "settings.yaml").write_text(text)
-    with pytest.raises(ValueError, match=f"got: YAMLError: the key '{key}' twice; remove one of the two$"):
+    with pytest.raises(ValueError, match=f"must be YAML, got: {re.escape(said)}"):
         read_options(["--config", str(tmp_path / "settings.yaml")])
 
 
