@@ -22,6 +22,9 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt
 	@touch $@
 
+# Half as many again as processors: tests wait for processes that they start and for the disk.
+WORKERS := $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 )))
+
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 build: build/.built ## the extension modules, in place
@@ -42,8 +45,8 @@ demo: build ## train ResNet-KL on scanned digits in under 3 minutes, then ten se
 	$(BIN)/rkl bench
 
 test: build lint ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/triton
 	@command -v clang++ >/dev/null || echo "not tested: the CPU kernels as clang++ compiles them; there is none on PATH (make corners)"
 
 ifndef SEED
