@@ -265,7 +265,7 @@ class Export:
         if not self.format:
             raise ValueError("format must be torch, onnx or both, got none")
         run = open_run(self.run, self.checkpoint, device_named(self.device))
-        for name in self.format:
+        for name in dict.fromkeys(self.format):
             file, difference = export(run, name, self.out)
             print(f"{file}: outputs equal the model's to {difference:.1e}")
 

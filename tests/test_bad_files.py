@@ -232,6 +232,10 @@ def test_bad_records_of_a_run_are_refused_by_what_reads_them(
         marks = {"tested": "last", "checkpoint": "last", "epoch": opened.facts["epoch"]}
         wrong = [(str(v), json.dumps(marks | {"thresholds": v}).encode()) for v in (3, "abc", [1], ["a"] * 3, {"a": 1})]
         assert refusals(run / name, wrong, lambda: thresholds_of(opened, "last"), never) == len(wrong)
+    log.unlink()
+    file.write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"log\.jsonl: a run's log must have its epochs, got none; copy it from the run"):
+        report.write_report(run)
 
 
 def test_the_command_line_says_it_in_one_line(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

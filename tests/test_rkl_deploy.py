@@ -244,6 +244,9 @@ def test_what_would_be_refused_after_the_work_is_refused_before(
     with pytest.raises(SystemExit):
         main(["export", str(run), "--out", str(tmp_path), "--format", "torch", "onxx"])
     assert "'onxx'" in capsys.readouterr().err
+    monkeypatch.setattr(export, "export", lambda _, name, __: (name, 0.0))
+    main(["export", str(run), "--format", "torch", "torch"])
+    assert capsys.readouterr().out == "torch: outputs equal the model's to 0.0e+00\n", "once"
 
 
 def test_latencies_before_and_after_a_cut_are_measured_together(

@@ -87,6 +87,10 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def write_report(folder: Path) -> Path:
     """Write report.md and its plots into the run's folder, and return the page's path."""
     record, rows = read_metrics(folder), read_lines(folder / "log.jsonl")
+    if not rows:
+        raise RunError(
+            f"{folder / 'log.jsonl'}: a run's log must have its epochs, got none; copy it from the run that was trained"
+        )
     with understood(folder / "metrics.json", "a run's record"):
         page = _page(record)
     plots = folder / "plots"
