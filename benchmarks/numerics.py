@@ -174,7 +174,7 @@ Each single result is held to a bound that follows from the arithmetic (`tests/o
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.numerics", description=__doc__)
     parser.add_argument("--measure", choices=BACKENDS, help="only print one backend's rows, as JSON")
     args = parser.parse_args()
     if args.measure:
